@@ -1,0 +1,98 @@
+"""One frozen dataclass a stage. Every default lives here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Targets = Literal["all-linear", "attention"]
+Base = Literal["int4", "fp32"]
+RuntimeName = Literal["auto", "onnxruntime", "ort-training"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+MODULES_OF_TARGETS: dict[Targets, tuple[str, ...]] = {
+    "all-linear": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "attention": ("qkv_proj", "o_proj"),
+}
+"""The Phi-3 projections that each `--targets` choice trains."""
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What `edgetune prepare` makes of a checkpoint."""
+
+    rank: int = 8
+    """Rank r of every LoRA slot."""
+    alpha: float = 16.0
+    """LoRA alpha; the update is scaled by alpha / rank."""
+    targets: Targets = "all-linear"
+    """Which projections get a LoRA slot."""
+    base: Base = "int4"
+    """How the frozen weights are stored: what is trained on is what answers."""
+    max_length: int = 512
+    """Longest row, in tokens, that training takes."""
+    download: bool = False
+    """Fetch a hub id that is not in the local cache. Off: nothing goes on the network."""
+    force: bool = False
+    """Replace a bundle that is already there."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How `edgetune train` runs."""
+
+    runtime: RuntimeName = "auto"
+    """What executes the training step."""
+    steps: int | None = None
+    """Optimizer steps; excludes `epochs`."""
+    epochs: float | None = None
+    """Passes over the rows; 3 when neither steps nor epochs is given."""
+    batch_size: int = 4
+    """Rows a forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes an optimizer step."""
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from zero."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global 2-norm; 0 switches clipping off."""
+    seed: int = 0
+    """Seeds the order of the rows and the first LoRA A matrices."""
+    shuffle: bool = True
+    """Draw the rows in a new seeded order every epoch."""
+    truncate: bool = False
+    """Cut rows that are longer than the bundle's maximum; without it they are left out and counted."""
+    init_adapter: Path | None = None
+    """A PEFT folder to start from."""
+    force: bool = False
+    """Replace an adapter that is already there."""
+
+
+DEFAULT_EPOCHS = 3.0
+"""What `TrainConfig` means by neither steps nor epochs."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What `edgetune export` writes."""
+
+    merge: bool = True
+    """Fold the adapter into the weights; otherwise keep it beside the base as an `.onnx_adapter`."""
+    precision: Base = "fp32"
+    """Weights of a merged model. A merge into int4 can lose what was learnt: its loss is printed."""
+    force: bool = False
+    """Replace a model that is already there."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How `edgetune generate` answers."""
+
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""

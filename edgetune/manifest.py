@@ -1,0 +1,250 @@
+"""What a bundle and an adapter say of themselves: classes that mirror the documented JSON, without any I/O.
+
+The format is described in `artifacts/FORMAT.md`. Reading a manifest and writing it again changes no byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import cattrs
+from cattrs.errors import BaseValidationError
+
+from edgetune.errors import IncompatibleError, VerificationError
+
+BUNDLE_FORMAT = "edgetune-bundle"
+ADAPTER_FORMAT = "edgetune-adapter"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which model the bundle was made from."""
+
+    name: str
+    """Folder name or hub id; for people."""
+    sha256: str
+    """Identity: SHA-256 over the names, shapes and bytes of the checkpoint's tensors and its architecture."""
+    weights: str
+    """How the frozen weights are stored: `int4` or `fp32`."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding, as the training loop needs it (transformers' `modeling_rope_utils`)."""
+
+    dim: int
+    """Rotated dimensions of a head."""
+    theta: float
+    """Base of the frequencies."""
+    attention_factor: float
+    """Scale on cos and sin (longrope), 1 otherwise."""
+    short_factor: list[float] | None
+    """longrope: divisors of the frequencies up to `original_max_position_embeddings`, dim / 2 of them."""
+    long_factor: list[float] | None
+    """longrope: the same for longer rows."""
+    original_max_position_embeddings: int
+    """Longest row for which the short factors hold."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of the Phi-3 model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    rope: Rope
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What turns text into token ids, pinned by hash."""
+
+    sha256: str
+    """SHA-256 of `tokenizer.json`."""
+    chat_template_sha256: str | None
+    """SHA-256 of `chat_template.jinja`; none when the model has no template."""
+    bos_token: str | None
+    eos_token: str
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One projection that carries LoRA parameters A (rank, in_features) and B (out_features, rank)."""
+
+    name: str
+    """Module path in the checkpoint, such as `model.layers.0.self_attn.qkv_proj`."""
+    in_features: int
+    out_features: int
+
+    @property
+    def a(self) -> str:
+        """Name of the A parameter in every graph."""
+        return f"{self.name}.lora_A.weight"
+
+    @property
+    def b(self) -> str:
+        """Name of the B parameter in every graph."""
+        return f"{self.name}.lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The trainable parameters."""
+
+    rank: int
+    alpha: float
+    target_modules: list[str]
+    slots: list[Slot]
+
+    @property
+    def scaling(self) -> float:
+        """What B·A is multiplied with (Hu et al. 2021): alpha / rank."""
+        return self.alpha / self.rank
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Name and shape of every parameter, A before B, slot by slot."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for slot in self.slots:
+            shapes[slot.a] = (self.rank, slot.in_features)
+            shapes[slot.b] = (slot.out_features, self.rank)
+        return shapes
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output; symbolic dimensions are strings."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file of the bundle and its contract."""
+
+    role: str
+    file: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+
+@dataclass(frozen=True)
+class File:
+    """One file, with its size in bytes and its SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BundleManifest:
+    """`manifest.json` of a bundle."""
+
+    format: str
+    format_version: int
+    base: BaseModel
+    architecture: Architecture
+    tokenizer: Tokenizer
+    lora: Lora
+    max_length: int
+    graphs: list[Graph]
+    gradient_coverage: dict[str, int]
+    """Operators between the LoRA parameters and the loss, and how often each occurs; all have a gradient."""
+    provenance: dict[str, str]
+    """Tool versions that made the bundle."""
+    files: list[File]
+    manifest_sha256: str = ""
+    """SHA-256 of this manifest written with an empty value here."""
+
+    def graph(self, role: str) -> Graph:
+        """The graph that plays `role`."""
+        return next(graph for graph in self.graphs if graph.role == role)
+
+
+@dataclass(frozen=True)
+class AdapterManifest:
+    """`edgetune.json` of an adapter: the contract with its base, checked before anything is loaded."""
+
+    format: str
+    format_version: int
+    base: BaseModel
+    tokenizer: Tokenizer
+    lora: Lora
+    provenance: dict[str, str]
+    files: list[File]
+    manifest_sha256: str = ""
+
+
+ManifestT = TypeVar("ManifestT", BundleManifest, AdapterManifest)
+_FORMATS: dict[type, str] = {BundleManifest: BUNDLE_FORMAT, AdapterManifest: ADAPTER_FORMAT}
+_converter = cattrs.Converter(forbid_extra_keys=True)
+_strict = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
+for _type, _accepted in _strict.items():
+
+    def _structure(value: Any, _: Any, kind: type = _type, accepted: tuple[type, ...] = _accepted) -> Any:
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(f"expected {kind.__name__}, got {value!r:.40}")
+        return value
+
+    _converter.register_structure_hook(_type, _structure)
+_converter.register_structure_hook(int | str, lambda value, _: value)
+
+
+def _canonical(manifest: BundleManifest | AdapterManifest) -> bytes:
+    return (json.dumps(_converter.unstructure(manifest), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def write_manifest(manifest: BundleManifest | AdapterManifest) -> bytes:
+    """The manifest's bytes, with its own hash filled in."""
+    unsealed = replace(manifest, manifest_sha256="")
+    digest = hashlib.sha256(_canonical(unsealed)).hexdigest()
+    return _canonical(replace(unsealed, manifest_sha256=digest))
+
+
+def read_manifest(data: bytes, kind: type[ManifestT], source: str) -> ManifestT:
+    """Read and verify a manifest.
+
+    Args:
+        data: The file's bytes.
+        kind: The class that mirrors it.
+        source: What messages call the file.
+
+    Raises:
+        VerificationError: It is not JSON, has unknown or missing keys, or was changed.
+        IncompatibleError: Another format or a format version that this edgetune does not read.
+    """
+    try:
+        raw = json.loads(data.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise VerificationError(f"{source}: not valid JSON ({error}); copy the folder again from its source") from error
+    if not isinstance(raw, dict) or raw.get("format") != _FORMATS[kind]:
+        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        raise IncompatibleError(f"{source}: format is {found!r:.60}, expected {_FORMATS[kind]!r}")
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise IncompatibleError(
+            f"{source}: format version {raw.get('format_version')!r:.20}, this edgetune reads {FORMAT_VERSION}; "
+            "make it again with this edgetune, or install the edgetune that wrote it"
+        )
+    try:
+        manifest = _converter.structure(raw, kind)
+    except BaseValidationError as error:
+        reasons = "; ".join(cattrs.transform_error(error))
+        raise VerificationError(f"{source}: {reasons}") from error
+    if write_manifest(manifest) != data:
+        raise VerificationError(f"{source}: was changed after it was written; copy the folder again from its source")
+    return manifest
