@@ -1,0 +1,1 @@
+"""From rows of JSONL to batches of token ids and labels."""
