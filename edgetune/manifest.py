@@ -1,4 +1,4 @@
-"""What a bundle and an adapter say of themselves: classes that mirror the documented JSON, without any I/O.
+"""What bundles, adapters and models say of themselves: classes that mirror the documented JSON, without any I/O.
 
 The format is described in `artifacts/FORMAT.md`. Reading a manifest and writing it again changes no byte.
 """
@@ -17,6 +17,7 @@ from edgetune.errors import IncompatibleError, VerificationError
 
 BUNDLE_FORMAT = "edgetune-bundle"
 ADAPTER_FORMAT = "edgetune-adapter"
+MODEL_FORMAT = "edgetune-model"
 FORMAT_VERSION = 1
 
 
@@ -190,8 +191,33 @@ class AdapterManifest:
     manifest_sha256: str = ""
 
 
-ManifestT = TypeVar("ManifestT", BundleManifest, AdapterManifest)
-_FORMATS: dict[type, str] = {BundleManifest: BUNDLE_FORMAT, AdapterManifest: ADAPTER_FORMAT}
+@dataclass(frozen=True)
+class ModelManifest:
+    """`edgetune.json` of an exported GenAI folder."""
+
+    format: str
+    format_version: int
+    base: BaseModel
+    """What the model was made from; `base.weights` is how the bundle stored them."""
+    tokenizer: Tokenizer
+    lora: Lora
+    weights: str
+    """How this folder stores its weights: `int4` or `fp32`."""
+    adapter: str | None
+    """The `.onnx_adapter` that is active unless another is asked for; none when it was merged into the weights."""
+    losses: dict[str, float]
+    """Answer loss on the validation rows of `base`, `base + adapter` and `merged`; empty when there were no rows."""
+    provenance: dict[str, str]
+    files: list[File]
+    manifest_sha256: str = ""
+
+
+ManifestT = TypeVar("ManifestT", BundleManifest, AdapterManifest, ModelManifest)
+_FORMATS: dict[type, str] = {
+    BundleManifest: BUNDLE_FORMAT,
+    AdapterManifest: ADAPTER_FORMAT,
+    ModelManifest: MODEL_FORMAT,
+}
 _converter = cattrs.Converter(forbid_extra_keys=True)
 _strict = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
 for _type, _accepted in _strict.items():
@@ -205,11 +231,11 @@ for _type, _accepted in _strict.items():
 _converter.register_structure_hook(int | str, lambda value, _: value)
 
 
-def _canonical(manifest: BundleManifest | AdapterManifest) -> bytes:
+def _canonical(manifest: BundleManifest | AdapterManifest | ModelManifest) -> bytes:
     return (json.dumps(_converter.unstructure(manifest), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def write_manifest(manifest: BundleManifest | AdapterManifest) -> bytes:
+def write_manifest(manifest: BundleManifest | AdapterManifest | ModelManifest) -> bytes:
     """The manifest's bytes, with its own hash filled in."""
     unsealed = replace(manifest, manifest_sha256="")
     digest = hashlib.sha256(_canonical(unsealed)).hexdigest()

@@ -1,0 +1,84 @@
+"""Runs one Olive pass for the CPU in a child process.
+
+Olive reconfigures logging, prints, keeps gigabytes of PyTorch weights alive and, when a build fails, clears files out
+of the hub cache; none of that may happen to the caller.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from edgetune.errors import EdgetuneError
+
+PassName = Literal["ModelBuilder", "OnnxBlockWiseRtnQuantization"]
+
+_ENVIRONMENT = {
+    "OLIVE_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+_SHOWN_LINES = 5
+
+
+def run_olive_pass(name: PassName, config: Mapping[str, object], source: Path, output: Path) -> None:
+    """Run a pass; what it prints is shown only when it fails.
+
+    Args:
+        name: Olive's name of the pass.
+        config: The pass's own options.
+        source: A Hugging Face folder, or an `.onnx` file.
+        output: Folder for the result; its parent must exist and lends a scratch folder.
+
+    Raises:
+        EdgetuneError: The pass failed; the message ends with the last lines that it printed.
+    """
+    with tempfile.TemporaryDirectory(prefix=".olive-", dir=output.parent) as scratch_name:
+        scratch = Path(scratch_name).absolute()
+        request = {"name": name, "config": config, "source": str(source.absolute()), "output": str(output.absolute())}
+        environment = {**os.environ, **_ENVIRONMENT, "HF_HUB_CACHE": str(scratch)}
+        with tempfile.TemporaryFile(dir=scratch) as log:
+            done = subprocess.run(
+                [sys.executable, "-m", "edgetune.olive_pass", json.dumps(request)],
+                cwd=scratch,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                check=False,
+            )
+            if done.returncode:
+                log.seek(0)
+                printed = log.read().decode(errors="replace").splitlines()[-_SHOWN_LINES:]
+                raise EdgetuneError(
+                    "\n".join([f"{source}: Olive's {name} failed (exit {done.returncode}) and said last:", *printed])
+                )
+
+
+def _serve(request: str) -> None:
+    from olive.hardware.accelerator import AcceleratorSpec, Device
+    from olive.hardware.constants import ExecutionProvider
+    from olive.model import HfModelHandler, ONNXModelHandler
+    from olive.package_config import OlivePackageConfig
+    from olive.passes.olive_pass import create_pass_from_dict
+
+    asked = json.loads(request)
+    cpu = AcceleratorSpec(Device.CPU, ExecutionProvider.CPUExecutionProvider)
+    kind = OlivePackageConfig.load_default_config().import_pass_module(asked["name"])
+    olive_pass = create_pass_from_dict(kind, asked["config"], disable_search=True, accelerator_spec=cpu)
+    handler = ONNXModelHandler if asked["source"].endswith(".onnx") else HfModelHandler
+    olive_pass.run(handler(asked["source"]), asked["output"])
+
+
+if __name__ == "__main__":
+    try:
+        _serve(sys.argv[1])
+    except Exception as error:  # the parent shows it, without a traceback
+        sys.exit(f"{type(error).__name__}: {error}")
