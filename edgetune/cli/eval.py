@@ -1,0 +1,52 @@
+"""`edgetune eval`: how well a bundle, with or without an adapter, gives the answers of a file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from edgetune.cli.command import Command, json_option
+from edgetune.cli.inputs import PATH, adapter_at, bundle_at, rows_file
+from edgetune.cli.output import console, print_json
+
+EXAMPLES = """
+edgetune eval bundle --data valid.jsonl
+edgetune eval bundle --data valid.jsonl --adapter adapter
+edgetune eval bundle --data valid.jsonl --adapter adapter --json
+"""
+
+
+@click.command(cls=Command, epilog=EXAMPLES)
+@click.argument("bundle", type=PATH)
+@click.option("--data", type=PATH, required=True, help="JSONL rows to measure on.")
+@click.option("--adapter", type=PATH, help="Adapter to measure; without it the base alone.")
+@json_option
+def command(bundle: Path, data: Path, adapter: Path | None, as_json: bool) -> None:
+    """Measure loss and perplexity of the answers in a file.
+
+    Only what training would train on counts: the assistant's answers, the completion, or the whole text.
+    """
+    rows_file(data, "--data")
+    if adapter is not None:
+        adapter_at(adapter)
+    opened = bundle_at(bundle)
+    from edgetune.evaluate import evaluate
+
+    evaluation = evaluate(opened, data, adapter)
+    if as_json:
+        print_json(asdict(evaluation))
+        return
+    from rich.table import Table
+
+    table = Table("rows", "trained tokens", "loss", "perplexity", "token accuracy", "exact match")
+    table.add_row(
+        f"{evaluation.rows:,}",
+        f"{evaluation.trained_tokens:,}",
+        f"{evaluation.loss:.4f}",
+        f"{evaluation.perplexity:.3f}",
+        f"{evaluation.token_accuracy:.1%}",
+        f"{evaluation.exact_match:.1%}",
+    )
+    console().print(table)

@@ -1,0 +1,74 @@
+"""`edgetune export`: bundle and adapter become a model folder for ONNX Runtime GenAI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from edgetune.cli.command import Command, json_option, quiet_option
+from edgetune.cli.inputs import PATH, adapter_at, bundle_at
+from edgetune.cli.output import bytes_text, notices, print_json
+from edgetune.config import Base, ExportConfig
+
+DEFAULT = ExportConfig()
+
+EXAMPLES = """
+edgetune export bundle --adapter adapter --output model
+edgetune export bundle --adapter adapter --output model --merge --precision int4
+edgetune export bundle --adapter adapter --output model --keep-adapter
+"""
+
+
+@click.command(cls=Command, epilog=EXAMPLES)
+@click.argument("bundle", type=PATH)
+@click.option("--adapter", type=PATH, required=True, help="Adapter that was trained on this bundle, or by PEFT.")
+@click.option("--output", type=PATH, required=True, help="Folder of the model.")
+@click.option(
+    "--merge/--keep-adapter",
+    default=DEFAULT.merge,
+    show_default=True,
+    help="Fold the adapter into the weights, or put it beside the base as an .onnx_adapter.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(get_args(Base)),
+    default=DEFAULT.precision,
+    show_default=True,
+    help="Weights of a merged model.",
+)
+@click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace a model that is already there.")
+@quiet_option
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    bundle: Path,
+    adapter: Path,
+    output: Path,
+    merge: bool,
+    precision: Base,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write a model folder that ONNX Runtime GenAI runs.
+
+    Where the bundle's run had validation rows, the answer loss of base, base + adapter and merged model is printed.
+    """
+    chosen = ctx.get_parameter_source("precision") is click.core.ParameterSource.COMMANDLINE
+    if chosen and not merge:
+        raise click.UsageError("--precision is for --merge; with --keep-adapter the base stays as it is in the bundle")
+    adapter_at(adapter)
+    opened = bundle_at(bundle)
+    from edgetune.export import export
+
+    config = ExportConfig(merge=merge, precision=precision, force=force)
+    exported = export(opened, adapter, output, config, notices(quiet=quiet))
+    if as_json:
+        print_json({"model": exported.path, "bytes": exported.bytes, "losses": exported.losses})
+        return
+    click.echo(f"{exported.path}: {bytes_text(exported.bytes)}")
+    for name, loss in exported.losses.items():
+        click.echo(f"  answer loss, {name}: {loss:.4f}")

@@ -1,0 +1,90 @@
+"""What commands are pointed at: checked before anything is loaded, and named when it is the wrong thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgetune.bundle import Bundle
+    from edgetune.describe import Kind
+
+PATH = click.Path(path_type=Path)
+
+_ORIGINS: dict[str, str] = {
+    "bundle": "make one with `edgetune prepare CHECKPOINT --output BUNDLE`",
+    "adapter": "make one with `edgetune train BUNDLE --data FILE --output ADAPTER`",
+    "model": "make one with `edgetune export BUNDLE --adapter ADAPTER --output MODEL`",
+}
+"""Where each kind of folder comes from."""
+
+
+def rows_file(path: Path, option: str) -> Path:
+    """A file of rows.
+
+    Raises:
+        UsageError: It is missing or a folder; the message names `option`.
+    """
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; expected a JSONL file")
+    if not path.exists():
+        raise UsageError(f"{option} {path}: no such file")
+    return path
+
+
+def bundle_at(path: Path) -> Bundle:
+    """Open and verify a bundle.
+
+    Raises:
+        UsageError: There is something else, or nothing.
+        IncompatibleError: A format or version that this edgetune does not read.
+        VerificationError: A file is missing or changed.
+    """
+    from edgetune.bundle import open_bundle
+
+    return open_bundle(_folder(path, "bundle"))
+
+
+def adapter_at(path: Path) -> Path:
+    """An adapter folder; what is in it, the stages check.
+
+    Raises:
+        UsageError: There is something else, or nothing.
+    """
+    return _folder(path, "adapter")
+
+
+def model_at(path: Path) -> Path:
+    """A GenAI model folder; a bundle is one as well.
+
+    Raises:
+        UsageError: There is something else, or nothing.
+    """
+    return _folder(path, "model", "bundle")
+
+
+def _folder(path: Path, wanted: Kind, *also: Kind) -> Path:
+    from edgetune.describe import KIND_NAMES, kind_of
+
+    found = kind_of(path)
+    if found not in (wanted, *also):
+        raise UsageError(f"{path} is {KIND_NAMES[found]}; expected {KIND_NAMES[wanted]}: {_ORIGINS[wanted]}")
+    return path
+
+
+def refuse_known_folder(path: Path) -> None:
+    """Refuse a folder that edgetune itself has made, where a checkpoint is expected.
+
+    Raises:
+        UsageError: It is a bundle, an adapter or a model.
+    """
+    from edgetune.describe import KIND_NAMES, kind_of
+
+    found = kind_of(path)
+    if found in _ORIGINS:
+        expected = f"{KIND_NAMES['checkpoint']} (config.json, *.safetensors)"
+        raise UsageError(f"{path} is {KIND_NAMES[found]}; expected {expected}")

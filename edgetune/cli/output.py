@@ -1,0 +1,57 @@
+"""Writing to the terminal and to programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def print_json(value: object) -> None:
+    """One JSON value on one line of stdout: ASCII, and null for a number that JSON cannot hold."""
+    click.echo(json.dumps(_finite(value), allow_nan=False, default=str))
+
+
+def notices(*, quiet: bool) -> Callable[[str], None]:
+    """What a stage reports its progress to: lines on stderr, so that stdout holds the result only."""
+    if quiet:
+        return lambda text: None
+    return lambda text: click.echo(text, err=True)
+
+
+def console() -> Console:
+    """The terminal, or plain text where stdout is none."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 160
+    return Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
+
+
+def bytes_text(count: int) -> str:
+    """Bytes for people: `512 bytes`, `1.5 MB`, `2.3 GB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def printable(text: str) -> str:
+    """`text` with control characters made visible, so that what a file holds cannot steer the terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,247 @@
+"""What a folder is: a bundle, an adapter or a GenAI model, with sizes, hashes and contracts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from edgetune.bundle import MANIFEST, list_files, open_bundle, verify_files
+from edgetune.errors import UsageError, VerificationError
+from edgetune.manifest import (
+    AdapterManifest,
+    Architecture,
+    BaseModel,
+    File,
+    Graph,
+    Lora,
+    Tokenizer,
+    read_manifest,
+)
+
+Kind = Literal["bundle", "adapter", "model", "checkpoint", "folder", "file", "nothing"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_MANIFEST = "edgetune.json"
+GENAI_CONFIG = "genai_config.json"
+
+_MARKS: dict[str, Kind] = {
+    MANIFEST: "bundle",
+    ADAPTER_CONFIG: "adapter",
+    GENAI_CONFIG: "model",
+    "config.json": "checkpoint",
+}
+"""The file that makes a folder what it is; the first that is there decides (a bundle is a GenAI model as well)."""
+
+KIND_NAMES: dict[Kind, str] = {
+    "bundle": "an edgetune bundle",
+    "adapter": "a LoRA adapter",
+    "model": "an ONNX Runtime GenAI model",
+    "checkpoint": "a Hugging Face checkpoint",
+    "folder": "a folder without anything that edgetune knows",
+    "file": "a file, not a folder",
+    "nothing": "not there",
+}
+"""How messages call each kind."""
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """The trainable parameters in figures."""
+
+    rank: int
+    alpha: float
+    target_modules: list[str]
+    slots: int
+    """Projections that carry an adapter."""
+    parameters: int
+    """Numbers in all A and B matrices."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `edgetune inspect` says. What a folder does not tell is None or empty."""
+
+    kind: Kind
+    path: Path
+    verified: bool
+    """Every file was found to be what the folder's manifest says; False when there is no manifest to compare with."""
+    size: int
+    """Bytes of all files."""
+    files: list[File]
+    base: BaseModel | None = None
+    architecture: Architecture | None = None
+    tokenizer: Tokenizer | None = None
+    lora: AdapterShape | None = None
+    max_length: int | None = None
+    """Longest row, in tokens: of training for a bundle, of prompt and answer for a model."""
+    graphs: list[Graph] = field(default_factory=list)
+    gradient_coverage: dict[str, int] = field(default_factory=dict)
+    adapters: list[str] = field(default_factory=list)
+    """`.onnx_adapter` files of a model."""
+    provenance: dict[str, str] = field(default_factory=dict)
+
+
+def kind_of(path: Path) -> Kind:
+    """Recognise a folder by the files in it; nothing is read."""
+    if not path.is_dir():
+        return "file" if path.exists() else "nothing"
+    return next((kind for mark, kind in _MARKS.items() if (path / mark).is_file()), "folder")
+
+
+def describe(path: Path) -> Description:
+    """Verify a folder and say what it is.
+
+    Raises:
+        UsageError: It is neither bundle, adapter nor model.
+        IncompatibleError: A format or version that this edgetune does not read.
+        VerificationError: A file is missing, changed, or not readable as what it should be.
+    """
+    kind = kind_of(path)
+    if kind not in _DESCRIBERS:
+        advice = "; `edgetune prepare` makes a bundle of it" if kind == "checkpoint" else ""
+        raise UsageError(f"{path} is {KIND_NAMES[kind]}; expected a bundle, an adapter or a model{advice}")
+    return _DESCRIBERS[kind](path)
+
+
+def _describe_bundle(path: Path) -> Description:
+    manifest = open_bundle(path).manifest
+    return Description(
+        kind="bundle",
+        path=path,
+        verified=True,
+        size=sum(file.size for file in manifest.files),
+        files=manifest.files,
+        base=manifest.base,
+        architecture=manifest.architecture,
+        tokenizer=manifest.tokenizer,
+        lora=_shape(manifest.lora),
+        max_length=manifest.max_length,
+        graphs=manifest.graphs,
+        gradient_coverage=manifest.gradient_coverage,
+        provenance=manifest.provenance,
+    )
+
+
+def _describe_adapter(path: Path) -> Description:
+    if not (path / ADAPTER_MANIFEST).is_file():
+        return _describe_peft(path)
+    source = path / ADAPTER_MANIFEST
+    manifest = read_manifest(source.read_bytes(), AdapterManifest, str(source))
+    verify_files(path, manifest.files)
+    return Description(
+        kind="adapter",
+        path=path,
+        verified=True,
+        size=sum(file.size for file in manifest.files),
+        files=manifest.files,
+        base=manifest.base,
+        tokenizer=manifest.tokenizer,
+        lora=_shape(manifest.lora),
+        provenance=manifest.provenance,
+    )
+
+
+def _describe_peft(path: Path) -> Description:
+    """An adapter that PEFT saved: its configuration and the shapes in its weights are all there is."""
+    config = _read_json(path / ADAPTER_CONFIG)
+    shapes = _tensor_shapes(path / ADAPTER_WEIGHTS)
+    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
+    if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
+        message = f"{path / ADAPTER_CONFIG}: r and lora_alpha are {rank!r:.40} and {alpha!r:.40}, expected numbers"
+        raise VerificationError(f"{message}; only LoRA adapters of PEFT are known")
+    files = list_files(path, without="")
+    name = config.get("base_model_name_or_path")
+    return Description(
+        kind="adapter",
+        path=path,
+        verified=False,
+        size=sum(file.size for file in files),
+        files=files,
+        base=BaseModel(name, sha256="", weights="") if isinstance(name, str) else None,
+        lora=AdapterShape(
+            rank=rank,
+            alpha=alpha,
+            target_modules=[targets] if isinstance(targets, str) else [str(target) for target in targets or []],
+            slots=sum(".lora_A." in tensor for tensor in shapes),
+            parameters=sum(_count(shape) for shape in shapes.values()),
+        ),
+    )
+
+
+def _describe_model(path: Path) -> Description:
+    from edgetune.onnx_signature import read_signature
+
+    source = path / GENAI_CONFIG
+    config = _read_json(source)
+    model = config.get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    file = decoder.get("filename") if isinstance(decoder, dict) else None
+    if not isinstance(model, dict) or not isinstance(file, str):
+        raise VerificationError(f"{source}: no model.decoder.filename; write it again with `edgetune export`")
+    if Path(file).name != file or not (path / file).is_file():
+        raise VerificationError(f"{source}: model.decoder.filename is {file!r}, expected a file in {path}")
+    signature = read_signature(path / file)
+    files = list_files(path, without="")
+    length = model.get("context_length")
+    return Description(
+        kind="model",
+        path=path,
+        verified=False,
+        size=sum(entry.size for entry in files),
+        files=files,
+        max_length=length if isinstance(length, int) else None,
+        graphs=[Graph("decoder", file, signature.inputs, signature.outputs)],
+        adapters=[entry.path for entry in files if entry.path.endswith(".onnx_adapter")],
+    )
+
+
+_DESCRIBERS: dict[Kind, Callable[[Path], Description]] = {
+    "bundle": _describe_bundle,
+    "adapter": _describe_adapter,
+    "model": _describe_model,
+}
+
+
+def _shape(lora: Lora) -> AdapterShape:
+    return AdapterShape(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        slots=len(lora.slots),
+        parameters=sum(_count(shape) for shape in lora.shapes().values()),
+    )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise VerificationError(f"{path}: not valid JSON ({error}); copy the folder again from its source") from error
+    if not isinstance(value, dict):
+        raise VerificationError(f"{path}: is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        advice = "only safetensors are read; save the adapter with safe_serialization=True"
+        raise VerificationError(f"{path} is missing; {advice}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        message = f"{path}: not readable as safetensors ({error}); copy it again from its source"
+        raise VerificationError(message) from error
