@@ -1,0 +1,120 @@
+"""Runs in the side environment: differentiates a forward graph with ONNX Runtime Training.
+
+Usage: gradient_worker.py FORWARD.onnx TRAINABLE.json OUTPUT_FOLDER
+
+TRAINABLE.json lists the initializers to train; the graph's first output is the objective. Writes the four training
+artifacts and `coverage.json`: how often each operator occurs between the parameters and the objective, and
+which of them have no gradient. Imports nothing of edgetune, which is not installed there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+# These two import torch, serve its former trainer only, and nothing here uses them.
+for _name in ("amp", "optim"):
+    sys.modules[f"onnxruntime.training.{_name}"] = ModuleType(_name)
+
+import numpy as np  # noqa: E402
+import onnx  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnxruntime.training import artifacts  # noqa: E402
+
+_PROBE_SIZE = 2
+"""What a symbolic dimension becomes while an operator is probed."""
+
+
+def nodes_on_gradient_path(graph: onnx.GraphProto, trainable: set[str]) -> list[onnx.NodeProto]:
+    """The nodes through which a gradient flows from the first output back to a trainable parameter."""
+    reached = set(trainable)
+    forward = []
+    for node in graph.node:
+        if reached.intersection(node.input):
+            reached.update(node.output)
+            forward.append(node)
+    needed = {graph.output[0].name}
+    path = []
+    for node in reversed(forward):
+        if needed.intersection(node.output):
+            needed.update(reached.intersection(node.input))
+            path.append(node)
+    return path
+
+
+def probe(model: onnx.ModelProto, node: onnx.NodeProto, reached: set[str]) -> str | None:
+    """Differentiate one node on its own.
+
+    Returns:
+        None when it has a gradient, otherwise what ONNX Runtime Training says.
+    """
+    shapes = {v.name: v.type.tensor_type for v in [*model.graph.value_info, *model.graph.input]}
+    constants = {n.output[0]: n.attribute[0].t for n in model.graph.node if n.op_type == "Constant"}
+    constants.update({i.name: i for i in model.graph.initializer})
+    inputs, initializers, trainable = [], [], []
+    for name in dict.fromkeys(filter(None, node.input)):
+        if name in reached:
+            dims = _dims(constants[name]) if name in constants else _static(shapes[name])
+            initializers.append(numpy_helper.from_array(np.ones(dims, np.float32), name))
+            trainable.append(name)
+        elif name in constants:
+            tensor = TensorProto()
+            tensor.CopyFrom(constants[name])
+            tensor.name = name
+            initializers.append(tensor)
+        else:
+            inputs.append(helper.make_tensor_value_info(name, shapes[name].elem_type, _static(shapes[name])))
+    total = helper.make_node("ReduceSum", [node.output[0]], ["probe_total"], keepdims=0)
+    graph = helper.make_graph(
+        [node, total], "probe", inputs, [helper.make_tensor_value_info("probe_total", 1, [])], initializers
+    )
+    single = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    try:
+        with TemporaryDirectory() as folder:
+            artifacts.generate_artifacts(single, requires_grad=trainable, frozen_params=[], artifact_directory=folder)
+    except RuntimeError as error:
+        return str(error).strip().rpartition(": ")[2] or str(error)
+    return None
+
+
+def _dims(tensor: TensorProto) -> list[int]:
+    return list(tensor.dims)
+
+
+def _static(tensor_type: onnx.TypeProto.Tensor) -> list[int]:
+    return [d.dim_value if d.HasField("dim_value") else _PROBE_SIZE for d in tensor_type.shape.dim]
+
+
+def coverage(model: onnx.ModelProto, trainable: set[str]) -> dict[str, object]:
+    """Count the operators on the gradient path and name those without a gradient."""
+    path = nodes_on_gradient_path(model.graph, trainable)
+    reached = trainable.union(*(node.output for node in path))
+    missing = {}
+    for op_type, node in {node.op_type: node for node in path}.items():
+        reason = probe(model, node, reached)
+        if reason is not None:
+            missing[op_type] = f"{node.name}: {reason}"
+    return {"operators": dict(Counter(node.op_type for node in path)), "missing": missing}
+
+
+def main(forward: Path, trainable: list[str], output: Path) -> None:
+    model = onnx.load(forward)
+    report = coverage(model, set(trainable))
+    (output / "coverage.json").write_text(json.dumps(report))
+    if report["missing"]:
+        return
+    artifacts.generate_artifacts(
+        model,
+        requires_grad=trainable,
+        frozen_params=[],
+        optimizer=artifacts.OptimType.AdamW,
+        artifact_directory=output,
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))

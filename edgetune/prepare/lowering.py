@@ -1,0 +1,252 @@
+"""From ONNX Runtime Training's operators to standard ONNX.
+
+Each function of the table takes one operator that the gradient builder emits and writes its definition in standard
+operators. Precondition of `lower`: a model that the gradient builder made. Postcondition: standard operators only,
+no tensor of rank 0 among its outputs, LoRA parameters as inputs and their gradients as outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import tape
+
+from edgetune.errors import IncompatibleError
+from edgetune.prepare.shapes import dimensions, fold, resolve_shapes
+
+_IGNORED_LABEL = -100
+
+Values = Sequence[ir.Value | None]
+Lowering = Callable[["Operators", Values, dict[str, Any]], Sequence[ir.Value | None]]
+
+
+class Operators(tape.Tape):
+    """Standard operators, and constants of the types that these graphs use."""
+
+    def floats(self, *numbers: float) -> ir.Value:
+        """A float32 constant of shape (len(numbers),): never of rank 0."""
+        return self._constant(np.array(numbers, dtype=np.float32))
+
+    def integers(self, *numbers: int) -> ir.Value:
+        """An int64 constant of shape (len(numbers),)."""
+        return self._constant(np.array(numbers, dtype=np.int64))
+
+    def _constant(self, array: np.ndarray) -> ir.Value:
+        return self.op("Constant", [], attributes={"value": ir.tensor(array)})
+
+    def swap_last(self, value: ir.Value, rank: int) -> ir.Value:
+        """Transpose of the two last dimensions."""
+        permutation = [*range(rank - 2), rank - 1, rank - 2]
+        return self.op("Transpose", [value], attributes={"perm": permutation})
+
+
+def _softmax_cross_entropy(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
+    """Mean of −log p(label) over the labels that are not ignored; and log p itself."""
+    logits, labels = (_unflattened(value) for value in inputs[:2])
+    log_probabilities = op.op("LogSoftmax", [logits], attributes={"axis": -1})
+    valid, label = _valid_labels(op, labels)
+    picked = op.op("GatherElements", [log_probabilities, label], attributes={"axis": -1})
+    total = _sum_over_rows(op, op.op("Mul", [picked, valid]))
+    mean = op.op("Neg", [op.op("Div", [total, _label_count(op, valid)])])
+    return op.op("Reshape", [mean, op.integers(1)]), log_probabilities
+
+
+def _softmax_cross_entropy_grad(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
+    """(exp(log p) − onehot(label)) · valid · dY / count."""
+    d_loss, log_probabilities, labels = inputs[0], inputs[1], _unflattened(inputs[2])
+    valid, label = _valid_labels(op, labels)
+    depth = op.integers(int(dimensions(log_probabilities)[-1]))
+    indices = op.op("Squeeze", [label, op.integers(-1)])
+    hot = op.op("OneHot", [indices, depth, op.floats(0, 1)], attributes={"axis": -1})
+    difference = op.op("Sub", [op.op("Exp", [log_probabilities]), hot])
+    scale = op.op("Div", [op.op("Mul", [valid, d_loss]), _label_count(op, valid)])
+    return (op.op("Mul", [difference, scale]),)
+
+
+def _unflattened(value: ir.Value | None) -> ir.Value | None:
+    """The (batch, sequence, …) tensor that the exporter flattened for the loss.
+
+    Without it the gradient would have to be folded back to a batch and a sequence that are known at run time only.
+    """
+    producer = value.producer() if value is not None else None
+    return producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else value
+
+
+def _valid_labels(op: Operators, labels: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+    """(…, 1) floats, 1 where the label counts; (…, 1) labels with 0 in the place of ignored ones."""
+    column = op.op("Unsqueeze", [labels, op.integers(-1)])
+    ignored = op.op("Equal", [column, op.integers(_IGNORED_LABEL)])
+    valid = op.op("Cast", [op.op("Not", [ignored])], attributes={"to": ir.DataType.FLOAT})
+    return valid, op.op("Where", [ignored, op.integers(0), column])
+
+
+def _sum_over_rows(op: Operators, column: ir.Value) -> ir.Value:
+    """(1, 1, 1): sum of a (batch, sequence, 1) tensor."""
+    return op.op("ReduceSum", [column, op.integers(0, 1, 2)], attributes={"keepdims": 1})
+
+
+def _label_count(op: Operators, valid: ir.Value) -> ir.Value:
+    """(1, 1, 1): how many labels count, at least 1."""
+    return op.op("Max", [_sum_over_rows(op, valid), op.floats(1)])
+
+
+def _softmax_grad(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
+    """Y · dY − Y · Σ(Y · dY)."""
+    d_output, output = inputs
+    product = op.op("Mul", [output, d_output])
+    total = op.op("ReduceSum", [product, op.integers(attributes["axis"])], attributes={"keepdims": 1})
+    return (op.op("Sub", [product, op.op("Mul", [output, total])]),)
+
+
+def _quick_gelu(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
+    """x · σ(αx)."""
+    return (op.op("Mul", [inputs[0], op.op("Sigmoid", [_scaled(op, inputs[0], attributes["alpha"])])]),)
+
+
+def _quick_gelu_grad(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
+    """dY · s · (1 + αx · (1 − s)) with s = σ(αx)."""
+    d_output, x = inputs
+    scaled = _scaled(op, x, attributes["alpha"])
+    sigmoid = op.op("Sigmoid", [scaled])
+    slope = op.op("Add", [op.op("Mul", [scaled, op.op("Sub", [op.floats(1), sigmoid])]), op.floats(1)])
+    return (op.op("Mul", [d_output, op.op("Mul", [sigmoid, slope])]),)
+
+
+def _scaled(op: Operators, x: ir.Value | None, alpha: float) -> ir.Value | None:
+    return x if alpha == 1.0 else op.op("Mul", [x, op.floats(alpha)])
+
+
+def _rms_norm(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
+    """x / √(mean(x²) + ε) · w; and the factor 1 / √(…) itself."""
+    x, weight = inputs
+    square = op.op("ReduceMean", [op.op("Mul", [x, x]), op.integers(-1)], attributes={"keepdims": 1})
+    root = op.op("Sqrt", [op.op("Add", [square, op.floats(attributes["epsilon"])])])
+    inverse = op.op("Reciprocal", [root])
+    return op.op("Mul", [op.op("Mul", [x, inverse]), weight]), inverse
+
+
+def _rms_norm_grad(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value | None]:
+    """inv · (dY·w − x̂ · mean(dY·w·x̂)) with x̂ = x · inv; the frozen weight needs no gradient."""
+    d_output, x, weight, inverse = inputs
+    normal = op.op("Mul", [x, inverse])
+    d_normal = op.op("Mul", [d_output, weight])
+    mean = op.op("ReduceMean", [op.op("Mul", [d_normal, normal]), op.integers(-1)], attributes={"keepdims": 1})
+    return op.op("Mul", [inverse, op.op("Sub", [d_normal, op.op("Mul", [normal, mean])])]), None
+
+
+def _concat(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value | None]:
+    """Concat, and the sizes that `SplitTraining` takes."""
+    joined = op.op("Concat", inputs, attributes={"axis": attributes["axis"]})
+    sizes = [int(dimensions(value)[attributes["axis"]]) for value in inputs]
+    return joined, op.integers(*sizes)
+
+
+def _split(op: Operators, inputs: Values, attributes: dict[str, Any], outputs: int) -> Sequence[ir.Value]:
+    """Split by the sizes that the lowered `ConcatTraining` gives."""
+    parts = op.op_multi_out("Split", inputs, attributes={"axis": attributes["axis"]}, num_outputs=outputs)
+    return list(parts)
+
+
+def _fused_matmul(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
+    """alpha · op(A) · op(B), op being a transposition of the two last dimensions or nothing.
+
+    Only values of the forward pass are ever transposed, and their ranks are known.
+    """
+    if attributes.get("transBatchA") or attributes.get("transBatchB"):
+        raise IncompatibleError("FusedMatMul with transposed batch dimensions has no lowering")
+    left, right = (
+        op.swap_last(value, len(dimensions(value))) if attributes.get(flag) and value is not None else value
+        for value, flag in zip(inputs, ("transA", "transB"), strict=True)
+    )
+    product = op.op("MatMul", [left, right])
+    alpha = attributes.get("alpha", 1.0)
+    return (product if alpha == 1.0 else op.op("Mul", [product, op.floats(alpha)]),)
+
+
+LOWERINGS: dict[str, Lowering] = {
+    "SoftmaxCrossEntropyLoss": _softmax_cross_entropy,
+    "SoftmaxCrossEntropyLossGrad": _softmax_cross_entropy_grad,
+    "SoftmaxGrad_13": _softmax_grad,
+    "QuickGelu": _quick_gelu,
+    "QuickGeluGrad": _quick_gelu_grad,
+    "SimplifiedLayerNormalization": _rms_norm,
+    "SimplifiedLayerNormalizationGrad": _rms_norm_grad,
+    "ConcatTraining": _concat,
+    "FusedMatMul": _fused_matmul,
+}
+"""Standard form of every operator with a fixed number of outputs; `SplitTraining` is beside it."""
+
+
+def lower(model: ir.Model, parameters: Sequence[str]) -> ir.Model:
+    """Write a gradient graph in standard operators.
+
+    Args:
+        model: ONNX Runtime Training's `training_model.onnx`, or the forward graph.
+        parameters: LoRA parameters; `<parameter>.grad` becomes an output where the graph accumulates its gradient.
+
+    Raises:
+        IncompatibleError: An operator without a standard form occurs; all of them are named.
+    """
+    _expose_gradients(model.graph, parameters)
+    for name in [domain for domain in model.opset_imports if domain]:
+        if name != "com.microsoft":
+            del model.opset_imports[name]
+    fold(model)
+    _lower_nodes(model)
+    foreign = sorted({f"{n.op_type} ({n.name})" for n in model.graph if n.domain not in ("", "ai.onnx")})
+    if foreign:
+        raise IncompatibleError("no standard form is known for " + ", ".join(foreign))
+    model.opset_imports.pop("com.microsoft", None)
+    return resolve_shapes(model)
+
+
+def _lower_nodes(model: ir.Model) -> None:
+    for node in list(model.graph):
+        op = Operators()
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        if node.op_type == "SplitTraining":
+            results: Sequence[ir.Value | None] = _split(op, node.inputs, attributes, len(node.outputs))
+        elif node.op_type in LOWERINGS:
+            results = LOWERINGS[node.op_type](op, node.inputs, attributes)
+        else:
+            continue
+        kept = [(old, new) for old, new in zip(node.outputs, results, strict=False) if new is not None]
+        for old, new in kept:
+            if old.dtype is not None:
+                new.dtype = old.dtype
+        for number, fresh in enumerate(op.nodes):
+            fresh.name = f"{node.name or node.outputs[0].name}/{number}_{fresh.op_type}"
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], op.nodes, [old for old, _ in kept], [new for _, new in kept]
+        )
+
+
+def _expose_gradients(graph: ir.Graph, parameters: Sequence[str]) -> None:
+    """Parameters become inputs, `<parameter>.grad` outputs; accumulation buffers and the objective go."""
+    loss = next(value for value in graph.outputs if value.name == "loss")
+    gradients = {}
+    for node in list(graph):
+        if node.op_type == "InPlaceAccumulatorV2" and node.inputs[1] is not None:
+            gradient = node.inputs[1]
+            gradients[str(gradient.name).removesuffix("_grad")] = gradient
+    graph.outputs.clear()
+    graph.outputs.append(loss)
+    for node in list(graph):
+        if node.op_type == "InPlaceAccumulatorV2":
+            graph.remove(node, safe=True)
+    for value in list(graph.inputs):
+        if not value.uses():
+            graph.inputs.remove(value)
+    for name in parameters:
+        parameter = graph.initializers.pop(name, None) or next(v for v in graph.inputs if v.name == name)
+        parameter.const_value = None
+        if parameter not in graph.inputs:
+            graph.inputs.append(parameter)
+        if name in gradients:
+            gradient = gradients[name]
+            gradient.name = f"{name}.grad"
+            gradient.shape, gradient.dtype = parameter.shape, parameter.dtype
+            graph.outputs.append(gradient)
