@@ -1,0 +1,62 @@
+"""What `edgetune preview` shows: the exact token ids and labels that each row becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from edgetune.bundle import open_bundle
+from edgetune.data.encode import IGNORED, Encoder, Example, encode_rows, load_encoder
+from edgetune.data.rows import read_rows
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of tokens that are all trained, or all not."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One row."""
+
+    line: int
+    input_ids: list[int]
+    labels: list[int]
+    """At each position the same token id, −100 where it is not trained."""
+    pieces: list[Piece]
+    """The row's text for people, special tokens included."""
+    too_long: bool
+    """Longer than the bundle's maximum: training leaves it out or cuts it."""
+
+
+def preview(bundle: Path, data: Path) -> Iterator[Preview]:
+    """What training would see of each row of `data`.
+
+    Raises:
+        UsageError: There is no such bundle or file.
+        DataError: Naming every row that is wrong, after the others.
+        IncompatibleError: The bundle does not fit this edgetune or the rows.
+        VerificationError: A file of the bundle was changed.
+    """
+    opened = open_bundle(bundle)
+    encoder = load_encoder(opened.path, opened.manifest.tokenizer)
+    for example in encode_rows(data, read_rows(data), encoder):
+        too_long = len(example.input_ids) > opened.manifest.max_length
+        yield Preview(example.line, example.input_ids, example.labels, _pieces(example, encoder), too_long)
+
+
+def _pieces(example: Example, encoder: Encoder) -> list[Piece]:
+    # Decoded from the start each time: tokenizers of the Llama kind drop the space before a piece decoded alone.
+    pieces: list[Piece] = []
+    end, shown = 0, ""
+    for trained, run in groupby(example.labels, key=lambda label: label != IGNORED):
+        end += len(list(run))
+        text = encoder.decode(example.input_ids[:end], skip_special_tokens=False)
+        pieces.append(Piece(text[len(shown) :], trained))
+        shown = text
+    return pieces
