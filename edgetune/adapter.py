@@ -1,0 +1,325 @@
+"""Adapter folders in PEFT's own format, so that PEFT reads what edgetune trained and edgetune what PEFT saved.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. One that edgetune wrote also holds
+`edgetune.json`, the contract with its base: SHA-256 of base, tokenizer and chat template, the LoRA slots, and every
+file with its hash.
+A folder without a contract is judged by its configuration and its tensors alone: plain LoRA (scaling alpha / rank, no
+bias) on exactly the bundle's projections, in float32, float16 or bfloat16. Pickle is never opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.bundle import list_files, verify_files
+from edgetune.errors import IncompatibleError, UsageError, VerificationError
+from edgetune.manifest import (
+    ADAPTER_FORMAT,
+    FORMAT_VERSION,
+    AdapterManifest,
+    BaseModel,
+    Lora,
+    Tokenizer,
+    read_manifest,
+    write_manifest,
+)
+from edgetune.runtimes import Parameters
+from edgetune.storage import write_file
+
+MANIFEST = "edgetune.json"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+"""What PEFT puts before a module's path in the checkpoint."""
+_CONFIG_LIMIT = 1 << 20
+_SHOWN = 5
+
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` that leave the base as it is; the others (PiSSA, OLoRA, …) rewrite its weights."""
+_SILENT_FIELDS = frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
+        "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "megatron_core",
+        "peft_version", "qalora_group_size", "revision", "task_type",
+    }
+)  # fmt: skip
+"""Fields of PEFT's LoraConfig that do not change what a saved plain LoRA computes, given its tensors."""
+
+
+def initial_parameters(lora: Lora, seed: int) -> dict[str, NDArray[np.float32]]:
+    """Parameters that change nothing yet, as PEFT starts: A ~ U(−1/√in, 1/√in), B zero.
+
+    Args:
+        lora: The slots; A matrices are drawn in their order.
+        seed: Seed of `numpy.random.default_rng`.
+
+    Returns:
+        A (rank, in_features) and B (out_features, rank) of every slot, under the names of `Lora.shapes`.
+    """
+    generator = np.random.default_rng(seed)
+    parameters: dict[str, NDArray[np.float32]] = {}
+    for slot in lora.slots:
+        bound = slot.in_features**-0.5
+        parameters[slot.a] = generator.uniform(-bound, bound, (lora.rank, slot.in_features)).astype(np.float32)
+        parameters[slot.b] = np.zeros((slot.out_features, lora.rank), np.float32)
+    return parameters
+
+
+def write_adapter(
+    folder: Path,
+    *,
+    base: BaseModel,
+    tokenizer: Tokenizer,
+    lora: Lora,
+    parameters: Parameters,
+    provenance: Mapping[str, str],
+) -> AdapterManifest:
+    """Write the three files of an adapter; the contract comes last and covers every file that lies in `folder`.
+
+    Args:
+        folder: A folder under construction (`storage.atomic_folder`).
+        base: The base the adapter was trained on.
+        tokenizer: The tokenizer its rows went through.
+        lora: Rank, alpha and slots.
+        parameters: The values, of the shapes that `lora` lists; written as float32, bit for bit.
+        provenance: How the adapter came to be; for people.
+
+    Raises:
+        VerificationError: A parameter is not finite.
+    """
+    from safetensors.numpy import save
+
+    _require_finite(parameters, "the trained adapter")
+    tensors = {_PREFIX + name: np.ascontiguousarray(parameters[name], np.float32) for name in lora.shapes()}
+    write_file(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    config = json.dumps(_peft_config(base, lora), indent=2, sort_keys=True, ensure_ascii=False)
+    write_file(folder / CONFIG, f"{config}\n".encode())
+    manifest = AdapterManifest(
+        format=ADAPTER_FORMAT,
+        format_version=FORMAT_VERSION,
+        base=base,
+        tokenizer=tokenizer,
+        lora=lora,
+        provenance=dict(provenance),
+        files=list_files(folder, without=MANIFEST),
+    )
+    write_file(folder / MANIFEST, write_manifest(manifest))
+    return manifest
+
+
+def _peft_config(base: BaseModel, lora: Lora) -> dict[str, Any]:
+    """PEFT's LoraConfig: the fields that every release since 0.10 reads; the others stay at its defaults."""
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": base.name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "rank_pattern": {},
+        "revision": None,
+        "target_modules": sorted(lora.target_modules),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) -> dict[str, NDArray[np.float32]]:
+    """Read an adapter that edgetune or PEFT wrote, if it fits the bundle.
+
+    Args:
+        path: The adapter folder.
+        lora: The bundle's slots, rank and alpha.
+        base: The bundle's base.
+        tokenizer: The bundle's tokenizer.
+
+    Returns:
+        float32 values under the names, in the order and of the shapes of `Lora.shapes`.
+
+    Raises:
+        UsageError: There is no adapter at `path`.
+        IncompatibleError: It belongs to another base or tokenizer, or is of another form; names all that differs.
+        VerificationError: A file was changed, cut off, holds pickle or numbers that are not finite.
+    """
+    if not (path / CONFIG).is_file():
+        raise UsageError(f"{path}: no adapter here (no {CONFIG}); give the folder that `edgetune train` or PEFT saved")
+    if (path / MANIFEST).is_file():
+        _check_contract(path, lora, base, tokenizer)
+    weights = path / WEIGHTS
+    if not weights.is_file():
+        pickled = " (adapter_model.bin is pickle, which can run code)" if (path / "adapter_model.bin").exists() else ""
+        raise VerificationError(
+            f"{path}: no {WEIGHTS}{pickled}; save the adapter with PEFT's save_pretrained(safe_serialization=True)"
+        )
+    problems = [*_config_problems(_read_config(path / CONFIG), lora), *_tensor_problems(weights, lora)]
+    if problems:
+        raise IncompatibleError(
+            "\n".join([f"{path} does not fit a bundle of {base.name} with {_described(lora)}:", *problems])
+        )
+    parameters = _read_tensors(weights, lora)
+    _require_finite(parameters, str(weights))
+    return parameters
+
+
+def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) -> None:
+    source = path / MANIFEST
+    manifest = read_manifest(source.read_bytes(), AdapterManifest, str(source))
+    problems = []
+    if manifest.base.sha256 != base.sha256:
+        problems.append(
+            f"the adapter was trained on {manifest.base.name} ({manifest.base.sha256[:16]}…), "
+            f"the bundle holds {base.name} ({base.sha256[:16]}…)"
+        )
+    if manifest.tokenizer.sha256 != tokenizer.sha256:
+        problems.append(
+            f"the adapter's tokenizer is {manifest.tokenizer.sha256[:16]}…, the bundle's {tokenizer.sha256[:16]}…"
+        )
+    if manifest.tokenizer.chat_template_sha256 != tokenizer.chat_template_sha256:
+        theirs, ours = manifest.tokenizer.chat_template_sha256 or "none", tokenizer.chat_template_sha256 or "none"
+        problems.append(f"the adapter's chat template is {theirs[:16]}, the bundle's {ours[:16]}")
+    if (manifest.lora.rank, manifest.lora.alpha, manifest.lora.shapes()) != (lora.rank, lora.alpha, lora.shapes()):
+        problems.append(f"the adapter has {_described(manifest.lora)}, the bundle {_described(lora)}")
+    if problems:
+        fix = "use the bundle it was trained with, or train it anew"
+        raise IncompatibleError("\n".join([f"{path} does not fit the bundle:", *problems, fix]))
+    if unlisted := {CONFIG, WEIGHTS} - {entry.path for entry in manifest.files}:
+        raise VerificationError(f"{source}: does not list {', '.join(sorted(unlisted))}; copy the folder again")
+    verify_files(path, manifest.files)
+
+
+def _described(lora: Lora) -> str:
+    modules = ", ".join(sorted(lora.target_modules))
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.slots)} slots on {modules}"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        data = file.read(_CONFIG_LIMIT + 1)
+    try:
+        if len(data) > _CONFIG_LIMIT:
+            raise ValueError(f"more than {_CONFIG_LIMIT:,} bytes")
+        config = json.loads(data.decode("utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(f"{path}: not a PEFT configuration ({error}); save the adapter again") from error
+    return config
+
+
+def _config_problems(config: Mapping[str, Any], lora: Lora) -> list[str]:
+    left = {key: value for key, value in config.items() if key not in _SILENT_FIELDS}
+    problems = []
+    if (kind := left.pop("peft_type", None)) != "LORA":
+        problems.append(f"{CONFIG}: peft_type is {_short(kind)}, expected 'LORA'")
+    for key, expected in (("r", lora.rank), ("lora_alpha", lora.alpha)):
+        value = left.pop(key, None)
+        if isinstance(value, bool) or value != expected:
+            problems.append(f"{CONFIG}: {key} is {_short(value)}, the bundle's is {expected:g}")
+    modules = left.pop("target_modules", None)
+    # A pattern names modules only together with a model: then the tensors' names decide alone.
+    if isinstance(modules, list):
+        names = sorted({str(module).rpartition(".")[2] for module in modules})
+        if names != sorted(lora.target_modules):
+            problems.append(f"{CONFIG}: target_modules are {_short(names)}, the bundle's {sorted(lora.target_modules)}")
+    if (init := left.pop("init_lora_weights", None)) not in _PLAIN_INITS:
+        problems.append(
+            f"{CONFIG}: init_lora_weights is {_short(init)}, which rewrites the base's weights; convert the adapter "
+            "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
+        )
+    if left.get("bias") == "none":
+        del left["bias"]
+    problems += [
+        f"{CONFIG}: {key} is {_short(value)}; edgetune takes plain LoRA, without it"
+        for key, value in sorted(left.items())
+        if value
+    ]
+    return problems
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _tensor_problems(weights: Path, lora: Lora) -> list[str]:
+    """What the header says against the slots; the file is mapped, so that its size costs nothing."""
+    from safetensors import SafetensorError, safe_open
+
+    expected = {_PREFIX + name: shape for name, shape in lora.shapes().items()}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    try:
+        with safe_open(weights, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                entry = file.get_slice(name)
+                found[name] = (str(entry.get_dtype()), tuple(entry.get_shape()))
+    except SafetensorError as error:
+        raise VerificationError(f"{weights}: not a whole safetensors file ({error}); copy it again") from error
+    problems = [
+        *_listed("tensors are missing", [name for name in expected if name not in found]),
+        *_listed("tensors have no slot in the bundle", [name for name in found if name not in expected]),
+        *_listed(
+            "tensors are of another shape",
+            [
+                f"{name} {list(found[name][1])}, expected {list(shape)}"
+                for name, shape in expected.items()
+                if name in found and found[name][1] != shape
+            ],
+        ),
+        *_listed(
+            f"tensors are of another type than {', '.join(_DECODERS)}",
+            [f"{name} {dtype}" for name, (dtype, _) in found.items() if name in expected and dtype not in _DECODERS],
+        ),
+    ]
+    return [f"{WEIGHTS}: {problem}" for problem in problems]
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}"] if names else []
+
+
+def _from_bfloat16(data: bytes) -> NDArray[np.float32]:
+    """bfloat16 is the upper half of a float32; numpy does not have it."""
+    return (np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+_DECODERS = {
+    "F32": lambda data: np.frombuffer(data, "<f4").astype(np.float32),
+    "F16": lambda data: np.frombuffer(data, "<f2").astype(np.float32),
+    "BF16": _from_bfloat16,
+}
+"""Types of tensors that are taken, all of them exact in float32."""
+
+
+def _read_tensors(weights: Path, lora: Lora) -> dict[str, NDArray[np.float32]]:
+    """Values of a file whose header was found to fit, and whose size is thereby bounded."""
+    from safetensors import deserialize
+
+    tensors = dict(deserialize(weights.read_bytes()))  # type: ignore[no-untyped-call]
+    values: dict[str, NDArray[np.float32]] = {}
+    for name, shape in lora.shapes().items():
+        tensor = tensors[_PREFIX + name]
+        values[name] = _DECODERS[tensor["dtype"]](tensor["data"]).reshape(shape)
+    return values
+
+
+def _require_finite(parameters: Parameters, source: str) -> None:
+    wrong = [name for name, value in parameters.items() if not np.isfinite(value).all()]
+    if wrong:
+        raise VerificationError(f"{source}: NaN or infinity in {_listed('tensors', wrong)[0]}; train the adapter anew")

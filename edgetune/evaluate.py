@@ -1,0 +1,110 @@
+"""Measuring a bundle, with or without an adapter, on rows: with its own loss graph and stock ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgetune.adapter import initial_parameters, read_adapter
+from edgetune.bundle import Bundle, open_bundle
+from edgetune.data.batches import make_batch
+from edgetune.data.encode import IGNORED, Example, load_encoder, load_examples
+from edgetune.runtimes import Parameters
+
+BATCH_SIZE = 4
+"""Rows a forward pass."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well the trained tokens of some rows are predicted."""
+
+    rows: int
+    """Rows that were measured."""
+    left_out: int
+    """Rows longer than the bundle's maximum."""
+    trained_tokens: int
+    """Tokens that count: the assistant's answers, the completion, or the whole text."""
+    loss: float
+    """Mean cross entropy over them, in nats."""
+    perplexity: float
+    """exp(loss)."""
+    token_accuracy: float
+    """Share of them that are the most probable token at their place."""
+    exact_match: float
+    """Share of rows of which all are: greedy decoding gives exactly their answers."""
+
+
+def evaluate(bundle: Path, data: Path, adapter: Path | None) -> Evaluation:
+    """Measure a bundle on a file of rows.
+
+    Args:
+        bundle: What `edgetune prepare` made.
+        data: JSONL rows.
+        adapter: The adapter that shall answer; without it the base alone.
+
+    Raises:
+        UsageError: A path is not there.
+        DataError: Rows that cannot be measured.
+        IncompatibleError: The adapter does not fit the bundle.
+        VerificationError: A file of the bundle or adapter was changed.
+    """
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    examples = load_examples(data, load_encoder(opened.path, manifest.tokenizer), manifest.max_length, truncate=False)
+    parameters = None
+    if adapter is not None:
+        parameters = read_adapter(adapter, manifest.lora, manifest.base, manifest.tokenizer)
+    return measure(opened, examples.examples, parameters, left_out=len(examples.too_long))
+
+
+def measure(
+    bundle: Bundle, examples: Sequence[Example], parameters: Parameters | None, *, left_out: int = 0
+) -> Evaluation:
+    """Measure a bundle on rows that are loaded already.
+
+    Args:
+        bundle: An open bundle; its graph `loss` gives the mean loss of a batch and the most probable tokens.
+        examples: The rows, at least one.
+        parameters: The adapter; None measures the base alone.
+        left_out: Rows that are not among `examples`; only passed on.
+    """
+    import onnxruntime
+
+    manifest = bundle.manifest
+    architecture = manifest.architecture
+    session = onnxruntime.InferenceSession(bundle.file("loss"), providers=["CPUExecutionProvider"])
+    # A fresh B is zero: then the slots add nothing, whatever A is.
+    adapter = initial_parameters(manifest.lora, seed=0) if parameters is None else parameters
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    trained = right = exact = 0
+    total = 0.0
+    for start in range(0, len(ordered), BATCH_SIZE):
+        batch = make_batch(
+            ordered[start : start + BATCH_SIZE],
+            architecture.rope,
+            manifest.tokenizer.pad_token_id,
+            sliding_window=architecture.sliding_window,
+        )
+        inputs = {
+            "input_ids": batch.input_ids,
+            "labels": batch.labels,
+            "attn_bias": batch.attn_bias,
+            "rope_cos": batch.rope_cos,
+            "rope_sin": batch.rope_sin,
+            **adapter,
+        }
+        loss, predictions = session.run(["loss", "predictions"], inputs)
+        counted = batch.labels != IGNORED
+        hit = predictions == batch.labels
+        total += float(loss[0]) * batch.trained_tokens
+        trained += batch.trained_tokens
+        right += int((hit & counted).sum())
+        exact += int((hit | ~counted).all(axis=1).sum())
+    mean = total / trained
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(np.float64(mean)))
+    return Evaluation(len(ordered), left_out, trained, mean, perplexity, right / trained, exact / len(ordered))

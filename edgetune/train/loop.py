@@ -1,0 +1,254 @@
+"""The training loop: rows in, adapter out, whatever runtime executes the steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+import edgetune
+from edgetune.adapter import MANIFEST, initial_parameters, read_adapter, write_adapter
+from edgetune.bundle import Bundle, open_bundle
+from edgetune.config import TrainConfig
+from edgetune.data.batches import Batch, epoch_batches, make_batch
+from edgetune.data.encode import Example, Examples, load_encoder, load_examples
+from edgetune.errors import EdgetuneError, UsageError
+from edgetune.runtimes import OptimizerConfig, Session, StepResult, find_runtime
+from edgetune.storage import atomic_folder
+from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
+from edgetune.train.record import RunRecord, peak_memory_bytes
+from edgetune.train.schedule import check_options, learning_rate, plan_steps
+
+
+def train(
+    bundle: Path, data: Path, valid: Path | None, output: Path, config: TrainConfig, observer: Observer
+) -> TrainResult:
+    """Train an adapter. All that can be refused is refused before the model is loaded.
+
+    The folder `output` appears when the run is over. A step whose loss or gradient is not finite is not applied and
+    ends the run: then the adapter of the step before is written, its provenance says `stopped`, and EdgetuneError is
+    raised. If there is no step before, nothing is written.
+
+    Args:
+        bundle: What `edgetune prepare` made.
+        data: JSONL rows to train on.
+        valid: JSONL rows to measure on, if any.
+        output: The adapter folder to make.
+        config: How to train.
+        observer: Is told what happens.
+
+    Raises:
+        UsageError: Options that cannot be meant, a path that is not there, an output that is.
+        DataError: Rows that cannot be trained on.
+        IncompatibleError: The initial adapter does not fit the bundle.
+        VerificationError: A file of the bundle or the initial adapter was changed.
+        LockedError: Another process writes `output`.
+        EdgetuneError: A loss or gradient was not finite.
+    """
+    check_options(config)
+    find_runtime(config.runtime)
+    if config.force and output.exists() and not _replaceable(output):
+        raise UsageError(f"{output} exists and is no adapter, so it is not replaced; choose another output")
+    with atomic_folder(output, replace=config.force) as partial:
+        run = _Run(open_bundle(bundle), data, valid, config, observer)
+        steps = run.execute(partial)
+    if run.stopped:
+        raise EdgetuneError(f"{run.stopped}; {output} holds the adapter after step {steps}; {_REMEDY}")
+    losses = run.validation_losses
+    return TrainResult(
+        path=output,
+        steps=steps,
+        final_loss=run.final_loss,
+        first_validation_loss=losses[0] if losses else None,
+        last_validation_loss=losses[-1] if losses else None,
+        seconds=run.seconds,
+    )
+
+
+_REMEDY = "try a lower --learning-rate, more --warmup-steps, or --max-grad-norm 1"
+
+
+def _replaceable(output: Path) -> bool:
+    return output.is_dir() and ((output / MANIFEST).is_file() or not any(output.iterdir()))
+
+
+class _Run:
+    """One run: everything that can be refused is refused here, before a session is opened."""
+
+    def __init__(self, bundle: Bundle, data: Path, valid: Path | None, config: TrainConfig, observer: Observer) -> None:
+        self._bundle, self._config, self._observer = bundle, config, observer
+        manifest = bundle.manifest
+        encoder = load_encoder(bundle.path, manifest.tokenizer)
+        self._rows = load_examples(data, encoder, manifest.max_length, truncate=config.truncate)
+        self._notice_lengths(data, self._rows)
+        self._valid: list[Example] = []
+        if valid is not None:
+            rows = load_examples(valid, encoder, manifest.max_length, truncate=config.truncate)
+            self._notice_lengths(valid, rows)
+            self._valid = rows.examples
+        self._plan = plan_steps(len(self._rows.examples), config)
+        self._parameters = self._first_parameters()
+        self._micro_batches = epoch_batches(self._rows.examples, config.batch_size, config.seed, config.shuffle)
+        self.validation_losses: list[float] = []
+        self.final_loss = math.nan
+        self.seconds = 0.0
+        self.stopped = ""
+        """Why the run ended early; empty when it did not."""
+
+    def execute(self, folder: Path) -> int:
+        """Train, and write the adapter into `folder`; returns the number of steps that were applied.
+
+        Raises:
+            EdgetuneError: Not even the first step was finite.
+        """
+        config = self._config
+        name, runtime = find_runtime(config.runtime)
+        optimizer = OptimizerConfig(config.weight_decay, config.max_grad_norm)
+        with runtime.open_session(self._bundle, self._parameters, optimizer) as session:
+            self._observer.on_start(self._start_info(name))
+            begin = perf_counter()
+            with RunRecord(folder) as record:
+                steps = self._train(session, record)
+            self.seconds = perf_counter() - begin
+            if self.stopped and not steps:
+                raise EdgetuneError(f"{self.stopped}; nothing was learnt, so nothing is written; {_REMEDY}")
+            parameters = session.adapter()
+        manifest = self._bundle.manifest
+        write_adapter(
+            folder,
+            base=manifest.base,
+            tokenizer=manifest.tokenizer,
+            lora=manifest.lora,
+            parameters=parameters,
+            provenance=self._provenance(name, steps),
+        )
+        return steps
+
+    def _train(self, session: Session, record: RunRecord) -> int:
+        plan, config = self._plan, self._config
+        first_validation = self._validate(session, 0)
+        spent = 0.0
+        for step in range(plan.total_steps):
+            rate = learning_rate(config.schedule, config.learning_rate, step, plan.total_steps, config.warmup_steps)
+            begin = perf_counter()
+            batches = [self._batch(examples) for examples in islice(self._micro_batches, plan.batches(step))]
+            result = session.step(batches, rate)
+            seconds = perf_counter() - begin
+            if not result.applied:
+                self.stopped = _stopped(step + 1, result)
+                return step
+            spent += seconds
+            self.final_loss = result.loss
+            tokens = sum(batch.tokens for batch in batches)
+            metrics = StepMetrics(
+                step=step + 1,
+                loss=result.loss,
+                learning_rate=rate,
+                grad_norm=result.grad_norm,
+                tokens=tokens,
+                tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+                peak_memory_bytes=peak_memory_bytes(),
+                eta_seconds=spent / (step + 1) * (plan.total_steps - step - 1),
+            )
+            self._observer.on_step(metrics)
+            validation = self._validate(session, step + 1) if plan.validates_after(step + 1) else None
+            record.write(
+                metrics,
+                validation_loss=validation,
+                initial_validation_loss=first_validation if step == 0 else None,
+            )
+        return plan.total_steps
+
+    def _validate(self, session: Session, step: int) -> float | None:
+        """Mean loss over the trained tokens of all validation rows; none when there are no rows."""
+        if not self._valid:
+            return None
+        total, tokens = 0.0, 0
+        for batch in self._validation_batches():
+            total += session.evaluate(batch) * batch.trained_tokens
+            tokens += batch.trained_tokens
+        loss = total / tokens
+        self.validation_losses.append(loss)
+        self._observer.on_validation(step, loss)
+        return loss
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        size = self._config.batch_size
+        for start in range(0, len(self._valid), size):
+            yield self._batch(self._valid[start : start + size])
+
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        manifest = self._bundle.manifest
+        architecture = manifest.architecture
+        return make_batch(
+            examples,
+            architecture.rope,
+            manifest.tokenizer.pad_token_id,
+            sliding_window=architecture.sliding_window,
+        )
+
+    def _first_parameters(self) -> dict[str, NDArray[np.float32]]:
+        manifest = self._bundle.manifest
+        if self._config.init_adapter is None:
+            return initial_parameters(manifest.lora, self._config.seed)
+        return read_adapter(self._config.init_adapter, manifest.lora, manifest.base, manifest.tokenizer)
+
+    def _notice_lengths(self, path: Path, rows: Examples) -> None:
+        limit = f"longer than {self._bundle.manifest.max_length:,} tokens"
+        if rows.truncated:
+            self._observer.on_notice(f"{path}: {len(rows.truncated):,} of {rows.rows:,} rows are {limit} and were cut")
+        if rows.too_long:
+            advice = "their answers begin after that" if self._config.truncate else "--truncate cuts them instead"
+            self._observer.on_notice(
+                f"{path}: {len(rows.too_long):,} of {rows.rows:,} rows are {limit} and were left out; {advice}"
+            )
+
+    def _start_info(self, runtime: str) -> StartInfo:
+        return StartInfo(
+            runtime=runtime,
+            steps=self._plan.total_steps,
+            steps_per_epoch=self._plan.steps_per_epoch,
+            rows=len(self._rows.examples),
+            rows_left_out=len(self._rows.too_long),
+            rows_truncated=len(self._rows.truncated),
+            validation_rows=len(self._valid),
+            tokens_per_epoch=sum(len(example.input_ids) for example in self._rows.examples),
+            trained_tokens_per_epoch=self._rows.trained_tokens,
+            trainable_parameters=sum(value.size for value in self._parameters.values()),
+        )
+
+    def _provenance(self, runtime: str, steps: int) -> dict[str, str]:
+        import onnxruntime
+
+        # Neither how the folder came to its place nor a path of this machine belongs to what was learnt.
+        options = {key: value for key, value in asdict(self._config).items() if key not in ("force", "init_adapter")}
+        provenance = {
+            "edgetune": edgetune.__version__,
+            "runtime": runtime,
+            "onnxruntime": onnxruntime.__version__,
+            "numpy": np.__version__,
+            "bundle": self._bundle.manifest.manifest_sha256,
+            "options": json.dumps(options, sort_keys=True),
+            "rows": str(len(self._rows.examples)),
+            "steps": str(steps),
+            "final_loss": repr(self.final_loss),
+        }
+        if self._config.init_adapter is not None:
+            provenance["init_adapter"] = self._config.init_adapter.resolve().name
+        if self.validation_losses:
+            provenance["validation_loss"] = repr(self.validation_losses[-1])
+        if self.stopped:
+            provenance["stopped"] = self.stopped
+        return provenance
+
+
+def _stopped(step: int, result: StepResult) -> str:
+    what = "loss" if not math.isfinite(result.loss) else "gradient"
+    return f"the {what} of step {step} is not finite, so the step was not applied and training stopped"

@@ -1,0 +1,87 @@
+"""What a run tells whoever shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class StartInfo:
+    """What is known once everything is checked and the model is loaded."""
+
+    runtime: str
+    """The runtime that executes the steps; what `auto` chose."""
+    steps: int
+    """Optimizer steps of the run."""
+    steps_per_epoch: int
+    rows: int
+    """Rows that are trained on."""
+    rows_left_out: int
+    """Rows longer than the bundle's maximum."""
+    rows_truncated: int
+    """Rows that were cut to the bundle's maximum, because that was asked for."""
+    validation_rows: int
+    """0 without validation data."""
+    tokens_per_epoch: int
+    trained_tokens_per_epoch: int
+    """Those of them that count for the loss."""
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step; the keys of a line of `metrics.jsonl`, but for `eta_seconds`."""
+
+    step: int
+    """Counted from 1."""
+    loss: float
+    """Mean over the step's trained tokens, before the update."""
+    learning_rate: float
+    grad_norm: float
+    """Global 2-norm of the gradient before clipping."""
+    tokens: int
+    """Tokens of the step that are not padding."""
+    tokens_per_second: float
+    peak_memory_bytes: int | None
+    """Highest resident memory so far of this process and a runtime's own; none where the system does not tell."""
+    eta_seconds: float
+    """Expected time to the end, without validation."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    path: Path
+    """The adapter folder."""
+    steps: int
+    final_loss: float
+    """Loss of the last step."""
+    first_validation_loss: float | None
+    """Before the first step; none without validation data."""
+    last_validation_loss: float | None
+    """After the last step."""
+    seconds: float
+    """Wall time of the steps and validations."""
+
+
+class Observer(Protocol):
+    """Shows a run."""
+
+    def on_start(self, info: StartInfo) -> None:
+        """The run begins."""
+        ...
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """An optimizer step was done."""
+        ...
+
+    def on_validation(self, step: int, loss: float) -> None:
+        """Validation loss was measured after `step` steps."""
+        ...
+
+    def on_notice(self, text: str) -> None:
+        """Something a person should know, in one line."""
+        ...

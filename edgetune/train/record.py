@@ -1,0 +1,93 @@
+"""The run record `metrics.jsonl`: one line an optimizer step, each flushed when it is complete.
+
+A line has the keys `step`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `tokens_per_second` and `peak_memory_bytes`.
+Where validation loss was measured after the step, it also has `validation_loss`; the first line has
+`initial_validation_loss`, measured before any step. A number that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from edgetune.train.observer import StepMetrics
+
+FILE = "metrics.jsonl"
+
+
+class RunRecord:
+    """Writes the record of a run while it goes on.
+
+    Args:
+        folder: The folder in which `metrics.jsonl` appears.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / FILE).open("x", encoding="utf-8", newline="\n")
+
+    def __enter__(self) -> RunRecord:
+        """The record itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def write(
+        self,
+        metrics: StepMetrics,
+        *,
+        validation_loss: float | None = None,
+        initial_validation_loss: float | None = None,
+    ) -> None:
+        """Write the line of a step."""
+        line: dict[str, float | None] = asdict(metrics)
+        del line["eta_seconds"]
+        if initial_validation_loss is not None:
+            line["initial_validation_loss"] = initial_validation_loss
+        if validation_loss is not None:
+            line["validation_loss"] = validation_loss
+        finite = {key: value if value is None or math.isfinite(value) else None for key, value in line.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def peak_memory_bytes() -> int | None:
+    """Highest resident memory so far of this process and of the children it has now; none where nothing tells."""
+    if (own := _high_water_mark("self")) is not None:
+        return own + sum(_high_water_mark(child) or 0 for child in _children())
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _high_water_mark(process: str) -> int | None:
+    """VmHWM of Linux; ru_maxrss would count what the parent process had used before the fork."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _children() -> list[str]:
+    """Process ids of the children of this process, whichever thread started them."""
+    children: list[str] = []
+    for thread in Path("/proc/self/task").iterdir():
+        try:
+            children += (thread / "children").read_text().split()
+        except OSError:
+            continue
+    return children

@@ -1,0 +1,91 @@
+"""How far a run goes, and its learning rate on the way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from edgetune.config import DEFAULT_EPOCHS, Schedule, TrainConfig
+from edgetune.errors import UsageError
+
+
+def learning_rate(schedule: Schedule, peak: float, step: int, total_steps: int, warmup_steps: int) -> float:
+    """Learning rate of one optimizer step, as transformers' `get_scheduler` gives it.
+
+    Args:
+        schedule: Shape after warm-up: stays at `peak`, falls to zero linearly, or along half a cosine.
+        peak: Highest learning rate.
+        step: Optimizer steps done before this one.
+        total_steps: Steps of the whole run.
+        warmup_steps: Steps over which the rate rises linearly; the first has rate zero when there are any.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if schedule == "linear":
+        return peak * (1.0 - progress)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which micro-batches go into which optimizer step. An epoch's last step takes what is left of the epoch."""
+
+    batches_per_epoch: int
+    gradient_accumulation_steps: int
+    steps_per_epoch: int
+    total_steps: int
+
+    def batches(self, step: int) -> int:
+        """Micro-batches of the step after `step` finished ones."""
+        done = step % self.steps_per_epoch * self.gradient_accumulation_steps
+        return min(self.gradient_accumulation_steps, self.batches_per_epoch - done)
+
+    def validates_after(self, step: int) -> bool:
+        """Whether validation loss is due after `step` steps: at the end, and after each epoch where there are two."""
+        if step == self.total_steps:
+            return True
+        return self.total_steps >= 2 * self.steps_per_epoch and step % self.steps_per_epoch == 0
+
+
+def plan_steps(rows: int, config: TrainConfig) -> Plan:
+    """Count the steps of a run over `rows` rows.
+
+    Raises:
+        UsageError: Warm-up takes the whole run, so that the learning rate never gets to its peak.
+    """
+    batches = math.ceil(rows / config.batch_size)
+    steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
+    total = math.ceil(epochs * steps_per_epoch) if config.steps is None else config.steps
+    if config.warmup_steps >= total:
+        raise UsageError(
+            f"warmup_steps is {config.warmup_steps}, but the run has {total} steps in all; "
+            f"use fewer than {total}, or more steps or epochs"
+        )
+    return Plan(batches, config.gradient_accumulation_steps, steps_per_epoch, total)
+
+
+def check_options(config: TrainConfig) -> None:
+    """Refuse options that cannot be meant.
+
+    Raises:
+        UsageError: Naming each of them, its value and what is expected.
+    """
+    problems = []
+    if config.steps is not None and config.epochs is not None:
+        problems.append(f"steps ({config.steps}) and epochs ({config.epochs:g}) exclude each other; give one of them")
+    at_least_one = ("batch_size", "gradient_accumulation_steps") + (("steps",) if config.steps is not None else ())
+    for name in at_least_one:
+        if getattr(config, name) < 1:
+            problems.append(f"{name} is {getattr(config, name)}, expected 1 or more")
+    for name in ("learning_rate",) + (("epochs",) if config.epochs is not None else ()):
+        if not 0 < getattr(config, name) < math.inf:
+            problems.append(f"{name} is {getattr(config, name)}, expected a number above 0")
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+        if not 0 <= getattr(config, name) < math.inf:
+            problems.append(f"{name} is {getattr(config, name)}, expected 0 or more")
+    if problems:
+        raise UsageError("\n".join(problems))
