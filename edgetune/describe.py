@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from edgetune.adapter import CONFIG as ADAPTER_CONFIG
+from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
+from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from edgetune.bundle import MANIFEST, list_files, open_bundle, verify_files
 from edgetune.errors import UsageError, VerificationError
+from edgetune.genai import CONFIG as GENAI_CONFIG
 from edgetune.manifest import (
     AdapterManifest,
     Architecture,
@@ -23,10 +27,6 @@ from edgetune.manifest import (
 
 Kind = Literal["bundle", "adapter", "model", "checkpoint", "folder", "file", "nothing"]
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_MANIFEST = "edgetune.json"
-GENAI_CONFIG = "genai_config.json"
 
 _MARKS: dict[str, Kind] = {
     MANIFEST: "bundle",

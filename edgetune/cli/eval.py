@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edgetune.cli.command import Command, json_option
-from edgetune.cli.inputs import PATH, adapter_at, bundle_at, rows_file
+from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, rows_file
 from edgetune.cli.output import console, print_json
 
 EXAMPLES = """
@@ -31,10 +31,10 @@ def command(bundle: Path, data: Path, adapter: Path | None, as_json: bool) -> No
     rows_file(data, "--data")
     if adapter is not None:
         adapter_at(adapter)
-    opened = bundle_at(bundle)
+    bundle_folder(bundle)
     from edgetune.evaluate import evaluate
 
-    evaluation = evaluate(opened, data, adapter)
+    evaluation = evaluate(bundle, data, adapter)
     if as_json:
         print_json(asdict(evaluation))
         return
@@ -50,3 +50,5 @@ def command(bundle: Path, data: Path, adapter: Path | None, as_json: bool) -> No
         f"{evaluation.exact_match:.1%}",
     )
     console().print(table)
+    if evaluation.left_out:
+        click.echo(f"{evaluation.left_out} rows are longer than the bundle's maximum and were left out")

@@ -36,6 +36,15 @@ def rows_file(path: Path, option: str) -> Path:
     return path
 
 
+def bundle_folder(path: Path) -> Path:
+    """A bundle's folder, for a stage that opens it.
+
+    Raises:
+        UsageError: There is something else, or nothing.
+    """
+    return _folder(path, "bundle")
+
+
 def bundle_at(path: Path) -> Bundle:
     """Open and verify a bundle.
 
@@ -46,7 +55,7 @@ def bundle_at(path: Path) -> Bundle:
     """
     from edgetune.bundle import open_bundle
 
-    return open_bundle(_folder(path, "bundle"))
+    return open_bundle(bundle_folder(path))
 
 
 def adapter_at(path: Path) -> Path:

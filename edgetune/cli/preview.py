@@ -1,0 +1,59 @@
+"""`edgetune preview`: the exact token ids and labels that each row becomes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgetune.cli.command import Command, json_option
+from edgetune.cli.inputs import PATH, bundle_folder, rows_file
+from edgetune.cli.output import print_json, printable
+
+if TYPE_CHECKING:
+    from edgetune.preview import Preview
+
+EXAMPLES = """
+edgetune preview bundle --data train.jsonl
+edgetune preview bundle --data train.jsonl | less
+edgetune preview bundle --data train.jsonl --json | head -n 1
+"""
+
+
+@click.command(cls=Command, epilog=EXAMPLES)
+@click.argument("bundle", type=PATH)
+@click.option("--data", type=PATH, required=True, help="JSONL rows to show.")
+@json_option
+def command(bundle: Path, data: Path, as_json: bool) -> None:
+    """Show what training would see of each row.
+
+    Text that is trained on is green on a terminal and [[in double brackets]] elsewhere. With --json one object a
+    row: `line`, `input_ids`, and `labels` with -100 where nothing is trained.
+    """
+    rows_file(data, "--data")
+    bundle_folder(bundle)
+    from edgetune.preview import preview
+
+    for row in preview(bundle, data):
+        if as_json:
+            print_json({"line": row.line, "input_ids": row.input_ids, "labels": row.labels})
+        else:
+            _show(row, data)
+
+
+def _show(row: Preview, data: Path) -> None:
+    from edgetune.data.encode import IGNORED
+
+    trained = sum(label != IGNORED for label in row.labels[1:])
+    note = ", longer than the bundle's maximum: left out, or cut with --truncate" if row.too_long else ""
+    click.secho(f"{data}:{row.line}: {len(row.input_ids)} tokens, {trained} trained{note}", bold=True)
+    marked = not sys.stdout.isatty()
+    for piece in row.pieces:
+        text = printable(piece.text)
+        if piece.trained:
+            click.secho(f"[[{text}]]" if marked else text, fg="green", nl=False)
+        else:
+            click.echo(text, nl=False)
+    click.echo("\n")

@@ -1,0 +1,125 @@
+"""How a training run is shown: a progress bar on a terminal, plain lines elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from edgetune.cli.output import bytes_text, notices
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from edgetune.train import Observer
+    from edgetune.train.observer import StartInfo, StepMetrics
+
+LINES = 100
+"""Steps that plain lines show at most; `metrics.jsonl` has all of them."""
+
+
+@contextmanager
+def shown(*, quiet: bool) -> Iterator[Observer]:
+    """The observer for this stderr, closed at the end of the run however it ends."""
+    if quiet or not sys.stderr.isatty():
+        yield LineObserver(notices(quiet=quiet))
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("train"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True, highlight=False), expand=True) as progress:
+        yield BarObserver(progress)
+
+
+class LineObserver:
+    """Writes lines.
+
+    Args:
+        say: Takes one line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._steps = 1
+
+    def on_start(self, info: StartInfo) -> None:
+        """Say what will be trained."""
+        self._steps = info.steps
+        self._say(start_text(info))
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Write the first step, the last, and evenly many between."""
+        every = math.ceil(self._steps / LINES)
+        if metrics.step == 1 or metrics.step % every == 0 or metrics.step == self._steps:
+            self._say(f"step {metrics.step}/{self._steps}: {step_text(metrics)}")
+
+    def on_validation(self, step: int, loss: float) -> None:
+        """Write the validation loss."""
+        self._say(validation_text(step, loss))
+
+    def on_notice(self, text: str) -> None:
+        """Write it."""
+        self._say(text)
+
+
+class BarObserver:
+    """Moves a progress bar; all else is printed above it.
+
+    Args:
+        progress: A started rich display.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def on_start(self, info: StartInfo) -> None:
+        """Say what will be trained, and show an empty bar."""
+        self._print(start_text(info))
+        self._task = self._progress.add_task("", total=info.steps)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=metrics.step, description=step_text(metrics))
+
+    def on_validation(self, step: int, loss: float) -> None:
+        """Print the validation loss."""
+        self._print(validation_text(step, loss))
+
+    def on_notice(self, text: str) -> None:
+        """Print it."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._progress.console.print(text, markup=False)
+
+
+def start_text(info: StartInfo) -> str:
+    """What will be trained, in one line."""
+    tokens = f"{info.tokens_per_epoch:,} tokens, {info.trained_tokens_per_epoch:,} of them trained"
+    epochs = f"{info.steps} steps ({info.steps_per_epoch} an epoch)"
+    return f"{info.rows} rows ({tokens}), {epochs}, {info.trainable_parameters:,} parameters, on {info.runtime}"
+
+
+def step_text(metrics: StepMetrics) -> str:
+    """A step's figures: loss, learning rate, tokens a second, time to go, peak memory."""
+    peak = "" if metrics.peak_memory_bytes is None else f", peak {bytes_text(metrics.peak_memory_bytes)}"
+    rate = f"lr {metrics.learning_rate:.2e}, {metrics.tokens_per_second:,.0f} tokens/s"
+    return f"loss {metrics.loss:.4f}, {rate}, ETA {duration_text(metrics.eta_seconds)}{peak}"
+
+
+def validation_text(step: int, loss: float) -> str:
+    """Validation loss, in one line."""
+    return f"validation loss {loss:.4f} {'before training' if step == 0 else f'after step {step}'}"
+
+
+def duration_text(seconds: float) -> str:
+    """`h:mm:ss`; `?` for what is no time."""
+    if not 0 <= seconds < timedelta.max.total_seconds():
+        return "?"
+    return str(timedelta(seconds=round(seconds)))
