@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ IGNORED = -100
 """Label of a token that is not trained (Hugging Face's convention)."""
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer.json"
+_NO_SPACE = re.compile(r"\S")
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,13 @@ class Encoder:
         template = self._require_template()
         text = template.render(messages, add_generation_prompt=False)
         tokens = self._tokens(text)
+        starts = [token.start for token in tokens]
         labels = [IGNORED] * len(tokens)
         for start, end in answer_spans(template, messages, text):
-            end = _end_of_turn(tokens, text, end)
-            for index, token in enumerate(tokens):
-                if start <= token.start and token.end <= end:
-                    labels[index] = token.id
+            end = _end_of_turn(tokens, starts, text, end)
+            for index in range(bisect_left(starts, start), bisect_left(starts, end)):
+                if tokens[index].end <= end:
+                    labels[index] = tokens[index].id
         return Example(line, [token.id for token in tokens], labels)
 
     def _encode_plain(self, line: int, text: str, prompt_end: int | None) -> Example:
@@ -257,11 +261,12 @@ def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bo
     return Examples(examples, len(rows), too_long, truncated, sum(example.trained_tokens for example in examples))
 
 
-def _end_of_turn(tokens: Sequence[_Token], text: str, end: int) -> int:
-    """End of the special token that closes an answer, or `end` when none follows it directly."""
-    for token in tokens:
-        if token.special and token.start >= end:
-            return token.end if not text[end : token.start].strip() else end
+def _end_of_turn(tokens: Sequence[_Token], starts: Sequence[int], text: str, end: int) -> int:
+    """End of the special token that closes an answer; `end` when the next thing after white space is none."""
+    if (following := _NO_SPACE.search(text, end)) is not None:
+        index = bisect_left(starts, following.start())
+        if index < len(tokens) and tokens[index].special and tokens[index].start == following.start():
+            return tokens[index].end
     return end
 
 

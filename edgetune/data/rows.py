@@ -14,6 +14,8 @@ from edgetune.errors import DataError, UsageError
 
 LINE_LIMIT = 1 << 20
 """Longest line that is read, in bytes."""
+MESSAGE_LIMIT = 1000
+"""Most messages of a conversation; each answer costs a rendering of all that comes before it."""
 PROBLEM_LIMIT = 1000
 """Problems that are kept; more are only counted."""
 ROLES = ("system", "user", "assistant")
@@ -150,7 +152,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
             yield number, raw
             return  # every further line would fail for the same reason
         elif raw.strip():
-            yield number, raw
+            yield number, raw.rstrip(b"\r\n")
 
 
 def _read_line(raw: bytes | None, line: int) -> tuple[str, Row]:
@@ -187,7 +189,7 @@ def _parse(text: str) -> Any:
     except _RowError:
         raise
     except json.JSONDecodeError as error:
-        raise _RowError(f"is not valid JSON: {error.msg} at column {error.colno}") from error
+        raise _RowError(f"is not valid JSON: {error.msg} (column {error.colno})") from error
     except RecursionError as error:
         raise _RowError("is nested too deeply; a row is one flat object") from error
     except ValueError as error:  # an integer of thousands of digits
@@ -235,6 +237,8 @@ def _refuse_unknown(record: dict[str, Any], known: Sequence[str], where: str) ->
 def _messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list):
         raise _RowError(f'"messages" must be a list, found {_kind_of(value)}')
+    if len(value) > MESSAGE_LIMIT:
+        raise _RowError(f'"messages" has {len(value):,} entries, at most {MESSAGE_LIMIT:,} are taken; split the row')
     messages = tuple(_message(f"messages[{index}]", item) for index, item in enumerate(value))
     if not any(message.role == "assistant" for message in messages):
         raise _RowError('"messages" has no assistant message, so nothing to learn; add the answer')

@@ -1,0 +1,106 @@
+"""Batches against transformers' masks, and the order of rows."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from edgetune.data.batches import MASKED, epoch_batches, make_batch
+from edgetune.data.encode import IGNORED, Example
+from edgetune.errors import DataError
+from edgetune.rope import rope_from_config, rope_tables
+
+ROPE = rope_from_config({"hidden_size": 32, "num_attention_heads": 4})
+LONG = Example(1, [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [IGNORED] * 4 + [9, 10, 11, 12, 13, 14])
+SHORT = Example(2, [20, 21, 22], [20, 21, 22])
+
+
+def test_rows_are_padded_and_labels_shifted() -> None:
+    batch = make_batch([LONG, SHORT], ROPE, pad_token_id=3)
+    assert batch.input_ids.shape == batch.labels.shape == (2, 16)
+    assert batch.input_ids[1].tolist() == [20, 21, 22] + [3] * 13
+    assert batch.labels[0].tolist() == [IGNORED] * 3 + [9, 10, 11, 12, 13, 14] + [IGNORED] * 7
+    assert batch.labels[1].tolist() == [21, 22] + [IGNORED] * 14
+    assert batch.tokens == 13
+    assert batch.trained_tokens == 8 == LONG.trained_tokens + SHORT.trained_tokens
+    assert batch.attn_bias.shape == (2, 1, 16, 16)
+    assert (batch.input_ids.dtype, batch.labels.dtype) == (np.int64, np.int64)
+    assert {array.dtype for array in (batch.attn_bias, batch.rope_cos, batch.rope_sin)} == {np.dtype(np.float32)}
+
+
+def test_exact_length() -> None:
+    assert make_batch([LONG, SHORT], ROPE, 3, multiple_of=1).input_ids.shape == (2, 10)
+    assert make_batch([LONG], ROPE, 3, multiple_of=5).input_ids.shape == (1, 10)
+
+
+def test_rope_tables_are_those_of_the_positions() -> None:
+    batch = make_batch([LONG, SHORT], ROPE, 3)
+    positions = np.broadcast_to(np.arange(16), (2, 16))
+    cos, sin = rope_tables(ROPE, positions, np.array([10, 3]))
+    np.testing.assert_array_equal(batch.rope_cos, cos)
+    np.testing.assert_array_equal(batch.rope_sin, sin)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 10, 100])
+def test_real_positions_look_where_transformers_lets_them(window: int | None) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import Phi3Config
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+    batch = make_batch([LONG, SHORT], ROPE, 3, sliding_window=window)
+    length = batch.input_ids.shape[1]
+    padding = torch.arange(length)[None] < torch.tensor([[10], [3]])
+    config = Phi3Config(sliding_window=window)
+    config._attn_implementation = "eager"
+    create = create_causal_mask if window is None else create_sliding_window_causal_mask
+    mask = create(
+        config=config,
+        input_embeds=torch.zeros(2, length, 8),
+        attention_mask=padding,
+        cache_position=torch.arange(length),
+        past_key_values=None,
+    )
+    expected = mask.numpy() == 0
+    ours = batch.attn_bias == 0
+    real = padding.numpy()
+    np.testing.assert_array_equal(ours[:, 0][real], expected[:, 0][real])
+    assert set(np.unique(batch.attn_bias)) == {MASKED, np.float32(0)}
+    assert ours.any(axis=-1).all(), "a fully masked row makes the softmax meaningless"
+    assert not ours[~np.broadcast_to(np.tri(length, dtype=bool), ours.shape)].any()
+
+
+def test_order_is_seeded_and_new_every_epoch() -> None:
+    rows = list(range(10))
+    batches = list(islice(epoch_batches(rows, 4, seed=7, shuffle=True), 9))
+    epochs = [[row for batch in batches[first : first + 3] for row in batch] for first in (0, 3, 6)]
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 3
+    assert all(sorted(epoch) == rows for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert batches == list(islice(epoch_batches(rows, 4, seed=7, shuffle=True), 9))
+    assert batches != list(islice(epoch_batches(rows, 4, seed=8, shuffle=True), 9))
+    assert epochs[1] == [rows[index] for index in _permutation(10, 7, 1)]
+
+
+def _permutation(length: int, seed: int, epoch: int) -> list[int]:
+    indices = np.arange(length)
+    np.random.default_rng((seed, epoch)).shuffle(indices)
+    return indices.tolist()
+
+
+def test_without_shuffle_the_file_s_order_holds() -> None:
+    assert list(islice(epoch_batches("abcde", 2, 0, False), 4)) == [["a", "b"], ["c", "d"], ["e"], ["a", "b"]]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_run_can_start_at_any_step(shuffle: bool) -> None:
+    rows = list(range(7))
+    whole = list(islice(epoch_batches(rows, 3, 1, shuffle), 12))
+    for start in range(12):
+        assert list(islice(epoch_batches(rows, 3, 1, shuffle, start), 12 - start)) == whole[start:]
+
+
+def test_no_rows() -> None:
+    with pytest.raises(DataError, match="no rows"):
+        next(epoch_batches([], 2, 0, True))

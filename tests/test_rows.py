@@ -1,0 +1,230 @@
+"""Every kind of bad file is told as `file:line: reason`; nothing else ever comes out."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edgetune.data.rows import (
+    LINE_LIMIT,
+    PROBLEM_LIMIT,
+    ChatRow,
+    CompletionRow,
+    Message,
+    TextRow,
+    read_rows,
+)
+from edgetune.errors import DataError, EdgetuneError, UsageError
+
+CHAT = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 🙂"}]}'
+COMPLETION = '{"prompt": "2+2=", "completion": "4"}'
+TEXT = '{"text": "Some text"}'
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "rows.jsonl"
+
+
+def problems(path: Path, data: bytes | str) -> list[str]:
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    return caught.value.problems
+
+
+def test_the_three_kinds(path: Path) -> None:
+    path.write_text(f"{CHAT}\n{CHAT}\n", encoding="utf-8")
+    turns = (Message("user", "Hi"), Message("assistant", "Hello 🙂"))
+    assert read_rows(path) == [ChatRow(1, turns), ChatRow(2, turns)]
+    path.write_text(f"{COMPLETION}")
+    assert read_rows(path) == [CompletionRow(1, "2+2=", "4")]
+    path.write_text(f"{TEXT}\n")
+    assert read_rows(path) == [TextRow(1, "Some text")]
+
+
+def test_crlf_and_blank_lines_are_fine(path: Path) -> None:
+    path.write_bytes(f"\r\n{TEXT}\r\n  \r\n\n{TEXT}\r\n\n".encode())
+    assert [row.line for row in read_rows(path)] == [2, 5]
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        read_rows(tmp_path / "absent.jsonl")
+    with pytest.raises(UsageError, match="not a regular file"):
+        read_rows(tmp_path)
+
+
+def chat(*messages: Any) -> str:
+    return json.dumps({"messages": messages})
+
+
+USER = {"role": "user", "content": "Hi"}
+BAD_LINES = {
+    "cut short": ('{"text": "a', r"not valid JSON: Unterminated string starting at \(column 10\)"),
+    "single quotes": ("{'text': 'a'}", r"not valid JSON: .* \(column 2\)"),
+    "two objects": (TEXT + TEXT, r"not valid JSON: Extra data \(column 22\)"),
+    "NUL": (b'{"text": "a\0b"}', "NUL byte at byte 12"),
+    "invalid UTF-8": (b'{"text": "\xff"}', "not UTF-8: invalid start byte at byte 11"),
+    "control character": (b'{"text": "a\tb"}', "Invalid control character"),
+    "deep": ("[" * 200_000, "nested too deeply"),
+    "deep object": ('{"text":' * 100_000, "nested too deeply"),
+    "duplicate key": ('{"text": "a", "text": "b"}', '"text" twice'),
+    "nested duplicate": ('{"messages": [{"role": "user", "role": "assistant"}]}', '"role" twice'),
+    "NaN": ('{"text": NaN}', "NaN is not a JSON value"),
+    "minus infinity": ('{"text": -Infinity}', "-Infinity is not a JSON value"),
+    "endless integer": ('{"text": ' + "9" * 5000 + "}", "is not a row"),
+    "list": ("[1]", "expected an object .* found a list"),
+    "number": ("1", "found a number"),
+    "string": ('"text"', "found a string"),
+    "null": ("null", "found null"),
+    "true": ("true", "found true or false"),
+    "empty object": ("{}", "is an empty object"),
+    "misspelt": ('{"mesages": []}', 'unknown key "mesages"; did you mean "messages"'),
+    "misspelt second": ('{"prompt": "a", "competion": "b"}', 'did you mean "completion"'),
+    "unknown key": ('{"text": "a", "id": 3}', 'unknown key "id"; a row has'),
+    "half a pair": ('{"prompt": "a"}', 'lacks the key "completion"'),
+    "two kinds in one": ('{"text": "a", "prompt": "b"}', 'unknown key "text"'),
+    "text of the wrong type": ('{"text": 3}', "text must be a string, found a number"),
+    "prompt of the wrong type": ('{"prompt": null, "completion": "a"}', "prompt must be a string, found null"),
+    "completion of the wrong type": ('{"prompt": "a", "completion": []}', "completion must be a string, found a list"),
+    "empty text": ('{"text": " \\n"}', "text is empty"),
+    "empty completion": ('{"prompt": "a", "completion": ""}', "completion is empty"),
+    "surrogate": ('{"text": "a\\ud800"}', r"half a surrogate pair \(\\ud800\)"),
+    "surrogate in a prompt": ('{"prompt": "\\udc00", "completion": "a"}', r"prompt has half .*\\udc00"),
+    "messages no list": ('{"messages": "Hi"}', '"messages" must be a list, found a string'),
+    "endless conversation": (chat(*[USER] * 1001), "1,001 entries, at most 1,000"),
+    "no message": (chat(), "no assistant message"),
+    "no answer": (chat(USER), "no assistant message"),
+    "message no object": (chat(USER, "Hello"), r"messages\[1\] must be an object"),
+    "no role": (chat({"content": "a"}), r'messages\[0\] lacks the key "role"'),
+    "no content": (chat({"role": "user"}), r'messages\[0\] lacks the key "content"'),
+    "misspelt message key": (chat({"role": "user", "contents": "a"}), 'did you mean "content"'),
+    "tool": (chat({"role": "tool", "content": "a"}), 'one of system, user, assistant, found "tool"'),
+    "role of the wrong type": (chat({"role": ["user"], "content": "a"}), "one of .* found a list"),
+    "content of the wrong type": (chat({"role": "user", "content": [USER]}), "content must be a string, found a list"),
+    "empty answer": (chat(USER, {"role": "assistant", "content": " "}), r"messages\[1\]\.content is empty"),
+    "surrogate in an answer": (
+        '{"messages": [{"role": "assistant", "content": "\\ud83d"}]}',
+        r"messages\[0\]\.content has half",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_bad_line(name: str, path: Path) -> None:
+    line, reason = BAD_LINES[name]
+    raw = line.encode() if isinstance(line, str) else line
+    found = problems(path, TEXT.encode() + b"\n\n" + raw + b"\n" + TEXT.encode())
+    assert len(found) == 1
+    assert found[0].startswith(f"{path}:3: ")
+    with pytest.raises(DataError, match=reason):
+        read_rows(path)
+
+
+def test_byte_order_marks(path: Path) -> None:
+    assert problems(path, b"\xef\xbb\xbf" + TEXT.encode()) == [
+        f"{path}:1: the file starts with a byte order mark; save it as UTF-8 without BOM"
+    ]
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        data = (TEXT + "\n" + TEXT).encode(encoding)
+        assert problems(path, data)[0].startswith(f"{path}:1: ")
+    assert problems(path, f"{TEXT}\n{TEXT}".encode("utf-16")) == [f"{path}:1: the file is UTF-16; save it as UTF-8"]
+
+
+def test_no_rows(path: Path) -> None:
+    for data in ("", "\n \r\n"):
+        (found,) = problems(path, data)
+        assert found.startswith(f"{path}:1: the file has no rows")
+
+
+def test_mixed_kinds_are_told_once(path: Path) -> None:
+    found = problems(path, f"{COMPLETION}\n{TEXT}\n{CHAT}\n{COMPLETION}")
+    assert found == [f"{path}:2: is a text row, but the rows before are prompt/completion rows; use one kind a file"]
+
+
+def test_all_problems_are_told_in_order(path: Path) -> None:
+    found = problems(path, f"{{\n{TEXT}\n[]\n{COMPLETION}\n{{}}")
+    assert [problem.removeprefix(f"{path}:").split(":")[0] for problem in found] == ["1", "3", "4", "5"]
+
+
+def test_a_huge_line_is_never_read_whole(path: Path) -> None:
+    with path.open("wb") as file:
+        file.write(TEXT.encode() + b'\n{"text": "')
+        for _ in range(100):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n' + TEXT.encode() + b"\n[]")
+    tracemalloc.start()
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{path}:2", f"{path}:4"]
+    assert "longer than 1,048,576 bytes" in caught.value.problems[0]
+    assert peak < 8 << 20
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_the_longest_line(path: Path, extra: int, end: bytes) -> None:
+    text = "x" * (LINE_LIMIT + extra - len('{"text": ""}'))
+    data = json.dumps({"text": text}).encode()
+    assert len(data) == LINE_LIMIT + extra
+    path.write_bytes(data + end + (TEXT.encode() if end else b""))
+    if extra > 0:
+        with pytest.raises(DataError, match=":1: is longer than"):
+            read_rows(path)
+    else:
+        assert read_rows(path)[0] == TextRow(1, text)
+
+
+def test_a_million_problems_take_little_memory(path: Path) -> None:
+    path.write_bytes(b"[\n" * 100_000)
+    tracemalloc.start()
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 << 20
+    assert len(caught.value.problems) == PROBLEM_LIMIT + 1
+    assert "100,000 problems" in str(caught.value)
+    assert f"{path}:1: " in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["messages", "role", "content", "prompt", "completion", "text"]) | st.text(), inner
+        )
+        | st.just({"role": "assistant", "content": "a"})
+    ),
+    max_leaves=12,
+)
+LINES = st.one_of(
+    st.binary(max_size=60),
+    JSON.map(lambda value: json.dumps(value).encode()),
+    st.sampled_from([CHAT, COMPLETION, TEXT]).map(str.encode),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(LINES, max_size=5), start=st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff\xfe"]))
+def test_no_file_brings_anything_but_rows_or_an_edgetune_error(path: Path, lines: list[bytes], start: bytes) -> None:
+    path.write_bytes(start + b"\n".join(lines))
+    try:
+        rows = read_rows(path)
+    except EdgetuneError as error:
+        assert isinstance(error, DataError)
+        assert all(problem.startswith(f"{path}:") for problem in error.problems)
+        str(error).encode()
+    else:
+        assert len({type(row) for row in rows}) == 1
+        repr(rows).encode()
