@@ -106,7 +106,10 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise _explained(error, path) from error
+        explained = _explained(error, path)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def _swap(partial: Path, path: Path) -> None:
@@ -120,10 +123,10 @@ def _swap(partial: Path, path: Path) -> None:
     _sync(path.parent)
 
 
-def _explained(error: OSError, path: Path) -> EdgetuneError:
+def _explained(error: OSError, path: Path) -> EdgetuneError | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free
         return ResourceError(f"{path}: the disk is full ({free:,} bytes free); free some space or choose another output")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return UsageError(f"{path}: cannot be written ({error.strerror}); choose another output")
-    return EdgetuneError(f"{path}: {error.strerror or error}")
+    return None

@@ -1,0 +1,145 @@
+"""From a checkpoint to a bundle: export, differentiate, lower, quantise, seal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from edgetune import __version__
+from edgetune.bundle import Bundle, list_files, open_bundle, seal_bundle
+from edgetune.bundle import MANIFEST
+from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
+from edgetune.config import PrepareConfig
+from edgetune.errors import UsageError
+from edgetune.manifest import (
+    BUNDLE_FORMAT,
+    FORMAT_VERSION,
+    BaseModel,
+    BundleManifest,
+    Graph,
+    Lora,
+    Tokenizer,
+)
+from edgetune.storage import atomic_folder, sha256_of
+
+HOST_TOOLS = ("torch", "transformers", "optimum-onnx", "olive-ai", "onnxruntime-genai", "onnxruntime", "onnx", "peft")
+"""Packages whose versions the manifest records."""
+
+
+def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[[str], None]) -> Bundle:
+    """Make a bundle of a Phi-3 checkpoint.
+
+    Args:
+        checkpoint: A local folder or a hub id.
+        output: The bundle to write.
+        config: Slots, base and limits.
+        say: Hears what happens, a line a stage.
+
+    Raises:
+        UsageError: No checkpoint there, the output exists, or `max_length` exceeds the model's positions.
+        IncompatibleError: Another family, or an operator without gradient.
+        VerificationError: The checkpoint is incomplete or broken.
+    """
+    source = open_checkpoint(checkpoint, download=config.download, int4=config.base == "int4")
+    if config.max_length > source.architecture.max_position_embeddings:
+        raise UsageError(
+            f"max length is {config.max_length}, "
+            f"the model has {source.architecture.max_position_embeddings} positions; give a smaller --max-length"
+        )
+    with atomic_folder(output, replace=config.force) as folder:
+        with TemporaryDirectory() as scratch:
+            view = source.without_code(Path(scratch) / "source")
+            say(f"Building the {config.base} GenAI model (Olive) …")
+            _build_inference_model(source, view, folder, config)
+            say("Exporting the forward graph (Optimum) …")
+            lora, coverage = _build_training_graphs(source, view, Path(scratch), folder, config, say)
+        say("Hashing …")
+        seal_bundle(folder, _manifest(source, folder, config, lora, coverage))
+    return open_bundle(output)
+
+
+def _build_inference_model(source: Checkpoint, view: Path, folder: Path, config: PrepareConfig) -> None:
+    from edgetune.prepare.genai_model import build_genai_model
+
+    build_genai_model(view, folder, config.base)
+    copy_chat_template(source, folder)
+
+
+def _build_training_graphs(
+    source: Checkpoint, view: Path, scratch: Path, folder: Path, config: PrepareConfig, say: Callable[[str], None]
+) -> tuple[Lora, dict[str, int]]:
+    import onnx_ir as ir
+
+    from edgetune.adapter import initial_parameters
+    from edgetune.prepare.adamw import build_adamw
+    from edgetune.prepare.forward import export_forward
+    from edgetune.prepare.gradient import ARTIFACTS, differentiate
+    from edgetune.prepare.lowering import lower
+    from edgetune.prepare.portable import evaluation_graph
+    from edgetune.prepare.shapes import resolve_shapes
+    from edgetune.prepare.weights import attach_weights
+
+    lora = export_forward(view, scratch / "forward.onnx", config)
+    forward = resolve_shapes(ir.load(scratch / "forward.onnx"))
+    parameters = initial_parameters(lora, seed=0)
+    evaluation = evaluation_graph(forward, list(parameters))
+    say("Differentiating (ONNX Runtime Training) …")
+    coverage = differentiate(forward, parameters, scratch, say)
+    say("Lowering to standard operators …")
+    graphs = {name: ir.load(scratch / file) for name, file in ARTIFACTS.items()}
+    graphs["step"] = lower(ir.load(scratch / ARTIFACTS["training_model"]), list(parameters))
+    graphs["loss"] = evaluation
+    for role in ("training_model", "eval_model", "step", "loss"):
+        attach_weights(graphs[role], folder, source.architecture, config.base)
+    graphs["adamw"] = build_adamw(lora)
+    for role, graph in graphs.items():
+        ir.save(graph, folder / f"{role}.onnx")
+    (folder / "checkpoint").write_bytes((scratch / "checkpoint").read_bytes())
+    return lora, coverage
+
+
+def _manifest(
+    source: Checkpoint, folder: Path, config: PrepareConfig, lora: Lora, coverage: dict[str, int]
+) -> BundleManifest:
+    from edgetune.prepare.portable import describe_graph
+
+    roles = ("step", "loss", "adamw", "training_model", "eval_model", "optimizer_model", "model")
+    graphs = [Graph(role, f"{role}.onnx", *describe_graph(folder / f"{role}.onnx")) for role in roles]
+    return BundleManifest(
+        format=BUNDLE_FORMAT,
+        format_version=FORMAT_VERSION,
+        base=BaseModel(source.name, source.sha256(), config.base),
+        architecture=source.architecture,
+        tokenizer=_tokenizer(source, folder),
+        lora=lora,
+        max_length=config.max_length,
+        graphs=graphs,
+        gradient_coverage=coverage,
+        provenance={"edgetune": __version__, **{name: version(name) for name in HOST_TOOLS}},
+        files=list_files(folder, without=MANIFEST),
+    )
+
+
+def _tokenizer(source: Checkpoint, folder: Path) -> Tokenizer:
+    described = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    template = folder / "chat_template.jinja"
+    bos, eos = (_token_text(described.get(key)) for key in ("bos_token", "eos_token"))
+    if eos is None:
+        raise UsageError(f"{source.path}: tokenizer_config.json names no eos_token; add one, training needs it")
+    return Tokenizer(
+        sha256=sha256_of(folder / "tokenizer.json"),
+        chat_template_sha256=sha256_of(template) if template.is_file() else None,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token_id=source.config.get("pad_token_id") or 0,
+    )
+
+
+def _token_text(token: object) -> str | None:
+    """A special token is written as its text, or as an object whose `content` is the text."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None

@@ -6,13 +6,8 @@ import tempfile
 from pathlib import Path
 
 from edgetune.config import Base
-from edgetune.genai import MODEL, SIDE_FILES, WEIGHTS
+from edgetune.genai import ACCURACY_LEVEL, BLOCK_SIZE, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.olive_pass import run_olive_pass
-
-BLOCK_SIZE = 32
-"""Neighbouring weights along the input that share a scale in an int4 base."""
-ACCURACY_LEVEL = 1
-"""`MatMulNBits` computes in fp32, as the training graphs do (docs/decisions/0003-int4-accuracy-level.md)."""
 
 
 def build_genai_model(checkpoint: Path, output: Path, base: Base) -> None:

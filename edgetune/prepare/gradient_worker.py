@@ -1,9 +1,9 @@
 """Runs in the side environment: differentiates a forward graph with ONNX Runtime Training.
 
-Usage: gradient_worker.py FORWARD.onnx TRAINABLE.json OUTPUT_FOLDER
+Usage: gradient_worker.py FORWARD.onnx TRAINABLE.json OPTIMIZER.json OUTPUT_FOLDER
 
-TRAINABLE.json lists the initializers to train; the graph's first output is the objective. Writes the four training
-artifacts and `coverage.json`: how often each operator occurs between the parameters and the objective, and
+TRAINABLE.json lists the initializers to train; the graph's first output is the objective; OPTIMIZER.json holds betas,
+eps, weight_decay and max_grad_norm of AdamW. Writes the four training artifacts and `coverage.json`: how often each operator occurs between the parameters and the objective, and
 which of them have no gradient. Imports nothing of edgetune, which is not installed there.
 """
 
@@ -14,17 +14,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 
-# These two import torch, serve its former trainer only, and nothing here uses them.
-for _name in ("amp", "optim"):
-    sys.modules[f"onnxruntime.training.{_name}"] = ModuleType(_name)
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.training import artifacts, onnxblock
 
-import numpy as np  # noqa: E402
-import onnx  # noqa: E402
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-from onnxruntime.training import artifacts  # noqa: E402
-
+_USER_OUTPUTS = 2
+"""Objective and loss come first among the outputs."""
 _PROBE_SIZE = 2
 """What a symbolic dimension becomes while an operator is probed."""
 
@@ -101,20 +98,56 @@ def coverage(model: onnx.ModelProto, trainable: set[str]) -> dict[str, object]:
     return {"operators": dict(Counter(node.op_type for node in path)), "missing": missing}
 
 
-def main(forward: Path, trainable: list[str], output: Path) -> None:
+def add_grad_norm(path: Path) -> None:
+    """Give the training model an output `grad_norm`: the global 2-norm of the gradient accumulated so far."""
+    model = onnx.load(path)
+    graph = model.graph
+    graph.initializer.append(numpy_helper.from_array(np.array([0, 1], np.int64), "grad_norm/axes"))
+    sums = []
+    for node in list(graph.node):
+        if node.op_type == "InPlaceAccumulatorV2":
+            accumulated = f"{node.input[1]}.accumulated"
+            node.output.append(accumulated)
+            square, total = f"{accumulated}.square", f"{accumulated}.square_sum"
+            graph.node.append(helper.make_node("Mul", [accumulated, accumulated], [square]))
+            graph.node.append(helper.make_node("ReduceSum", [square, "grad_norm/axes"], [total], keepdims=0))
+            sums.append(total)
+    graph.node.append(helper.make_node("Sum", sums, ["grad_norm/square"]))
+    graph.node.append(helper.make_node("Sqrt", ["grad_norm/square"], ["grad_norm"]))
+    graph.output.insert(_USER_OUTPUTS, helper.make_tensor_value_info("grad_norm", TensorProto.FLOAT, []))
+    onnx.save(model, path)
+
+
+def use_torch_adamw(path: Path) -> None:
+    """Adam mode 0 adds epsilon after the bias correction, as torch does; the block can only write mode 1."""
+    model = onnx.load(path)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "adam_mode":
+                attribute.i = 0
+    onnx.save(model, path)
+
+
+def main(forward: Path, trainable: list[str], optimizer: dict[str, object], output: Path) -> None:
     model = onnx.load(forward)
     report = coverage(model, set(trainable))
     (output / "coverage.json").write_text(json.dumps(report))
     if report["missing"]:
         return
-    artifacts.generate_artifacts(
-        model,
-        requires_grad=trainable,
-        frozen_params=[],
-        optimizer=artifacts.OptimType.AdamW,
-        artifact_directory=output,
+    block = onnxblock.optim.AdamW(
+        bias_correction=True,
+        betas=tuple(optimizer["betas"]),
+        eps=optimizer["eps"],
+        weight_decay=optimizer["weight_decay"],
+        clip_grad=onnxblock.optim.ClipGradNorm(optimizer["max_grad_norm"]),
     )
+    artifacts.generate_artifacts(
+        model, requires_grad=trainable, frozen_params=[], optimizer=block, artifact_directory=output
+    )
+    add_grad_norm(output / "training_model.onnx")
+    use_torch_adamw(output / "optimizer_model.onnx")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))
+    model_path, names_path, options_path, output_path = map(Path, sys.argv[1:])
+    main(model_path, json.loads(names_path.read_text()), json.loads(options_path.read_text()), output_path)

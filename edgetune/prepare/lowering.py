@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
+from onnx_ir.passes import common as passes
 
 from edgetune.errors import IncompatibleError
 from edgetune.prepare.shapes import dimensions, fold, resolve_shapes
@@ -28,13 +29,14 @@ class Operators(tape.Tape):
 
     def floats(self, *numbers: float) -> ir.Value:
         """A float32 constant of shape (len(numbers),): never of rank 0."""
-        return self._constant(np.array(numbers, dtype=np.float32))
+        return self.constant(np.array(numbers, dtype=np.float32))
 
     def integers(self, *numbers: int) -> ir.Value:
         """An int64 constant of shape (len(numbers),)."""
-        return self._constant(np.array(numbers, dtype=np.int64))
+        return self.constant(np.array(numbers, dtype=np.int64))
 
-    def _constant(self, array: np.ndarray) -> ir.Value:
+    def constant(self, array: np.ndarray) -> ir.Value:
+        """A constant."""
         return self.op("Constant", [], attributes={"value": ir.tensor(array)})
 
     def swap_last(self, value: ir.Value, rank: int) -> ir.Value:
@@ -190,7 +192,7 @@ def lower(model: ir.Model, parameters: Sequence[str]) -> ir.Model:
     Raises:
         IncompatibleError: An operator without a standard form occurs; all of them are named.
     """
-    _expose_gradients(model.graph, parameters)
+    _expose_gradients(model, parameters)
     for name in [domain for domain in model.opset_imports if domain]:
         if name != "com.microsoft":
             del model.opset_imports[name]
@@ -224,29 +226,29 @@ def _lower_nodes(model: ir.Model) -> None:
         )
 
 
-def _expose_gradients(graph: ir.Graph, parameters: Sequence[str]) -> None:
-    """Parameters become inputs, `<parameter>.grad` outputs; accumulation buffers and the objective go."""
-    loss = next(value for value in graph.outputs if value.name == "loss")
-    gradients = {}
-    for node in list(graph):
-        if node.op_type == "InPlaceAccumulatorV2" and node.inputs[1] is not None:
-            gradient = node.inputs[1]
-            gradients[str(gradient.name).removesuffix("_grad")] = gradient
+def _expose_gradients(model: ir.Model, parameters: Sequence[str]) -> None:
+    """Parameters become inputs, `<parameter>.grad` outputs; the objective goes, and with it what accumulates."""
+    graph = model.graph
+    kept = [value for value in graph.outputs if value.name in ("loss", "predictions")]
+    gradients = {
+        str(node.inputs[1].name).removesuffix("_grad"): node.inputs[1]
+        for node in graph
+        if node.op_type == "InPlaceAccumulatorV2" and node.inputs[1] is not None
+    }
     graph.outputs.clear()
-    graph.outputs.append(loss)
-    for node in list(graph):
-        if node.op_type == "InPlaceAccumulatorV2":
-            graph.remove(node, safe=True)
-    for value in list(graph.inputs):
-        if not value.uses():
-            graph.inputs.remove(value)
+    graph.outputs.extend(kept)
+    inputs = {value.name: value for value in graph.inputs}
     for name in parameters:
-        parameter = graph.initializers.pop(name, None) or next(v for v in graph.inputs if v.name == name)
+        parameter = graph.initializers.pop(name, None) or inputs[name]
         parameter.const_value = None
-        if parameter not in graph.inputs:
+        if name not in inputs:
             graph.inputs.append(parameter)
         if name in gradients:
             gradient = gradients[name]
             gradient.name = f"{name}.grad"
             gradient.shape, gradient.dtype = parameter.shape, parameter.dtype
             graph.outputs.append(gradient)
+    passes.RemoveUnusedNodesPass()(model)
+    for value in list(graph.inputs):
+        if not value.uses():
+            graph.inputs.remove(value)

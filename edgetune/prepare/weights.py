@@ -1,0 +1,144 @@
+"""The frozen weights of the training graphs: references into the GenAI model's data file, never a copy.
+
+The GenAI builder stores a linear layer transposed (in, out) in fp32, and as the blocks of `MatMulNBits` in int4: rows
+of the checkpoint's (out, in) matrix, two values a byte, low nibble first, zero point 8. `DequantizeLinear` reads the
+very same bytes as uint4. It splits the packed gate_up projection in two; the training graphs join it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from edgetune.config import Base
+from edgetune.errors import VerificationError
+from edgetune.genai import BLOCK_SIZE, MODEL
+from edgetune.manifest import Architecture
+from edgetune.prepare.lowering import Operators
+from edgetune.prepare.shapes import fold
+
+ReadLinear = Callable[[str, Sequence[str]], ir.Value]
+_ZERO_POINTS_BYTE = 0x88
+"""Two uint4 zero points of 8."""
+
+
+def attach_weights(model: ir.Model, folder: Path, architecture: Architecture, base: Base) -> None:
+    """Turn every frozen weight that is a graph input into a reference to the GenAI model's data.
+
+    Args:
+        model: A graph whose inputs carry the checkpoint's tensor names; it is changed.
+        folder: Holds the GenAI model `model.onnx` and its data; the graph will be saved there too.
+        architecture: Sizes of the model.
+        base: How the GenAI model stores linear layers.
+
+    Raises:
+        VerificationError: The GenAI model lacks a tensor.
+    """
+    stored = ir.load(folder / MODEL).graph.initializers
+    op = Operators()
+    source = _Source(op, stored, model.graph)
+    read_linear: ReadLinear = source.dequantised if base == "int4" else source.transposed
+    for value in list(model.graph.inputs):
+        name = str(value.name)
+        if not name.endswith(".weight") or ".lora_" in name:
+            continue
+        weight = _frozen_weight(name, architecture, source, read_linear)
+        value.replace_all_uses_with(weight)
+        model.graph.inputs.remove(value)
+    for node in reversed(op.nodes):
+        node.name = f"{node.outputs[0].name}/{node.op_type}"
+        model.graph.insert_before(model.graph[0], node)
+    _cancel_transposes(model.graph)
+    fold(model)
+
+
+def _frozen_weight(name: str, architecture: Architecture, source: _Source, read_linear: ReadLinear) -> ir.Value:
+    """The value that plays the checkpoint's tensor `name`, in the checkpoint's orientation."""
+    module = name.removesuffix(".weight")
+    if module == "model.norm":
+        return source.plain(f"model.layers.{architecture.num_hidden_layers}.final_norm_layernorm.weight")
+    if module == "model.embed_tokens" or module.endswith("layernorm"):
+        return source.plain(name)
+    if module.endswith("gate_up_proj"):
+        parent = module.removesuffix("gate_up_proj")
+        return read_linear(name, [f"{parent}{half}_proj.MatMul.weight" for half in ("gate", "up")])
+    return read_linear(name, [f"{module.replace('.self_attn.', '.attn.')}.MatMul.weight"])
+
+
+class _Source:
+    """Tensors of the GenAI model, added to a training graph when they are first read."""
+
+    def __init__(self, op: Operators, stored: ir.GraphInitializers, graph: ir.Graph) -> None:
+        self._op = op
+        self._stored = stored
+        self._graph = graph
+
+    def plain(self, name: str) -> ir.Value:
+        """A tensor as it is stored."""
+        return self._initializer(self._tensor(name), name)
+
+    def transposed(self, name: str, stored: Sequence[str]) -> ir.Value:
+        """The fp32 linear layer `name`: tensors (in, out) that stand side by side."""
+        joined = self._joined([self.plain(part) for part in stored], axis=1)
+        value = self._op.op("Transpose", [joined], attributes={"perm": [1, 0]})
+        value.name = name
+        return value
+
+    def dequantised(self, name: str, stored: Sequence[str]) -> ir.Value:
+        """The int4 linear layer `name`: tensors (out, in) in blocks along the input, one above the other."""
+        value = self._joined([self._dequantised(part) for part in stored], axis=0)
+        value.name = name
+        return value
+
+    def _joined(self, parts: list[ir.Value], axis: int) -> ir.Value:
+        return parts[0] if len(parts) == 1 else self._op.op("Concat", parts, attributes={"axis": axis})
+
+    def _dequantised(self, name: str) -> ir.Value:
+        packed, scales = self._tensor(f"{name}_Q4"), self._tensor(f"{name}_scales")
+        rows, blocks, _ = (int(d) for d in packed.shape)
+        inputs = [
+            self._initializer(_view(packed, ir.DataType.UINT4, (rows, blocks * BLOCK_SIZE)), f"{name}_Q4"),
+            self._initializer(_view(scales, scales.dtype, (rows, blocks)), f"{name}_scales"),
+            self._zero_points(rows, blocks),
+        ]
+        return self._op.op("DequantizeLinear", inputs, attributes={"axis": 1, "block_size": BLOCK_SIZE})
+
+    def _zero_points(self, rows: int, blocks: int) -> ir.Value:
+        """One tensor for all layers of a shape."""
+        name = f"zero_points_{rows}x{blocks}"
+        packed = np.full((rows * blocks + 1) // 2, _ZERO_POINTS_BYTE, dtype=np.uint8)
+        return self._initializer(ir.PackedTensor(packed, ir.DataType.UINT4, shape=ir.Shape((rows, blocks)), name=name), name)
+
+    def _tensor(self, name: str) -> ir.ExternalTensor:
+        value = self._stored.get(name)
+        if value is None or not isinstance(value.const_value, ir.ExternalTensor):
+            raise VerificationError(f"the GenAI model has no tensor {name!r}; this builder's naming is not known")
+        return value.const_value
+
+    def _initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+        if name not in self._graph.initializers:
+            self._graph.initializers[name] = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+            )
+        return self._graph.initializers[name]
+
+
+def _view(tensor: ir.ExternalTensor, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.ExternalTensor:
+    """The same bytes of the same file as another type and shape."""
+    return ir.ExternalTensor(
+        tensor.location, tensor.offset, tensor.length, dtype,
+        name=str(tensor.name), shape=ir.Shape(shape), base_dir=tensor.base_dir,
+    )  # fmt: skip
+
+
+def _cancel_transposes(graph: ir.Graph) -> None:
+    """Transpose(Transpose(x)) of two dimensions is x."""
+    for node in graph:
+        if node.op_type != "Transpose" or list(node.attributes["perm"].as_ints()) != [1, 0]:
+            continue
+        source = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if source is not None and source.op_type == "Transpose":
+            node.outputs[0].replace_all_uses_with(source.inputs[0])
