@@ -10,7 +10,7 @@ from tiny_bundle import BASE_LOGITS, LORA, SLOT, VOCABULARY
 
 from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
-from edgetune.runtimes import OptimizerConfig, Parameters, StepResult, TrainingState
+from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
 
 
 def loss_and_gradient(batch: Batch, parameters: Parameters) -> tuple[float, np.ndarray]:
@@ -67,12 +67,6 @@ class BigramSession:
 
     def adapter(self) -> Parameters:
         return {name: value.copy() for name, value in self.parameters.items()}
-
-    def state(self) -> TrainingState:
-        raise NotImplementedError
-
-    def load_state(self, state: TrainingState) -> None:
-        raise NotImplementedError
 
 
 @contextmanager
