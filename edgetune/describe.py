@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from edgetune.bundle import MANIFEST, list_files, open_bundle, verify_files
 from edgetune.errors import UsageError, VerificationError
 from edgetune.genai import CONFIG as GENAI_CONFIG
+from edgetune.genai import MANIFEST as MODEL_MANIFEST
+from edgetune.genai import open_model
 from edgetune.manifest import (
     AdapterManifest,
     Architecture,
@@ -21,6 +23,7 @@ from edgetune.manifest import (
     File,
     Graph,
     Lora,
+    ModelManifest,
     Tokenizer,
     read_manifest,
 )
@@ -73,6 +76,8 @@ class Description:
     """Bytes of all files."""
     files: list[File]
     base: BaseModel | None = None
+    weights: str | None = None
+    """How a model stores its weights: `int4` or `fp32`; those of a bundle are its base's."""
     architecture: Architecture | None = None
     tokenizer: Tokenizer | None = None
     lora: AdapterShape | None = None
@@ -82,6 +87,8 @@ class Description:
     gradient_coverage: dict[str, int] = field(default_factory=dict)
     adapters: list[str] = field(default_factory=list)
     """`.onnx_adapter` files of a model."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Answer losses that were measured when a model was exported."""
     provenance: dict[str, str] = field(default_factory=dict)
 
 
@@ -173,6 +180,28 @@ def _describe_peft(path: Path) -> Description:
 
 
 def _describe_model(path: Path) -> Description:
+    found = _describe_genai(path)
+    if not (path / MODEL_MANIFEST).is_file():
+        return found
+    manifest = open_model(path).manifest
+    if not isinstance(manifest, ModelManifest):
+        return found
+    return replace(
+        found,
+        verified=True,
+        size=sum(entry.size for entry in manifest.files),
+        files=manifest.files,
+        base=manifest.base,
+        weights=manifest.weights,
+        tokenizer=manifest.tokenizer,
+        lora=_shape(manifest.lora),
+        losses=manifest.losses,
+        provenance=manifest.provenance,
+    )
+
+
+def _describe_genai(path: Path) -> Description:
+    """Any GenAI model with a decoder: what its configuration and the graph itself tell."""
     from edgetune.onnx_signature import read_signature
 
     source = path / GENAI_CONFIG

@@ -18,10 +18,10 @@ from edgetune.manifest import TensorSpec
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _VALUE_INFO_LIMIT = 1 << 20
 _DTYPES = {
-    1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 8: "string", 9: "bool",
-    10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16", 21: "uint4", 22: "int4",
+    1: "float", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 8: "string", 9: "bool",
+    10: "float16", 11: "double", 12: "uint32", 13: "uint64", 16: "bfloat16", 21: "uint4", 22: "int4",
 }  # fmt: skip
-"""TensorProto.DataType."""
+"""TensorProto.DataType, as bundle manifests name them."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ def read_signature(path: Path) -> Signature:
     with path.open("rb") as file:
         size = path.stat().st_size
         try:
-            graph = next((field for field in _fields(file, 0, size) if field.number == 7), None)
-            if graph is None:
-                raise ValueError("no graph in it")
+            graphs = [field for field in _fields(file, 0, size) if field.number == 7]
+            if len(graphs) != 1:
+                raise ValueError(f"{len(graphs)} graphs in it")
+            graph = graphs[0]
             for field in _fields(file, graph.start, graph.end):
                 if field.number in (11, 12):
                     (inputs if field.number == 11 else outputs).append(_value_info(_payload(file, field)))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 import click
 
 from edgetune.cli.output import print_json
-from edgetune.errors import DataError, EdgetuneError, ResourceError
+from edgetune.errors import DataError, EdgetuneError, MissingDependencyError, ResourceError
 
 INTERRUPTED = 130
 DEBUG = "EDGETUNE_DEBUG"
@@ -46,6 +46,9 @@ def failure_of(error: BaseException) -> Failure:
         case MemoryError():
             advice = "error: not enough memory; close other programs, or choose a smaller batch, length or model"
             return Failure(ResourceError.exit_code, advice)
+        case ModuleNotFoundError() if not (error.name or "edgetune").startswith("edgetune"):
+            fix = 'pip install "edgetune[host]" brings what prepare and export need; see `edgetune doctor`'
+            return Failure(MissingDependencyError.exit_code, f"error: {error.name} is not installed; {fix}")
         case OSError() if error.errno in _EXHAUSTED:
             message = f"error: {_place(error)}{error.strerror}; free some space and try again"
             return Failure(ResourceError.exit_code, message)

@@ -70,6 +70,8 @@ def _facts(description: Description) -> list[tuple[str, str]]:
     if base := description.base:
         identity = [base.name, f"{base.weights} weights" if base.weights else "", base.sha256]
         facts.append(("base", ", ".join(part for part in identity if part)))
+    if description.weights:
+        facts.append(("weights", description.weights))
     if shape := description.architecture:
         heads = f"{shape.num_attention_heads} heads ({shape.num_key_value_heads} for keys and values)"
         layers = f"{shape.num_hidden_layers} layers, hidden {shape.hidden_size}"
@@ -87,6 +89,8 @@ def _facts(description: Description) -> list[tuple[str, str]]:
         facts.append(("differentiated", operators))
     if description.adapters:
         facts.append(("adapters", ", ".join(description.adapters)))
+    if description.losses:
+        facts.append(("answer loss", ", ".join(f"{name} {loss:.4f}" for name, loss in description.losses.items())))
     if description.provenance:
         facts.append(("made with", ", ".join(f"{name} {value}" for name, value in description.provenance.items())))
     return facts

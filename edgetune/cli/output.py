@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 import click
 
@@ -43,8 +44,8 @@ def bytes_text(count: int) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters made visible, so that what a file holds cannot steer the terminal."""
-    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+    """`text` with control characters made visible, so that what a file or a model says cannot steer the terminal."""
+    return "".join(ascii(char)[1:-1] if category(char) == "Cc" and char not in "\n\t" else char for char in text)
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,53 @@
+"""`edgetune generate`: an exported model answers a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+
+import click
+
+from edgetune.cli.command import COUNT, Command, json_option
+from edgetune.cli.inputs import PATH, model_at
+from edgetune.cli.output import print_json, printable
+from edgetune.config import GenerateConfig
+
+DEFAULT = GenerateConfig()
+
+EXAMPLES = """
+edgetune generate model --prompt "Dim the lights."
+edgetune generate model --system "You are the voice of a kettle." --prompt "Are you hot?" --max-new-tokens 64
+edgetune generate bundle --prompt "What did the base say before training?" --json
+"""
+
+
+@click.command(cls=Command, epilog=EXAMPLES)
+@click.argument("model", type=PATH)
+@click.option("--prompt", required=True, help="What the user says; without a chat template, the text to continue.")
+@click.option("--system", help="What the system says before it.")
+@click.option(
+    "--max-new-tokens",
+    type=COUNT,
+    default=DEFAULT.max_new_tokens,
+    show_default=True,
+    help="Longest answer, in tokens.",
+)
+@json_option
+def command(model: Path, prompt: str, system: str | None, max_new_tokens: int, as_json: bool) -> None:
+    """Let MODEL answer a prompt, word by word as it comes.
+
+    MODEL is what `edgetune export` wrote, or a bundle, whose base then answers. Decoding is greedy. With --json one
+    object, whose `text` is the answer without special tokens.
+    """
+    model_at(model)
+    from edgetune.generate import generate
+
+    begin = perf_counter()
+    pieces = generate(model, prompt, system, GenerateConfig(max_new_tokens=max_new_tokens))
+    if as_json:
+        text = "".join(pieces)
+        print_json({"text": text, "model": model, "seconds": perf_counter() - begin})
+        return
+    for piece in pieces:
+        click.echo(printable(piece), nl=False)
+    click.echo()

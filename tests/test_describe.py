@@ -1,0 +1,297 @@
+"""What `edgetune inspect` knows of a bundle, an adapter and a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper
+from safetensors.numpy import save_file
+
+from edgetune.adapter import initial_parameters, write_adapter
+from edgetune.bundle import list_files, seal_bundle
+from edgetune.cli import main
+from edgetune.describe import describe, kind_of
+from edgetune.errors import IncompatibleError, UsageError, VerificationError
+from edgetune.manifest import (
+    Architecture,
+    BaseModel,
+    BundleManifest,
+    Graph,
+    Lora,
+    ModelManifest,
+    Rope,
+    Slot,
+    TensorSpec,
+    Tokenizer,
+    write_manifest,
+)
+
+BASE = BaseModel("tiny-phi3", "ab" * 32, "int4")
+TOKENIZER = Tokenizer("cd" * 32, "ef" * 32, "<s>", "<|end|>", 0)
+SLOTS = [Slot("model.layers.0.self_attn.qkv_proj", 16, 48), Slot("model.layers.0.self_attn.o_proj", 16, 16)]
+LORA = Lora(4, 8.0, ["o_proj", "qkv_proj"], SLOTS)
+PARAMETERS = 4 * 16 + 48 * 4 + 4 * 16 + 16 * 4
+ARCHITECTURE = Architecture(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    vocab_size=512,
+    max_position_embeddings=128,
+    sliding_window=None,
+    tie_word_embeddings=False,
+    rope=Rope(8, 10000.0, 1.0, None, None, 128),
+)
+
+
+def make_bundle(folder: Path) -> Path:
+    """A sealed folder that says it is a bundle; its graphs are a few bytes."""
+    folder.mkdir()
+    files = {"step.onnx": b"step", "genai_config.json": b"{}", "config.json": b"{}", "model.onnx.data": bytes(5000)}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    step = Graph("step", "step.onnx", [TensorSpec("input_ids", "int64", ["b", "s"])], [TensorSpec("loss", "f32", [1])])
+    manifest = BundleManifest(
+        format="edgetune-bundle",
+        format_version=1,
+        base=BASE,
+        architecture=ARCHITECTURE,
+        tokenizer=TOKENIZER,
+        lora=LORA,
+        max_length=64,
+        graphs=[step],
+        gradient_coverage={"MatMul": 3},
+        provenance={"edgetune": "0.1.0"},
+        files=list_files(folder, without="manifest.json"),
+    )
+    seal_bundle(folder, manifest)
+    return folder
+
+
+def make_adapter(folder: Path) -> Path:
+    folder.mkdir()
+    parameters = initial_parameters(LORA, seed=0)
+    write_adapter(
+        folder, base=BASE, tokenizer=TOKENIZER, lora=LORA, parameters=parameters, provenance={"edgetune": "0.1.0"}
+    )
+    return folder
+
+
+def make_model(folder: Path) -> Path:
+    folder.mkdir()
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", 512])
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])
+    graph = helper.make_graph([helper.make_node("Cast", ["input_ids"], ["logits"], to=1)], "g", [ids], [logits])
+    onnx.save(helper.make_model(graph), folder / "model.onnx")
+    config = {"model": {"context_length": 128, "decoder": {"filename": "model.onnx"}, "type": "phi3"}}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    (folder / "adapters").mkdir()
+    (folder / "adapters" / "mine.onnx_adapter").write_bytes(b"adapter")
+    return folder
+
+
+def inspect(folder: Path, *flags: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["inspect", str(folder), *flags])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_bundle_is_verified_and_described(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    description = describe(bundle)
+    assert (description.kind, description.verified) == ("bundle", True)
+    assert description.size == 4 + 2 + 2 + 5000
+    assert {file.path: file.sha256 for file in description.files} == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in bundle.iterdir()
+        if path.name != "manifest.json"
+    }
+    assert description.base == BASE
+    assert description.tokenizer == TOKENIZER
+    assert description.lora is not None
+    assert (description.lora.slots, description.lora.parameters) == (2, PARAMETERS)
+    assert [graph.role for graph in description.graphs] == ["step"]
+
+
+def test_a_changed_byte_in_a_bundle_is_named(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    (bundle / "step.onnx").write_bytes(b"stop")
+    with pytest.raises(VerificationError, match=r"step\.onnx was changed"):
+        describe(bundle)
+    code, stdout, stderr = inspect(bundle)
+    assert (code, stdout) == (5, "")
+    assert "step.onnx was changed" in stderr
+    code, stdout, _ = inspect(bundle, "--json")
+    assert json.loads(stdout)["error"]["code"] == 5
+
+
+def test_another_format_version_is_incompatible(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    with pytest.raises(IncompatibleError, match="99"):
+        describe(bundle)
+    assert inspect(bundle)[0] == 4
+
+
+def test_an_adapter_of_edgetune_is_verified(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    description = describe(adapter)
+    assert (description.kind, description.verified, description.base) == ("adapter", True, BASE)
+    assert description.lora is not None
+    assert (description.lora.slots, description.lora.parameters) == (2, PARAMETERS)
+    weights = adapter / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert inspect(adapter)[0] == 5
+
+
+def test_an_adapter_of_peft_tells_what_it_can(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    with_contract = describe(adapter)
+    (adapter / "edgetune.json").unlink()
+    description = describe(adapter)
+    assert (description.kind, description.verified) == ("adapter", False)
+    assert description.lora == with_contract.lora
+    assert description.base == replace(BASE, sha256="", weights="")
+    assert {file.path for file in description.files} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_pickle_and_broken_adapters_are_refused(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    (adapter / "edgetune.json").unlink()
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(VerificationError, match="not readable as safetensors"):
+        describe(adapter)
+    weights.unlink()
+    (adapter / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(VerificationError, match="only safetensors are read"):
+        describe(adapter)
+    save_file({"x": np.zeros(1, np.float32)}, weights)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(VerificationError, match="only LoRA adapters"):
+        describe(adapter)
+    (adapter / "adapter_config.json").write_text("[1]")
+    with pytest.raises(VerificationError, match="is a JSON list, expected an object"):
+        describe(adapter)
+
+
+def test_a_model_is_described_from_its_graph(tmp_path: Path) -> None:
+    description = describe(make_model(tmp_path / "model"))
+    assert (description.kind, description.verified, description.max_length) == ("model", False, 128)
+    assert description.adapters == ["adapters/mine.onnx_adapter"]
+    (graph,) = description.graphs
+    assert graph.inputs == [TensorSpec("input_ids", "int64", ["batch", "sequence"])]
+    assert graph.outputs == [TensorSpec("logits", "float", ["batch", "sequence", 512])]
+
+
+def test_an_exported_model_is_verified(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    for name in ("model.onnx.data", "tokenizer.json"):
+        (model / name).write_bytes(name.encode())
+    manifest = ModelManifest(
+        format="edgetune-model",
+        format_version=1,
+        base=BASE,
+        tokenizer=TOKENIZER,
+        lora=LORA,
+        weights="int4",
+        adapter="adapters/mine.onnx_adapter",
+        losses={"base": 2.5, "base + adapter": 0.125},
+        provenance={"edgetune": "0.1.0"},
+        files=list_files(model, without="edgetune.json"),
+    )
+    (model / "edgetune.json").write_bytes(write_manifest(manifest))
+    description = describe(model)
+    assert (description.kind, description.verified, description.weights) == ("model", True, "int4")
+    assert (description.base, description.losses) == (BASE, manifest.losses)
+    assert description.graphs[0].outputs[0].name == "logits"
+    assert "base 2.5000, base + adapter 0.1250" in inspect(model)[1]
+    (model / "adapters" / "mine.onnx_adapter").write_bytes(b"another")
+    assert inspect(model)[0] == 5
+
+
+@pytest.mark.parametrize("name", ["../secret.onnx", "/etc/passwd", "missing.onnx"])
+def test_a_model_whose_graph_is_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    model = make_model(tmp_path / "model")
+    (tmp_path / "secret.onnx").write_bytes((model / "model.onnx").read_bytes())
+    (model / "genai_config.json").write_text(json.dumps({"model": {"decoder": {"filename": name}}}))
+    with pytest.raises(VerificationError, match="expected a file in"):
+        describe(model)
+
+
+@pytest.mark.parametrize("text", ["{", '{"model": 3}', '{"model": {"decoder": {}}}'])
+def test_a_model_without_a_usable_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    model = make_model(tmp_path / "model")
+    (model / "genai_config.json").write_text(text)
+    assert inspect(model)[0] == 5
+
+
+def test_kinds_are_told_by_their_files(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    assert kind_of(make_bundle(tmp_path / "bundle")) == "bundle"
+    assert kind_of(make_adapter(tmp_path / "adapter")) == "adapter"
+    assert kind_of(make_model(tmp_path / "model")) == "model"
+    assert kind_of(tmp_path / "checkpoint") == "checkpoint"
+    assert kind_of(tmp_path / "empty") == "folder"
+    assert kind_of(tmp_path / "model" / "model.onnx") == "file"
+    assert kind_of(tmp_path / "nix") == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("checkpoint", "is a Hugging Face checkpoint; expected a bundle, an adapter or a model; `edgetune prepare`"),
+        ("nix", "is not there"),
+        ("file", "is a file, not a folder"),
+        ("empty", "is a folder without anything that edgetune knows"),
+    ],
+)
+def test_other_places_are_named(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError) as caught:
+        describe(tmp_path / name)
+    assert reason in str(caught.value)
+    assert inspect(tmp_path / name)[0] == 2
+
+
+def test_tables_for_people_hold_the_facts(tmp_path: Path) -> None:
+    code, stdout, _ = inspect(make_bundle(tmp_path / "bundle"))
+    assert code == 0
+    words = ["bundle (verified)", "tiny-phi3", BASE.sha256, "2 slots, rank 4, alpha 8", f"{PARAMETERS:,} parameters"]
+    words += ["input_ids int64 [b, s]", "MatMul 3", TOKENIZER.sha256, "edgetune 0.1.0", "64 tokens", "5.0 kB"]
+    for word in [*words, hashlib.sha256(b"step").hexdigest()]:
+        assert word in stdout
+    assert "no manifest to verify against" in inspect(make_model(tmp_path / "model"))[1]
+    assert "adapter (verified)" in inspect(make_adapter(tmp_path / "adapter"))[1]
+
+
+def test_json_holds_everything(tmp_path: Path) -> None:
+    code, stdout, _ = inspect(make_bundle(tmp_path / "bundle"), "--json")
+    assert code == 0
+    value = json.loads(stdout)
+    assert (value["kind"], value["verified"], value["size"]) == ("bundle", True, 5008)
+    assert value["base"] == {"name": "tiny-phi3", "sha256": "ab" * 32, "weights": "int4"}
+    assert value["lora"]["slots"] == 2
+    assert value["graphs"][0]["inputs"] == [{"name": "input_ids", "dtype": "int64", "shape": ["b", "s"]}]
+    assert {file["path"] for file in value["files"]} == {
+        "step.onnx",
+        "genai_config.json",
+        "config.json",
+        "model.onnx.data",
+    }
