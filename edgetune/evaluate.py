@@ -76,7 +76,9 @@ def measure(
 
     manifest = bundle.manifest
     architecture = manifest.architecture
-    session = onnxruntime.InferenceSession(bundle.file("loss"), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(bundle.file("loss"), options, providers=["CPUExecutionProvider"])
     # A fresh B is zero: then the slots add nothing, whatever A is.
     adapter = initial_parameters(manifest.lora, seed=0) if parameters is None else parameters
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
@@ -89,15 +91,7 @@ def measure(
             manifest.tokenizer.pad_token_id,
             sliding_window=architecture.sliding_window,
         )
-        inputs = {
-            "input_ids": batch.input_ids,
-            "labels": batch.labels,
-            "attn_bias": batch.attn_bias,
-            "rope_cos": batch.rope_cos,
-            "rope_sin": batch.rope_sin,
-            **adapter,
-        }
-        loss, predictions = session.run(["loss", "predictions"], inputs)
+        loss, predictions = session.run(["loss", "predictions"], {**batch.tensors(), **adapter})
         counted = batch.labels != IGNORED
         hit = predictions == batch.labels
         total += float(loss[0]) * batch.trained_tokens
