@@ -1,10 +1,26 @@
-"""The files of an ONNX Runtime GenAI model folder, which a bundle is and which an export writes."""
+"""The files of an ONNX Runtime GenAI model folder, and opening one that a bundle is or an export wrote."""
 
 from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune.bundle import MANIFEST as BUNDLE_MANIFEST
+from edgetune.bundle import open_bundle, verify_files
+from edgetune.errors import UsageError, VerificationError
+from edgetune.manifest import BundleManifest, ModelManifest, read_manifest
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
 CONFIG = "genai_config.json"
+MANIFEST = "edgetune.json"
+
+BLOCK_SIZE = 32
+"""Neighbouring weights along the input that share a scale in an int4 model."""
+ACCURACY_LEVEL = 1
+"""`MatMulNBits` computes in fp32, as the training graphs do (docs/decisions/0003-int4-accuracy-level.md)."""
 
 SIDE_FILES = (
     CONFIG,
@@ -15,3 +31,93 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 """What a folder holds beside graph and weights; a model without a chat template has no `chat_template.jinja`."""
+
+_REQUIRED = (MODEL, WEIGHTS, CONFIG, "tokenizer.json")
+_KNOWN_KEYS = {
+    (): {"model", "search"},
+    ("model",): {
+        "bos_token_id", "context_length", "decoder", "eos_token_id", "pad_token_id", "type", "vocab_size",
+    },
+    ("model", "decoder"): {
+        "filename", "head_size", "hidden_size", "inputs", "num_attention_heads", "num_hidden_layers",
+        "num_key_value_heads", "outputs", "session_options",
+    },
+    ("model", "decoder", "session_options"): {"log_id", "provider_options"},
+}  # fmt: skip
+"""All that edgetune writes into `genai_config.json`. GenAI knows more, some of it loads libraries."""
+
+
+@dataclass(frozen=True)
+class GenaiModel:
+    """A verified model folder."""
+
+    path: Path
+    manifest: BundleManifest | ModelManifest
+    context_length: int
+    """Most tokens of prompt and answer together."""
+
+    @property
+    def adapter(self) -> Path | None:
+        """The `.onnx_adapter` that is active unless another is asked for."""
+        name = self.manifest.adapter if isinstance(self.manifest, ModelManifest) else None
+        return None if name is None else self.path / name
+
+
+def open_model(path: Path) -> GenaiModel:
+    """Open a bundle or an exported model, and verify it.
+
+    Raises:
+        UsageError: There is neither at `path`.
+        IncompatibleError: A format or version that this edgetune does not read.
+        VerificationError: A file is missing, changed or not listed, or the configuration could do harm.
+    """
+    manifest: BundleManifest | ModelManifest
+    if (path / BUNDLE_MANIFEST).is_file():
+        manifest = open_bundle(path).manifest
+    elif (path / MANIFEST).is_file():
+        manifest = read_manifest((path / MANIFEST).read_bytes(), ModelManifest, str(path / MANIFEST))
+        verify_files(path, manifest.files)
+    elif (path / CONFIG).is_file():
+        raise VerificationError(
+            f"{path}: a GenAI model without {MANIFEST} to verify it against; write it with `edgetune export`"
+        )
+    else:
+        raise UsageError(f"{path}: no model here; give a bundle, or a folder that `edgetune export` wrote")
+    listed = {file.path for file in manifest.files}
+    if missing := [name for name in _REQUIRED if name not in listed]:
+        raise VerificationError(f"{path}: its manifest does not list {', '.join(missing)}; make the folder anew")
+    if strange := [name for name in SIDE_FILES if name not in listed and (path / name).exists()]:
+        raise VerificationError(f"{path}: its manifest does not list {', '.join(strange)}; remove what is foreign")
+    if isinstance(manifest, ModelManifest) and manifest.adapter is not None and manifest.adapter not in listed:
+        raise VerificationError(f"{path / MANIFEST}: adapter {manifest.adapter!r:.80} is not a listed file")
+    return GenaiModel(path, manifest, _check_config(path / CONFIG))
+
+
+def _check_config(path: Path) -> int:
+    """Refuse what could load code or leave the folder; the model's context length."""
+    try:
+        config = json.loads(path.read_bytes().decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise VerificationError(f"{path}: not valid JSON ({error}); make the folder anew") from error
+    for place, known in _KNOWN_KEYS.items():
+        section = _section(config, place)
+        name = ".".join(place) or "the file"
+        if not isinstance(section, dict):
+            raise VerificationError(f"{path}: {name} is not an object; make the folder anew")
+        if unknown := sorted(section.keys() - known):
+            raise VerificationError(f"{path}: {name} has keys that edgetune does not write: {', '.join(unknown)}")
+    decoder = config["model"]["decoder"]
+    if decoder.get("filename") != MODEL:
+        raise VerificationError(f"{path}: decoder.filename is {decoder.get('filename')!r:.80}, expected {MODEL!r}")
+    if decoder.get("session_options", {}).get("provider_options", []) != []:
+        raise VerificationError(f"{path}: provider_options are set, which can load libraries; edgetune writes none")
+    length = config["model"].get("context_length")
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise VerificationError(f"{path}: context_length is {length!r:.40}, expected a positive integer")
+    return length
+
+
+def _section(config: Any, place: tuple[str, ...]) -> Any:
+    for key in place:
+        config = config.get(key, {}) if isinstance(config, dict) else None
+    return config

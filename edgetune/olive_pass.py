@@ -43,10 +43,11 @@ def run_olive_pass(name: PassName, config: Mapping[str, object], source: Path, o
     with tempfile.TemporaryDirectory(prefix=".olive-", dir=output.parent) as scratch_name:
         scratch = Path(scratch_name).absolute()
         request = {"name": name, "config": config, "source": str(source.absolute()), "output": str(output.absolute())}
-        environment = {**os.environ, **_ENVIRONMENT, "HF_HUB_CACHE": str(scratch)}
+        paths = os.pathsep.join(entry for entry in sys.path if entry)
+        environment = {**os.environ, **_ENVIRONMENT, "HF_HUB_CACHE": str(scratch), "PYTHONPATH": paths}
         with tempfile.TemporaryFile(dir=scratch) as log:
             done = subprocess.run(
-                [sys.executable, "-m", "edgetune.olive_pass", json.dumps(request)],
+                [sys.executable, "-P", "-m", "edgetune.olive_pass", json.dumps(request)],
                 cwd=scratch,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -63,11 +64,11 @@ def run_olive_pass(name: PassName, config: Mapping[str, object], source: Path, o
 
 
 def _serve(request: str) -> None:
-    from olive.hardware.accelerator import AcceleratorSpec, Device
-    from olive.hardware.constants import ExecutionProvider
-    from olive.model import HfModelHandler, ONNXModelHandler
-    from olive.package_config import OlivePackageConfig
-    from olive.passes.olive_pass import create_pass_from_dict
+    from olive.hardware.accelerator import AcceleratorSpec, Device  # noqa: TID251 (host)
+    from olive.hardware.constants import ExecutionProvider  # noqa: TID251 (host)
+    from olive.model import HfModelHandler, ONNXModelHandler  # noqa: TID251 (host)
+    from olive.package_config import OlivePackageConfig  # noqa: TID251 (host)
+    from olive.passes.olive_pass import create_pass_from_dict  # noqa: TID251 (host)
 
     asked = json.loads(request)
     cpu = AcceleratorSpec(Device.CPU, ExecutionProvider.CPUExecutionProvider)

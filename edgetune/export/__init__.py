@@ -1,0 +1,205 @@
+"""From bundle and adapter to a model folder for ONNX Runtime GenAI: merged, or base and adapter side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from edgetune import __version__
+from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
+from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from edgetune.adapter import read_adapter
+from edgetune.bundle import Bundle
+from edgetune.config import Base, ExportConfig
+from edgetune.data.encode import Example, load_encoder, load_examples
+from edgetune.errors import VerificationError
+from edgetune.export.keep import add_lora_inputs, graph_values, write_onnx_adapter
+from edgetune.export.measure import Measured
+from edgetune.export.merge import merge
+from edgetune.export.quantise import quantise
+from edgetune.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
+from edgetune.manifest import (
+    FORMAT_VERSION,
+    MODEL_FORMAT,
+    AdapterManifest,
+    File,
+    ModelManifest,
+    read_manifest,
+    write_manifest,
+)
+from edgetune.runtimes import Parameters
+from edgetune.storage import CHUNK, atomic_folder, sha256_of, write_file
+
+ADAPTER = "adapters/adapter.onnx_adapter"
+"""Where a kept adapter lies in the model folder."""
+VALIDATION_DATA = "validation_data"
+"""Key of an adapter's provenance: the rows its training was validated on, absolute or from the adapter folder."""
+VALIDATION_SHA256 = "validation_data_sha256"
+"""Key of an adapter's provenance: their SHA-256."""
+
+Kind = Literal["merged", "base + adapter"]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export` wrote."""
+
+    path: Path
+    kind: Kind
+    losses: dict[str, float]
+    """Answer loss on the validation rows of `base`, `base + adapter` and `merged`; empty when there were no rows."""
+    bytes: int
+    """Size of all files."""
+
+
+def export(
+    bundle: Bundle,
+    adapter: Path,
+    output: Path,
+    config: ExportConfig,
+    say: Callable[[str], None],
+    valid: Path | None = None,
+) -> ExportReport:
+    """Write a model folder; it appears whole or not at all.
+
+    Args:
+        bundle: The verified bundle that the adapter was trained on.
+        adapter: The adapter folder.
+        output: The folder to write.
+        config: Merged or kept apart, and in which precision.
+        say: Takes a line on what is being done.
+        valid: Rows to measure on; without them, those that the adapter's training was validated on.
+
+    Raises:
+        UsageError: There is no adapter, or `output` is there already.
+        DataError: `valid` has bad rows.
+        IncompatibleError: The adapter does not fit the bundle.
+        VerificationError: A file of adapter or bundle was changed.
+        ResourceError: The disk is full.
+        EdgetuneError: Olive failed.
+    """
+    lora = bundle.manifest.lora
+    parameters = read_adapter(adapter, lora, bundle.manifest.base, bundle.manifest.tokenizer)
+    examples = _examples(bundle, valid or _validation_rows(adapter, say))
+    with atomic_folder(output, replace=config.force) as folder:
+        listed = {file.path: file for file in bundle.manifest.files}
+        files = [_copy(bundle.path, folder, listed[name]) for name in SIDE_FILES if name in listed]
+        if config.merge:
+            say(f"merging the adapter into {config.precision} weights")
+            _write_merged(bundle, folder, config.precision, parameters)
+            losses = _merged_losses(bundle, folder, parameters, examples, say)
+        else:
+            say(f"putting the adapter beside the {bundle.manifest.base.weights} base")
+            files.append(_copy(bundle.path, folder, listed[WEIGHTS]))
+            _write_kept(bundle, folder, parameters)
+            losses = _kept_losses(folder, examples, say)
+        written = [] if config.merge else [ADAPTER]
+        written += [name for name in (MODEL, WEIGHTS) if name not in {file.path for file in files}]
+        files += [File(name, (folder / name).stat().st_size, sha256_of(folder / name)) for name in written]
+        manifest = ModelManifest(
+            format=MODEL_FORMAT,
+            format_version=FORMAT_VERSION,
+            base=bundle.manifest.base,
+            tokenizer=bundle.manifest.tokenizer,
+            lora=lora,
+            weights=config.precision if config.merge else bundle.manifest.base.weights,
+            adapter=None if config.merge else ADAPTER,
+            losses=losses,
+            provenance={
+                "bundle_manifest_sha256": bundle.manifest.manifest_sha256,
+                "adapter_sha256": sha256_of(adapter / ADAPTER_WEIGHTS),
+                "edgetune": __version__,
+                "onnx": version("onnx"),
+                "onnxruntime": version("onnxruntime"),
+            },
+            files=sorted(files, key=lambda file: file.path),
+        )
+        write_file(folder / MANIFEST, write_manifest(manifest))
+    kind: Kind = "merged" if config.merge else "base + adapter"
+    return ExportReport(output, kind, losses, sum(file.size for file in files))
+
+
+def _copy(source: Path, folder: Path, file: File) -> File:
+    """Copy a file of the bundle, hashing what is copied."""
+    digest = hashlib.sha256()
+    with (source / file.path).open("rb") as reader, (folder / file.path).open("wb") as writer:
+        while piece := reader.read(CHUNK):
+            digest.update(piece)
+            writer.write(piece)
+    if digest.hexdigest() != file.sha256:
+        raise VerificationError(f"{source / file.path} was changed while it was copied; verify {source} and try again")
+    return file
+
+
+def _write_merged(bundle: Bundle, folder: Path, precision: Base, parameters: Parameters) -> None:
+    if precision == "fp32":
+        merge(bundle.path, folder, bundle.manifest.lora, parameters)
+        return
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as scratch:
+        merge(bundle.path, Path(scratch), bundle.manifest.lora, parameters)
+        quantise(Path(scratch), folder)
+
+
+def _write_kept(bundle: Bundle, folder: Path, parameters: Parameters) -> None:
+    import onnx
+
+    model = onnx.load(str(bundle.path / MODEL), load_external_data=False)
+    add_lora_inputs(model, bundle.manifest.lora)
+    onnx.save(model, str(folder / MODEL))
+    (folder / ADAPTER).parent.mkdir()
+    write_onnx_adapter(folder / ADAPTER, bundle.manifest.lora, parameters)
+
+
+def _validation_rows(adapter: Path, say: Callable[[str], None]) -> Path | None:
+    """The rows that the adapter's training was validated on, when they are still there, unchanged."""
+    source = adapter / ADAPTER_MANIFEST
+    if not source.is_file():
+        return None
+    provenance = read_manifest(source.read_bytes(), AdapterManifest, str(source)).provenance
+    if VALIDATION_DATA not in provenance:
+        return None
+    rows = adapter / provenance[VALIDATION_DATA]
+    if not rows.is_file() or sha256_of(rows) != provenance.get(VALIDATION_SHA256):
+        say(f"the validation rows {rows} are gone or changed: no answer losses")
+        return None
+    return rows
+
+
+def _examples(bundle: Bundle, rows: Path | None) -> list[Example]:
+    if rows is None:
+        return []
+    encoder = load_encoder(bundle.path, bundle.manifest.tokenizer)
+    return load_examples(rows, encoder, bundle.manifest.max_length, truncate=False).examples
+
+
+def _merged_losses(
+    bundle: Bundle, folder: Path, parameters: Parameters, examples: list[Example], say: Callable[[str], None]
+) -> dict[str, float]:
+    import onnx
+
+    if not examples:
+        return {}
+    say(f"measuring the answer loss on {len(examples)} validation rows")
+    graph = onnx.load(str(bundle.path / MODEL), load_external_data=False)
+    add_lora_inputs(graph, bundle.manifest.lora)
+    apart = Measured(bundle.path, graph)
+    values = graph_values(bundle.manifest.lora, parameters)
+    losses = {"base": apart.answer_loss(examples), "base + adapter": apart.answer_loss(examples, values=values)}
+    del apart  # two big models in memory would be one too many
+    return losses | {"merged": Measured(folder).answer_loss(examples)}
+
+
+def _kept_losses(folder: Path, examples: list[Example], say: Callable[[str], None]) -> dict[str, float]:
+    if not examples:
+        return {}
+    say(f"measuring the answer loss on {len(examples)} validation rows")
+    model = Measured(folder)
+    return {
+        "base": model.answer_loss(examples),
+        "base + adapter": model.answer_loss(examples, adapter=folder / ADAPTER),
+    }

@@ -1,0 +1,113 @@
+"""The adapter beside the base: the graph takes A and B as inputs, an `.onnx_adapter` holds their values.
+
+Every slot gets `x·A·B` added to what its `MatMul` or `MatMulNBits` gives. A (in_features, rank) and B
+(out_features, rank transposed) are inputs with zeros as default, so that the base answers as before without an adapter;
+the rank is symbolic, so that adapters of any rank fit. The inputs are named as in `Lora.shapes`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.export.projections import Part, find_parts
+from edgetune.manifest import Lora
+from edgetune.runtimes import Parameters
+
+if TYPE_CHECKING:
+    import onnx
+
+RANK = "lora_rank"
+"""Name of the symbolic dimension."""
+
+
+def add_lora_inputs(model: onnx.ModelProto, lora: Lora) -> None:
+    """Give a GenAI model inputs for the LoRA parameters.
+
+    Args:
+        model: The graph; its weights may stay outside.
+        lora: The slots.
+
+    Raises:
+        IncompatibleError: A slot has no node in the graph.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    first: dict[str, list[onnx.NodeProto]] = {}
+    after: dict[str, onnx.NodeProto] = {}
+    for parts in find_parts(graph, lora):
+        slot = parts[0].slot
+        shapes: list[tuple[str, list[str | int | None], tuple[int, int]]] = [
+            (slot.a, [slot.in_features, RANK], (slot.in_features, 1)),
+            (slot.b, [RANK, slot.out_features], (1, slot.out_features)),
+        ]
+        for name, shape, default in shapes:
+            graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+            graph.initializer.append(numpy_helper.from_array(np.zeros(default, np.float32), name))
+        updates = [f"{slot.name}.lora.{index}" for index in range(len(parts))]
+        first[parts[0].node.name] = _update_nodes(parts, updates)
+        for part, update in zip(parts, updates, strict=True):
+            total, frozen = part.node.output[0], f"{part.node.output[0]}.base"
+            part.node.output[0] = frozen
+            after[part.node.name] = helper.make_node("Add", [frozen, update], [total], name=f"{update}.Add")
+    nodes = []
+    for node in graph.node:
+        nodes += [*first.get(node.name, []), node, *([after[node.name]] if node.name in after else [])]
+    nodes = [_copied(node) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _copied(node: onnx.NodeProto) -> onnx.NodeProto:
+    copy = type(node)()
+    copy.CopyFrom(node)
+    return copy
+
+
+def _update_nodes(parts: list[Part], updates: list[str]) -> list[onnx.NodeProto]:
+    """x·A·B, split where the builder split the projection."""
+    from onnx import helper
+
+    slot, x = parts[0].slot, parts[0].node.input[0]
+    low, whole = f"{slot.name}.lora.A", f"{slot.name}.lora.B" if len(parts) > 1 else updates[0]
+    nodes = [
+        helper.make_node("MatMul", [x, slot.a], [low], name=f"{slot.name}.lora_A.MatMul"),
+        helper.make_node("MatMul", [low, slot.b], [whole], name=f"{slot.name}.lora_B.MatMul"),
+    ]
+    if len(parts) > 1:
+        name = f"{slot.name}.lora.Split"
+        nodes.append(helper.make_node("Split", [whole], updates, name=name, axis=-1, num_outputs=len(parts)))
+    return nodes
+
+
+def graph_values(lora: Lora, parameters: Parameters) -> dict[str, NDArray[np.float32]]:
+    """The parameters as the graph takes them.
+
+    Args:
+        lora: The slots; the scaling is folded into B.
+        parameters: A (rank, in_features) and B (out_features, rank), as `Lora.shapes` names them.
+
+    Returns:
+        Under the same names A (in_features, rank) and B (rank, out_features).
+    """
+    values: dict[str, NDArray[np.float32]] = {}
+    for slot in lora.slots:
+        values[slot.a] = np.ascontiguousarray(parameters[slot.a].T)
+        values[slot.b] = np.ascontiguousarray(parameters[slot.b].T) * np.float32(lora.scaling)
+    return values
+
+
+def write_onnx_adapter(path: Path, lora: Lora, parameters: Parameters) -> None:
+    """Write the `.onnx_adapter` that GenAI's `Adapters` and onnxruntime's `LoraAdapter` load."""
+    import onnxruntime as ort
+
+    values = graph_values(lora, parameters)
+    adapter = ort.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
+    adapter.export_adapter(str(path))

@@ -1,0 +1,61 @@
+"""Where the LoRA slots are in the GenAI graph, whose builder splits gate_up_proj and names things its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgetune.errors import IncompatibleError
+from edgetune.manifest import Lora, Slot
+
+if TYPE_CHECKING:
+    import onnx
+
+_PARTS: dict[str, tuple[str, ...]] = {
+    "self_attn.qkv_proj": ("attn.qkv_proj",),
+    "self_attn.o_proj": ("attn.o_proj",),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+"""The checkpoint's projections and the builder's, from the first output row to the last."""
+QUANTISED = "_Q4"
+"""What the builder adds to the name of a weight that became int4."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A slot's share in one `MatMul` or `MatMulNBits`: these rows of B, all of A."""
+
+    slot: Slot
+    node: onnx.NodeProto
+    start: int
+    """First row of B."""
+    stop: int
+
+
+def find_parts(graph: onnx.GraphProto, lora: Lora) -> Iterator[list[Part]]:
+    """The parts of every slot.
+
+    Args:
+        graph: Of a GenAI model.
+        lora: The slots.
+
+    Raises:
+        IncompatibleError: A slot has no node in the graph.
+    """
+    nodes = {node.input[1]: node for node in graph.node if node.op_type in ("MatMul", "MatMulNBits")}
+    for slot in lora.slots:
+        layer, _, projection = slot.name.removeprefix("model.layers.").partition(".")
+        names = _PARTS.get(projection, ())
+        weights = [f"model.layers.{layer}.{name}.MatMul.weight" for name in names]
+        found = [nodes.get(weight) or nodes.get(weight + QUANTISED) for weight in weights]
+        if not found or slot.out_features % len(found):
+            raise IncompatibleError(f"{slot.name}: not a projection of Phi-3; prepare the bundle anew")
+        rows = slot.out_features // len(found)
+        parts = []
+        for index, node in enumerate(found):
+            if node is None:
+                raise IncompatibleError(f"{slot.name}: no {weights[index]} in the GenAI model; prepare the bundle anew")
+            parts.append(Part(slot, node, index * rows, (index + 1) * rows))
+        yield parts

@@ -1,0 +1,55 @@
+"""A merged fp32 model in int4 again: Olive's blockwise round-to-nearest pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgetune.export.projections import QUANTISED
+from edgetune.genai import ACCURACY_LEVEL, BLOCK_SIZE, MODEL, WEIGHTS
+from edgetune.olive_pass import run_olive_pass
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def quantise(source: Path, output: Path) -> None:
+    """Round all linear layers and the head to int4; embedding and norms stay fp32.
+
+    Args:
+        source: Folder with the fp32 `model.onnx` and `model.onnx.data`.
+        output: Folder for the int4 ones.
+
+    Raises:
+        EdgetuneError: Olive failed.
+    """
+    import onnx
+
+    graph = onnx.load(str(source / MODEL), load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    layers = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    config: dict[str, object] = {
+        "bits": 4,
+        "block_size": BLOCK_SIZE,
+        "is_symmetric": True,
+        "accuracy_level": ACCURACY_LEVEL,
+        "nodes_to_include": layers,
+        "save_as_external_data": True,
+        "all_tensors_to_one_file": True,
+        "external_data_name": WEIGHTS,
+        "size_threshold": 0,
+    }
+    built = source / "int4"
+    run_olive_pass("OnnxBlockWiseRtnQuantization", config, source / MODEL, built)
+    model = onnx.load(str(built / MODEL), load_external_data=False)
+    _restore_outputs(model)
+    onnx.save(model, str(output / MODEL))
+    (built / WEIGHTS).replace(output / WEIGHTS)
+
+
+def _restore_outputs(model: onnx.ModelProto) -> None:
+    """The pass renames what its layers give, `logits` as well, by which GenAI asks for it."""
+    for output in model.graph.output:
+        if output.name.endswith(QUANTISED):
+            node = next(node for node in model.graph.node if output.name in node.output)
+            output.name = node.output[0] = output.name.removesuffix(QUANTISED)

@@ -1,0 +1,124 @@
+"""Answers from a model folder through ONNX Runtime GenAI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from edgetune.config import GenerateConfig
+from edgetune.data.encode import Encoder, load_encoder
+from edgetune.data.rows import Message, TextRow
+from edgetune.errors import EdgetuneError, UsageError
+from edgetune.genai import GenaiModel, open_model
+
+_ADAPTER = "default"
+_INCOMPLETE = "\ufffd"
+"""What the bytes of a character decode to that has more to come."""
+
+
+def generate(model: Path, prompt: str, system: str | None, config: GenerateConfig) -> Iterator[str]:
+    """Answer a prompt.
+
+    Args:
+        model: A bundle, or a folder that `export` wrote; its adapter, when it has one beside it, is active.
+        prompt: The user's turn; without a chat template, the text to continue.
+        system: The system's turn.
+        config: How to answer.
+
+    Returns:
+        Pieces of the answer as they come, without special tokens.
+
+    Raises:
+        UsageError: There is no model, the prompt is empty or longer than the model takes, or `system` has no place.
+        DataError: The chat template refuses the conversation.
+        IncompatibleError: A format or version that this edgetune does not read, or a broken template.
+        VerificationError: A file is missing or changed, or the configuration could do harm.
+    """
+    opened = open_model(model)
+    encoder = load_encoder(opened.path, opened.manifest.tokenizer)
+    input_ids = _encode(encoder, prompt, system)
+    _check_length(opened, input_ids)
+    return text_pieces(encoder, _stream(opened, input_ids, config.max_new_tokens))
+
+
+def generate_ids(model: Path, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+    """Greedy continuation of token ids.
+
+    Args:
+        model: As `generate` takes it.
+        input_ids: The prompt.
+        max_new_tokens: Most ids to return.
+
+    Returns:
+        The new ids, with the end-of-sequence id where the model ended by itself.
+
+    Raises:
+        UsageError: There is no model, or the prompt is empty or longer than the model takes.
+        VerificationError: A file is missing or changed, or the configuration could do harm.
+    """
+    opened = open_model(model)
+    _check_length(opened, input_ids)
+    return list(_stream(opened, input_ids, max_new_tokens))
+
+
+def text_pieces(encoder: Encoder, ids: Iterable[int]) -> Iterator[str]:
+    """Decode ids as they come; together the pieces are what `Encoder.decode` makes of all ids.
+
+    A piece waits while its last character lacks bytes. The whole answer is decoded each time, because a tokenizer may
+    write a token differently at the start of a text.
+    """
+    seen: list[int] = []
+    shown = text = ""
+    for token in ids:
+        seen.append(token)
+        text = encoder.decode(seen)
+        if text.startswith(shown) and len(text) > len(shown) and not text.endswith(_INCOMPLETE):
+            yield text[len(shown) :]
+            shown = text
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
+def _encode(encoder: Encoder, prompt: str, system: str | None) -> list[int]:
+    if not prompt:
+        raise UsageError("the prompt is empty; give it some text")
+    if encoder.template is not None:
+        turns = [] if system is None else [Message("system", system)]
+        return encoder.encode_prompt([*turns, Message("user", prompt)])
+    if system is not None:
+        raise UsageError("the model has no chat template, so a system text has no place; put it into the prompt")
+    # Training ends a text with the end of the sequence; here the model goes on instead.
+    return encoder.encode(TextRow(0, prompt)).input_ids[:-1]
+
+
+def _check_length(model: GenaiModel, input_ids: Sequence[int]) -> None:
+    if not input_ids:
+        raise UsageError("the prompt has no tokens; give it some text")
+    if len(input_ids) >= model.context_length:
+        raise UsageError(
+            f"the prompt has {len(input_ids):,} tokens, "
+            f"the model takes {model.context_length:,} together with the answer; shorten it"
+        )
+
+
+def _stream(model: GenaiModel, input_ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+    """New ids, one by one, up to the first end-of-sequence id, `max_new_tokens` or the model's context length."""
+    import numpy as np
+    import onnxruntime_genai as og
+
+    try:
+        loaded = og.Model(str(model.path))
+        parameters = og.GeneratorParams(loaded)
+        most = min(model.context_length, len(input_ids) + max_new_tokens)
+        parameters.set_search_options(do_sample=False, num_beams=1, max_length=most)
+        generator = og.Generator(loaded, parameters)
+        if model.adapter is not None:
+            adapters = og.Adapters(loaded)
+            adapters.load(str(model.adapter), _ADAPTER)
+            generator.set_active_adapter(adapters, _ADAPTER)
+        generator.append_tokens(np.array(input_ids, np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+            yield int(generator.get_next_tokens()[0])
+    except RuntimeError as error:
+        raise EdgetuneError(f"{model.path}: ONNX Runtime GenAI failed: {error}") from error
