@@ -39,6 +39,16 @@ class Batch:
     trained_tokens: int
     """Labels that are not −100."""
 
+    def tensors(self) -> dict[str, NDArray[np.generic]]:
+        """What every training graph takes, by the graphs' names."""
+        return {
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "attn_bias": self.attn_bias,
+            "rope_cos": self.rope_cos,
+            "rope_sin": self.rope_sin,
+        }
+
 
 def make_batch(
     examples: Sequence[Example],

@@ -80,7 +80,7 @@ def _build_training_graphs(
     from edgetune.prepare.lowering import lower
     from edgetune.prepare.portable import evaluation_graph
     from edgetune.prepare.shapes import resolve_shapes
-    from edgetune.prepare.weights import attach_weights
+    from edgetune.prepare.weights import absorb_transposes, attach_weights
 
     lora = export_forward(view, scratch / "forward.onnx", config)
     forward = resolve_shapes(ir.load(scratch / "forward.onnx"))
@@ -94,6 +94,8 @@ def _build_training_graphs(
     graphs["loss"] = evaluation
     for role in ("training_model", "eval_model", "step", "loss"):
         attach_weights(graphs[role], folder, source.architecture, config.base)
+    for role in ("training_model", "eval_model"):
+        absorb_transposes(graphs[role])
     graphs["adamw"] = build_adamw(lora)
     for role, graph in graphs.items():
         ir.save(graph, folder / f"{role}.onnx")

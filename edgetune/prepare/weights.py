@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
 from edgetune.config import Base
 from edgetune.errors import VerificationError
@@ -137,8 +138,28 @@ def _view(tensor: ir.ExternalTensor, dtype: ir.DataType, shape: tuple[int, ...])
 def _cancel_transposes(graph: ir.Graph) -> None:
     """Transpose(Transpose(x)) of two dimensions is x."""
     for node in graph:
-        if node.op_type != "Transpose" or list(node.attributes["perm"].as_ints()) != [1, 0]:
-            continue
-        source = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if source is not None and source.op_type == "Transpose":
+        source = node.inputs[0].producer() if _swaps_matrix(node) and node.inputs[0] is not None else None
+        if source is not None and _swaps_matrix(source) and source.inputs[0] is not None:
             node.outputs[0].replace_all_uses_with(source.inputs[0])
+
+
+def absorb_transposes(model: ir.Model) -> None:
+    """Let products read frozen weights as they are stored: MatMul(x, Transpose(w)) becomes FusedMatMul(x, w, transB).
+
+    For the artifacts only, which hold such operators anyway. ONNX Runtime Training 1.19.2 pushes a Transpose through
+    `DequantizeLinear` without transposing the scales of its blocks, and then refuses the graph.
+    """
+    for node in list(model.graph):
+        if not _swaps_matrix(node) or node.inputs[0] is None or node.inputs[0].producer() is None:
+            continue
+        for user, index in list(node.outputs[0].uses()):
+            flipped = user.attributes["transB"].as_int() if "transB" in user.attributes else 0
+            if index == 1 and user.op_type in ("MatMul", "FusedMatMul"):
+                user.op_type, user.domain = "FusedMatMul", "com.microsoft"
+                user.attributes["transB"] = ir.AttrInt64("transB", 1 - flipped)
+                user.replace_input_with(1, node.inputs[0])
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def _swaps_matrix(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]

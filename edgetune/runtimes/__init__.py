@@ -44,16 +44,6 @@ class StepResult:
     """False when loss or gradient is not finite: then nothing was changed."""
 
 
-@dataclass(frozen=True)
-class TrainingState:
-    """All that a session needs to go on exactly where another one stopped."""
-
-    step: int
-    parameters: Parameters
-    first_moments: Parameters
-    second_moments: Parameters
-
-
 class Session(Protocol):
     """A model in training."""
 
@@ -69,14 +59,6 @@ class Session(Protocol):
         """A copy of the LoRA parameters."""
         ...
 
-    def state(self) -> TrainingState:
-        """A copy of parameters and optimizer state."""
-        ...
-
-    def load_state(self, state: TrainingState) -> None:
-        """Go on from `state`."""
-        ...
-
 
 class Runtime(Protocol):
     """A module of this package."""
@@ -89,7 +71,7 @@ class Runtime(Protocol):
 
 
 RUNTIMES: dict[str, str] = {
-    "onnxruntime": "edgetune.runtimes.onnxruntime_cpu",
+    "onnxruntime": "edgetune.runtimes.portable",
     "ort-training": "edgetune.runtimes.ort_training",
 }
 """Every runtime and the module that implements `Runtime`; `auto` takes the first."""

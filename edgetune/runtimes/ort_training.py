@@ -1,0 +1,94 @@
+"""The training artifacts through the ONNX Runtime Training API, in the side environment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any, cast
+
+import numpy as np
+
+from edgetune.bundle import Bundle
+from edgetune.data.batches import Batch
+from edgetune.errors import EdgetuneError
+from edgetune.runtimes import OptimizerConfig, Parameters, StepResult, wire
+from edgetune.side_environment import ensure_side_environment, worker_command
+
+_WORKER = Path(__file__).with_name("ort_training_worker.py")
+
+
+@contextmanager
+def open_session(bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig) -> Iterator[OrtTrainingSession]:
+    """Start the worker; see `edgetune.runtimes.Runtime`. The side environment is made first when it is not there."""
+    ensure_side_environment(lambda line: print(line, file=sys.stderr))
+    arguments = [str(bundle.path.absolute()), str(optimizer.weight_decay), str(optimizer.max_grad_norm)]
+    with TemporaryFile() as errors:
+        worker = subprocess.Popen(
+            worker_command(_WORKER, arguments),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+        try:
+            yield OrtTrainingSession(worker, errors, parameters)
+        finally:
+            if worker.stdin is not None:
+                worker.stdin.close()
+            worker.kill()
+            worker.wait()
+
+
+class OrtTrainingSession:
+    """A model in training in a worker process."""
+
+    def __init__(self, worker: subprocess.Popen[bytes], errors: IO[bytes], parameters: Parameters) -> None:
+        self._worker = worker
+        self._errors = errors
+        self._receive()
+        self._ask("parameters", {}, parameters)
+
+    def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """See `edgetune.runtimes.Session.step`."""
+        total = sum(batch.trained_tokens for batch in batches)
+        shares = [batch.trained_tokens / total for batch in batches]
+        arrays = {f"{i}/{name}": array for i, batch in enumerate(batches) for name, array in batch.tensors().items()}
+        answer, _ = self._ask("step", {"shares": shares, "learning_rate": learning_rate}, arrays)
+        return StepResult(answer["loss"], answer["grad_norm"], answer["applied"])
+
+    def evaluate(self, batch: Batch) -> float:
+        """See `edgetune.runtimes.Session.evaluate`."""
+        answer, _ = self._ask("evaluate", {}, batch.tensors())
+        return float(answer["loss"])
+
+    def adapter(self) -> Parameters:
+        """See `edgetune.runtimes.Session.adapter`."""
+        _, arrays = self._ask("adapter", {}, {})
+        return cast(Parameters, arrays)
+
+    def _ask(
+        self, request: str, header: Mapping[str, object], arrays: Mapping[str, np.ndarray[Any, Any]]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self._worker.stdin is None:
+            raise EdgetuneError("the ONNX Runtime Training worker has no input")
+        try:
+            wire.send(cast(IO[bytes], self._worker.stdin), {"request": request, **header}, arrays)
+        except BrokenPipeError:
+            raise self._failure() from None
+        return self._receive()
+
+    def _receive(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        message = wire.receive(cast(IO[bytes], self._worker.stdout))
+        if message is None:
+            raise self._failure()
+        return message
+
+    def _failure(self) -> EdgetuneError:
+        code = self._worker.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        reason = lines[-1] if lines else f"exit code {code}"
+        return EdgetuneError(f"the ONNX Runtime Training worker ended: {reason}")
