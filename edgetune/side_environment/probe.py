@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import onnx  # noqa: F401, TID251 - this runs in the side environment, which has it
+import onnx  # noqa: F401
 import onnxruntime
 from onnxruntime.training import api, artifacts  # noqa: F401
 
