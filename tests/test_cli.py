@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 import edgetune
 from edgetune.cli import VERBS, main
 from edgetune.cli.output import bytes_text, printable
-from edgetune.cli.progress import BarObserver, LineObserver, duration_text
+from edgetune.cli.progress import LineObserver, duration_text
 from edgetune.config import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig
 from edgetune.doctor import Finding
 from edgetune.errors import (
@@ -570,23 +570,48 @@ def test_long_runs_write_about_a_hundred_lines() -> None:
     assert 90 <= len(steps) <= 102
 
 
-def test_the_progress_bar_shows_loss_rate_speed_time_and_memory() -> None:
-    from io import StringIO
-
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn
-
-    screen = StringIO()
-    console = Console(file=screen, force_terminal=True, width=200, highlight=False)
-    with Progress(MofNCompleteColumn(), TextColumn("{task.description}"), console=console) as progress:
-        observer = BarObserver(progress)
-        observer.on_notice("[1] row is too long")
-        observer.on_start(START)
-        for metrics in METRICS:
-            observer.on_step(metrics)
-    text = screen.getvalue()
-    assert "[1] row is too long" in text
-    assert "3/3 loss 0.3333, lr 2.00e-04, 1,234 tokens/s, ETA 0:03:00, peak 1.5 GB" in text
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals in the standard library")
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_terminal_gets_a_progress_bar(tmp_path: Path, bundle: Path, data: Path, fails: bool) -> None:
+    body = f"""
+from pathlib import Path
+import edgetune.train
+from edgetune.errors import ResourceError
+from edgetune.train import StartInfo, StepMetrics, TrainResult
+def fake(bundle, data, valid, output, config, observer):
+    observer.on_notice("[1] row is too long")
+    observer.on_start({START!r})
+    for metrics in {METRICS!r}:
+        observer.on_step(metrics)
+    observer.on_validation(3, 0.5)
+    if {fails}:
+        raise ResourceError("disk is full")
+    return TrainResult(Path("adapter"), 3, 0.25, None, None, 61.0)
+edgetune.train.train = fake
+"""
+    arguments = ["train", str(bundle), "--data", str(data), "--output", "adapter"]
+    terminal, end = os.openpty()
+    environment = {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "200", "NO_COLOR": "1"}
+    result = subprocess.run(
+        [*script(tmp_path, body), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=end,
+        text=True,
+        timeout=60,
+    )
+    os.close(end)
+    screen = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert "[1] row is too long\r\n" in screen
+    assert "validation loss 0.5000 after step 3\r\n" in screen
+    assert "3/3 loss 0.3333, lr 2.00e-04, 1,234 tokens/s, ETA 0:03:00, peak 1.5 GB" in screen
+    assert screen.count("\x1b[?25l") == screen.count("\x1b[?25h") == 1  # the cursor is hidden and comes back
+    if fails:
+        assert (result.returncode, result.stdout) == (6, "")
+        assert screen.endswith("error: disk is full\r\n")
+    else:
+        assert (result.returncode, result.stdout) == (0, "adapter: 3 steps in 0:01:01, loss 0.2500\n")
 
 
 def test_eval_prints_a_table_or_json(evaluate: Callable[..., Result]) -> None:

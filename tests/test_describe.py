@@ -30,6 +30,7 @@ from edgetune.manifest import (
     Slot,
     TensorSpec,
     Tokenizer,
+    read_manifest,
     write_manifest,
 )
 
@@ -279,6 +280,22 @@ def test_tables_for_people_hold_the_facts(tmp_path: Path) -> None:
         assert word in stdout
     assert "no manifest to verify against" in inspect(make_model(tmp_path / "model"))[1]
     assert "adapter (verified)" in inspect(make_adapter(tmp_path / "adapter"))[1]
+
+
+def test_the_table_of_a_graph_folds_layers_and_lora_parameters(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    make_bundle(folder)
+    manifest = read_manifest((folder / "manifest.json").read_bytes(), BundleManifest, "manifest")
+    inputs = [TensorSpec("input_ids", "int64", ["b"])]
+    inputs += [TensorSpec(f"past.{layer}.key", "float", [2, "t"]) for layer in range(3)]
+    inputs += [TensorSpec(name, "float", list(shape)) for name, shape in LORA.shapes().items()]
+    graph = Graph("step", "step.onnx", inputs, [])
+    seal_bundle(folder, replace(manifest, graphs=[graph]))
+    stdout = inspect(folder)[1]
+    assert "past.N.key float [2, t] for each of 3" in stdout
+    assert "4 for LoRA parameters" in stdout
+    assert "lora_A" not in stdout
+    assert len(json.loads(inspect(folder, "--json")[1])["graphs"][0]["inputs"]) == 8
 
 
 def test_json_holds_everything(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +24,8 @@ edgetune inspect adapter
 edgetune inspect model --json
 """
 
-SHOWN_TENSORS = 8
-"""Inputs or outputs of a graph that the table names; JSON has all of them."""
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""A layer in a name such as `past_key_values.0.key`."""
 
 
 @click.command(cls=Command, epilog=EXAMPLES)
@@ -92,12 +94,15 @@ def _facts(description: Description) -> list[tuple[str, str]]:
     if description.losses:
         facts.append(("answer loss", ", ".join(f"{name} {loss:.4f}" for name, loss in description.losses.items())))
     if description.provenance:
-        facts.append(("made with", ", ".join(f"{name} {value}" for name, value in description.provenance.items())))
+        facts.append(("made with", "\n".join(f"{name} {value}" for name, value in description.provenance.items())))
     return facts
 
 
 def _tensors(specs: list[TensorSpec]) -> str:
-    lines = [f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]" for spec in specs[:SHOWN_TENSORS]]
-    if len(specs) > SHOWN_TENSORS:
-        lines.append(f"… and {len(specs) - SHOWN_TENSORS} more")
+    """A line a tensor; layers that differ in their number only share one, LoRA parameters are counted."""
+    own = [spec for spec in specs if ".lora_" not in spec.name]
+    counts = Counter(f"{_NUMBER.sub('N', spec.name)} {spec.dtype} [{', '.join(map(str, spec.shape))}]" for spec in own)
+    lines = [text if count == 1 else f"{text} for each of {count}" for text, count in counts.items()]
+    if len(specs) > len(own):
+        lines.append(f"{len(specs) - len(own)} for LoRA parameters")
     return "\n".join(lines)
