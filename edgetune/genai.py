@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from edgetune.bundle import MANIFEST as BUNDLE_MANIFEST
 from edgetune.bundle import open_bundle, verify_files
@@ -55,6 +55,8 @@ class GenaiModel:
     manifest: BundleManifest | ModelManifest
     context_length: int
     """Most tokens of prompt and answer together."""
+    eos_token_ids: tuple[int, ...]
+    """Each of them ends an answer."""
 
     @property
     def adapter(self) -> Path | None:
@@ -90,11 +92,13 @@ def open_model(path: Path) -> GenaiModel:
         raise VerificationError(f"{path}: its manifest does not list {', '.join(strange)}; remove what is foreign")
     if isinstance(manifest, ModelManifest) and manifest.adapter is not None and manifest.adapter not in listed:
         raise VerificationError(f"{path / MANIFEST}: adapter {manifest.adapter!r:.80} is not a listed file")
-    return GenaiModel(path, manifest, _check_config(path / CONFIG))
+    config = _check_config(path / CONFIG)["model"]
+    ends = config["eos_token_id"]
+    return GenaiModel(path, manifest, config["context_length"], tuple(ends) if isinstance(ends, list) else (ends,))
 
 
-def _check_config(path: Path) -> int:
-    """Refuse what could load code or leave the folder; the model's context length."""
+def _check_config(path: Path) -> dict[str, Any]:
+    """Refuse what could load code or leave the folder, and figures that are none."""
     try:
         config = json.loads(path.read_bytes().decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -111,10 +115,16 @@ def _check_config(path: Path) -> int:
         raise VerificationError(f"{path}: decoder.filename is {decoder.get('filename')!r:.80}, expected {MODEL!r}")
     if decoder.get("session_options", {}).get("provider_options", []) != []:
         raise VerificationError(f"{path}: provider_options are set, which can load libraries; edgetune writes none")
-    length = config["model"].get("context_length")
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+    length, ends = config["model"].get("context_length"), config["model"].get("eos_token_id")
+    if not _is_count(length) or length < 1:
         raise VerificationError(f"{path}: context_length is {length!r:.40}, expected a positive integer")
-    return length
+    if not all(_is_count(end) for end in (ends if isinstance(ends, list) else [ends])):
+        raise VerificationError(f"{path}: eos_token_id is {ends!r:.40}, expected token ids")
+    return cast(dict[str, Any], config)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _section(config: Any, place: tuple[str, ...]) -> Any:

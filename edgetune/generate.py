@@ -50,7 +50,7 @@ def generate_ids(model: Path, input_ids: Sequence[int], max_new_tokens: int) -> 
         max_new_tokens: Most ids to return.
 
     Returns:
-        The new ids, with the end-of-sequence id where the model ended by itself.
+        The new ids, without the one that ends the answer.
 
     Raises:
         UsageError: There is no model, or the prompt is empty or longer than the model takes.
@@ -62,21 +62,29 @@ def generate_ids(model: Path, input_ids: Sequence[int], max_new_tokens: int) -> 
 
 
 def text_pieces(encoder: Encoder, ids: Iterable[int]) -> Iterator[str]:
-    """Decode ids as they come; together the pieces are what `Encoder.decode` makes of all ids.
+    """Decode ids as they come.
 
-    A piece waits while its last character lacks bytes. The whole answer is decoded each time, because a tokenizer may
-    write a token differently at the start of a text.
+    Together the pieces are what `Encoder.decode` makes of all ids, unless bytes that were shown as a character turn out
+    to be none. A piece waits while its last character lacks bytes. The whole answer is decoded each time, because a
+    tokenizer writes a token differently at the start of a text.
     """
     seen: list[int] = []
     shown = text = ""
     for token in ids:
         seen.append(token)
         text = encoder.decode(seen)
-        if text.startswith(shown) and len(text) > len(shown) and not text.endswith(_INCOMPLETE):
-            yield text[len(shown) :]
+        if not text.endswith(_INCOMPLETE):
+            if fresh := _fresh(shown, text):
+                yield fresh
             shown = text
-    if len(text) > len(shown):
-        yield text[len(shown) :]
+    if fresh := _fresh(shown, text):
+        yield fresh
+
+
+def _fresh(shown: str, text: str) -> str:
+    """What of `text` comes after its agreement with `shown`."""
+    agreed = min(len(shown), len(text))
+    return text[next((index for index in range(agreed) if shown[index] != text[index]), agreed) :]
 
 
 def _encode(encoder: Encoder, prompt: str, system: str | None) -> list[int]:
@@ -102,7 +110,7 @@ def _check_length(model: GenaiModel, input_ids: Sequence[int]) -> None:
 
 
 def _stream(model: GenaiModel, input_ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
-    """New ids, one by one, up to the first end-of-sequence id, `max_new_tokens` or the model's context length."""
+    """New ids, one by one, until an end-of-sequence id comes, or `max_new_tokens` or the context length is reached."""
     import numpy as np
     import onnxruntime_genai as og
 
@@ -119,6 +127,8 @@ def _stream(model: GenaiModel, input_ids: Sequence[int], max_new_tokens: int) ->
         generator.append_tokens(np.array(input_ids, np.int32))
         while not generator.is_done():
             generator.generate_next_token()
-            yield int(generator.get_next_tokens()[0])
+            token = int(generator.get_next_tokens()[0])
+            if token not in model.eos_token_ids:
+                yield token
     except RuntimeError as error:
         raise EdgetuneError(f"{model.path}: ONNX Runtime GenAI failed: {error}") from error

@@ -64,11 +64,11 @@ def run_olive_pass(name: PassName, config: Mapping[str, object], source: Path, o
 
 
 def _serve(request: str) -> None:
-    from olive.hardware.accelerator import AcceleratorSpec, Device  # noqa: TID251 (host)
-    from olive.hardware.constants import ExecutionProvider  # noqa: TID251 (host)
-    from olive.model import HfModelHandler, ONNXModelHandler  # noqa: TID251 (host)
-    from olive.package_config import OlivePackageConfig  # noqa: TID251 (host)
-    from olive.passes.olive_pass import create_pass_from_dict  # noqa: TID251 (host)
+    from olive.hardware.accelerator import AcceleratorSpec, Device
+    from olive.hardware.constants import ExecutionProvider
+    from olive.model import HfModelHandler, ONNXModelHandler
+    from olive.package_config import OlivePackageConfig
+    from olive.passes.olive_pass import create_pass_from_dict
 
     asked = json.loads(request)
     cpu = AcceleratorSpec(Device.CPU, ExecutionProvider.CPUExecutionProvider)

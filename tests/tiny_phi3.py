@@ -233,6 +233,7 @@ def torch_model(variant: str, folder: Path) -> Any:
     import torch
     from transformers import Phi3ForCausalLM
 
+    torch.set_num_threads(1)  # these models are too small for two
     model = Phi3ForCausalLM.from_pretrained(checkpoint(variant)).eval()
     linear = {name: torch.from_numpy(value.copy()) for name, value in weights(folder).items()}
     # A tied head is a copy of its own in the GenAI model, quantised there while the embedding is not.

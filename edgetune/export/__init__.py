@@ -20,8 +20,8 @@ from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.errors import VerificationError
 from edgetune.export.keep import add_lora_inputs, graph_values, write_onnx_adapter
 from edgetune.export.measure import Measured
-from edgetune.export.merge import merge
-from edgetune.export.quantise import quantise
+from edgetune.export.merge import merge_adapter
+from edgetune.export.quantise import quantise_layers
 from edgetune.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.manifest import (
     FORMAT_VERSION,
@@ -138,11 +138,11 @@ def _copy(source: Path, folder: Path, file: File) -> File:
 
 def _write_merged(bundle: Bundle, folder: Path, precision: Base, parameters: Parameters) -> None:
     if precision == "fp32":
-        merge(bundle.path, folder, bundle.manifest.lora, parameters)
+        merge_adapter(bundle.path, folder, bundle.manifest.lora, parameters)
         return
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as scratch:
-        merge(bundle.path, Path(scratch), bundle.manifest.lora, parameters)
-        quantise(Path(scratch), folder)
+        merge_adapter(bundle.path, Path(scratch), bundle.manifest.lora, parameters)
+        quantise_layers(Path(scratch), folder)
 
 
 def _write_kept(bundle: Bundle, folder: Path, parameters: Parameters) -> None:

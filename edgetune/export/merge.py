@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _PIECE = 64 << 20
 """Bytes of fp32 weights that are worked on at once, about."""
+_SMALLEST = 256
+"""Inputs that are worked on at once, at least; a multiple of every block size."""
 _ZERO_POINT = 8
 
 
@@ -54,7 +56,7 @@ class _Weight:
         return np.ascontiguousarray(values.reshape(self.n, -1)[:, : stop - start].T)
 
 
-def merge(source: Path, output: Path, lora: Lora, parameters: Parameters) -> None:
+def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters) -> None:
     """Write the fp32 GenAI graph and weights with the adapter folded in.
 
     Args:
@@ -102,7 +104,7 @@ def _merged(
     weight: _Weight, part: Part | None, scaling: float, parameters: Parameters
 ) -> Iterator[NDArray[np.float32]]:
     """W transposed + scaling · (B·A) transposed, piece by piece along the inputs."""
-    rows = max(256, _PIECE // (4 * weight.n) // 256 * 256)
+    rows = max(_SMALLEST, _PIECE // (4 * weight.n) // _SMALLEST * _SMALLEST)
     for start in range(0, weight.k, rows):
         stop = min(start + rows, weight.k)
         piece = weight.rows(start, stop)
@@ -118,7 +120,7 @@ def _read_weight(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], map
         return _Weight(k=values.shape[0], n=values.shape[1], values=values, packed=None, scales=None)
     attributes: dict[str, Any] = {attribute.name: attribute.i for attribute in node.attribute}
     k, n, size = attributes["K"], attributes["N"], attributes["block_size"]
-    if attributes["bits"] != 4 or len(node.input) != 3 or 256 % size:
+    if attributes["bits"] != 4 or len(node.input) != 3 or _SMALLEST % size:
         raise IncompatibleError(f"{node.name}: not a symmetric int4 layer; prepare the bundle anew")
     blocks = -(-k // size)
     packed = _array(tensors[node.input[1]], np.uint8, mapped).reshape(n, blocks, size // 2)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import onnx
 
 
-def quantise(source: Path, output: Path) -> None:
+def quantise_layers(source: Path, output: Path) -> None:
     """Round all linear layers and the head to int4; embedding and norms stay fp32.
 
     Args:
