@@ -1,14 +1,27 @@
-"""Writing so that a folder is either wholly there or not there, and locking it meanwhile."""
+"""Writing so that a folder is either wholly there or not there, and locking it meanwhile.
+
+Beside an output `NAME`, in its parent, lie while it is written:
+
+    .NAME.lock        held by the writer, whose PID is in it
+    .NAME.partial-*   what is being built, or being thrown away; no one reads it, the next writer removes it
+    .NAME.previous    the folder that is being replaced
+
+No system that edgetune runs on renames a folder over another one, so replacing takes two renames: NAME to
+.NAME.previous, the new folder to NAME. A process that dies between the two leaves no NAME; whoever comes next, reader
+or writer, puts .NAME.previous back (`recover`). So a replacement leaves the old folder or the new one, at any moment.
+"""
 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,6 +29,11 @@ from filelock import FileLock, Timeout
 from edgetune.errors import EdgetuneError, LockedError, ResourceError, UsageError
 
 CHUNK = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG,
+    errno.ELOOP,
+)  # fmt: skip
 
 
 def sha256_of(path: Path) -> str:
@@ -35,20 +53,6 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of an output folder.
@@ -56,77 +60,160 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         LockedError: Another process holds it; the message names its PID.
     """
-    lock_path = path.parent / f".{path.name}.lock"
+    lock_path = _beside(_real(path), "lock")
     lock = FileLock(lock_path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = lock_path.read_text(errors="replace").strip() or "unknown"
-        raise LockedError(f"{path}: locked by PID {holder}; wait for it or end it") from None
+        raise LockedError(f"{path}: locked by PID {_holder(lock_path)}; wait for it or end it") from None
     try:
-        lock_path.write_text(f"{os.getpid()}\n")
+        # Windows lets no one write, read or remove a file that is locked; there the PID stays unknown.
+        with suppress(PermissionError):
+            lock_path.write_text(f"{os.getpid()}\n")
         yield
     finally:
-        lock_path.unlink(missing_ok=True)
+        with suppress(PermissionError):
+            lock_path.unlink(missing_ok=True)
         lock.release()
 
 
 @contextmanager
-def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = False, marker: str = "") -> Iterator[Path]:
     """Build a folder under a temporary name beside `path`; rename it to `path` when the block ends well.
 
-    A killed process leaves only a hidden `.NAME.partial-*`, which the next writer of the same folder removes.
+    A killed process leaves only hidden folders, which the next writer of the same folder removes.
 
     Args:
-        path: The folder that shall appear.
+        path: The folder that shall appear; where it is a link, the folder that the link leads to.
         replace: Put it in the place of a folder that is already there.
+        marker: Replace only a folder that holds this file, or nothing.
 
     Yields:
         The temporary folder to fill.
 
     Raises:
-        UsageError: `path` exists and `replace` is off.
+        UsageError: `path` exists and is not to be replaced, or cannot be written.
         LockedError: Another process writes it.
         ResourceError: The disk is full.
+        EdgetuneError: The disk fails.
     """
-    path = path.absolute()
-    if path.exists() and not replace:
-        raise UsageError(f"{path} already exists; choose another output or add --force to replace it")
+    path = _real(path)
+    partial = _beside(path, f"partial-{secrets.token_hex(4)}")
+    written = 0
     try:
+        _refuse_to_overwrite(path, replace, marker)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path):
-            for stale in path.parent.glob(f".{path.name}.partial-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+            _settle(path)
+            _refuse_to_overwrite(path, replace, marker)
+            partial.mkdir()
             try:
-                partial.chmod(0o755)
                 yield partial
                 _sync_tree(partial)
-                _swap(partial, path)
+                _put_in_place(partial, path, replace=replace)
+            except OSError:
+                written = _size(partial)
+                raise
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                _settle(path)
     except OSError as error:
-        explained = _explained(error, path)
+        explained = _explained(error, path, written)
         if explained is None:
             raise
         raise explained from error
 
 
-def _swap(partial: Path, path: Path) -> None:
-    if path.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-        os.rename(path, old / "old")
-        os.rename(partial, path)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(partial, path)
+def recover(path: Path) -> None:
+    """Put back a folder whose replacement was cut off between its two renames; every reader calls this first.
+
+    Raises:
+        LockedError: The replacement goes on right now.
+    """
+    path = _real(path)
+    if _beside(path, "previous").exists() and not path.exists():
+        with locked(path):
+            _settle(path)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve, it lets a circle of links pass, which mkdir then refuses
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.parent / f".{path.name}.{suffix}"
+
+
+def _holder(lock_path: Path) -> str:
+    try:
+        return lock_path.read_text(errors="replace").strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def _refuse_to_overwrite(path: Path, replace: bool, marker: str) -> None:
+    if not path.exists():
+        return
+    if not replace:
+        raise UsageError(f"{path} already exists; choose another output or add --force to replace it")
+    if not path.is_dir():
+        raise UsageError(f"{path} is a file, so no folder replaces it; choose another output")
+    if marker and not (path / marker).exists() and any(path.iterdir()):
+        raise UsageError(f"{path} holds something else (no {marker}), so it is not replaced; choose another output")
+
+
+def _put_in_place(partial: Path, path: Path, *, replace: bool) -> None:
+    if replace and path.exists():
+        os.rename(path, _beside(path, "previous"))
+    os.rename(partial, path)
     _sync(path.parent)
 
 
-def _explained(error: OSError, path: Path) -> EdgetuneError | None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(path.parent).free
-        return ResourceError(f"{path}: the disk is full ({free:,} bytes free); free some space or choose another output")
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+def _settle(path: Path) -> None:
+    """Leave `path` and nothing beside it: the old folder comes back unless the new one is in its place."""
+    previous = _beside(path, "previous")
+    if previous.exists():
+        # Removing takes many steps; renamed first, what is left of it can never be taken for the folder.
+        os.rename(previous, _beside(path, f"partial-{secrets.token_hex(4)}") if path.exists() else path)
+        _sync(path.parent)
+    for stale in path.parent.glob(glob.escape(_beside(path, "partial-").name) + "*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if not path.is_symlink():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    if sys.platform == "win32" and path.is_dir():
+        return  # folders cannot be opened there; NTFS journals their entries
+    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _explained(error: OSError, path: Path, written: int) -> EdgetuneError | None:
+    """What a failed write means; None where the error is about another file."""
+    if error.errno in _FULL:
+        free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
+        return ResourceError(
+            f"{path}: the disk is full: more than the {written:,} bytes that were written are needed, {free:,} are "
+            "free now; free some space or choose another output"
+        )
+    if error.filename is not None:
+        about = Path(os.fsdecode(error.filename))
+        if about not in (path, *path.parents) and not str(about).startswith(str(_beside(path, ""))):
+            return None
+    if error.errno in _UNWRITABLE:
         return UsageError(f"{path}: cannot be written ({error.strerror}); choose another output")
+    if error.errno == errno.EIO:
+        return EdgetuneError(f"{path}: cannot be written ({error.strerror}); check the disk")
     return None
