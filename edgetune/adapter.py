@@ -35,6 +35,10 @@ from edgetune.storage import write_file
 MANIFEST = "edgetune.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+VALIDATION_DATA = "validation_data"
+"""Provenance key: the rows that the training was validated on, as seen from the adapter folder."""
+VALIDATION_SHA256 = "validation_data_sha256"
+"""Provenance key: their SHA-256."""
 
 _PREFIX = "base_model.model."
 """What PEFT puts before a module's path in the checkpoint."""

@@ -21,7 +21,7 @@ class Bundle:
     manifest: BundleManifest
 
     def file(self, role: str) -> Path:
-        """Path of the graph that plays `role`: `step`, `loss`, `adamw`, `training_model`, …"""
+        """Path of the graph that plays `role`: `step`, `loss`, `adamw`, `training_model` and so on."""
         return self.path / self.manifest.graph(role).file
 
 
@@ -34,7 +34,9 @@ def open_bundle(path: Path) -> Bundle:
         VerificationError: A file is missing, changed, or not a regular file.
     """
     if not (path / MANIFEST).is_file():
-        raise UsageError(f"{path}: no bundle here (no {MANIFEST}); make one with `edgetune prepare CHECKPOINT --output {path}`")
+        raise UsageError(
+            f"{path}: no bundle here (no {MANIFEST}); make one with `edgetune prepare CHECKPOINT --output {path}`"
+        )
     manifest = read_manifest((path / MANIFEST).read_bytes(), BundleManifest, str(path / MANIFEST))
     verify_files(path, manifest.files)
     return Bundle(path, manifest)
@@ -70,7 +72,9 @@ def verify_files(folder: Path, files: list[File]) -> None:
 
 def list_files(folder: Path, *, without: str) -> list[File]:
     """Every file under `folder` but the manifest called `without`, hashed."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() != without)
+    paths = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() != without
+    )
     return [File(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_of(path)) for path in paths]
 
 

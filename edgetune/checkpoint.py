@@ -83,7 +83,8 @@ def open_checkpoint(source: str, *, download: bool, int4: bool) -> Checkpoint:
         pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
         found = f"only {', '.join(pickles)}, which can hold code" if pickles else "no weights"
         raise VerificationError(
-            f"{path}: expected model.safetensors, found {found}; save it again with save_pretrained(safe_serialization=True)"
+            f"{path}: expected model.safetensors, found {found}; "
+            "save it again with save_pretrained(safe_serialization=True)"
         )
     if not (path / "tokenizer.json").is_file():
         raise VerificationError(
@@ -129,7 +130,10 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     for layer in range(a.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         shapes[f"{prefix}.input_layernorm.weight"] = (a.hidden_size,)
-        shapes[f"{prefix}.self_attn.qkv_proj.weight"] = (queries + 2 * a.num_key_value_heads * a.head_dim, a.hidden_size)
+        shapes[f"{prefix}.self_attn.qkv_proj.weight"] = (
+            queries + 2 * a.num_key_value_heads * a.head_dim,
+            a.hidden_size,
+        )
         shapes[f"{prefix}.self_attn.o_proj.weight"] = (a.hidden_size, queries)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (a.hidden_size,)
         shapes[f"{prefix}.mlp.gate_up_proj.weight"] = (2 * a.intermediate_size, a.hidden_size)
@@ -184,7 +188,8 @@ def _check_family(path: Path, config: dict[str, Any]) -> None:
     family = config.get("model_type")
     if family != FAMILY:
         raise IncompatibleError(
-            f"{path}: model family is {family!r}, expected {FAMILY!r} (Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini)"
+            f"{path}: model family is {family!r}, expected {FAMILY!r} "
+            "(Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini)"
         )
     if config.get("quantization_config"):
         raise IncompatibleError(f"{path}: the checkpoint is quantised already; expected fp32, bf16 or fp16 weights")

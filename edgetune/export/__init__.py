@@ -12,8 +12,8 @@ from typing import Literal
 
 from edgetune import __version__
 from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
+from edgetune.adapter import VALIDATION_DATA, VALIDATION_SHA256, read_adapter
 from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from edgetune.adapter import read_adapter
 from edgetune.bundle import Bundle
 from edgetune.config import Base, ExportConfig
 from edgetune.data.encode import Example, load_encoder, load_examples
@@ -37,10 +37,6 @@ from edgetune.storage import CHUNK, atomic_folder, sha256_of, write_file
 
 ADAPTER = "adapters/adapter.onnx_adapter"
 """Where a kept adapter lies in the model folder."""
-VALIDATION_DATA = "validation_data"
-"""Key of an adapter's provenance: the rows its training was validated on, absolute or from the adapter folder."""
-VALIDATION_SHA256 = "validation_data_sha256"
-"""Key of an adapter's provenance: their SHA-256."""
 
 Kind = Literal["merged", "base + adapter"]
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from edgetune import __version__
-from edgetune.bundle import Bundle, list_files, open_bundle, seal_bundle
-from edgetune.bundle import MANIFEST
+from edgetune.bundle import MANIFEST, Bundle, list_files, open_bundle, seal_bundle
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
 from edgetune.config import PrepareConfig
 from edgetune.errors import UsageError

@@ -22,10 +22,14 @@ def build_adamw(lora: Lora) -> ir.Model:
     before clipping; `P.next`, `P.exp_avg.next`, `P.exp_avg_sq.next`.
     """
     op = Operators()
-    rate, decay, max_norm, step = (_input(name, (1,)) for name in ("learning_rate", "weight_decay", "max_grad_norm", "step"))
+    rate, decay, max_norm, step = (
+        _input(name, (1,)) for name in ("learning_rate", "weight_decay", "max_grad_norm", "step")
+    )
     inputs, outputs = [rate, decay, max_norm, step], []
-    parameters = {name: {s: _input(name + s, shape) for s in ("", ".grad", ".exp_avg", ".exp_avg_sq")}
-                  for name, shape in lora.shapes().items()}
+    parameters = {
+        name: {s: _input(name + s, shape) for s in ("", ".grad", ".exp_avg", ".exp_avg_sq")}
+        for name, shape in lora.shapes().items()
+    }
     norm = _global_norm(op, [values[".grad"] for values in parameters.values()])
     _output(norm, "grad_norm", (1,))
     outputs.append(norm)
@@ -62,10 +66,15 @@ def _output(value: ir.Value, name: str, shape: tuple[int, ...]) -> None:
 
 def _global_norm(op: Operators, gradients: list[ir.Value]) -> ir.Value:
     sums = [
-        op.op("Reshape", [op.op("ReduceSum", [op.op("Mul", [g, g]), op.integers(0, 1)], attributes={"keepdims": 1}), op.integers(1)])
+        op.op(
+            "Reshape",
+            [op.op("ReduceSum", [op.op("Mul", [g, g]), op.integers(0, 1)], attributes={"keepdims": 1}), op.integers(1)],
+        )
         for g in gradients
     ]
-    total = op.op("ReduceSum", [op.op("Concat", sums, attributes={"axis": 0}), op.integers(0)], attributes={"keepdims": 1})
+    total = op.op(
+        "ReduceSum", [op.op("Concat", sums, attributes={"axis": 0}), op.integers(0)], attributes={"keepdims": 1}
+    )
     return op.op("Sqrt", [total])
 
 

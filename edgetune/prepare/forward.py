@@ -64,7 +64,7 @@ def export_forward(checkpoint: Path, output: Path, config: PrepareConfig) -> Lor
             for name, module in model.named_modules()
             if name.rpartition(".")[2] in modules and isinstance(module, torch.nn.Linear)
         ]
-        adapter = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(modules))  # type: ignore[arg-type]
+        adapter = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(modules))
         inject_adapter_in_model(adapter, model)
     model.eval()
     forward = _forward_module(model)
@@ -88,7 +88,17 @@ def _forward_module(model: torch.nn.Module) -> Any:
     places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
     for module, leaf in places:
         del module._parameters[leaf]
-    rotary = model.model.rotary_emb = torch.nn.Identity()  # type: ignore[union-attr]
+
+    class GivenTables(torch.nn.Module):
+        """Stands in for the rotary embedding: the tables are inputs."""
+
+        tables: tuple[torch.Tensor, torch.Tensor]
+
+        def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.tables
+
+    rotary = GivenTables()
+    model.get_submodule("model").rotary_emb = rotary
 
     class TrainingForward(torch.nn.Module):
         config: Any = model.config
@@ -107,9 +117,11 @@ def _forward_module(model: torch.nn.Module) -> Any:
         ) -> dict[str, torch.Tensor]:
             for (module, leaf), weight in zip(places, weights, strict=True):
                 module.__dict__[leaf] = weight
-            rotary.forward = lambda x, position_ids: (rope_cos, rope_sin)  # type: ignore[method-assign,assignment]
+            rotary.tables = (rope_cos, rope_sin)
             positions = torch.zeros(1, 1, dtype=torch.int64)
-            logits = model(input_ids=input_ids, attention_mask=attn_bias, position_ids=positions, use_cache=False).logits
+            logits = model(
+                input_ids=input_ids, attention_mask=attn_bias, position_ids=positions, use_cache=False
+            ).logits
             loss = torch.nn.functional.cross_entropy(
                 logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100
             ).reshape(1)

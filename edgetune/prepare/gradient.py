@@ -75,10 +75,11 @@ def differentiate(
 def _make_trainable(forward: ir.Model, parameters: Mapping[str, NDArray[np.float32]]) -> None:
     graph = forward.graph
     for value in list(graph.inputs):
-        if value.name in parameters:
-            value.const_value = ir.tensor(parameters[value.name], name=value.name)
+        name = str(value.name)
+        if name in parameters:
+            value.const_value = ir.tensor(parameters[name], name=name)
             graph.inputs.remove(value)
-            graph.initializers[value.name] = value
+            graph.initializers[name] = value
     for value in list(graph.outputs):
         if value.name == "logits":
             graph.outputs.remove(value)
@@ -87,6 +88,6 @@ def _make_trainable(forward: ir.Model, parameters: Mapping[str, NDArray[np.float
         if node.op_type == "SoftmaxCrossEntropyLoss" and len(node.outputs) == 1 and node.inputs[0] is not None:
             node.resize_outputs(2)
             node.outputs[1].name = "log_probabilities"
-            node.outputs[1].shape, node.outputs[1].dtype = node.inputs[0].shape, node.inputs[0].dtype
+            node.outputs[1].shape, node.outputs[1].type = node.inputs[0].shape, node.inputs[0].type
     graph.opset_imports[""] = _TRAINING_OPSET
     forward.ir_version = _TRAINING_IR_VERSION

@@ -3,8 +3,9 @@
 Usage: gradient_worker.py FORWARD.onnx TRAINABLE.json OPTIMIZER.json OUTPUT_FOLDER
 
 TRAINABLE.json lists the initializers to train; the graph's first output is the objective; OPTIMIZER.json holds betas,
-eps, weight_decay and max_grad_norm of AdamW. Writes the four training artifacts and `coverage.json`: how often each operator occurs between the parameters and the objective, and
-which of them have no gradient. Imports nothing of edgetune, which is not installed there.
+eps, weight_decay and max_grad_norm of AdamW. Writes the four training artifacts and `coverage.json`: how often each
+operator occurs between the parameters and the objective, and which of them have no gradient. Imports nothing of
+edgetune, which is not installed there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnx
@@ -128,7 +130,8 @@ def use_torch_adamw(path: Path) -> None:
     onnx.save(model, path)
 
 
-def main(forward: Path, trainable: list[str], optimizer: dict[str, object], output: Path) -> None:
+def main(forward: Path, trainable: list[str], optimizer: dict[str, Any], output: Path) -> None:
+    """Write the coverage report and, when every operator has a gradient, the artifacts."""
     model = onnx.load(forward)
     report = coverage(model, set(trainable))
     (output / "coverage.json").write_text(json.dumps(report))

@@ -246,7 +246,7 @@ def _expose_gradients(model: ir.Model, parameters: Sequence[str]) -> None:
         if name in gradients:
             gradient = gradients[name]
             gradient.name = f"{name}.grad"
-            gradient.shape, gradient.dtype = parameter.shape, parameter.dtype
+            gradient.shape, gradient.type = parameter.shape, parameter.type
             graph.outputs.append(gradient)
     passes.RemoveUnusedNodesPass()(model)
     for value in list(graph.inputs):

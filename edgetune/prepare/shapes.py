@@ -26,7 +26,8 @@ def infer_shapes(model: ir.Model) -> ir.Model:
     proto = ir.to_proto(model)
     # Shapes of an earlier inference may name dimensions that are equal by now.
     del proto.graph.value_info[:]
-    return ir.from_proto(SymbolicShapeInference.infer_shapes(proto, auto_merge=True))
+    inferred: ir.Model = ir.from_proto(SymbolicShapeInference.infer_shapes(proto, auto_merge=True))
+    return inferred
 
 
 def resolve_shapes(model: ir.Model) -> ir.Model:
@@ -114,7 +115,7 @@ def _reshape_target(node: ir.Node) -> list[int]:
 
 def _expand_target(node: ir.Node) -> list[int]:
     source, target = dimensions(node.inputs[0]), dimensions(node.outputs[0])
-    aligned: Dimensions = [1] * (len(target) - len(source)) + source
+    aligned: Dimensions = [*[1] * (len(target) - len(source)), *source]
     resolved = [1 if have == want else want for have, want in zip(aligned, target, strict=True)]
     if not all(isinstance(d, int) for d in resolved):
         raise IncompatibleError(f"{node.name}: expanding {source} to {target} repeats a symbolic dimension")

@@ -7,7 +7,7 @@ very same bytes as uint4. It splits the packed gate_up projection in two; the tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +72,7 @@ def _frozen_weight(name: str, architecture: Architecture, source: _Source, read_
 class _Source:
     """Tensors of the GenAI model, added to a training graph when they are first read."""
 
-    def __init__(self, op: Operators, stored: ir.GraphInitializers, graph: ir.Graph) -> None:
+    def __init__(self, op: Operators, stored: Mapping[str, ir.Value], graph: ir.Graph) -> None:
         self._op = op
         self._stored = stored
         self._graph = graph
@@ -99,7 +99,7 @@ class _Source:
 
     def _dequantised(self, name: str) -> ir.Value:
         packed, scales = self._tensor(f"{name}_Q4"), self._tensor(f"{name}_scales")
-        rows, blocks, _ = (int(d) for d in packed.shape)
+        rows, blocks, _ = packed.numpy().shape
         inputs = [
             self._initializer(_view(packed, ir.DataType.UINT4, (rows, blocks * BLOCK_SIZE)), f"{name}_Q4"),
             self._initializer(_view(scales, scales.dtype, (rows, blocks)), f"{name}_scales"),
@@ -111,7 +111,8 @@ class _Source:
         """One tensor for all layers of a shape."""
         name = f"zero_points_{rows}x{blocks}"
         packed = np.full((rows * blocks + 1) // 2, _ZERO_POINTS_BYTE, dtype=np.uint8)
-        return self._initializer(ir.PackedTensor(packed, ir.DataType.UINT4, shape=ir.Shape((rows, blocks)), name=name), name)
+        tensor = ir.PackedTensor(packed, ir.DataType.UINT4, shape=ir.Shape((rows, blocks)), name=name)
+        return self._initializer(tensor, name)
 
     def _tensor(self, name: str) -> ir.ExternalTensor:
         value = self._stored.get(name)
@@ -122,7 +123,7 @@ class _Source:
     def _initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
         if name not in self._graph.initializers:
             self._graph.initializers[name] = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.numpy().shape), const_value=tensor
             )
         return self._graph.initializers[name]
 

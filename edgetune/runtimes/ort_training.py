@@ -75,7 +75,7 @@ class OrtTrainingSession:
         if self._worker.stdin is None:
             raise EdgetuneError("the ONNX Runtime Training worker has no input")
         try:
-            wire.send(cast(IO[bytes], self._worker.stdin), {"request": request, **header}, arrays)
+            wire.send(self._worker.stdin, {"request": request, **header}, arrays)
         except BrokenPipeError:
             raise self._failure() from None
         return self._receive()

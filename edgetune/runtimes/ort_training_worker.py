@@ -101,6 +101,7 @@ def _configure_optimizer(source: Path, target: Path, weight_decay: float, max_gr
 
 
 def main(bundle: str, weight_decay: str, max_grad_norm: str) -> None:
+    """Answer messages until the other side closes."""
     trainer = Trainer(Path(bundle), float(weight_decay), float(max_grad_norm))
     wire.send(_replies, {}, {})
     while (message := wire.receive(sys.stdin.buffer)) is not None:

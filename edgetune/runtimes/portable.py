@@ -67,9 +67,11 @@ class PortableSession:
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """See `edgetune.runtimes.Session.step`."""
         loss = self._accumulate(batches)
-        scalars = {"learning_rate": _vector(learning_rate), "step": _vector(self._steps_done + 1), **self._hyperparameters}
+        progress = {"learning_rate": _vector(learning_rate), "step": _vector(self._steps_done + 1)}
         outputs = {f"{name}.next": value for name, value in self._next_state.items()}
-        norm = _run(self._adamw, {**scalars, **self._state, **self._gradients}, outputs, "grad_norm")
+        norm = _run(
+            self._adamw, {**progress, **self._hyperparameters, **self._state, **self._gradients}, outputs, "grad_norm"
+        )
         applied = math.isfinite(loss) and math.isfinite(norm)
         if applied:
             self._state, self._next_state = self._next_state, self._state
@@ -136,4 +138,3 @@ def _vector(number: float) -> ort.OrtValue:
 def _owned(array: NDArray[np.float32]) -> ort.OrtValue:
     """A buffer that starts as a copy of `array`."""
     return ort.OrtValue.ortvalue_from_numpy(np.array(array, dtype=np.float32, order="C", copy=True))
-

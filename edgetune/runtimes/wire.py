@@ -6,15 +6,16 @@ Imports only the standard library and numpy: the worker loads this file in an en
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 
-def send(stream: BinaryIO, header: Mapping[str, object], arrays: Arrays) -> None:
+def send(stream: IO[bytes], header: Mapping[str, object], arrays: Arrays) -> None:
     """Write one message."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     announced = [[name, array.dtype.str, list(array.shape)] for name, array in contiguous.items()]
@@ -24,7 +25,7 @@ def send(stream: BinaryIO, header: Mapping[str, object], arrays: Arrays) -> None
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def receive(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Read one message: its header and its arrays; None when the other side has closed."""
     line = stream.readline()
     if not line:
@@ -32,12 +33,10 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Any]] | None:
     header = json.loads(line)
     arrays = {}
     for name, dtype, shape in header.pop("arrays"):
-        array = np.empty(shape, dtype=np.dtype(dtype))
-        view = memoryview(array.reshape(-1)).cast("B") if array.size else memoryview(bytearray())
-        while view:
-            count = stream.readinto(view)  # type: ignore[attr-defined]
-            if not count:
-                return None
-            view = view[count:]
-        arrays[name] = array
+        kind = np.dtype(dtype)
+        size = kind.itemsize * math.prod(shape)
+        data = stream.read(size)
+        if len(data) < size:
+            return None
+        arrays[name] = np.frombuffer(bytearray(data), dtype=kind).reshape(shape)
     return header, arrays

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -14,14 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgetune
-from edgetune.adapter import MANIFEST, initial_parameters, read_adapter, write_adapter
+from edgetune.adapter import (
+    MANIFEST,
+    VALIDATION_DATA,
+    VALIDATION_SHA256,
+    initial_parameters,
+    read_adapter,
+    write_adapter,
+)
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
 from edgetune.data.batches import Batch, epoch_batches, make_batch
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
 from edgetune.errors import EdgetuneError, UsageError
 from edgetune.runtimes import OptimizerConfig, Session, StepResult, find_runtime
-from edgetune.storage import atomic_folder
+from edgetune.storage import atomic_folder, sha256_of
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.record import RunRecord, peak_memory_bytes
 from edgetune.train.schedule import check_options, learning_rate, plan_steps
@@ -57,7 +65,7 @@ def train(
     if config.force and output.exists() and not _replaceable(output):
         raise UsageError(f"{output} exists and is no adapter, so it is not replaced; choose another output")
     with atomic_folder(output, replace=config.force) as partial:
-        run = _Run(open_bundle(bundle), data, valid, config, observer)
+        run = _Run(open_bundle(bundle), data, valid, output, config, observer)
         steps = run.execute(partial)
     if run.stopped:
         raise EdgetuneError(f"{run.stopped}; {output} holds the adapter after step {steps}; {_REMEDY}")
@@ -82,8 +90,11 @@ def _replaceable(output: Path) -> bool:
 class _Run:
     """One run: everything that can be refused is refused here, before a session is opened."""
 
-    def __init__(self, bundle: Bundle, data: Path, valid: Path | None, config: TrainConfig, observer: Observer) -> None:
+    def __init__(
+        self, bundle: Bundle, data: Path, valid: Path | None, output: Path, config: TrainConfig, observer: Observer
+    ) -> None:
         self._bundle, self._config, self._observer = bundle, config, observer
+        self._output, self._valid_path = output, valid
         manifest = bundle.manifest
         encoder = load_encoder(bundle.path, manifest.tokenizer)
         self._rows = load_examples(data, encoder, manifest.max_length, truncate=config.truncate)
@@ -242,6 +253,10 @@ class _Run:
         }
         if self._config.init_adapter is not None:
             provenance["init_adapter"] = self._config.init_adapter.resolve().name
+        if self._valid_path is not None:
+            # Seen from the adapter, so that no path of this machine is told; export measures on the same rows again.
+            provenance[VALIDATION_DATA] = os.path.relpath(self._valid_path, self._output)
+            provenance[VALIDATION_SHA256] = sha256_of(self._valid_path)
         if self.validation_losses:
             provenance["validation_loss"] = repr(self.validation_losses[-1])
         if self.stopped:
