@@ -12,6 +12,7 @@ from edgetune.adapter import initial_parameters, read_adapter
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import IGNORED, Example, load_encoder, load_examples
+from edgetune.onnx_session import open_graph
 from edgetune.runtimes import Parameters
 
 BATCH_SIZE = 4
@@ -72,13 +73,9 @@ def measure(
         parameters: The adapter; None measures the base alone.
         left_out: Rows that are not among `examples`; only passed on.
     """
-    import onnxruntime
-
     manifest = bundle.manifest
     architecture = manifest.architecture
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(bundle.file("loss"), options, providers=["CPUExecutionProvider"])
+    session = open_graph(bundle.file("loss"))
     # A fresh B is zero: then the slots add nothing, whatever A is.
     adapter = initial_parameters(manifest.lora, seed=0) if parameters is None else parameters
     ordered = sorted(examples, key=lambda example: len(example.input_ids))

@@ -38,6 +38,7 @@ edgetune export bundle --adapter adapter --output model --keep-adapter
     show_default=True,
     help="Weights of a merged model.",
 )
+@click.option("--valid", type=PATH, help="Rows to measure the answer loss on; default: those of the adapter's run.")
 @click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace a model that is already there.")
 @quiet_option
 @json_option
@@ -49,6 +50,7 @@ def command(
     output: Path,
     merge: bool,
     precision: Base,
+    valid: Path | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -65,7 +67,7 @@ def command(
     from edgetune.export import export
 
     config = ExportConfig(merge=merge, precision=precision, force=force)
-    exported = export(opened, adapter, output, config, notices(quiet=quiet))
+    exported = export(opened, adapter, output, config, notices(quiet=quiet), valid)
     if as_json:
         print_json({"model": exported.path, "bytes": exported.bytes, "losses": exported.losses})
         return

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgetune.data.encode import IGNORED, Example
 from edgetune.genai import MODEL
+from edgetune.onnx_session import open_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -33,13 +34,7 @@ class Measured:
     """
 
     def __init__(self, folder: Path, graph: onnx.ModelProto | None = None) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
-        model = str(folder / MODEL) if graph is None else graph.SerializeToString()
-        self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self._session = open_graph(folder / MODEL if graph is None else graph.SerializeToString(), folder)
 
     def answer_loss(
         self,

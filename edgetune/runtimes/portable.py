@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
+from edgetune.onnx_session import open_graph
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
 
-PROVIDERS = ["CPUExecutionProvider"]
 _STATES = ("", ".exp_avg", ".exp_avg_sq")
 """Suffixes of what the optimizer updates: a parameter and its two moments."""
 
@@ -38,8 +38,8 @@ class PortableSession:
     def __init__(self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig) -> None:
         self._bundle = bundle
         self._names = list(parameters)
-        self._step = _load(bundle, "step")
-        self._adamw = _load(bundle, "adamw")
+        self._step = open_graph(bundle.file("step"))
+        self._adamw = open_graph(bundle.file("adamw"))
         self._loss: ort.InferenceSession | None = None
         self._steps_done = 0
         self._hyperparameters = {
@@ -81,7 +81,7 @@ class PortableSession:
     def evaluate(self, batch: Batch) -> float:
         """See `edgetune.runtimes.Session.evaluate`."""
         if self._loss is None:
-            self._loss = _load(self._bundle, "loss")
+            self._loss = open_graph(self._bundle.file("loss"))
         feed = {**_inputs(batch), **self._parameters()}
         return _run(self._loss, feed, {}, "loss")
 
@@ -104,12 +104,6 @@ class PortableSession:
                 for name, array in self._sums.items():
                     array += self._micro_sums[name]
         return loss
-
-
-def _load(bundle: Bundle, role: str) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return ort.InferenceSession(bundle.file(role), options, providers=PROVIDERS)
 
 
 def _inputs(batch: Batch) -> Buffers:
