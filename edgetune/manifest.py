@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import cattrs
 from cattrs.errors import BaseValidationError
+from cattrs.v import format_exception
 
 from edgetune.errors import IncompatibleError, VerificationError
 
@@ -19,6 +22,8 @@ BUNDLE_FORMAT = "edgetune-bundle"
 ADAPTER_FORMAT = "edgetune-adapter"
 MODEL_FORMAT = "edgetune-model"
 FORMAT_VERSION = 1
+_SHOWN = 10
+"""Reasons in one message."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class BaseModel:
     name: str
     """Folder name or hub id; for people."""
     sha256: str
-    """Identity: SHA-256 over the names, shapes and bytes of the checkpoint's tensors and its architecture."""
+    """Identity: SHA-256 over the names and SHA-256 of the checkpoint's safetensors files, as `sha256sum` lists them."""
     weights: str
     """How the frozen weights are stored: `int4` or `fp32`."""
 
@@ -110,6 +115,10 @@ class Lora:
     target_modules: list[str]
     slots: list[Slot]
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; expected at least 1")
+
     @property
     def scaling(self) -> float:
         """What B·A is multiplied with (Hu et al. 2021): alpha / rank."""
@@ -173,8 +182,15 @@ class BundleManifest:
     """SHA-256 of this manifest written with an empty value here."""
 
     def graph(self, role: str) -> Graph:
-        """The graph that plays `role`."""
-        return next(graph for graph in self.graphs if graph.role == role)
+        """The graph that plays `role`.
+
+        Raises:
+            VerificationError: The bundle has none.
+        """
+        for graph in self.graphs:
+            if graph.role == role:
+                return graph
+        raise VerificationError(f"the bundle's manifest lists no graph for {role!r}; make the bundle anew")
 
 
 @dataclass(frozen=True)
@@ -218,25 +234,61 @@ _FORMATS: dict[type, str] = {
     AdapterManifest: ADAPTER_FORMAT,
     ModelManifest: MODEL_FORMAT,
 }
-_converter = cattrs.Converter(forbid_extra_keys=True)
-_strict = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}
-for _type, _accepted in _strict.items():
+_LARGEST = 2**63 - 1
+"""No size or count is larger: what takes them is often C."""
 
-    def _structure(value: Any, _: Any, kind: type = _type, accepted: tuple[type, ...] = _accepted) -> Any:
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise TypeError(f"expected {kind.__name__}, got {value!r:.40}")
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST
+
+
+def _text(value: Any) -> bool:
+    return type(value) is str and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+_VALUES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda value: type(value) is bool),
+    int: ("a whole number from 0 to 2^63 − 1", _whole),
+    float: ("a finite number", lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max),
+    str: ("a string of valid Unicode", _text),
+    int | str: ("a whole number or a name", lambda value: _text(value) or _whole(value)),
+}
+"""What a value in the file may be. Nothing is converted: writing it again has to change no byte."""
+_converter = cattrs.Converter(forbid_extra_keys=True)
+for _type, (_expected, _fits) in _VALUES.items():
+
+    def _structure(value: Any, _: Any, expected: str = _expected, fits: Callable[[Any], bool] = _fits) -> Any:
+        if not fits(value):
+            raise ValueError(f"expected {expected}, found {_shown(value)}")
         return value
 
     _converter.register_structure_hook(_type, _structure)
-_converter.register_structure_hook(int | str, lambda value, _: value)
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.60}" if isinstance(value, str | int | float | None) else type(value).__name__
+
+
+def _reason(error: BaseException, kind: type | None) -> str:
+    if isinstance(error, AttributeError):  # cattrs asks whatever stands for an object for its keys
+        return "expected an object"
+    return str(error) if isinstance(error, ValueError) else format_exception(error, kind)
 
 
 def _canonical(manifest: BundleManifest | AdapterManifest | ModelManifest) -> bytes:
-    return (json.dumps(_converter.unstructure(manifest), indent=1, ensure_ascii=False) + "\n").encode()
+    try:
+        text = json.dumps(_converter.unstructure(manifest), indent=1, ensure_ascii=False, allow_nan=False)
+        return f"{text}\n".encode()
+    except ValueError as error:
+        raise VerificationError(f"the manifest holds what JSON cannot: {error}") from error
 
 
 def write_manifest(manifest: BundleManifest | AdapterManifest | ModelManifest) -> bytes:
-    """The manifest's bytes, with its own hash filled in."""
+    """The manifest's bytes, with its own hash filled in.
+
+    Raises:
+        VerificationError: A number is not finite, or a string is not valid Unicode.
+    """
     unsealed = replace(manifest, manifest_sha256="")
     digest = hashlib.sha256(_canonical(unsealed)).hexdigest()
     return _canonical(replace(unsealed, manifest_sha256=digest))
@@ -256,21 +308,22 @@ def read_manifest(data: bytes, kind: type[ManifestT], source: str) -> ManifestT:
     """
     try:
         raw = json.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise VerificationError(f"{source}: not valid JSON ({error}); copy the folder again from its source") from error
     if not isinstance(raw, dict) or raw.get("format") != _FORMATS[kind]:
-        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise IncompatibleError(f"{source}: format is {found!r:.60}, expected {_FORMATS[kind]!r}")
+        found = _shown(raw.get("format") if isinstance(raw, dict) else raw)
+        raise IncompatibleError(f"{source}: format is {found}, expected {_FORMATS[kind]!r}")
     if raw.get("format_version") != FORMAT_VERSION:
         raise IncompatibleError(
-            f"{source}: format version {raw.get('format_version')!r:.20}, this edgetune reads {FORMAT_VERSION}; "
+            f"{source}: format version {_shown(raw.get('format_version'))}, this edgetune reads {FORMAT_VERSION}; "
             "make it again with this edgetune, or install the edgetune that wrote it"
         )
     try:
         manifest = _converter.structure(raw, kind)
     except BaseValidationError as error:
-        reasons = "; ".join(cattrs.transform_error(error))
-        raise VerificationError(f"{source}: {reasons}") from error
+        reasons = cattrs.transform_error(error, format_exception=_reason)
+        hidden = f"; … and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
+        raise VerificationError(f"{source}: {'; '.join(reasons[:_SHOWN])}{hidden}") from error
     if write_manifest(manifest) != data:
         raise VerificationError(f"{source}: was changed after it was written; copy the folder again from its source")
     return manifest

@@ -523,6 +523,19 @@ def test_a_lock_that_is_released_right_now_is_still_told(tmp_path: Path, monkeyp
             write(tmp_path / "a")
 
 
+def test_a_lock_that_takes_no_pid_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "locked, as Windows has it", str(path))
+
+    with monkeypatch.context() as patch:
+        for name in ("read_text", "write_text", "unlink"):
+            patch.setattr(Path, name, refuse)
+        with locked(tmp_path / "a"), pytest.raises(LockedError, match="PID unknown"):
+            write(tmp_path / "a")
+        write(tmp_path / "a")
+    assert content(tmp_path / "a") == NEW
+
+
 def test_a_link_and_its_target_have_one_lock(tmp_path: Path) -> None:
     make_old(tmp_path / "real" / "v1")
     (tmp_path / "current").symlink_to(tmp_path / "real" / "v1")
