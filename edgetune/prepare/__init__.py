@@ -87,6 +87,7 @@ def _build_training_graphs(
     evaluation = evaluation_graph(forward, list(parameters))
     say("Differentiating (ONNX Runtime Training) …")
     coverage = differentiate(forward, parameters, scratch, say)
+    say(f"Gradient coverage: {sum(coverage.values())} operators of {len(coverage)} kinds, all have a gradient")
     say("Lowering to standard operators …")
     graphs = {name: ir.load(scratch / file) for name, file in ARTIFACTS.items()}
     graphs["step"] = lower(ir.load(scratch / ARTIFACTS["training_model"]), list(parameters))
