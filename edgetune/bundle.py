@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune.errors import UsageError, VerificationError
-from edgetune.manifest import BundleManifest, File, read_manifest, write_manifest
-from edgetune.storage import sha256_of, write_file
+from edgetune.manifest import BundleManifest, File, ManifestT, read_manifest, write_manifest
+from edgetune.storage import recover, sha256_of, write_file
 
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 16 << 20
+"""Bytes; a model with 40 layers has some 300,000."""
+_LONGEST_PATH = 255
+"""Characters of a listed path."""
+_PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\:\0]+")
+"""A name that leads nowhere else, on Windows neither."""
 
 
 @dataclass(frozen=True)
@@ -30,44 +37,105 @@ def open_bundle(path: Path) -> Bundle:
 
     Raises:
         UsageError: There is no bundle at `path`.
+        LockedError: It is being replaced right now.
         IncompatibleError: A format or version that this edgetune does not read.
-        VerificationError: A file is missing, changed, or not a regular file.
+        VerificationError: A file is missing, changed, not listed or not a regular file, or the manifest contradicts
+            itself.
     """
+    recover(path)
     if not (path / MANIFEST).is_file():
         raise UsageError(
             f"{path}: no bundle here (no {MANIFEST}); make one with `edgetune prepare CHECKPOINT --output {path}`"
         )
-    manifest = read_manifest((path / MANIFEST).read_bytes(), BundleManifest, str(path / MANIFEST))
+    manifest = load_manifest(path / MANIFEST, BundleManifest)
+    if problems := _contradictions(manifest) + _strangers(path, manifest):
+        raise VerificationError("\n".join(f"{path / MANIFEST}: {problem}" for problem in problems))
     verify_files(path, manifest.files)
     return Bundle(path, manifest)
+
+
+def load_manifest(path: Path, kind: type[ManifestT]) -> ManifestT:
+    """Read and verify the manifest of a folder.
+
+    Raises:
+        IncompatibleError: A format or version that this edgetune does not read.
+        VerificationError: It was changed, is not a regular file, or is far too large.
+    """
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise VerificationError(f"{path} is not a regular file; copy the folder again from its source")
+    if status.st_size > LARGEST_MANIFEST:
+        raise VerificationError(f"{path} has {status.st_size:,} bytes, a manifest has at most {LARGEST_MANIFEST:,}")
+    return read_manifest(path.read_bytes(), kind, str(path))
 
 
 def verify_files(folder: Path, files: list[File]) -> None:
     """Check every listed file: inside the folder, regular, of the right size and hash; report all that fail.
 
+    Hard links pass: whatever other names a file has, its bytes are the listed ones, and systems that keep images in an
+    object store (OSTree) install every file as one.
+
     Raises:
         VerificationError: Naming each file that fails, what was expected and what was found.
     """
-    problems = []
-    for entry in files:
-        relative = Path(entry.path)
-        if relative.is_absolute() or ".." in relative.parts:
-            problems.append(f"{entry.path!r} leads out of {folder}")
-            continue
-        path = folder / relative
-        try:
-            status = path.lstat()
-        except FileNotFoundError:
-            problems.append(f"{path} is missing")
-            continue
-        if not stat.S_ISREG(status.st_mode):
-            problems.append(f"{path} is not a regular file")
-        elif status.st_size != entry.size:
-            problems.append(f"{path} has {status.st_size:,} bytes, its manifest says {entry.size:,}")
-        elif (found := sha256_of(path)) != entry.sha256:
-            problems.append(f"{path} was changed: SHA-256 is {found[:16]}…, its manifest says {entry.sha256[:16]}…")
+    problems = [problem for entry in files if (problem := _problem(folder, entry))]
     if problems:
         raise VerificationError("\n".join([*problems, f"copy {folder} again from its source, or make it anew"]))
+
+
+def _problem(folder: Path, entry: File) -> str | None:
+    parts = entry.path.split("/")
+    if len(entry.path) > _LONGEST_PATH or not all(_PLAIN_NAME.fullmatch(part) for part in parts):
+        return f"{entry.path!r:.80} is not the path of a file inside {folder}"
+    path = folder / entry.path
+    try:
+        if any(folder.joinpath(*parts[:depth]).is_symlink() for depth in range(1, len(parts))):
+            return f"{path} lies behind a link"
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{path} is not a regular file"
+        if status.st_size != entry.size:
+            return f"{path} has {status.st_size:,} bytes, its manifest says {entry.size:,}"
+        if (found := sha256_of(path)) != entry.sha256:
+            return f"{path} was changed: SHA-256 is {found[:16]}…, its manifest says {entry.sha256[:16]}…"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return None
+
+
+def _contradictions(manifest: BundleManifest) -> list[str]:
+    """What a manifest says twice has to be the same: all that is loaded has to be a file that is verified."""
+    listed = {file.path: file.sha256 for file in manifest.files}
+    pinned = {
+        "tokenizer.json": manifest.tokenizer.sha256,
+        "chat_template.jinja": manifest.tokenizer.chat_template_sha256,
+    }
+    problems = [
+        f"the {graph.role} graph is {graph.file!r}, which is not a listed file"
+        for graph in manifest.graphs
+        if graph.file not in listed
+    ]
+    return problems + [
+        f"{name} has SHA-256 {listed.get(name)} among the files, {sha256} with the tokenizer"
+        for name, sha256 in pinned.items()
+        if listed.get(name) != sha256
+    ]
+
+
+def _strangers(folder: Path, manifest: BundleManifest) -> list[str]:
+    """Files that were put among the listed ones and are of their kinds, so that something might read them.
+
+    A README, the rows for training or a folder beside the listed files harm nobody.
+    """
+    listed = {file.path for file in manifest.files} | {MANIFEST}
+    kinds = {Path(name).suffix for name in listed} | {".jinja"}
+    return [
+        f"{path.name} is in the folder and not listed; move it elsewhere"
+        for path in sorted(folder.iterdir())
+        if path.name not in listed and path.suffix in kinds - {""} and not path.name.startswith(".")
+    ]
 
 
 def list_files(folder: Path, *, without: str) -> list[File]:

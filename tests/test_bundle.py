@@ -1,0 +1,358 @@
+"""Opening a bundle: every listed byte is checked, and nothing else is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny_bundle import make_bundle
+
+from edgetune.bundle import (
+    LARGEST_MANIFEST,
+    MANIFEST,
+    Bundle,
+    list_files,
+    load_manifest,
+    open_bundle,
+    seal_bundle,
+    verify_files,
+)
+from edgetune.errors import EdgetuneError, IncompatibleError, LockedError, UsageError, VerificationError
+from edgetune.manifest import BundleManifest, File, Graph
+from edgetune.storage import locked
+
+NAMES = ["loss.onnx", "parts/extra.bin", "tokenizer.json"]
+replace = dataclasses.replace
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a file in a folder."""
+    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+    bundle = make_bundle(folder)
+    (folder / "parts").mkdir()
+    (folder / "parts" / "extra.bin").write_bytes(bytes(range(256)) * 8)
+    seal_bundle(folder, replace(bundle.manifest, files=list_files(folder, without=MANIFEST)))
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "bundle"))
+
+
+@pytest.fixture(autouse=True)
+def no_hang() -> Iterator[None]:
+    """Reading a pipe that nobody writes to would never end."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError("hangs")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+
+
+def reseal(folder: Path, change: Callable[[BundleManifest], BundleManifest]) -> None:
+    """As an attacker would: with the right hash of the manifest."""
+    manifest = load_manifest(folder / MANIFEST, BundleManifest)
+    (folder / MANIFEST).unlink()
+    seal_bundle(folder, change(manifest))
+
+
+def test_a_bundle_opens(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    assert sorted(file.path for file in bundle.manifest.files) == NAMES
+    assert bundle.file("loss") == folder / "loss.onnx"
+    with pytest.raises(VerificationError, match="no graph for 'step'"):
+        bundle.file("step")
+
+
+def test_a_bundle_opens_behind_a_link_and_read_only(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(folder)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o500)
+    try:
+        assert isinstance(open_bundle(tmp_path / "current"), Bundle)
+    finally:
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o700)
+
+
+# --- one file is not what it was
+
+
+def flip_first(path: Path) -> None:
+    flip(path, 0)
+
+
+def flip_last(path: Path) -> None:
+    flip(path, -1)
+
+
+def flip(path: Path, index: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[index] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def soft_link(path: Path) -> None:
+    target = path.rename(path.with_name(".target"))
+    path.symlink_to(target)
+
+
+def dangling_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def circular_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def become_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def become_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def become_socket(path: Path) -> None:
+    path.unlink()
+    here = Path.cwd()
+    os.chdir(path.parent)  # the whole path is too long for a socket's name
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def become_endless(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+DAMAGE: dict[Callable[[Path], object], str] = {
+    flip_first: "was changed: SHA-256 is [0-9a-f]{16}…, its manifest says [0-9a-f]{16}…",
+    flip_last: "was changed",
+    truncate: r"has [\d,]+ bytes, its manifest says [\d,]+",
+    lengthen: r"has [\d,]+ bytes, its manifest says [\d,]+",
+    empty: r"has 0 bytes, its manifest says [\d,]+",
+    Path.unlink: "is missing",
+    soft_link: "is not a regular file",
+    dangling_link: "is not a regular file",
+    circular_link: "is not a regular file",
+    become_folder: "is not a regular file",
+    become_pipe: "is not a regular file",
+    become_socket: "is not a regular file",
+    become_endless: "is not a regular file",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path], object]) -> None:
+    damage(folder / name)
+    with pytest.raises(VerificationError, match=f"{folder / name} {DAMAGE[damage]}") as caught:
+        open_bundle(folder)
+    assert [other for other in NAMES if f"{folder / other} " in str(caught.value)] == [name]
+    assert f"copy {folder} again from its source" in str(caught.value)
+
+
+def test_all_problems_are_told_at_once(folder: Path) -> None:
+    truncate(folder / "loss.onnx")
+    shutil.rmtree(folder / "parts")
+    flip_last(folder / "tokenizer.json")
+    with pytest.raises(VerificationError) as caught:
+        open_bundle(folder)
+    loss, extra, tokenizer, fix = str(caught.value).splitlines()
+    assert ("bytes" in loss, "is missing" in extra, "was changed" in tokenizer) == (True, True, True)
+    assert fix.startswith("copy ")
+
+
+def test_random_bit_flips_are_detected(folder: Path) -> None:
+    generator = random.Random(0)
+    good = {name: (folder / name).read_bytes() for name in [*NAMES, MANIFEST]}
+    for _ in range(1000):
+        name = generator.choice(list(good))
+        flip(folder / name, generator.randrange(len(good[name])), generator.randrange(8))
+        with pytest.raises((VerificationError, IncompatibleError), match=name):
+            open_bundle(folder)
+        (folder / name).write_bytes(good[name])
+    open_bundle(folder)
+
+
+def test_a_file_in_the_place_of_a_folder(folder: Path) -> None:
+    shutil.rmtree(folder / "parts")
+    (folder / "parts").write_text("")
+    with pytest.raises(VerificationError, match=r"extra\.bin is missing"):
+        open_bundle(folder)
+
+
+def test_a_folder_behind_a_link(folder: Path, tmp_path: Path) -> None:
+    (folder / "parts").rename(tmp_path / "parts")
+    (folder / "parts").symlink_to(tmp_path / "parts")
+    with pytest.raises(VerificationError, match=r"extra\.bin lies behind a link"):
+        open_bundle(folder)
+
+
+def test_a_failing_disk_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr("edgetune.bundle.sha256_of", fail)
+    with pytest.raises(VerificationError, match=r"loss\.onnx cannot be read \(Input/output error\)"):
+        open_bundle(folder)
+
+
+def test_hard_links_are_files_like_others(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "store").hardlink_to(folder / "loss.onnx")
+    open_bundle(folder)
+    flip_last(tmp_path / "store")
+    with pytest.raises(VerificationError, match=r"loss\.onnx was changed"):
+        open_bundle(folder)
+
+
+# --- the manifest itself
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../outside", "parts/../../outside", "parts/..", "..", ".", "", "/", "//", "parts//extra.bin", "./loss.onnx",
+        "parts/", "x" * 256, "x/" * 1_000_000,
+        "..\\outside", "C:outside", "C:\\outside", "loss.onnx\0", "loss.onnx:stream", "/etc/hostname",
+    ],
+)  # fmt: skip
+def test_a_path_that_leads_out_is_refused(folder: Path, path: str) -> None:
+    (folder.parent / "outside").write_bytes(b"")
+    reseal(folder, lambda m: replace(m, files=[*m.files, File(path, 0, "x")]))
+    with pytest.raises(VerificationError, match="is not the path of a file inside") as caught:
+        open_bundle(folder)
+    assert repr(path)[:80] in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("path", ["ü" * 200, "x/" * 100 + "x", "loss.onnx/x", "ünlisted", "...", "..x"])
+def test_a_path_that_cannot_be_is_a_missing_or_unreadable_file(folder: Path, path: str) -> None:
+    reseal(folder, lambda m: replace(m, files=[*m.files, File(path, 0, "x")]))
+    with pytest.raises(VerificationError, match=r"is missing|cannot be read \(File name too long\)"):
+        open_bundle(folder)
+
+
+def test_a_file_that_is_listed_twice_has_to_be_both(folder: Path) -> None:
+    reseal(folder, lambda m: replace(m, files=[replace(m.files[0], sha256="0" * 64), *m.files]))
+    with pytest.raises(VerificationError, match=r"loss\.onnx was changed"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("file", ["../outside.onnx", "/tmp/outside.onnx", "parts", "unlisted.onnx", ""])
+def test_a_graph_has_to_be_a_listed_file(folder: Path, file: str) -> None:
+    reseal(folder, lambda m: replace(m, graphs=[*m.graphs, Graph("step", file, [], [])]))
+    with pytest.raises(VerificationError, match=f"the step graph is {file!r}, which is not a listed file"):
+        open_bundle(folder)
+
+
+def test_what_pins_the_tokenizer_has_to_agree_with_the_files(folder: Path) -> None:
+    reseal(folder, lambda m: replace(m, tokenizer=replace(m.tokenizer, sha256="0" * 64)))
+    with pytest.raises(VerificationError, match=r"tokenizer\.json has SHA-256 [0-9a-f]+ among the files, 0+ with"):
+        open_bundle(folder)
+
+
+def test_a_template_has_to_be_pinned(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    reseal(folder, lambda m: replace(m, files=list_files(folder, without=MANIFEST)))
+    with pytest.raises(
+        VerificationError, match=r"chat_template\.jinja has SHA-256 [0-9a-f]+ .* None with the tokenizer"
+    ):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "added_tokens.json", "more.onnx", "more.bin"])
+def test_an_unlisted_file_that_something_might_read_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_text("{}")
+    with pytest.raises(VerificationError, match=f"{name} is in the folder and not listed; move it elsewhere"):
+        open_bundle(folder)
+
+
+def test_unlisted_files_that_nothing_reads_are_left_alone(folder: Path) -> None:
+    for name in ("README.md", "train.jsonl", "LICENSE", ".DS_Store", ".hidden.json"):
+        (folder / name).write_text("")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    open_bundle(folder)
+
+
+def test_a_changed_manifest_is_refused(folder: Path) -> None:
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"max_length": 12', '"max_length": 13'))
+    with pytest.raises(VerificationError, match=f"{MANIFEST}: was changed after it was written"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("damage", [soft_link, become_endless])
+def test_a_manifest_that_is_no_regular_file_is_refused(folder: Path, damage: Callable[[Path], object]) -> None:
+    damage(folder / MANIFEST)
+    with pytest.raises(EdgetuneError, match=r"not a regular file|no bundle here"):
+        open_bundle(folder)
+
+
+def test_a_huge_manifest_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (folder / MANIFEST).open("r+b") as file:
+        file.truncate(LARGEST_MANIFEST + 1)
+    monkeypatch.setattr(Path, "read_bytes", None)
+    with pytest.raises(VerificationError, match=r"has 16,777,217 bytes, a manifest has at most 16,777,216"):
+        open_bundle(folder)
+
+
+# --- where there is no bundle
+
+
+def test_no_bundle_is_a_usage_error_with_the_fix(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / MANIFEST)
+    for name in ("absent", "file", "empty", "pipe"):
+        with pytest.raises(UsageError, match=rf"{name}: no bundle here \(no manifest.json\); make one with `edgetune"):
+            open_bundle(tmp_path / name)
+
+
+def test_a_replacement_that_was_cut_off_is_undone(folder: Path) -> None:
+    previous = folder.rename(folder.parent / ".bundle.previous")
+    with locked(folder), pytest.raises(LockedError):
+        open_bundle(folder)
+    assert open_bundle(folder).path == folder
+    assert not previous.exists()
+
+
+def test_list_files_is_what_verify_files_takes(folder: Path) -> None:
+    files = list_files(folder, without=MANIFEST)
+    assert [file.path for file in files] == NAMES
+    verify_files(folder, files)
+    verify_files(folder, [])
