@@ -118,9 +118,9 @@ def _contradictions(manifest: BundleManifest) -> list[str]:
         if graph.file not in listed
     ]
     return problems + [
-        f"{name} has SHA-256 {listed.get(name)} among the files, {sha256} with the tokenizer"
+        f"{name} has SHA-256 {listed[name]} among the files, {sha256} with the tokenizer"
         for name, sha256 in pinned.items()
-        if listed.get(name) != sha256
+        if name in listed and listed[name] != sha256
     ]
 
 
