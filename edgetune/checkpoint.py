@@ -5,22 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgetune.architecture import check_sizes, read_architecture, tensor_shapes
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune.manifest import Architecture
-from edgetune.rope import rope_from_config
 from edgetune.storage import sha256_of
 
 FAMILY = "phi3"
 FETCHED = ("*.safetensors", "*.json", "*.jinja")
 """What is fetched of a hub repository: weights and descriptions, no code and no pickles."""
-_HUB_ID = r"^[\w.-]+/[\w.-]+$"
-_INT4_BLOCK = 32
-_GENAI_ROTARY_MULTIPLE = 16
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_READ = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
+"""What model builders need beside the weights and `config.json`."""
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_DTYPES = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
@@ -43,21 +50,23 @@ class Checkpoint:
         return digest.hexdigest()
 
     def without_code(self, folder: Path) -> Path:
-        """Make `folder` a view of the checkpoint: links to weights and tokenizer, a config that names no code.
+        """Make `folder` a view of the checkpoint: links to weights and tokenizer, configs that name no code.
 
         Model builders read configs that may point to Python files in the folder (`auto_map`); this view has neither.
+        Nor has it an adapter that lies beside the weights, which transformers would load as well.
         """
         folder.mkdir()
-        for path in self.path.iterdir():
-            if path.suffix in (".safetensors", ".json", ".jinja") and path.name != "config.json":
-                (folder / path.name).symlink_to(path.resolve())
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in self.config.items() if k != "auto_map"}))
-        tokenizer_config = folder / "tokenizer_config.json"
-        if tokenizer_config.exists():
-            content = json.loads(tokenizer_config.read_text())
-            content.pop("auto_map", None)
-            tokenizer_config.unlink()
-            tokenizer_config.write_text(json.dumps(content, ensure_ascii=False))
+        index = [] if self.weights[0].name == _SINGLE else [_INDEX]
+        for name in [*(file.name for file in self.weights), *index, *_READ]:
+            if (self.path / name).is_file():
+                _link(self.path / name, folder / name)
+        configs = {"config.json": self.config}
+        if (folder / "tokenizer_config.json").exists():
+            configs["tokenizer_config.json"] = _read_json(self.path / "tokenizer_config.json")
+        for name, content in configs.items():
+            (folder / name).unlink(missing_ok=True)
+            tame = {key: value for key, value in content.items() if key != "auto_map"}
+            (folder / name).write_text(json.dumps(tame, ensure_ascii=False), encoding="utf-8")
         return folder
 
 
@@ -78,74 +87,13 @@ def open_checkpoint(source: str, *, download: bool, int4: bool) -> Checkpoint:
     config = _read_json(path / "config.json")
     _check_family(path, config)
     architecture = read_architecture(config)
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
-        found = f"only {', '.join(pickles)}, which can hold code" if pickles else "no weights"
-        raise VerificationError(
-            f"{path}: expected model.safetensors, found {found}; "
-            "save it again with save_pretrained(safe_serialization=True)"
-        )
-    if not (path / "tokenizer.json").is_file():
-        raise VerificationError(
-            f"{path}: tokenizer.json is missing; "
-            "write it with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-        )
+    weights = _find_weights(path)
     _check_tensors(path, weights, architecture)
-    _check_sizes(architecture, int4=int4)
-    return Checkpoint(path, source.rstrip("/") if path.name not in source else path.name, config, architecture, weights)
-
-
-def read_architecture(config: dict[str, Any]) -> Architecture:
-    """Sizes from a Phi-3 `config.json`.
-
-    Raises:
-        VerificationError: A size is missing or not a positive number; all are named.
-    """
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    wrong = [f"{key} is {config.get(key)!r}" for key in required if not _is_size(config.get(key))]
-    if wrong:
-        raise VerificationError(f"config.json: {', '.join(wrong)}; expected positive integers")
-    heads = config["num_attention_heads"]
-    return Architecture(
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        max_position_embeddings=config.get("max_position_embeddings", 4096),
-        sliding_window=config.get("sliding_window"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        rope=rope_from_config(config),
-    )
-
-
-def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this architecture holds; a tied head has none of its own."""
-    a = architecture
-    queries = a.num_attention_heads * a.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocab_size, a.hidden_size)}
-    for layer in range(a.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (a.hidden_size,)
-        shapes[f"{prefix}.self_attn.qkv_proj.weight"] = (
-            queries + 2 * a.num_key_value_heads * a.head_dim,
-            a.hidden_size,
-        )
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (a.hidden_size, queries)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (a.hidden_size,)
-        shapes[f"{prefix}.mlp.gate_up_proj.weight"] = (2 * a.intermediate_size, a.hidden_size)
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (a.hidden_size, a.intermediate_size)
-    shapes["model.norm.weight"] = (a.hidden_size,)
-    if not a.tie_word_embeddings:
-        shapes["lm_head.weight"] = (a.vocab_size, a.hidden_size)
-    return shapes
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    _check_tokenizer(path, config, architecture)
+    check_sizes(architecture, int4=int4)
+    name = path.resolve().name if Path(source).is_dir() else source
+    # A folder's name need not be Unicode, a manifest does.
+    return Checkpoint(path, name.encode(errors="replace").decode(), config, architecture, weights)
 
 
 def _locate(source: str, *, download: bool) -> Path:
@@ -156,14 +104,12 @@ def _locate(source: str, *, download: bool) -> Path:
         return path
     if path.exists():
         raise UsageError(f"{path}: is a file; expected a Hugging Face model folder")
-    import re
-
-    if not re.match(_HUB_ID, source):
+    if not _HUB_ID.fullmatch(source):
         raise UsageError(f"{source}: no such folder, and not a hub id such as microsoft/Phi-3-mini-4k-instruct")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's client is imported
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         return Path(snapshot_download(source, allow_patterns=list(FETCHED), local_files_only=not download))
     except (LocalEntryNotFoundError, FileNotFoundError) as error:
@@ -177,7 +123,7 @@ def _locate(source: str, *, download: bool) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise VerificationError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise VerificationError(f"{path}: expected a JSON object, found {type(content).__name__}")
@@ -195,48 +141,81 @@ def _check_family(path: Path, config: dict[str, Any]) -> None:
         raise IncompatibleError(f"{path}: the checkpoint is quantised already; expected fp32, bf16 or fp16 weights")
 
 
+def _find_weights(path: Path) -> list[Path]:
+    """The safetensors files that transformers reads: `model.safetensors`, or else those that the index lists."""
+    if (path / _SINGLE).is_file():
+        return [path / _SINGLE]
+    if not (path / _INDEX).is_file():
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        found = f"only {', '.join(pickles)}, which can hold code" if pickles else "neither"
+        raise VerificationError(
+            f"{path}: expected {_SINGLE} or {_INDEX}, found {found}; "
+            "save it again with save_pretrained(safe_serialization=True)"
+        )
+    places = _read_json(path / _INDEX).get("weight_map")
+    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+    if not names or any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
+        raise VerificationError(f"{path / _INDEX}: expected a weight_map to safetensors files in the same folder")
+    if missing := [name for name in names if not (path / name).is_file()]:
+        raise VerificationError(f"{path}: {', '.join(missing)} is missing; copy or fetch the checkpoint again")
+    return [path / name for name in names]
+
+
 def _check_tensors(path: Path, weights: list[Path], architecture: Architecture) -> None:
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, tuple[int, ...]] = {}
+    problems = []
     for file in weights:
         try:
             with safe_open(file, framework="numpy") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                    found[name] = tuple(tensors.get_slice(name).get_shape())
+                    tensor = tensors.get_slice(name)
+                    if name in found:
+                        problems.append(f"{name} lies in two files")
+                    if tensor.get_dtype() not in _DTYPES:
+                        problems.append(f"{name} is of type {tensor.get_dtype()}, expected one of {', '.join(_DTYPES)}")
+                    found[name] = tuple(tensor.get_shape())
         except (SafetensorError, OSError) as error:
             raise VerificationError(f"{file}: not a valid safetensors file ({error})") from error
-    problems = []
-    for name, shape in tensor_shapes(architecture).items():
+    if architecture.num_hidden_layers > len(found):  # a list of what a billion layers hold would fill the memory
+        raise VerificationError(
+            f"{path}: config.json says {architecture.num_hidden_layers:,} layers, the weights are {len(found)} tensors"
+        )
+    expected = tensor_shapes(architecture)
+    for name, shape in expected.items():
         if name not in found:
             problems.append(f"{name} is missing")
         elif found[name] != shape:
             problems.append(f"{name} has shape {list(found[name])}, config.json says {list(shape)}")
+    # Older checkpoints hold the frequencies, too; a tied head may be there twice.
+    extra = (name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq"))
+    problems += [f"{name} is not part of a Phi-3 model" for name in extra if name != "lm_head.weight"]
     if problems:
         hidden = f"; … and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise VerificationError(f"{path}: {'; '.join(problems[:10])}{hidden}")
 
 
-def _check_sizes(architecture: Architecture, *, int4: bool) -> None:
-    problems = []
-    if architecture.rope.dim % _GENAI_ROTARY_MULTIPLE:
-        problems.append(
-            f"{architecture.rope.dim} rotated dimensions a head, "
-            f"ONNX Runtime GenAI takes multiples of {_GENAI_ROTARY_MULTIPLE}"
+def _check_tokenizer(path: Path, config: dict[str, Any], architecture: Architecture) -> None:
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise VerificationError(
+            f"{path}: tokenizer.json is missing; "
+            "write it with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
-    inputs = {
-        "hidden_size": architecture.hidden_size,
-        "intermediate_size": architecture.intermediate_size,
-        "num_attention_heads · head_dim": architecture.num_attention_heads * architecture.head_dim,
-    }
-    if int4:
-        problems += [
-            f"{name} is {size}, int4 blocks need a multiple of {_INT4_BLOCK} (use --base fp32)"
-            for name, size in inputs.items()
-            if size % _INT4_BLOCK
-        ]
-    if problems:
-        raise IncompatibleError("; ".join(problems))
+    try:
+        tokens = Tokenizer.from_file(str(file)).get_vocab()
+    except Exception as error:  # the only class that tokenizers raises
+        raise VerificationError(f"{file}: not a tokenizer ({error})") from error
+    if (path / "tokenizer_config.json").is_file():
+        _read_json(path / "tokenizer_config.json")
+    largest, pad = max(tokens.values(), default=0), config.get("pad_token_id")
+    if largest >= architecture.vocab_size:
+        raise VerificationError(f"{file}: has token {largest}, config.json says vocab_size {architecture.vocab_size}")
+    if pad is not None and not (type(pad) is int and 0 <= pad < architecture.vocab_size):
+        raise VerificationError(f"{path / 'config.json'}: pad_token_id is {pad!r:.40}; expected a token's id or null")
 
 
 def copy_chat_template(checkpoint: Checkpoint, folder: Path) -> bool:
@@ -252,8 +231,16 @@ def copy_chat_template(checkpoint: Checkpoint, folder: Path) -> bool:
     tokenizer_config = checkpoint.path / "tokenizer_config.json"
     template = _read_json(tokenizer_config).get("chat_template") if tokenizer_config.is_file() else None
     if isinstance(template, list):
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-    if not template:
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if not template or not isinstance(template, str):
         return False
     target.write_text(template, encoding="utf-8")
     return True
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.symlink_to(source.resolve())
+    except OSError:  # Windows wants a privilege for that
+        shutil.copyfile(source, target)
