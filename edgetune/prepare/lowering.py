@@ -47,29 +47,43 @@ class Operators(tape.Tape):
 
 def _softmax_cross_entropy(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
     """Mean of −log p(label) over the labels that are not ignored; and log p itself."""
-    logits, labels = (_unflattened(value) for value in inputs[:2])
+    _require_mean_over_labels(attributes, inputs[2:])
+    logits, labels = (_before_reshape(value) for value in inputs[:2])
     log_probabilities = op.op("LogSoftmax", [logits], attributes={"axis": -1})
     valid, label = _valid_labels(op, labels)
     picked = op.op("GatherElements", [log_probabilities, label], attributes={"axis": -1})
-    total = _sum_over_rows(op, op.op("Mul", [picked, valid]))
-    mean = op.op("Neg", [op.op("Div", [total, _label_count(op, valid)])])
+    total = _sum_over_rows(op, op.op("Mul", [picked, valid]), labels)
+    mean = op.op("Neg", [op.op("Div", [total, _label_count(op, valid, labels)])])
     return op.op("Reshape", [mean, op.integers(1)]), log_probabilities
 
 
 def _softmax_cross_entropy_grad(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
     """(exp(log p) − onehot(label)) · valid · dY / count."""
-    d_loss, log_probabilities, labels = inputs[0], inputs[1], _unflattened(inputs[2])
+    _require_mean_over_labels(attributes, inputs[3:])
+    d_loss, log_probabilities, labels = _before_reshape(inputs[0]), inputs[1], _before_reshape(inputs[2])
     valid, label = _valid_labels(op, labels)
     depth = op.integers(int(dimensions(log_probabilities)[-1]))
     indices = op.op("Squeeze", [label, op.integers(-1)])
     hot = op.op("OneHot", [indices, depth, op.floats(0, 1)], attributes={"axis": -1})
     difference = op.op("Sub", [op.op("Exp", [log_probabilities]), hot])
-    scale = op.op("Div", [op.op("Mul", [valid, d_loss]), _label_count(op, valid)])
+    scale = op.op("Div", [op.op("Mul", [valid, d_loss]), _label_count(op, valid, labels)])
     return (op.op("Mul", [difference, scale]),)
 
 
-def _unflattened(value: ir.Value | None) -> ir.Value | None:
-    """The (batch, sequence, …) tensor that the exporter flattened for the loss.
+def _require_mean_over_labels(attributes: dict[str, Any], weights: Values) -> None:
+    if (
+        attributes.get("reduction", "mean") != "mean"
+        or attributes.get("ignore_index") != _IGNORED_LABEL
+        or any(value is not None for value in weights)
+    ):
+        raise IncompatibleError(
+            f"SoftmaxCrossEntropyLoss or SoftmaxCrossEntropyLossGrad with {attributes} has no lowering; "
+            f"expected the unweighted mean over the labels that are not {_IGNORED_LABEL}"
+        )
+
+
+def _before_reshape(value: ir.Value | None) -> ir.Value | None:
+    """The (batch, sequence, …) tensor that the exporter flattened for the loss, or the (1,) that it made a scalar.
 
     Without it the gradient would have to be folded back to a batch and a sequence that are known at run time only.
     """
@@ -85,14 +99,15 @@ def _valid_labels(op: Operators, labels: ir.Value | None) -> tuple[ir.Value, ir.
     return valid, op.op("Where", [ignored, op.integers(0), column])
 
 
-def _sum_over_rows(op: Operators, column: ir.Value) -> ir.Value:
-    """(1, 1, 1): sum of a (batch, sequence, 1) tensor."""
-    return op.op("ReduceSum", [column, op.integers(0, 1, 2)], attributes={"keepdims": 1})
+def _sum_over_rows(op: Operators, column: ir.Value, labels: ir.Value | None) -> ir.Value:
+    """(1, …, 1): sum of a column that has one value a label."""
+    axes = range(len(dimensions(labels)) + 1)
+    return op.op("ReduceSum", [column, op.integers(*axes)], attributes={"keepdims": 1})
 
 
-def _label_count(op: Operators, valid: ir.Value) -> ir.Value:
-    """(1, 1, 1): how many labels count, at least 1."""
-    return op.op("Max", [_sum_over_rows(op, valid), op.floats(1)])
+def _label_count(op: Operators, valid: ir.Value, labels: ir.Value | None) -> ir.Value:
+    """(1, …, 1): how many labels count, at least 1."""
+    return op.op("Max", [_sum_over_rows(op, valid, labels), op.floats(1)])
 
 
 def _softmax_grad(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:

@@ -62,11 +62,21 @@ def resolve_shapes(model: ir.Model) -> ir.Model:
 
 
 def fold(model: ir.Model) -> None:
-    """Fold small constants and remove what nothing uses."""
-    optimizer.optimize_ir(model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
-    passes.IdentityEliminationPass()(model)
-    passes.CommonSubexpressionEliminationPass()(model)
-    passes.RemoveUnusedNodesPass()(model)
+    """Fold small constants, share what is equal and remove what nothing uses.
+
+    Without onnxscript's rewrite rules: they triple the time that `prepare` takes and save one node.
+    """
+    optimizer.fold_constants(
+        model, onnx_shape_inference=True, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
+    )
+    ir.passes.Sequential(
+        passes.IdentityEliminationPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.NameFixPass(),
+    )(model)
 
 
 def dimensions(value: ir.Value | None) -> Dimensions:

@@ -1,0 +1,53 @@
+"""Whole bundles of the tiny Phi-3 variants, as `edgetune prepare` makes them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from tiny_phi3 import checkpoint, silent
+
+from edgetune.bundle import Bundle
+from edgetune.config import Base, PrepareConfig
+
+CONFIG = PrepareConfig(rank=4, alpha=8.0, max_length=128)
+"""`tiny_phi3.lora` describes the same slots."""
+
+
+class Prepared(Protocol):
+    """Type of the fixture `prepared`: the bundle of a variant; tests must not change it."""
+
+    def __call__(self, variant: str, base: Base) -> Bundle: ...
+
+
+def prepare_tiny(variant: str, folder: Path, config: PrepareConfig) -> Bundle:
+    """Prepare with Olive in this process: its imports cost seconds, a build milliseconds."""
+    from edgetune.prepare import genai_model, prepare
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OLIVE_DISABLE_TELEMETRY", "1")
+        patch.setattr(genai_model, "run_olive_pass", _run_olive_here)
+        return prepare(str(checkpoint(variant)), folder, config, silent)
+
+
+def prepare_standard(variant: str, base: Base, folder: Path) -> Bundle:
+    return prepare_tiny(variant, folder, replace(CONFIG, base=base))
+
+
+def _run_olive_here(name: str, config: Mapping[str, object], source: Path, output: Path) -> None:
+    from edgetune import olive_pass
+
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        olive_pass._serve(
+            json.dumps({"name": name, "config": dict(config), "source": str(source), "output": str(output)})
+        )
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
