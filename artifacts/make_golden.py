@@ -16,6 +16,7 @@ import json
 import random
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,6 @@ def make_base(folder: Path, *, steps: int = 600, rows: int = 16) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_bundle(golden: Path) -> Bundle:
-    """Prepare the base."""
-    return prepare(str(golden / BASE), golden / BUNDLE, PREPARE, print)
-
-
 def make_initial_adapter(golden: Path) -> None:
     """What PEFT saves of a fresh adapter; B is not zero, so that A has a gradient from the first step on."""
     torch.manual_seed(1)
@@ -207,18 +203,15 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], li
 
 def mean_loss(model: Any, examples: list[Example]) -> torch.Tensor:
     """Mean loss over the trained tokens of some rows, as transformers computes it."""
-    oracle = _oracle()
-    loss: torch.Tensor = oracle.loss(model, examples)
+    loss: torch.Tensor = _oracle().loss(model, examples)
     return loss
 
 
 def _oracle() -> Any:
     """The oracle of the tests: PyTorch + PEFT on the weights that the int4 blocks stand for."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import oracle
-
-    sys.path.pop(0)
-    return oracle
+    if (tests := str(ROOT / "tests")) not in sys.path:
+        sys.path.append(tests)
+    return import_module("oracle")
 
 
 def expectations(golden: Path, bundle: Bundle) -> dict[str, Any]:
@@ -301,7 +294,7 @@ def make_golden(golden: Path, *, new_base: bool) -> None:
         make_base(golden / BASE)
     for name in (BUNDLE, ADAPTER):
         shutil.rmtree(golden / name, ignore_errors=True)
-    bundle = make_bundle(golden)
+    bundle = prepare(str(golden / BASE), golden / BUNDLE, PREPARE, print)
     make_initial_adapter(golden)
     expected = expectations(golden, bundle)
     write_expected(golden / EXPECTED, expected)
