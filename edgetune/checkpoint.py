@@ -92,13 +92,14 @@ def open_checkpoint(source: str, *, download: bool, int4: bool) -> Checkpoint:
     _check_tokenizer(path, config, architecture)
     check_sizes(architecture, int4=int4)
     name = path.resolve().name if Path(source).is_dir() else source
-    # A folder's name need not be Unicode, a manifest does.
-    return Checkpoint(path, name.encode(errors="replace").decode(), config, architecture, weights)
+    return Checkpoint(path, name, config, architecture, weights)
 
 
 def _locate(source: str, *, download: bool) -> Path:
     path = Path(source)
     if path.is_dir():
+        if "\ufffd" in os.fsencode(path.resolve()).decode(errors="replace"):
+            raise UsageError(f"{source!a}: the folder's path is not valid Unicode; rename it")
         if not (path / "config.json").is_file():
             raise UsageError(f"{path}: no config.json; expected a Hugging Face model folder")
         return path

@@ -17,6 +17,8 @@ from edgetune.manifest import Rope
 
 LONGROPE = ("longrope", "su")
 """What configs call longrope; `su` is the older name."""
+_LARGEST = 1e30
+"""Far above any number that means something, far below what overflows when such numbers are multiplied."""
 
 
 def rope_tables(
@@ -97,7 +99,7 @@ def _number(values: dict[str, Any], key: str, default: float) -> float:
     value = values.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
         raise IncompatibleError(f"config.json: {key} must be a number above 0, found {value!r:.40}")
     return value
 
