@@ -17,9 +17,10 @@ import pytest
 from edgetune.bundle import open_bundle
 from edgetune.cli import VERBS, main
 from edgetune.cli.failures import INTERRUPTED
-from edgetune.config import ExportConfig, TrainConfig
+from edgetune.config import ExportConfig, GenerateConfig, TrainConfig
 from edgetune.errors import EdgetuneError
 from edgetune.export import export
+from edgetune.generate import generate
 from edgetune.preview import preview
 from edgetune.train import StepMetrics, TrainResult, train
 from edgetune.train.record import RunRecord
@@ -238,5 +239,6 @@ def test_the_genai_example_answers_with_and_without_adapter(
     export(bundle, tmp_path / "adapter", tmp_path / "model", ExportConfig(merge=False), lambda line: None)
     printed = run_code(python_of("export.md"), tmp_path, monkeypatch, capsys)
     base, adapted = re.findall(r"(?:base|adapter): *(.*)", printed)
-    assert base == "The kitchen."
-    assert adapted and adapted != base
+    assert base != adapted
+    for answer, folder in ((base, GOLDEN / "bundle"), (adapted, tmp_path / "model")):
+        assert answer.strip() == "".join(generate(folder, "Turn on the lamp.", None, GenerateConfig())).strip()
