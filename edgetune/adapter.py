@@ -30,7 +30,7 @@ from edgetune.manifest import (
     write_manifest,
 )
 from edgetune.runtimes import Parameters
-from edgetune.storage import write_file
+from edgetune.storage import recover, write_file
 
 MANIFEST = "edgetune.json"
 CONFIG = "adapter_config.json"
@@ -161,6 +161,7 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
         IncompatibleError: It belongs to another base or tokenizer, or is of another form; names all that differs.
         VerificationError: A file was changed, cut off, holds pickle or numbers that are not finite.
     """
+    recover(path)
     if not (path / CONFIG).is_file():
         raise UsageError(f"{path}: no adapter here (no {CONFIG}); give the folder that `edgetune train` or PEFT saved")
     if (path / MANIFEST).is_file():

@@ -27,6 +27,7 @@ from edgetune.manifest import (
     Tokenizer,
     read_manifest,
 )
+from edgetune.storage import recover
 
 Kind = Literal["bundle", "adapter", "model", "checkpoint", "folder", "file", "nothing"]
 
@@ -94,6 +95,7 @@ class Description:
 
 def kind_of(path: Path) -> Kind:
     """Recognise a folder by the files in it; nothing is read."""
+    recover(path)
     if not path.is_dir():
         return "file" if path.exists() else "nothing"
     return next((kind for mark, kind in _MARKS.items() if (path / mark).is_file()), "folder")

@@ -11,6 +11,7 @@ from edgetune.bundle import MANIFEST as BUNDLE_MANIFEST
 from edgetune.bundle import open_bundle, verify_files
 from edgetune.errors import UsageError, VerificationError
 from edgetune.manifest import BundleManifest, ModelManifest, read_manifest
+from edgetune.storage import recover
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
@@ -74,6 +75,7 @@ def open_model(path: Path) -> GenaiModel:
         VerificationError: A file is missing, changed or not listed, or the configuration could do harm.
     """
     manifest: BundleManifest | ModelManifest
+    recover(path)
     if (path / BUNDLE_MANIFEST).is_file():
         manifest = open_bundle(path).manifest
     elif (path / MANIFEST).is_file():

@@ -33,7 +33,7 @@ class BaseModel:
     name: str
     """Folder name or hub id; for people."""
     sha256: str
-    """Identity: SHA-256 over the names and SHA-256 of the checkpoint's safetensors files, as `sha256sum` lists them."""
+    """Identity: SHA-256 over a line `NAME SHA256` for each of the checkpoint's safetensors files, in order of names."""
     weights: str
     """How the frozen weights are stored: `int4` or `fp32`."""
 

@@ -12,10 +12,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, MissingDependencyError
 
 PassName = Literal["ModelBuilder", "OnnxBlockWiseRtnQuantization"]
 
@@ -38,8 +39,11 @@ def run_olive_pass(name: PassName, config: Mapping[str, object], source: Path, o
         output: Folder for the result; its parent must exist and lends a scratch folder.
 
     Raises:
+        MissingDependencyError: Olive is not installed.
         EdgetuneError: The pass failed; the message ends with the last lines that it printed.
     """
+    if find_spec("olive") is None:
+        raise MissingDependencyError('Olive is not installed; this is work for a host: pip install "edgetune[host]"')
     with tempfile.TemporaryDirectory(prefix=".olive-", dir=output.parent) as scratch_name:
         scratch = Path(scratch_name).absolute()
         request = {"name": name, "config": config, "source": str(source.absolute()), "output": str(output.absolute())}

@@ -128,7 +128,7 @@ OPTIONS = {
     "schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle truncate init-adapter force quiet json",
     "preview": "data json",
     "eval": "data adapter json",
-    "export": "adapter output merge keep-adapter precision force quiet json",
+    "export": "adapter output merge keep-adapter precision valid force quiet json",
     "generate": "prompt system max-new-tokens json",
     "inspect": "json",
     "doctor": "json",

@@ -95,17 +95,23 @@ class _Source:
         return value
 
     def _joined(self, parts: list[ir.Value], axis: int) -> ir.Value:
-        return parts[0] if len(parts) == 1 else self._op.op("Concat", parts, attributes={"axis": axis})
+        if len(parts) == 1:
+            return parts[0]
+        value = self._op.op("Concat", parts, attributes={"axis": axis})
+        value.name = f"{parts[0].name}.joined"
+        return value
 
     def _dequantised(self, name: str) -> ir.Value:
         packed, scales = self._tensor(f"{name}_Q4"), self._tensor(f"{name}_scales")
-        rows, blocks, _ = packed.numpy().shape
+        rows, blocks, _ = packed.shape.numpy()
         inputs = [
             self._initializer(_view(packed, ir.DataType.UINT4, (rows, blocks * BLOCK_SIZE)), f"{name}_Q4"),
             self._initializer(_view(scales, scales.dtype, (rows, blocks)), f"{name}_scales"),
             self._zero_points(rows, blocks),
         ]
-        return self._op.op("DequantizeLinear", inputs, attributes={"axis": 1, "block_size": BLOCK_SIZE})
+        value = self._op.op("DequantizeLinear", inputs, attributes={"axis": 1, "block_size": BLOCK_SIZE})
+        value.name = f"{name}.dequantised"
+        return value
 
     def _zero_points(self, rows: int, blocks: int) -> ir.Value:
         """One tensor for all layers of a shape."""
@@ -150,6 +156,7 @@ def absorb_transposes(model: ir.Model) -> None:
     For the artifacts only, which hold such operators anyway. ONNX Runtime Training 1.19.2 pushes a Transpose through
     `DequantizeLinear` without transposing the scales of its blocks, and then refuses the graph.
     """
+    model.opset_imports["com.microsoft"] = 1
     for node in list(model.graph):
         if not _swaps_matrix(node) or node.inputs[0] is None or node.inputs[0].producer() is None:
             continue

@@ -231,7 +231,6 @@ def test_export_says_what_the_host_needs(tmp_path: Path, trained: Trained, form:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(reason="Olive's child process reports the missing module as a failure of Olive")
 def test_prepare_says_what_the_host_needs(tmp_path: Path) -> None:
     checkpoint = GOLDEN / "edgetune-golden-base"
     said = edgetune("prepare", checkpoint, "--output", tmp_path / "bundle", "--max-length", 64)
