@@ -298,3 +298,11 @@ def test_other_losses_are_refused(op_type: str, changes: dict[str, int | str]) -
     attributes = {"reduction": "mean", "ignore_index": -100, **{k: v for k, v in changes.items() if k != "weighted"}}
     with pytest.raises(IncompatibleError, match=op_type):
         lowered(Case([node(op_type, list(inputs), ["loss"], **attributes)], inputs))
+
+
+def test_concatenation_along_the_sequence_is_refused() -> None:
+    case = CASES["concat-1-(1, 3, 2)"]
+    model = case.model()
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "sequence"
+    with pytest.raises(IncompatibleError, match="part0: dimension 1 is sequence"):
+        lower(ir.from_proto(model), [])

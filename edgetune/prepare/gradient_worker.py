@@ -51,15 +51,18 @@ def probe(model: onnx.ModelProto, node: onnx.NodeProto, reached: set[str]) -> st
     Returns:
         None when it has a gradient, otherwise what ONNX Runtime Training says.
     """
-    shapes = {v.name: v.type.tensor_type for v in [*model.graph.value_info, *model.graph.input]}
-    constants = {n.output[0]: n.attribute[0].t for n in model.graph.node if n.op_type == "Constant"}
-    constants.update({i.name: i for i in model.graph.initializer})
-    inputs, initializers, trainable = [], [], []
+    graph = model.graph
+    shapes = {v.name: v.type.tensor_type for v in [*graph.value_info, *graph.input, *graph.output]}
+    constants = {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant"}
+    constants.update({i.name: i for i in graph.initializer})
+    inputs, initializers, nodes = [], [], []
     for name in dict.fromkeys(filter(None, node.input)):
         if name in reached:
             dims = _dims(constants[name]) if name in constants else _static(shapes[name])
-            initializers.append(numpy_helper.from_array(np.ones(dims, np.float32), name))
-            trainable.append(name)
+            leaf = f"{name}/leaf"
+            initializers.append(numpy_helper.from_array(np.ones(dims, np.float32), leaf))
+            # The gradients of a value that a node takes twice are added up, those of an initializer are not.
+            nodes.append(helper.make_node("Identity", [leaf], [name]))
         elif name in constants:
             tensor = TensorProto()
             tensor.CopyFrom(constants[name])
@@ -67,16 +70,17 @@ def probe(model: onnx.ModelProto, node: onnx.NodeProto, reached: set[str]) -> st
             initializers.append(tensor)
         else:
             inputs.append(helper.make_tensor_value_info(name, shapes[name].elem_type, _static(shapes[name])))
-    total = helper.make_node("ReduceSum", [node.output[0]], ["probe_total"], keepdims=0)
-    graph = helper.make_graph(
-        [node, total], "probe", inputs, [helper.make_tensor_value_info("probe_total", 1, [])], initializers
-    )
-    single = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    trainable = [n.input[0] for n in nodes]
+    nodes += [node, helper.make_node("ReduceSum", [node.output[0]], ["probe_total"], keepdims=0)]
+    total = helper.make_tensor_value_info("probe_total", TensorProto.FLOAT, [])
+    single = helper.make_graph(nodes, "probe", inputs, [total], initializers)
+    probed = helper.make_model(single, opset_imports=model.opset_import, ir_version=model.ir_version)
     try:
         with TemporaryDirectory() as folder:
-            artifacts.generate_artifacts(single, requires_grad=trainable, frozen_params=[], artifact_directory=folder)
+            artifacts.generate_artifacts(probed, requires_grad=trainable, frozen_params=[], artifact_directory=folder)
     except RuntimeError as error:
-        return str(error).strip().rpartition(": ")[2] or str(error)
+        # Place and condition in the source of ONNX Runtime, then what it says to people.
+        return str(error).strip().rpartition(" was false. ")[2]
     return None
 
 

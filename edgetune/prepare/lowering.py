@@ -62,7 +62,7 @@ def _softmax_cross_entropy_grad(op: Operators, inputs: Values, attributes: dict[
     _require_mean_over_labels(attributes, inputs[3:])
     d_loss, log_probabilities, labels = _before_reshape(inputs[0]), inputs[1], _before_reshape(inputs[2])
     valid, label = _valid_labels(op, labels)
-    depth = op.integers(int(dimensions(log_probabilities)[-1]))
+    depth = op.integers(_fixed_size(log_probabilities, -1))
     indices = op.op("Squeeze", [label, op.integers(-1)])
     hot = op.op("OneHot", [indices, depth, op.floats(0, 1)], attributes={"axis": -1})
     difference = op.op("Sub", [op.op("Exp", [log_probabilities]), hot])
@@ -157,8 +157,17 @@ def _rms_norm_grad(op: Operators, inputs: Values, attributes: dict[str, Any]) ->
 def _concat(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value | None]:
     """Concat, and the sizes that `SplitTraining` takes."""
     joined = op.op("Concat", inputs, attributes={"axis": attributes["axis"]})
-    sizes = [int(dimensions(value)[attributes["axis"]]) for value in inputs]
+    sizes = [_fixed_size(value, attributes["axis"]) for value in inputs]
     return joined, op.integers(*sizes)
+
+
+def _fixed_size(value: ir.Value | None, axis: int) -> int:
+    """A dimension that depends on neither batch nor sequence."""
+    size = dimensions(value)[axis]
+    if not isinstance(size, int):
+        name = value.name if value is not None else None
+        raise IncompatibleError(f"{name}: dimension {axis} is {size}, which is known at run time only")
+    return size
 
 
 def _split(op: Operators, inputs: Values, attributes: dict[str, Any], outputs: int) -> Sequence[ir.Value]:

@@ -20,13 +20,21 @@ _FOLD_LIMIT = 4096
 
 
 def infer_shapes(model: ir.Model) -> ir.Model:
-    """The same model with the symbolic shape of every value."""
+    """The same model with the symbolic shape of every value.
+
+    Raises:
+        IncompatibleError: ONNX Runtime's inference gives up.
+    """
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
     proto = ir.to_proto(model)
     # Shapes of an earlier inference may name dimensions that are equal by now.
     del proto.graph.value_info[:]
-    inferred: ir.Model = ir.from_proto(SymbolicShapeInference.infer_shapes(proto, auto_merge=True))
+    try:
+        inferred: ir.Model = ir.from_proto(SymbolicShapeInference.infer_shapes(proto, auto_merge=True))
+    except Exception as error:  # it raises Exception itself, and AssertionError without a word
+        reason = str(error) or type(error).__name__
+        raise IncompatibleError(f"shapes cannot be inferred ({reason}); this architecture is not supported") from error
     return inferred
 
 
@@ -50,7 +58,7 @@ def resolve_shapes(model: ir.Model) -> ir.Model:
     fold(model)
     model = infer_shapes(model)
     for node in list(model.graph):
-        if node.op_type in ("Slice", "Reshape", "Expand") and dimensions(node.inputs[0]) == dimensions(node.outputs[0]):
+        if node.op_type in ("Slice", "Reshape", "Expand") and _changes_nothing(node):
             _bypass(model.graph, node)
     fold(model)
     left = [node for node in model.graph if node.op_type in ("Shape", "Size", "Range", "ConstantOfShape")]
@@ -134,6 +142,16 @@ def _expand_target(node: ir.Node) -> list[int]:
 
 def _constant_target(graph: ir.Graph, node: ir.Node, target: list[int]) -> None:
     node.replace_input_with(1, constant(graph, node, np.array(target, dtype=np.int64), f"{node.name}_target"))
+
+
+def _changes_nothing(node: ir.Node) -> bool:
+    """Whether the result has the argument's shape; a Slice of the same shape may still turn an axis round."""
+    steps = node.inputs[4] if len(node.inputs) > 4 else None
+    if steps is not None:
+        known = ir.convenience.get_const_tensor(steps)
+        if known is None or (known.numpy() < 0).any():
+            return False
+    return dimensions(node.inputs[0]) == dimensions(node.outputs[0])
 
 
 def _bypass(graph: ir.Graph, node: ir.Node) -> None:
