@@ -93,7 +93,9 @@ def make_model(folder: Path) -> Path:
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])
     graph = helper.make_graph([helper.make_node("Cast", ["input_ids"], ["logits"], to=1)], "g", [ids], [logits])
     onnx.save(helper.make_model(graph), folder / "model.onnx")
-    config = {"model": {"context_length": 128, "eos_token_id": 2, "decoder": {"filename": "model.onnx"}, "type": "phi3"}}
+    config = {
+        "model": {"context_length": 128, "eos_token_id": 2, "decoder": {"filename": "model.onnx"}, "type": "phi3"}
+    }
     (folder / "genai_config.json").write_text(json.dumps(config))
     (folder / "adapters").mkdir()
     (folder / "adapters" / "mine.onnx_adapter").write_bytes(b"adapter")
