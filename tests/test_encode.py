@@ -25,6 +25,7 @@ from edgetune.manifest import Architecture, BaseModel, BundleManifest, Lora
 from edgetune.manifest import Tokenizer as TokenizerManifest
 from edgetune.preview import preview
 from edgetune.rope import rope_from_config
+from edgetune.storage import sha256_of
 
 EOS = "<|endoftext|>"
 TURNS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -566,7 +567,11 @@ def seal(made: Model, folder: Path, max_length: int) -> Path:
         format_version=1,
         base=BaseModel("tiny", "0" * 64, "fp32"),
         architecture=Architecture(32, 64, 1, 4, 4, 8, 420, 4096, None, False, rope),
-        tokenizer=MANIFEST,
+        tokenizer=replace(
+            MANIFEST,
+            sha256=sha256_of(folder / "tokenizer.json"),
+            chat_template_sha256=sha256_of(folder / "chat_template.jinja"),
+        ),
         lora=Lora(8, 16.0, ["o_proj"], []),
         max_length=max_length,
         graphs=[],
