@@ -60,13 +60,18 @@ def documented(library: Path) -> Iterator[tuple[str, str]]:
 
 
 def documents(library: Path, seed: int) -> list[str]:
-    """The text to learn: each documentation whole, and its first paragraph as the answer to a question."""
+    """The text to learn: each documentation whole, and its first paragraph as the answer to a question.
+
+    A question names a few words of its answer, so that the model learns to look at what it is asked.
+    """
     draw = random.Random(seed)
     texts = []
     for name, text in documented(library):
         texts.append(text)
-        question = draw.choice(QUESTIONS).format(name.strip("_").replace("_", " "))
         answer = re.sub(r"\s+", " ", text.split("\n\n")[0])
+        words = re.findall(r"[A-Za-z]{4,}", answer) or [name]
+        subject = " ".join(draw.sample(words, min(len(words), draw.randint(2, 5)))).lower()
+        question = draw.choice(QUESTIONS).format(subject)
         texts.append(f"<|user|>\n{question}<|end|>\n<|assistant|>\n{answer}<|end|>\n")
     draw.shuffle(texts)
     return texts
