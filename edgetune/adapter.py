@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.bundle import list_files, verify_files
+from edgetune.bundle import list_files, load_manifest, verify_files
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
 from edgetune.manifest import (
     ADAPTER_FORMAT,
@@ -26,7 +26,6 @@ from edgetune.manifest import (
     BaseModel,
     Lora,
     Tokenizer,
-    read_manifest,
     write_manifest,
 )
 from edgetune.runtimes import Parameters
@@ -184,7 +183,7 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
 
 def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) -> None:
     source = path / MANIFEST
-    manifest = read_manifest(source.read_bytes(), AdapterManifest, str(source))
+    manifest = load_manifest(source, AdapterManifest)
     problems = []
     if manifest.base.sha256 != base.sha256:
         problems.append(

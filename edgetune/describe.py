@@ -11,7 +11,7 @@ from typing import Any, Literal
 from edgetune.adapter import CONFIG as ADAPTER_CONFIG
 from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
 from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from edgetune.bundle import MANIFEST, list_files, open_bundle, verify_files
+from edgetune.bundle import MANIFEST, list_files, load_manifest, open_bundle, verify_files
 from edgetune.errors import UsageError, VerificationError
 from edgetune.genai import CONFIG as GENAI_CONFIG
 from edgetune.genai import MANIFEST as MODEL_MANIFEST
@@ -25,7 +25,6 @@ from edgetune.manifest import (
     Lora,
     ModelManifest,
     Tokenizer,
-    read_manifest,
 )
 from edgetune.storage import recover
 
@@ -139,7 +138,7 @@ def _describe_adapter(path: Path) -> Description:
     if not (path / ADAPTER_MANIFEST).is_file():
         return _describe_peft(path)
     source = path / ADAPTER_MANIFEST
-    manifest = read_manifest(source.read_bytes(), AdapterManifest, str(source))
+    manifest = load_manifest(source, AdapterManifest)
     verify_files(path, manifest.files)
     return Description(
         kind="adapter",

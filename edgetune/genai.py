@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from edgetune.bundle import MANIFEST as BUNDLE_MANIFEST
-from edgetune.bundle import open_bundle, verify_files
+from edgetune.bundle import load_manifest, open_bundle, verify_files
 from edgetune.errors import UsageError, VerificationError
-from edgetune.manifest import BundleManifest, ModelManifest, read_manifest
+from edgetune.manifest import BundleManifest, ModelManifest
 from edgetune.storage import recover
 
 MODEL = "model.onnx"
@@ -79,7 +79,7 @@ def open_model(path: Path) -> GenaiModel:
     if (path / BUNDLE_MANIFEST).is_file():
         manifest = open_bundle(path).manifest
     elif (path / MANIFEST).is_file():
-        manifest = read_manifest((path / MANIFEST).read_bytes(), ModelManifest, str(path / MANIFEST))
+        manifest = load_manifest(path / MANIFEST, ModelManifest)
         verify_files(path, manifest.files)
     elif (path / CONFIG).is_file():
         raise VerificationError(

@@ -286,8 +286,15 @@ def test_existing_folder_is_kept_unless_forced(adapter: Callable[[Bundle], Path]
     with pytest.raises(UsageError, match="--force"):
         export(source, adapter(source), output, KEPT, silent)
     assert (output / "mine.txt").exists()
-    export(source, adapter(source), output, ExportConfig(merge=False, force=True), silent)
-    assert not (output / "mine.txt").exists() and open_model(output)
+    forced = ExportConfig(merge=False, force=True)
+    with pytest.raises(UsageError, match="holds something else"):
+        export(source, adapter(source), output, forced, silent)
+    assert (output / "mine.txt").exists()
+    (output / "mine.txt").unlink()
+    export(source, adapter(source), output, forced, silent)
+    (output / "old.txt").write_text("of the model that is replaced")
+    export(source, adapter(source), output, forced, silent)
+    assert not (output / "old.txt").exists() and open_model(output)
 
 
 def test_bad_input_leaves_nothing(adapter: Callable[[Bundle], Path], tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from edgetune.bundle import open_bundle
 from edgetune.genai import open_model
 
 REPOSITORY = Path(edgetune.__file__).parents[1]
-FOREIGN = {"torchinductor_root", ".ses"}
-"""What torch and onnxruntime leave among the temporary files when they are imported."""
+FOREIGN = {"torchinductor_root"}
+"""What torch leaves among the temporary files when it is imported."""
 GOLDEN = REPOSITORY / "artifacts" / "golden" / "bundle"
 
 

@@ -14,7 +14,7 @@ from edgetune import __version__
 from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
 from edgetune.adapter import VALIDATION_DATA, VALIDATION_SHA256, read_adapter
 from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from edgetune.bundle import Bundle
+from edgetune.bundle import Bundle, load_manifest
 from edgetune.config import Base, ExportConfig
 from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.errors import VerificationError
@@ -29,7 +29,6 @@ from edgetune.manifest import (
     AdapterManifest,
     File,
     ModelManifest,
-    read_manifest,
     write_manifest,
 )
 from edgetune.runtimes import Parameters
@@ -82,7 +81,7 @@ def export(
     lora = bundle.manifest.lora
     parameters = read_adapter(adapter, lora, bundle.manifest.base, bundle.manifest.tokenizer)
     examples = _examples(bundle, valid or _validation_rows(adapter, say))
-    with atomic_folder(output, replace=config.force) as folder:
+    with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
         listed = {file.path: file for file in bundle.manifest.files}
         files = [_copy(bundle.path, folder, listed[name]) for name in SIDE_FILES if name in listed]
         if config.merge:
@@ -156,7 +155,7 @@ def _validation_rows(adapter: Path, say: Callable[[str], None]) -> Path | None:
     source = adapter / ADAPTER_MANIFEST
     if not source.is_file():
         return None
-    provenance = read_manifest(source.read_bytes(), AdapterManifest, str(source)).provenance
+    provenance = load_manifest(source, AdapterManifest).provenance
     if VALIDATION_DATA not in provenance:
         return None
     rows = adapter / provenance[VALIDATION_DATA]

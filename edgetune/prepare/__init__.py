@@ -12,7 +12,7 @@ from edgetune import __version__
 from edgetune.bundle import MANIFEST, Bundle, list_files, open_bundle, seal_bundle
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
 from edgetune.config import PrepareConfig
-from edgetune.errors import UsageError
+from edgetune.errors import UsageError, VerificationError
 from edgetune.manifest import (
     BUNDLE_FORMAT,
     FORMAT_VERSION,
@@ -40,7 +40,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
     Raises:
         UsageError: No checkpoint there, the output exists, or `max_length` exceeds the model's positions.
         IncompatibleError: Another family, or an operator without gradient.
-        VerificationError: The checkpoint is incomplete or broken.
+        VerificationError: The checkpoint is incomplete or broken, or names no end-of-text token.
     """
     source = open_checkpoint(checkpoint, download=config.download, int4=config.base == "int4")
     if config.max_length > source.architecture.max_position_embeddings:
@@ -48,15 +48,18 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
             f"max length is {config.max_length}, "
             f"the model has {source.architecture.max_position_embeddings} positions; give a smaller --max-length"
         )
-    with atomic_folder(output, replace=config.force) as folder:
-        with TemporaryDirectory() as scratch:
+    bos, eos = _special_tokens(source)
+    with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
+        # Inside the folder: what a killed process leaves goes with it.
+        with TemporaryDirectory(prefix=".scratch-", dir=folder) as scratch:
             view = source.without_code(Path(scratch) / "source")
             say(f"Building the {config.base} GenAI model (Olive) …")
             _build_inference_model(source, view, folder, config)
             say("Exporting the forward graph (Optimum) …")
             lora, coverage = _build_training_graphs(source, view, Path(scratch), folder, config, say)
         say("Hashing …")
-        seal_bundle(folder, _manifest(source, folder, config, lora, coverage))
+        tokenizer = _tokenizer(source, folder, bos, eos)
+        seal_bundle(folder, _manifest(source, folder, config, tokenizer, lora, coverage))
     return open_bundle(output)
 
 
@@ -104,7 +107,12 @@ def _build_training_graphs(
 
 
 def _manifest(
-    source: Checkpoint, folder: Path, config: PrepareConfig, lora: Lora, coverage: dict[str, int]
+    source: Checkpoint,
+    folder: Path,
+    config: PrepareConfig,
+    tokenizer: Tokenizer,
+    lora: Lora,
+    coverage: dict[str, int],
 ) -> BundleManifest:
     from edgetune.prepare.portable import describe_graph
 
@@ -115,7 +123,7 @@ def _manifest(
         format_version=FORMAT_VERSION,
         base=BaseModel(source.name, source.sha256(), config.base),
         architecture=source.architecture,
-        tokenizer=_tokenizer(source, folder),
+        tokenizer=tokenizer,
         lora=lora,
         max_length=config.max_length,
         graphs=graphs,
@@ -125,12 +133,18 @@ def _manifest(
     )
 
 
-def _tokenizer(source: Checkpoint, folder: Path) -> Tokenizer:
-    described = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    template = folder / "chat_template.jinja"
+def _special_tokens(source: Checkpoint) -> tuple[str | None, str]:
+    """Texts of the beginning- and the end-of-text token."""
+    path = source.path / "tokenizer_config.json"
+    described = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     bos, eos = (_token_text(described.get(key)) for key in ("bos_token", "eos_token"))
     if eos is None:
-        raise UsageError(f"{source.path}: tokenizer_config.json names no eos_token; add one, training needs it")
+        raise VerificationError(f"{path}: names no eos_token; add one, training ends every row with it")
+    return bos, eos
+
+
+def _tokenizer(source: Checkpoint, folder: Path, bos: str | None, eos: str) -> Tokenizer:
+    template = folder / "chat_template.jinja"
     return Tokenizer(
         sha256=sha256_of(folder / "tokenizer.json"),
         chat_template_sha256=sha256_of(template) if template.is_file() else None,

@@ -46,7 +46,7 @@ def differentiate(
     """
     _make_trainable(forward, parameters)
     ensure_side_environment(say)
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory(dir=output) as scratch:
         model, names, options = (Path(scratch) / name for name in ("forward.onnx", "trainable.json", "optimizer.json"))
         ir.save(forward, model)
         names.write_text(json.dumps(list(parameters)))

@@ -27,7 +27,7 @@ from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
 from edgetune.data.batches import Batch, epoch_batches, make_batch
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
-from edgetune.errors import EdgetuneError, UsageError
+from edgetune.errors import EdgetuneError
 from edgetune.runtimes import OptimizerConfig, Session, StepResult, find_runtime
 from edgetune.storage import atomic_folder, sha256_of
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
@@ -62,9 +62,7 @@ def train(
     """
     check_options(config)
     find_runtime(config.runtime)
-    if config.force and output.exists() and not _replaceable(output):
-        raise UsageError(f"{output} exists and is no adapter, so it is not replaced; choose another output")
-    with atomic_folder(output, replace=config.force) as partial:
+    with atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
         run = _Run(open_bundle(bundle), data, valid, output, config, observer)
         steps = run.execute(partial)
     if run.stopped:
@@ -81,10 +79,6 @@ def train(
 
 
 _REMEDY = "try a lower --learning-rate, more --warmup-steps, or --max-grad-norm 1"
-
-
-def _replaceable(output: Path) -> bool:
-    return output.is_dir() and ((output / MANIFEST).is_file() or not any(output.iterdir()))
 
 
 class _Run:
