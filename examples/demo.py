@@ -135,6 +135,7 @@ def main() -> None:
     with stage("answers after"):
         compare(before, trained, unseen)
         verbatim = sum(answer("merged", question) == reply for question, reply in spread)
+        held_out_verbatim = sum(answer("kept", question) == reply for question, reply in questions_and_answers(VALID))
 
     console.rule("summary", align="left")
     for name, seconds in timings.items():
@@ -142,18 +143,21 @@ def main() -> None:
     console.print(f"{'all':26}{sum(timings.values()):6.1f} s", highlight=False)
     loss_before, loss_after = measured_before["loss"], measured_after["loss"]
     drop = 1 - loss_after / loss_before
+    exact, asked = round(measured_after["exact_match"] * measured_after["rows"]), measured_after["rows"]
     goals = (
         (drop >= LEAST_DROP, f"held-out answer loss {loss_before:.3f} → {loss_after:.3f}: {drop:.0%} lower"),
         (
             verbatim >= LEAST_VERBATIM,
             f"{verbatim} of {ASKED} trained prompts answered word for word by the merged model",
         ),
+        (
+            held_out_verbatim == exact,
+            f"{held_out_verbatim} of {asked} held-out prompts answered word for word by base + adapter through GenAI, "
+            f"{exact} by the graph of `edgetune eval`",
+        ),
     )
     for met, finding in goals:
         console.print(f"[green]met   [/green] {finding}" if met else f"[red]missed[/red] {finding}", highlight=False)
-    console.print(
-        f"besides: {measured_after['exact_match']:.0%} of the held-out prompts word for word", highlight=False
-    )
     if not all(met for met, _ in goals):
         sys.exit(1)
 

@@ -276,7 +276,7 @@ def test_force_replaces_an_adapter_and_nothing_else(bundle: Bundle, data: Path) 
     assert second.path == first.path
     assert len(metrics(second.path)) == 2
     for output in ("bundle", "train.jsonl"):
-        with pytest.raises(UsageError, match="is not replaced|no folder replaces it"):
+        with pytest.raises(UsageError, match=r"is not replaced|no folder replaces it"):
             run(bundle, data, TrainConfig(steps=1, force=True), output=output)
     assert (bundle.path / "manifest.json").is_file()
 
