@@ -146,6 +146,8 @@ def list_files(folder: Path, *, without: str) -> list[File]:
     return [File(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_of(path)) for path in paths]
 
 
-def seal_bundle(folder: Path, manifest: BundleManifest) -> None:
-    """Write the manifest of a folder whose files are complete."""
-    write_file(folder / MANIFEST, write_manifest(manifest))
+def seal_bundle(folder: Path, manifest: BundleManifest) -> BundleManifest:
+    """Write the manifest of a folder whose files are complete; returns it with its own hash filled in."""
+    data = write_manifest(manifest)
+    write_file(folder / MANIFEST, data)
+    return read_manifest(data, BundleManifest, str(folder / MANIFEST))

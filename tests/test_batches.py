@@ -93,14 +93,6 @@ def test_without_shuffle_the_file_s_order_holds() -> None:
     assert list(islice(epoch_batches("abcde", 2, 0, False), 4)) == [["a", "b"], ["c", "d"], ["e"], ["a", "b"]]
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_a_run_can_start_at_any_step(shuffle: bool) -> None:
-    rows = list(range(7))
-    whole = list(islice(epoch_batches(rows, 3, 1, shuffle), 12))
-    for start in range(12):
-        assert list(islice(epoch_batches(rows, 3, 1, shuffle, start), 12 - start)) == whole[start:]
-
-
 def test_no_rows() -> None:
     with pytest.raises(DataError, match="no rows"):
         next(epoch_batches([], 2, 0, True))

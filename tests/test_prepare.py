@@ -218,7 +218,7 @@ def test_existing_output_is_refused_before_anything_is_built(tmp_path: Path) -> 
     output = tmp_path / "bundle"
     output.mkdir()
     (output / "precious").write_text("kept")
-    with pytest.raises(UsageError, match="bundle"):
+    with pytest.raises(UsageError, match="already exists"):
         prepare(str(checkpoint("multi-head")), output, PrepareConfig(max_length=64), pytest.fail)
     assert (output / "precious").read_text() == "kept"
 

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from prepared_bundles import Prepared
+from prepared_bundles import CONFIG, Prepared
 from safetensors.numpy import load_file
 from tiny_phi3 import VARIANTS, checkpoint
 
 from edgetune.bundle import Bundle
 from edgetune.config import Base
 from edgetune.errors import VerificationError
+from edgetune.prepare.forward import export_forward
+from edgetune.prepare.shapes import resolve_shapes
 from edgetune.prepare.weights import attach_weights
 
 Array = NDArray[np.float32]
@@ -169,3 +172,20 @@ def test_unknown_naming_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     graph = ir.Graph([x, weight], node.outputs, nodes=[node], opset_imports={"": 21}, name="head")
     with pytest.raises(VerificationError, match=r"no tensor 'lm_head\.MatMul\.weight_Q4'"):
         attach_weights(ir.Model(graph, ir_version=10), tmp_path, bundle.manifest.architecture, "int4")
+
+
+def test_attaching_reads_no_weight(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four graphs refer to the weights; had each of them read them, prepare would need their size four times over."""
+    bundle = prepared("grouped-query", "int4")
+    export_forward(checkpoint("grouped-query"), tmp_path / "forward.onnx", CONFIG)
+    graph = resolve_shapes(ir.load(tmp_path / "forward.onnx"))
+    read = []
+    original = ir.ExternalTensor.numpy
+
+    def recorded(tensor: ir.ExternalTensor) -> np.ndarray:
+        read.append(tensor.size)
+        return original(tensor)
+
+    monkeypatch.setattr(ir.ExternalTensor, "numpy", recorded)
+    attach_weights(graph, bundle.path, bundle.manifest.architecture, "int4")
+    assert max(read, default=0) <= 4096

@@ -17,6 +17,10 @@ DEBUG = "EDGETUNE_DEBUG"
 """Environment variable that shows tracebacks."""
 _EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
+_NO_MEMORY = "error: not enough memory; close other programs, or choose a smaller batch, length or model"
+_ALLOCATION_SIGNS = ("Failed to allocate memory", "bad_alloc", "bad allocation")
+"""How ONNX Runtime says it, in exceptions of its own."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -44,8 +48,9 @@ def failure_of(error: BaseException) -> Failure:
         case KeyboardInterrupt() | click.Abort():
             return Failure(INTERRUPTED, "error: interrupted")
         case MemoryError():
-            advice = "error: not enough memory; close other programs, or choose a smaller batch, length or model"
-            return Failure(ResourceError.exit_code, advice)
+            return Failure(ResourceError.exit_code, _NO_MEMORY)
+        case _ if any(sign in str(error) for sign in _ALLOCATION_SIGNS):
+            return Failure(ResourceError.exit_code, _NO_MEMORY)
         case ModuleNotFoundError() if not (error.name or "edgetune").startswith("edgetune"):
             fix = 'pip install "edgetune[host]" brings what prepare and export need; see `edgetune doctor`'
             return Failure(MissingDependencyError.exit_code, f"error: {error.name} is not installed; {fix}")

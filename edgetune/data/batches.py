@@ -86,9 +86,7 @@ def make_batch(
     return Batch(input_ids, labels, attn_bias, cos, sin, int(lengths.sum()), int((labels != IGNORED).sum()))
 
 
-def epoch_batches(
-    examples: Sequence[RowT], batch_size: int, seed: int, shuffle: bool, start: int = 0
-) -> Iterator[list[RowT]]:
+def epoch_batches(examples: Sequence[RowT], batch_size: int, seed: int, shuffle: bool) -> Iterator[list[RowT]]:
     """Groups of rows without end, epoch after epoch; the last one of an epoch may be smaller.
 
     Args:
@@ -96,17 +94,15 @@ def epoch_batches(
         batch_size: Rows a group.
         seed: With the number of the epoch it decides the order of that epoch.
         shuffle: Draw a new order every epoch; otherwise the file's.
-        start: Groups to skip, so that a resumed run goes on where it stopped.
 
     Raises:
         DataError: There are no rows.
     """
     if not examples:
         raise DataError(["there are no rows to make batches of"])
-    groups = -(-len(examples) // batch_size)
-    for epoch in count(start // groups):
+    for epoch in count():
         indices = np.arange(len(examples))
         if shuffle:
             np.random.default_rng((seed, epoch)).shuffle(indices)
-        for group in range(start % groups if epoch == start // groups else 0, groups):
-            yield [examples[index] for index in indices[group * batch_size : (group + 1) * batch_size]]
+        for start in range(0, len(examples), batch_size):
+            yield [examples[index] for index in indices[start : start + batch_size]]

@@ -1,7 +1,7 @@
 """The adapter beside the base: the graph takes A and B as inputs, an `.onnx_adapter` holds their values.
 
 Every slot gets `x·A·B` added to what its `MatMul` or `MatMulNBits` gives. A (in_features, rank) and B
-(out_features, rank transposed) are inputs with zeros as default, so that the base answers as before without an adapter;
+(rank, out_features) are inputs with zeros as default, so that the base answers as before without an adapter;
 the rank is symbolic, so that adapters of any rank fit. The inputs are named as in `Lora.shapes`.
 """
 

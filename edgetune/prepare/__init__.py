@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from edgetune import __version__
-from edgetune.bundle import MANIFEST, Bundle, list_files, open_bundle, seal_bundle
+from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
 from edgetune.config import PrepareConfig
 from edgetune.errors import UsageError, VerificationError
@@ -58,9 +58,9 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
             say("Exporting the forward graph (Optimum) …")
             lora, coverage = _build_training_graphs(source, view, Path(scratch), folder, config, say)
         say("Hashing …")
-        tokenizer = _tokenizer(source, folder, bos, eos)
-        seal_bundle(folder, _manifest(source, folder, config, tokenizer, lora, coverage))
-    return open_bundle(output)
+        manifest = _manifest(source, folder, config, _tokenizer(source, folder, bos, eos), lora, coverage)
+        sealed = seal_bundle(folder, manifest)
+    return Bundle(output, sealed)
 
 
 def _build_inference_model(source: Checkpoint, view: Path, folder: Path, config: PrepareConfig) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgetune.manifest import Lora
-from edgetune.prepare.lowering import Operators
+from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 """torch.optim.AdamW's defaults; ONNX Runtime Training's optimizer is given the same."""
@@ -50,10 +50,10 @@ def build_adamw(lora: Lora) -> ir.Model:
         for value, suffix in ((following, ""), (first, ".exp_avg"), (second, ".exp_avg_sq")):
             _output(value, f"{name}{suffix}.next", lora.shapes()[name])
             outputs.append(value)
-    graph = ir.Graph(inputs, outputs, nodes=op.nodes, name="adamw", opset_imports={"": 21})
+    graph = ir.Graph(inputs, outputs, nodes=op.nodes, name="adamw", opset_imports={"": OPSET})
     for number, node in enumerate(graph):
         node.name = f"{number}_{node.op_type}"
-    return ir.Model(graph, ir_version=10, producer_name="edgetune")
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgetune")
 
 
 def _input(name: str, shape: tuple[int, ...]) -> ir.Value:

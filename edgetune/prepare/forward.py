@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 OPSET = 18
 """What the exporter writes; the gradient step lifts it to 21, which changes no operator that occurs."""
-ATTENTION_OUT_OF_REACH = -1e4
-"""Smallest attention bias: exp underflows to 0 in float32 and float16 alike."""
 
 
 def lora_parameter_name(name: str) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgetune.config import TrainConfig
 from edgetune.errors import IncompatibleError
 from edgetune.prepare.adamw import BETA1, BETA2, EPSILON
+from edgetune.prepare.lowering import IR_VERSION, OPSET
 from edgetune.side_environment import ensure_side_environment, run_worker
 
 ARTIFACTS = {
@@ -23,8 +24,6 @@ ARTIFACTS = {
 }
 """ONNX Runtime Training's graphs under their own names; `checkpoint` lies beside them."""
 _WORKER = Path(__file__).with_name("gradient_worker.py")
-_TRAINING_OPSET, _TRAINING_IR_VERSION = 21, 10
-"""The newest that ONNX Runtime Training 1.19.2 reads."""
 
 
 def differentiate(
@@ -89,5 +88,5 @@ def _make_trainable(forward: ir.Model, parameters: Mapping[str, NDArray[np.float
             node.resize_outputs(2)
             node.outputs[1].name = "log_probabilities"
             node.outputs[1].shape, node.outputs[1].type = node.inputs[0].shape, node.inputs[0].type
-    graph.opset_imports[""] = _TRAINING_OPSET
-    forward.ir_version = _TRAINING_IR_VERSION
+    graph.opset_imports[""] = OPSET
+    forward.ir_version = IR_VERSION

@@ -18,6 +18,8 @@ from onnx_ir.passes import common as passes
 from edgetune.errors import IncompatibleError
 from edgetune.prepare.shapes import dimensions, fold, resolve_shapes
 
+OPSET, IR_VERSION = 21, 10
+"""Of every graph: the oldest with int4 blocks, and the newest that ONNX Runtime Training 1.19.2 reads."""
 _IGNORED_LABEL = -100
 
 Values = Sequence[ir.Value | None]

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from edgetune.manifest import TensorSpec
-from edgetune.prepare.lowering import Operators, lower
+from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators, lower
 
 
 def evaluation_graph(forward: ir.Model, parameters: Sequence[str]) -> ir.Model:
@@ -28,8 +28,8 @@ def evaluation_graph(forward: ir.Model, parameters: Sequence[str]) -> ir.Model:
     op.nodes[0].name = "predictions"
     graph.extend(op.nodes)
     graph.outputs.append(predictions)
-    graph.opset_imports[""] = 21
-    model.ir_version = 10
+    graph.opset_imports[""] = OPSET
+    model.ir_version = IR_VERSION
     return lower(model, parameters)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -126,10 +127,10 @@ class _Source:
             raise VerificationError(f"the GenAI model has no tensor {name!r}; this builder's naming is not known")
         return value.const_value
 
-    def _initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    def _initializer(self, tensor: ir.ExternalTensor | ir.PackedTensor[Any], name: str) -> ir.Value:
         if name not in self._graph.initializers:
             self._graph.initializers[name] = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.numpy().shape), const_value=tensor
+                name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
             )
         return self._graph.initializers[name]
 

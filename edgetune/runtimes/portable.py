@@ -1,8 +1,8 @@
 """The portable graphs on stock ONNX Runtime.
 
-Parameters, gradients and optimizer state stay in buffers that the graphs read and write through I/O binding; a step
-copies none of them. The optimizer writes to a second set of buffers, and the two sets change places when the step is
-good: a step that is not finite leaves everything as it was.
+Parameters, gradients and optimizer state stay in buffers that the graphs read and write through I/O binding; none is
+copied, only gradients of further micro-batches are added up. The optimizer writes to a second set of buffers, and the
+two sets change places when the step is good: a step that is not finite leaves everything as it was.
 """
 
 from __future__ import annotations
