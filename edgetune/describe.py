@@ -181,17 +181,12 @@ def _describe_peft(path: Path) -> Description:
 
 
 def _describe_model(path: Path) -> Description:
-    found = _describe_genai(path)
-    if not (path / MODEL_MANIFEST).is_file():
-        return found
-    manifest = open_model(path).manifest
+    manifest = open_model(path).manifest if (path / MODEL_MANIFEST).is_file() else None
     if not isinstance(manifest, ModelManifest):
-        return found
+        return _describe_genai(path, list_files(path, without=""))
     return replace(
-        found,
+        _describe_genai(path, manifest.files),
         verified=True,
-        size=sum(entry.size for entry in manifest.files),
-        files=manifest.files,
         base=manifest.base,
         weights=manifest.weights,
         tokenizer=manifest.tokenizer,
@@ -201,7 +196,7 @@ def _describe_model(path: Path) -> Description:
     )
 
 
-def _describe_genai(path: Path) -> Description:
+def _describe_genai(path: Path, files: list[File]) -> Description:
     """Any GenAI model with a decoder: what its configuration and the graph itself tell."""
     from edgetune.onnx_signature import read_signature
 
@@ -215,7 +210,6 @@ def _describe_genai(path: Path) -> Description:
     if Path(file).name != file or not (path / file).is_file():
         raise VerificationError(f"{source}: model.decoder.filename is {file!r}, expected a file in {path}")
     signature = read_signature(path / file)
-    files = list_files(path, without="")
     length = model.get("context_length")
     return Description(
         kind="model",

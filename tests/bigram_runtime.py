@@ -69,6 +69,10 @@ class BigramSession:
         return {name: value.copy() for name, value in self.parameters.items()}
 
 
+def version() -> str:
+    return "bigram 1"
+
+
 @contextmanager
 def open_session(bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig) -> Iterator[BigramSession]:
     """Follows `edgetune.runtimes.Runtime`."""

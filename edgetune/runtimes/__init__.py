@@ -63,6 +63,10 @@ class Session(Protocol):
 class Runtime(Protocol):
     """A module of this package."""
 
+    def version(self) -> str:
+        """Package and version that execute the steps, such as `onnxruntime 1.31.1`."""
+        ...
+
     def open_session(
         self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig
     ) -> AbstractContextManager[Session]:

@@ -16,9 +16,14 @@ from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.errors import EdgetuneError
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult, wire
-from edgetune.side_environment import ensure_side_environment, worker_command
+from edgetune.side_environment import ensure_side_environment, side_environment_version, worker_command
 
 _WORKER = Path(__file__).with_name("ort_training_worker.py")
+
+
+def version() -> str:
+    """See `edgetune.runtimes.Runtime.version`."""
+    return side_environment_version() or "onnxruntime-training-cpu"
 
 
 @contextmanager

@@ -26,6 +26,11 @@ _STATES = ("", ".exp_avg", ".exp_avg_sq")
 Buffers = dict[str, ort.OrtValue]
 
 
+def version() -> str:
+    """See `edgetune.runtimes.Runtime.version`."""
+    return f"onnxruntime {ort.__version__}"
+
+
 @contextmanager
 def open_session(bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig) -> Iterator[PortableSession]:
     """Load step, loss and optimizer graph of a bundle; see `edgetune.runtimes.Runtime`."""

@@ -230,14 +230,12 @@ class _Run:
         )
 
     def _provenance(self, runtime: str, steps: int) -> dict[str, str]:
-        import onnxruntime
-
         # Neither how the folder came to its place nor a path of this machine belongs to what was learnt.
         options = {key: value for key, value in asdict(self._config).items() if key not in ("force", "init_adapter")}
         provenance = {
             "edgetune": edgetune.__version__,
             "runtime": runtime,
-            "onnxruntime": onnxruntime.__version__,
+            "runtime_version": find_runtime(self._config.runtime)[1].version(),
             "numpy": np.__version__,
             "bundle": self._bundle.manifest.manifest_sha256,
             "options": json.dumps(options, sort_keys=True),
