@@ -31,7 +31,7 @@ class PrepareConfig:
     base: Base = "int4"
     """How the frozen weights are stored: what is trained on is what answers."""
     max_length: int = 512
-    """Longest row, in tokens, that training takes."""
+    """Longest row, in tokens, that training takes; never more than the model's positions."""
     download: bool = False
     """Fetch a hub id that is not in the local cache. Off: nothing goes on the network."""
     force: bool = False

@@ -12,6 +12,7 @@ from edgetune.adapter import initial_parameters, read_adapter
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import IGNORED, Example, load_encoder, load_examples
+from edgetune.errors import EdgetuneError
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes import Parameters
 
@@ -96,6 +97,8 @@ def measure(
         right += int((hit & counted).sum())
         exact += int((hit | ~counted).all(axis=1).sum())
     mean = total / trained
+    if not np.isfinite(mean):
+        raise EdgetuneError(f"the loss is {mean}: the adapter or the base holds numbers that no training would leave")
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(np.float64(mean)))
     return Evaluation(len(ordered), left_out, trained, mean, perplexity, right / trained, exact / len(ordered))

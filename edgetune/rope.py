@@ -1,7 +1,7 @@
 """Rotary position embedding: the cos and sin tables that the training graphs take as inputs.
 
-The graphs leave the choice between longrope's short and long factors to this module, which decides by a row's
-length, as transformers' `modeling_rope_utils` and ONNX Runtime GenAI do.
+The graphs leave the choice between longrope's short and long factors to this module, which decides by the longest row
+of a batch, as transformers' `modeling_rope_utils` does.
 """
 
 from __future__ import annotations
@@ -29,17 +29,15 @@ def rope_tables(
     Args:
         rope: The model's rotary embedding.
         positions: (B, T), counted from 0.
-        lengths: (B,) tokens of each row; longrope's long factors serve the rows that are longer than
+        lengths: (B,) tokens of each row; longrope's long factors serve a batch whose longest row has more than
             `rope.original_max_position_embeddings`.
 
     Returns:
         cos and sin, each (B, T, rope.dim).
     """
-    short = _inverse_frequencies(rope, rope.short_factor)
-    long = _inverse_frequencies(rope, rope.long_factor)
-    is_long = lengths > rope.original_max_position_embeddings
-    frequencies = np.where(is_long[:, None], long[None], short[None])
-    angles = positions.astype(np.float32)[:, :, None] * frequencies[:, None, :]
+    is_long = lengths.max() > rope.original_max_position_embeddings
+    frequencies = _inverse_frequencies(rope, rope.long_factor if is_long else rope.short_factor)
+    angles = positions.astype(np.float32)[:, :, None] * frequencies
     angles = np.concatenate([angles, angles], axis=-1)
     scale = np.float32(rope.attention_factor)
     return np.cos(angles) * scale, np.sin(angles) * scale

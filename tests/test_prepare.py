@@ -20,8 +20,10 @@ from edgetune.adapter import initial_parameters
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import Base, PrepareConfig
 from edgetune.data.batches import Batch, make_batch
-from edgetune.data.encode import Example
-from edgetune.errors import UsageError
+from edgetune.data.encode import Example, load_encoder
+from edgetune.data.rows import ChatRow, Message
+from edgetune.errors import ResourceError, UsageError
+from edgetune.genai import open_model
 from edgetune.prepare import HOST_TOOLS, prepare
 from edgetune.runtimes import OptimizerConfig, StepResult, ort_training, portable
 
@@ -207,11 +209,19 @@ def test_attention_only(tmp_path: Path) -> None:
         assert relative(step[f"{name}.grad"], parameter.grad.numpy()) <= 1e-4, name
 
 
-def test_more_tokens_than_positions_are_refused(tmp_path: Path) -> None:
-    config = PrepareConfig(max_length=257)
-    with pytest.raises(UsageError, match="max length is 257, the model has 256 positions"):
-        prepare(str(checkpoint("multi-head")), tmp_path / "bundle", config, pytest.fail)
-    assert not list(tmp_path.iterdir())
+def test_no_row_is_longer_than_the_models_positions(tmp_path: Path) -> None:
+    bundle = prepare_tiny("multi-head", tmp_path / "bundle", PrepareConfig(max_length=257))
+    assert bundle.manifest.max_length == 256
+
+
+def test_answers_end_where_training_ends_them(prepared: Prepared) -> None:
+    """The tiny checkpoints list `</s>` only; their template closes a turn with another token."""
+    bundle = prepared("grouped-query", "int4")
+    encoder = load_encoder(bundle.path, bundle.manifest.tokenizer)
+    turns = (Message("user", "Is it on?"), Message("assistant", "Yes."))
+    last = [label for label in encoder.encode(ChatRow(1, turns)).labels if label != -100][-1]
+    assert last != 2
+    assert set(open_model(bundle.path).eos_token_ids) == {2, last}
 
 
 def test_existing_output_is_refused_before_anything_is_built(tmp_path: Path) -> None:
@@ -242,5 +252,18 @@ def test_tells_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     heard: list[str] = []
     monkeypatch.setattr(prepared_bundles, "silent", heard.append)
     prepare_tiny("multi-head", tmp_path / "bundle", replace(prepared_bundles.CONFIG, base="fp32"))
-    stages = ["Building the fp32", "Exporting", "Differentiating", "Gradient coverage", "Lowering", "Hashing"]
+    stages = ["Building the fp32", "Exporting", "Differentiating", "Gradient coverage", "Lowering"]
+    stages += ["Answers end at token", "Hashing"]
     assert [line.startswith(stage) for line, stage in zip(heard, stages, strict=True)] == [True] * len(stages)
+
+
+def test_a_worker_that_the_system_ends_is_a_matter_of_memory(prepared: Prepared) -> None:
+    bundle = prepared("grouped-query", "int4")
+    first = initial_parameters(bundle.manifest.lora, seed=0)
+    with (
+        ort_training.open_session(bundle, first, OptimizerConfig(0.0, 0.0)) as session,
+        pytest.raises(ResourceError, match="memory"),
+    ):
+        session._worker.kill()
+        session._worker.wait()
+        session.adapter()

@@ -64,15 +64,14 @@ def test_tables_are_those_of_transformers(name: str, length: int) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_each_row_of_a_batch_chooses_its_own_factors() -> None:
+def test_the_longest_row_of_a_batch_decides_as_in_transformers() -> None:
     rope = rope_from_config({**STRETCHED, "original_max_position_embeddings": 16})
     positions = np.broadcast_to(np.arange(24), (2, 24))
-    cos, _ = rope_tables(rope, positions, np.array([16, 17]))
-    alone_short, _ = rope_tables(rope, positions[:1], np.array([16]))
-    alone_long, _ = rope_tables(rope, positions[:1], np.array([17]))
-    np.testing.assert_array_equal(cos[0], alone_short[0])
-    np.testing.assert_array_equal(cos[1], alone_long[0])
-    assert np.abs(cos[0] - cos[1]).max() > 0.1
+    short, _ = rope_tables(rope, positions, np.array([3, 16]))
+    long, _ = rope_tables(rope, positions, np.array([3, 17]))
+    alone, _ = rope_tables(rope, positions[:1], np.array([17]))
+    np.testing.assert_array_equal(long, np.broadcast_to(alone, long.shape))
+    assert np.abs(short - long).max() > 0.1
 
 
 def test_attention_factor() -> None:

@@ -16,6 +16,7 @@ from edgetune.config import Base, ExportConfig
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Example
 from edgetune.export import export
+from edgetune.genai import open_model
 from edgetune.generate import generate_ids
 from edgetune.onnx_session import open_graph
 
@@ -49,7 +50,7 @@ def test_genai_answers_with_the_tokens_of_the_evaluation_graph(
     untrained = {name: value if ".lora_A." in name else np.zeros_like(value) for name, value in trained.items()}
     kept = export(bundle, adapter, tmp_path / "kept", ExportConfig(merge=False), silent).path
     merged = export(bundle, adapter, tmp_path / "merged", ExportConfig(merge=True), silent).path
-    ends = (2,)
+    ends = open_model(bundle.path).eos_token_ids
 
     wanted = greedy_by_loss_graph(bundle, trained, ends)
     plain = greedy_by_loss_graph(bundle, untrained, ends)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +13,7 @@ from edgetune import __version__
 from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
 from edgetune.config import PrepareConfig
-from edgetune.errors import UsageError, VerificationError
+from edgetune.errors import VerificationError
 from edgetune.manifest import (
     BUNDLE_FORMAT,
     FORMAT_VERSION,
@@ -22,6 +23,7 @@ from edgetune.manifest import (
     Lora,
     Tokenizer,
 )
+from edgetune.side_environment import ensure_side_environment
 from edgetune.storage import atomic_folder, sha256_of
 
 HOST_TOOLS = ("torch", "transformers", "optimum-onnx", "olive-ai", "onnxruntime-genai", "onnxruntime", "onnx", "peft")
@@ -38,17 +40,20 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         say: Hears what happens, a line a stage.
 
     Raises:
-        UsageError: No checkpoint there, the output exists, or `max_length` exceeds the model's positions.
+        UsageError: No checkpoint there, or the output exists.
         IncompatibleError: Another family, or an operator without gradient.
         VerificationError: The checkpoint is incomplete or broken, or names no end-of-text token.
     """
     source = open_checkpoint(checkpoint, download=config.download, int4=config.base == "int4")
-    if config.max_length > source.architecture.max_position_embeddings:
-        raise UsageError(
-            f"max length is {config.max_length}, "
-            f"the model has {source.architecture.max_position_embeddings} positions; give a smaller --max-length"
-        )
+    positions = source.architecture.max_position_embeddings
+    if config.max_length > positions:
+        say(f"The longest row is {positions} tokens, the model's positions, not {config.max_length}")
+        config = replace(config, max_length=positions)
     bos, eos = _special_tokens(source)
+    from edgetune.prepare.genai_model import stop_at_end_of_turn
+
+    # First what may need the network, then what takes long.
+    ensure_side_environment(say)
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
         # Inside the folder: what a killed process leaves goes with it.
         with TemporaryDirectory(prefix=".scratch-", dir=folder) as scratch:
@@ -57,8 +62,11 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
             _build_inference_model(source, view, folder, config)
             say("Exporting the forward graph (Optimum) …")
             lora, coverage = _build_training_graphs(source, view, Path(scratch), folder, config, say)
+        tokenizer = _tokenizer(source, folder, bos, eos)
+        if (added := stop_at_end_of_turn(folder, tokenizer)) is not None:
+            say(f"Answers end at token {added} as well, which closes a turn in the chat template")
         say("Hashing …")
-        manifest = _manifest(source, folder, config, _tokenizer(source, folder, bos, eos), lora, coverage)
+        manifest = _manifest(source, folder, config, tokenizer, lora, coverage)
         sealed = seal_bundle(folder, manifest)
     return Bundle(output, sealed)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
 from edgetune.config import Base
-from edgetune.genai import ACCURACY_LEVEL, BLOCK_SIZE, MODEL, SIDE_FILES, WEIGHTS
+from edgetune.data.encode import IGNORED, load_encoder
+from edgetune.data.rows import ChatRow, Message
+from edgetune.errors import EdgetuneError
+from edgetune.genai import ACCURACY_LEVEL, BLOCK_SIZE, CONFIG, MODEL, SIDE_FILES, WEIGHTS
+from edgetune.manifest import Tokenizer
 from edgetune.olive_pass import run_olive_pass
 
 
@@ -39,3 +44,32 @@ def build_genai_model(checkpoint: Path, output: Path, base: Base) -> None:
         for name in (MODEL, WEIGHTS, *SIDE_FILES):
             if (built / name).exists():
                 (built / name).replace(output / name)
+
+
+def stop_at_end_of_turn(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """Let the model stop at the token with which training ends an answer; checkpoints do not always list it.
+
+    Args:
+        folder: A GenAI folder with its tokenizer and chat template.
+        tokenizer: Its special tokens.
+
+    Returns:
+        The token that was added to `eos_token_id`; None where nothing was missing.
+    """
+    if tokenizer.chat_template_sha256 is None:
+        return None
+    encoder = load_encoder(folder, tokenizer)
+    turns = (Message("user", "Hello"), Message("assistant", "Hello"))
+    try:
+        labels = encoder.encode(ChatRow(1, turns)).labels
+    except EdgetuneError:  # a template that wants other conversations than this one
+        return None
+    last = next(label for label in reversed(labels) if label != IGNORED)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    ends = config["model"]["eos_token_id"]
+    listed = ends if isinstance(ends, list) else [ends]
+    if last in listed or encoder.decode([last]):
+        return None  # listed, or an ordinary token: the template has no end of turn
+    config["model"]["eos_token_id"] = [*listed, last]
+    (folder / CONFIG).write_text(json.dumps(config, indent=4), encoding="utf-8")
+    return last

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, cast
@@ -14,9 +14,14 @@ import numpy as np
 
 from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, ResourceError
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult, wire
-from edgetune.side_environment import ensure_side_environment, side_environment_version, worker_command
+from edgetune.side_environment import (
+    OUT_OF_MEMORY,
+    ensure_side_environment,
+    side_environment_version,
+    worker_command,
+)
 
 _WORKER = Path(__file__).with_name("ort_training_worker.py")
 
@@ -42,7 +47,8 @@ def open_session(bundle: Bundle, parameters: Parameters, optimizer: OptimizerCon
             yield OrtTrainingSession(worker, errors, parameters)
         finally:
             if worker.stdin is not None:
-                worker.stdin.close()
+                with suppress(BrokenPipeError):
+                    worker.stdin.close()
             worker.kill()
             worker.wait()
 
@@ -93,6 +99,11 @@ class OrtTrainingSession:
 
     def _failure(self) -> EdgetuneError:
         code = self._worker.wait()
+        if code == OUT_OF_MEMORY:
+            return ResourceError(
+                "the system ended the ONNX Runtime Training worker, as it does when memory runs out; "
+                "choose a smaller --batch-size"
+            )
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         reason = lines[-1] if lines else f"exit code {code}"

@@ -31,7 +31,8 @@ _PYTHON = "3.11"
 """The newest CPython that ONNX Runtime Training has wheels for, and the oldest that the pinned numpy has."""
 _PLATFORMS = {("Linux", "x86_64"), ("Darwin", "arm64"), ("Darwin", "x86_64"), ("Windows", "AMD64")}
 _WAIT_SECONDS = 0.5
-_OUT_OF_MEMORY = -getattr(signal, "SIGKILL", 9)
+OUT_OF_MEMORY = -getattr(signal, "SIGKILL", 9)
+"""Exit code of a process that the system ended for its memory."""
 
 
 def cache_folder() -> Path:
@@ -209,7 +210,7 @@ def _run(command: list[str], name: str) -> str:
         return done.stdout
     lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
     reason = lines[-1].strip() if lines else "it said nothing"
-    if done.returncode == _OUT_OF_MEMORY:
+    if done.returncode == OUT_OF_MEMORY:
         raise ResourceError(f"{name} was killed by the system, most likely out of memory; free some, or use less")
     error = EdgetuneError(f"{name} failed (exit {done.returncode}): {reason}")
     error.add_note("\n".join(lines[-40:]))
