@@ -18,6 +18,8 @@ WEIGHTS = "model.onnx.data"
 CONFIG = "genai_config.json"
 MANIFEST = "edgetune.json"
 
+QUANTISED = "_Q4"
+"""What the builder adds to the name of a weight that became int4."""
 BLOCK_SIZE = 32
 """Neighbouring weights along the input that share a scale in an int4 model."""
 ACCURACY_LEVEL = 1

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.errors import IncompatibleError
-from edgetune.export.projections import QUANTISED, Part, find_parts
-from edgetune.genai import MODEL, WEIGHTS
+from edgetune.export.projections import Part, find_parts
+from edgetune.genai import MODEL, QUANTISED, WEIGHTS
 from edgetune.manifest import Lora
 from edgetune.runtimes import Parameters
 

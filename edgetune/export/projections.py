@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgetune.errors import IncompatibleError
+from edgetune.genai import QUANTISED
 from edgetune.manifest import Lora, Slot
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "mlp.down_proj": ("mlp.down_proj",),
 }
 """The checkpoint's projections and the builder's, from the first output row to the last."""
-QUANTISED = "_Q4"
-"""What the builder adds to the name of a weight that became int4."""
 
 
 @dataclass(frozen=True)

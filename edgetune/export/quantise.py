@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetune.export.projections import QUANTISED
-from edgetune.genai import ACCURACY_LEVEL, BLOCK_SIZE, MODEL, WEIGHTS
+from edgetune.genai import ACCURACY_LEVEL, BLOCK_SIZE, MODEL, QUANTISED, WEIGHTS
 from edgetune.olive_pass import run_olive_pass
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from onnx_ir.passes import common as passes
 
 from edgetune.config import Base
 from edgetune.errors import VerificationError
-from edgetune.genai import BLOCK_SIZE, MODEL
+from edgetune.genai import BLOCK_SIZE, MODEL, QUANTISED
 from edgetune.manifest import Architecture
 from edgetune.prepare.lowering import Operators
 from edgetune.prepare.shapes import fold
@@ -103,10 +103,10 @@ class _Source:
         return value
 
     def _dequantised(self, name: str) -> ir.Value:
-        packed, scales = self._tensor(f"{name}_Q4"), self._tensor(f"{name}_scales")
+        packed, scales = self._tensor(name + QUANTISED), self._tensor(f"{name}_scales")
         rows, blocks, _ = packed.shape.numpy()
         inputs = [
-            self._initializer(_view(packed, ir.DataType.UINT4, (rows, blocks * BLOCK_SIZE)), f"{name}_Q4"),
+            self._initializer(_view(packed, ir.DataType.UINT4, (rows, blocks * BLOCK_SIZE)), name + QUANTISED),
             self._initializer(_view(scales, scales.dtype, (rows, blocks)), f"{name}_scales"),
             self._zero_points(rows, blocks),
         ]
