@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from edgetune.errors import IncompatibleError, VerificationError
+from edgetune.frozen import BLOCK_SIZE
 from edgetune.manifest import Architecture
 from edgetune.rope import rope_from_config
 
-_INT4_BLOCK = 32
 _GENAI_ROTARY_MULTIPLE = 16
 
 
@@ -93,9 +93,9 @@ def check_sizes(architecture: Architecture, *, int4: bool) -> None:
     }
     if int4:
         problems += [
-            f"{name} is {size}, int4 blocks need a multiple of {_INT4_BLOCK} (use --base fp32)"
+            f"{name} is {size}, int4 blocks need a multiple of {BLOCK_SIZE} (use --base fp32)"
             for name, size in inputs.items()
-            if size % _INT4_BLOCK
+            if size % BLOCK_SIZE
         ]
     if problems:
         raise IncompatibleError("; ".join(problems))

@@ -20,8 +20,6 @@ MANIFEST = "edgetune.json"
 
 QUANTISED = "_Q4"
 """What the builder adds to the name of a weight that became int4."""
-BLOCK_SIZE = 32
-"""Neighbouring weights along the input that share a scale in an int4 model."""
 ACCURACY_LEVEL = 1
 """`MatMulNBits` computes in fp32, as the training graphs do (docs/decisions/0003-int4-accuracy-level.md)."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetune.genai import ACCURACY_LEVEL, BLOCK_SIZE, MODEL, QUANTISED, WEIGHTS
+from edgetune.frozen import BLOCK_SIZE
+from edgetune.genai import ACCURACY_LEVEL, MODEL, QUANTISED, WEIGHTS
 from edgetune.olive_pass import run_olive_pass
 
 if TYPE_CHECKING:

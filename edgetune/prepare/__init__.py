@@ -51,6 +51,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         config = replace(config, max_length=positions)
     bos, eos = _special_tokens(source)
     from edgetune.prepare.genai_model import stop_at_end_of_turn
+    from edgetune.prepare.layers import build_layers
 
     # First what may need the network, then what takes long.
     ensure_side_environment(say)
@@ -62,11 +63,13 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
             _build_inference_model(source, view, folder, config)
             say("Exporting the forward graph (Optimum) …")
             lora, coverage = _build_training_graphs(source, view, Path(scratch), folder, config, say)
+            say("Exporting and differentiating the sublayers …")
+            layers = build_layers(view, Path(scratch), folder, source, config, say)
         tokenizer = _tokenizer(source, folder, bos, eos)
         if (added := stop_at_end_of_turn(folder, tokenizer)) is not None:
             say(f"Answers end at token {added} as well, which closes a turn in the chat template")
         say("Hashing …")
-        manifest = _manifest(source, folder, config, tokenizer, lora, coverage)
+        manifest = _manifest(source, folder, config, tokenizer, lora, coverage, layers)
         sealed = seal_bundle(folder, manifest)
     return Bundle(output, sealed)
 
@@ -121,10 +124,11 @@ def _manifest(
     tokenizer: Tokenizer,
     lora: Lora,
     coverage: dict[str, int],
+    layers: list[str],
 ) -> BundleManifest:
     from edgetune.prepare.portable import describe_graph
 
-    roles = ("step", "loss", "adamw", "training_model", "eval_model", "optimizer_model", "model")
+    roles = ("step", "loss", "adamw", "training_model", "eval_model", "optimizer_model", "model", *layers)
     graphs = [Graph(role, f"{role}.onnx", *describe_graph(folder / f"{role}.onnx")) for role in roles]
     return BundleManifest(
         format=BUNDLE_FORMAT,

@@ -33,34 +33,68 @@ def build_adamw(lora: Lora) -> ir.Model:
     norm = _global_norm(op, [values[".grad"] for values in parameters.values()])
     _output(norm, "grad_norm", (1,))
     outputs.append(norm)
-    clip = _clip_factor(op, norm, max_norm)
-    # In double precision: 1 − 0.999 loses five digits in float32.
-    correction1, correction2 = (_bias_correction(op, beta, step) for beta in (BETA1, BETA2))
-    keep = op.op("Sub", [op.floats(1), op.op("Mul", [rate, decay])])
-    step_size = op.op("Div", [rate, correction1])
-    root2 = op.op("Sqrt", [correction2])
+    adamw = _AdamW(op, rate, decay, step, _clip_factor(op, norm, max_norm))
     for name, values in parameters.items():
-        gradient = op.op("Mul", [values[".grad"], clip])
-        first = _moving_average(op, values[".exp_avg"], gradient, BETA1)
-        second = _moving_average(op, values[".exp_avg_sq"], op.op("Mul", [gradient, gradient]), BETA2)
-        denominator = op.op("Add", [op.op("Div", [op.op("Sqrt", [second]), root2]), op.floats(EPSILON)])
-        update = op.op("Mul", [step_size, op.op("Div", [first, denominator])])
-        following = op.op("Sub", [op.op("Mul", [values[""], keep]), update])
         inputs += values.values()
-        for value, suffix in ((following, ""), (first, ".exp_avg"), (second, ".exp_avg_sq")):
+        updated = adamw.update(values[""], values[".grad"], values[".exp_avg"], values[".exp_avg_sq"])
+        for value, suffix in zip(updated, ("", ".exp_avg", ".exp_avg_sq"), strict=True):
             _output(value, f"{name}{suffix}.next", lora.shapes()[name])
             outputs.append(value)
-    graph = ir.Graph(inputs, outputs, nodes=op.nodes, name="adamw", opset_imports={"": OPSET})
+    return _model(op, inputs, outputs, "adamw")
+
+
+def build_flat_adamw() -> ir.Model:
+    """The same update of a flat vector of any size, where the loop knows the factor that clips.
+
+    Inputs: `learning_rate`, `weight_decay`, `step` (1 for the first), `clip` (1,); `parameter`, `gradient`, `exp_avg`,
+    `exp_avg_sq` (size). Outputs: `parameter.next`, `exp_avg.next`, `exp_avg_sq.next`, which may lie
+    where the inputs do.
+    """
+    op = Operators()
+    scalars = [_input(name, (1,)) for name in ("learning_rate", "weight_decay", "step", "clip")]
+    vectors = [_input(name, ("size",)) for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq")]
+    outputs = _AdamW(op, *scalars).update(*vectors)
+    for value, name in zip(outputs, ("parameter", "exp_avg", "exp_avg_sq"), strict=True):
+        _output(value, f"{name}.next", ("size",))
+    return _model(op, [*scalars, *vectors], outputs, "adamw_flat")
+
+
+def _model(op: Operators, inputs: list[ir.Value], outputs: list[ir.Value], name: str) -> ir.Model:
+    graph = ir.Graph(inputs, outputs, nodes=op.nodes, name=name, opset_imports={"": OPSET})
     for number, node in enumerate(graph):
         node.name = f"{number}_{node.op_type}"
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgetune")
 
 
-def _input(name: str, shape: tuple[int, ...]) -> ir.Value:
+class _AdamW:
+    """The update of one tensor; what is the same for all tensors is computed once."""
+
+    def __init__(self, op: Operators, rate: ir.Value, decay: ir.Value, step: ir.Value, clip: ir.Value) -> None:
+        self._op, self._clip = op, clip
+        # In double precision: 1 − 0.999 loses five digits in float32.
+        correction1, correction2 = (_bias_correction(op, beta, step) for beta in (BETA1, BETA2))
+        self._keep = op.op("Sub", [op.floats(1), op.op("Mul", [rate, decay])])
+        self._step_size = op.op("Div", [rate, correction1])
+        self._root2 = op.op("Sqrt", [correction2])
+
+    def update(
+        self, parameter: ir.Value, gradient: ir.Value, exp_avg: ir.Value, exp_avg_sq: ir.Value
+    ) -> list[ir.Value]:
+        """The next parameter, first and second moment."""
+        op = self._op
+        gradient = op.op("Mul", [gradient, self._clip])
+        first = _moving_average(op, exp_avg, gradient, BETA1)
+        second = _moving_average(op, exp_avg_sq, op.op("Mul", [gradient, gradient]), BETA2)
+        denominator = op.op("Add", [op.op("Div", [op.op("Sqrt", [second]), self._root2]), op.floats(EPSILON)])
+        update = op.op("Mul", [self._step_size, op.op("Div", [first, denominator])])
+        return [op.op("Sub", [op.op("Mul", [parameter, self._keep]), update]), first, second]
+
+
+def _input(name: str, shape: tuple[int | str, ...]) -> ir.Value:
     return ir.val(name, dtype=ir.DataType.FLOAT, shape=shape)
 
 
-def _output(value: ir.Value, name: str, shape: tuple[int, ...]) -> None:
+def _output(value: ir.Value, name: str, shape: tuple[int | str, ...]) -> None:
     value.name, value.shape, value.dtype = name, ir.Shape(shape), ir.DataType.FLOAT
 
 

@@ -10,7 +10,8 @@ from edgetune.config import Base
 from edgetune.data.encode import IGNORED, load_encoder
 from edgetune.data.rows import ChatRow, Message
 from edgetune.errors import EdgetuneError
-from edgetune.genai import ACCURACY_LEVEL, BLOCK_SIZE, CONFIG, MODEL, SIDE_FILES, WEIGHTS
+from edgetune.frozen import BLOCK_SIZE
+from edgetune.genai import ACCURACY_LEVEL, CONFIG, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.manifest import Tokenizer
 from edgetune.olive_pass import run_olive_pass
 

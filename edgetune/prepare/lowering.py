@@ -113,11 +113,30 @@ def _label_count(op: Operators, valid: ir.Value, labels: ir.Value | None) -> ir.
 
 
 def _softmax_grad(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
-    """Y · dY − Y · Σ(Y · dY)."""
+    """Y · (dY − Σ(Y · dY)).
+
+    In attention, where C = Y·V and dY = dC·Vᵀ, the sum over a row's scores is Σ(C · dC) over its few channels
+    (FlashAttention, Dao et al. 2022, appendix B.2).
+    """
     d_output, output = inputs
-    product = op.op("Mul", [output, d_output])
+    context = _context_and_gradient(d_output, output) if attributes["axis"] == -1 else None
+    product = op.op("Mul", list(context) if context else [output, d_output])
     total = op.op("ReduceSum", [product, op.integers(attributes["axis"])], attributes={"keepdims": 1})
-    return (op.op("Sub", [product, op.op("Mul", [output, total])]),)
+    return (op.op("Mul", [output, op.op("Sub", [d_output, total])]),)
+
+
+def _context_and_gradient(d_weights: ir.Value | None, weights: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
+    """C and dC of C = weights·V, where the gradient of `weights` is dC·Vᵀ."""
+    product = d_weights.producer() if d_weights is not None else None
+    if weights is None or product is None or product.op_type != "MatMul" or product.inputs[0] is None:
+        return None
+    transposed = product.inputs[1].producer() if product.inputs[1] is not None else None
+    if transposed is None or transposed.op_type != "Transpose":
+        return None
+    for user, index in weights.uses():
+        if index == 0 and user.op_type == "MatMul" and user.inputs[1] is transposed.inputs[0]:
+            return user.outputs[0], product.inputs[0]
+    return None
 
 
 def _quick_gelu(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
@@ -208,17 +227,18 @@ LOWERINGS: dict[str, Lowering] = {
 """Standard form of every operator with a fixed number of outputs; `SplitTraining` is beside it."""
 
 
-def lower(model: ir.Model, parameters: Sequence[str]) -> ir.Model:
+def lower(model: ir.Model, parameters: Sequence[str], outputs: Sequence[str] = ("loss", "predictions")) -> ir.Model:
     """Write a gradient graph in standard operators.
 
     Args:
         model: ONNX Runtime Training's `training_model.onnx`, or the forward graph.
         parameters: LoRA parameters; `<parameter>.grad` becomes an output where the graph accumulates its gradient.
+        outputs: Which of the graph's own outputs stay, where it has them.
 
     Raises:
         IncompatibleError: An operator without a standard form occurs; all of them are named.
     """
-    _expose_gradients(model, parameters)
+    _expose_gradients(model, parameters, outputs)
     for name in [domain for domain in model.opset_imports if domain]:
         if name != "com.microsoft":
             del model.opset_imports[name]
@@ -252,10 +272,10 @@ def _lower_nodes(model: ir.Model) -> None:
         )
 
 
-def _expose_gradients(model: ir.Model, parameters: Sequence[str]) -> None:
+def _expose_gradients(model: ir.Model, parameters: Sequence[str], outputs: Sequence[str]) -> None:
     """Parameters become inputs, `<parameter>.grad` outputs; the objective goes, and with it what accumulates."""
     graph = model.graph
-    kept = [value for value in graph.outputs if value.name in ("loss", "predictions")]
+    kept = [value for value in graph.outputs if value.name in outputs]
     gradients = {
         str(node.inputs[1].name).removesuffix("_grad"): node.inputs[1]
         for node in graph

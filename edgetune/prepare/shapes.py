@@ -141,6 +141,9 @@ def _expand_target(node: ir.Node) -> list[int]:
 
 
 def _constant_target(graph: ir.Graph, node: ir.Node, target: list[int]) -> None:
+    known = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+    if known is not None and known.numpy().tolist() == target:
+        return
     node.replace_input_with(1, constant(graph, node, np.array(target, dtype=np.int64), f"{node.name}_target"))
 
 

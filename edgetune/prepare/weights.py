@@ -15,9 +15,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from edgetune.architecture import tensor_shapes
 from edgetune.config import Base
 from edgetune.errors import VerificationError
-from edgetune.genai import BLOCK_SIZE, MODEL, QUANTISED
+from edgetune.frozen import BLOCK_SIZE, FrozenIndex, Stored
+from edgetune.genai import MODEL, QUANTISED, WEIGHTS
 from edgetune.manifest import Architecture
 from edgetune.prepare.lowering import Operators
 from edgetune.prepare.shapes import fold
@@ -53,21 +55,66 @@ def attach_weights(model: ir.Model, folder: Path, architecture: Architecture, ba
     for node in reversed(op.nodes):
         node.name = f"{node.outputs[0].name}/{node.op_type}"
         model.graph.insert_before(model.graph[0], node)
-    _cancel_transposes(model.graph)
+    cancel_transposes(model.graph)
     fold(model)
 
 
 def _frozen_weight(name: str, architecture: Architecture, source: _Source, read_linear: ReadLinear) -> ir.Value:
     """The value that plays the checkpoint's tensor `name`, in the checkpoint's orientation."""
+    stored = _stored_names(name, architecture)
+    return read_linear(name, stored) if stored[0].endswith(_LINEAR) else source.plain(stored[0])
+
+
+_LINEAR = ".MatMul.weight"
+
+
+def _stored_names(name: str, architecture: Architecture) -> list[str]:
+    """What the GenAI model calls the checkpoint's tensor `name`, or its parts one above the other."""
     module = name.removesuffix(".weight")
     if module == "model.norm":
-        return source.plain(f"model.layers.{architecture.num_hidden_layers}.final_norm_layernorm.weight")
+        return [f"model.layers.{architecture.num_hidden_layers}.final_norm_layernorm.weight"]
     if module == "model.embed_tokens" or module.endswith("layernorm"):
-        return source.plain(name)
+        return [name]
     if module.endswith("gate_up_proj"):
         parent = module.removesuffix("gate_up_proj")
-        return read_linear(name, [f"{parent}{half}_proj.MatMul.weight" for half in ("gate", "up")])
-    return read_linear(name, [f"{module.replace('.self_attn.', '.attn.')}.MatMul.weight"])
+        return [f"{parent}{half}_proj{_LINEAR}" for half in ("gate", "up")]
+    return [f"{module.replace('.self_attn.', '.attn.')}{_LINEAR}"]
+
+
+def index_weights(folder: Path, architecture: Architecture, base: Base) -> FrozenIndex:
+    """Where every frozen tensor lies in the GenAI model's data file.
+
+    Args:
+        folder: Holds the GenAI model `model.onnx` and its data.
+        architecture: Sizes of the model.
+        base: How the GenAI model stores linear layers.
+
+    Raises:
+        VerificationError: The GenAI model lacks a tensor.
+    """
+    stored = ir.load(folder / MODEL).graph.initializers
+    names = {**tensor_shapes(architecture), "lm_head.weight": ()}
+    tensors = {name: [_piece(stored, part, base) for part in _stored_names(name, architecture)] for name in names}
+    return FrozenIndex(WEIGHTS, tensors)
+
+
+def _piece(stored: Mapping[str, ir.Value], name: str, base: Base) -> Stored:
+    if not name.endswith(_LINEAR):
+        tensor = _external(stored, name)
+        return Stored("plain", list(tensor.shape.numpy()), tensor.offset or 0)
+    if base == "fp32":
+        tensor = _external(stored, name)
+        return Stored("transposed", list(tensor.shape.numpy())[::-1], tensor.offset or 0)
+    packed, scales = _external(stored, name + QUANTISED), _external(stored, f"{name}_scales")
+    rows, blocks, _ = packed.shape.numpy()
+    return Stored("int4", [rows, blocks * BLOCK_SIZE], packed.offset or 0, scales.offset or 0)
+
+
+def _external(stored: Mapping[str, ir.Value], name: str) -> ir.ExternalTensor:
+    value = stored.get(name)
+    if value is None or not isinstance(value.const_value, ir.ExternalTensor):
+        raise VerificationError(f"the GenAI model has no tensor {name!r}; this builder's naming is not known")
+    return value.const_value
 
 
 class _Source:
@@ -80,7 +127,7 @@ class _Source:
 
     def plain(self, name: str) -> ir.Value:
         """A tensor as it is stored."""
-        return self._initializer(self._tensor(name), name)
+        return self._initializer(_external(self._stored, name), name)
 
     def transposed(self, name: str, stored: Sequence[str]) -> ir.Value:
         """The fp32 linear layer `name`: tensors (in, out) that stand side by side."""
@@ -103,7 +150,7 @@ class _Source:
         return value
 
     def _dequantised(self, name: str) -> ir.Value:
-        packed, scales = self._tensor(name + QUANTISED), self._tensor(f"{name}_scales")
+        packed, scales = (_external(self._stored, part) for part in (name + QUANTISED, f"{name}_scales"))
         rows, blocks, _ = packed.shape.numpy()
         inputs = [
             self._initializer(_view(packed, ir.DataType.UINT4, (rows, blocks * BLOCK_SIZE)), name + QUANTISED),
@@ -121,12 +168,6 @@ class _Source:
         tensor = ir.PackedTensor(packed, ir.DataType.UINT4, shape=ir.Shape((rows, blocks)), name=name)
         return self._initializer(tensor, name)
 
-    def _tensor(self, name: str) -> ir.ExternalTensor:
-        value = self._stored.get(name)
-        if value is None or not isinstance(value.const_value, ir.ExternalTensor):
-            raise VerificationError(f"the GenAI model has no tensor {name!r}; this builder's naming is not known")
-        return value.const_value
-
     def _initializer(self, tensor: ir.ExternalTensor | ir.PackedTensor[Any], name: str) -> ir.Value:
         if name not in self._graph.initializers:
             self._graph.initializers[name] = ir.Value(
@@ -143,7 +184,7 @@ def _view(tensor: ir.ExternalTensor, dtype: ir.DataType, shape: tuple[int, ...])
     )  # fmt: skip
 
 
-def _cancel_transposes(graph: ir.Graph) -> None:
+def cancel_transposes(graph: ir.Graph) -> None:
     """Transpose(Transpose(x)) of two dimensions is x."""
     for node in graph:
         source = node.inputs[0].producer() if _swaps_matrix(node) and node.inputs[0] is not None else None

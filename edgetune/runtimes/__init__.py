@@ -18,6 +18,7 @@ from edgetune.bundle import Bundle
 from edgetune.config import RuntimeName
 from edgetune.data.batches import Batch
 from edgetune.errors import UsageError
+from edgetune.execution import WHOLE_STEP, ExecutionPlan
 
 Parameters = Mapping[str, NDArray[np.float32]]
 """LoRA parameters by name, as `Lora.shapes` lists them."""
@@ -68,14 +69,14 @@ class Runtime(Protocol):
         ...
 
     def open_session(
-        self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig
+        self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
     ) -> AbstractContextManager[Session]:
         """Load the bundle's graphs and start from `parameters` with a fresh optimizer."""
         ...
 
 
 RUNTIMES: dict[str, str] = {
-    "onnxruntime": "edgetune.runtimes.portable",
+    "onnxruntime": "edgetune.runtimes.onnxruntime",
     "ort-training": "edgetune.runtimes.ort_training",
 }
 """Every runtime and the module that implements `Runtime`; `auto` takes the first."""

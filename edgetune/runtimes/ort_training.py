@@ -14,7 +14,8 @@ import numpy as np
 
 from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
-from edgetune.errors import EdgetuneError, ResourceError
+from edgetune.errors import EdgetuneError, ResourceError, UsageError
+from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult, wire
 from edgetune.side_environment import (
     OUT_OF_MEMORY,
@@ -32,8 +33,16 @@ def version() -> str:
 
 
 @contextmanager
-def open_session(bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig) -> Iterator[OrtTrainingSession]:
-    """Start the worker; see `edgetune.runtimes.Runtime`. The side environment is made first when it is not there."""
+def open_session(
+    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
+) -> Iterator[OrtTrainingSession]:
+    """Start the worker; see `edgetune.runtimes.Runtime`. The side environment is made first when it is not there.
+
+    Raises:
+        UsageError: The plan is not the whole step, which is all that the artifacts hold.
+    """
+    if plan.form != "whole":
+        raise UsageError("the ort-training runtime takes no plan but `whole`; use --runtime onnxruntime for the others")
     ensure_side_environment(lambda line: print(line, file=sys.stderr))
     arguments = [str(bundle.path.absolute()), str(optimizer.weight_decay), str(optimizer.max_grad_norm)]
     with TemporaryFile() as errors:

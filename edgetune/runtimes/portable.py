@@ -8,8 +8,7 @@ two sets change places when the step is good: a step that is not finite leaves e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -24,17 +23,6 @@ _STATES = ("", ".exp_avg", ".exp_avg_sq")
 """Suffixes of what the optimizer updates: a parameter and its two moments."""
 
 Buffers = dict[str, ort.OrtValue]
-
-
-def version() -> str:
-    """See `edgetune.runtimes.Runtime.version`."""
-    return f"onnxruntime {ort.__version__}"
-
-
-@contextmanager
-def open_session(bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig) -> Iterator[PortableSession]:
-    """Load step, loss and optimizer graph of a bundle; see `edgetune.runtimes.Runtime`."""
-    yield PortableSession(bundle, parameters, optimizer)
 
 
 class PortableSession:

@@ -1,0 +1,30 @@
+"""How a training step is executed: what is kept in memory, what is computed again, and in which precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Products = Literal["fp32", "bf16", "int8"]
+
+
+@dataclass(frozen=True)
+class ExecutionPlan:
+    """One way to execute the same step. Every plan gives the same gradients, but for the precision of its products."""
+
+    form: Literal["whole", "layered"]
+    """`whole`: one graph, all activations in memory. `layered`: sublayer by sublayer."""
+    products: Products = "fp32"
+    """Precision of products with frozen weights; `int8` quantises activations and gradients as well."""
+    kept_layers: int = 0
+    """Layers whose activations are kept for the backward pass (the last ones); the others are computed again."""
+    resident: bool = True
+    """Keep all dequantised weights in memory; otherwise each is dequantised where it is used."""
+    head_rows: int = 256
+    """Trained rows whose logits exist at the same time."""
+    head_tokens: int | None = None
+    """Tokens of the vocabulary whose logits exist at the same time; all when it is not given."""
+
+
+WHOLE_STEP = ExecutionPlan("whole")
+"""What every runtime can execute."""

@@ -1,0 +1,120 @@
+"""The end of the layered form: final norm, logits and the loss of trained rows, a piece of the vocabulary at a time.
+
+With z = norm(hidden)·Wᵀ the loss of a row is logsumexp(z) − z[label], and its gradient (softmax(z) − onehot(label))·W =
+softmax(z)·W − W[label]. Pieces of the vocabulary need two passes: `head` gives every piece's logsumexp, which add up;
+`head_grad` takes the sum. `head_step` does all in one pass where the piece is the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators
+
+NORM, WEIGHT = "model.norm.weight", "lm_head.weight"
+
+
+def build_head(hidden_size: int, epsilon: float) -> dict[str, ir.Model]:
+    """The three graphs by their names.
+
+    Inputs: `hidden` (rows, hidden_size), `labels` (rows) counted from the piece's first token, `model.norm.weight`
+    (hidden_size), `lm_head.weight` (tokens, hidden_size): the piece.
+
+    - `head`: also takes `inside` (rows, 1): 1 where the label lies in the piece, 0 where `labels` is any token of it.
+      Outputs `logsumexp` (rows, 1) over the piece, `target` (rows, 1): the label's logit, 0 outside.
+    - `head_grad`: also takes `inside`, `logsumexp` (rows, 1) over the vocabulary and `scale` (1); output `hidden.grad`.
+    - `head_step`: also takes `scale`; outputs `losses` (rows, 1) and `hidden.grad`. The piece is the vocabulary.
+
+    `hidden.grad` (rows, hidden_size) is that of scale · Σ losses.
+
+    Args:
+        hidden_size: Of the model.
+        epsilon: Of the final norm.
+    """
+    return {
+        "head": _Head(hidden_size, epsilon).forward(),
+        "head_grad": _Head(hidden_size, epsilon).gradient(),
+        "head_step": _Head(hidden_size, epsilon, whole=True).step(),
+    }
+
+
+class _Head:
+    """The operators of one graph."""
+
+    def __init__(self, hidden_size: int, epsilon: float, whole: bool = False) -> None:
+        self._op = op = Operators()
+        self._size, self._whole = hidden_size, whole
+        self._inputs: dict[str, ir.Value] = {}
+        self._hidden = self._input("hidden", ["rows", hidden_size])
+        self._labels = self._input("labels", ["rows"], ir.DataType.INT64)
+        self._norm = self._input(NORM, [hidden_size])
+        self._weight = self._input(WEIGHT, ["tokens", hidden_size])
+        mean = self._mean(op.op("Mul", [self._hidden, self._hidden]))
+        root = op.op("Sqrt", [op.op("Add", [mean, op.floats(epsilon)])])
+        self._inverse = op.op("Reciprocal", [root])
+        self._normal = op.op("Mul", [self._hidden, self._inverse])
+        self._scaled = op.op("Mul", [self._normal, self._norm])
+        self._logits = op.op("Gemm", [self._scaled, self._weight], attributes={"transB": 1})
+
+    def forward(self) -> ir.Model:
+        """See `build_head`."""
+        return self._model("head", {"logsumexp": self._logsumexp(self._softmax()), "target": self._target()})
+
+    def gradient(self) -> ir.Model:
+        """See `build_head`."""
+        logsumexp = self._input("logsumexp", ["rows", 1])
+        probabilities = self._op.op("Exp", [self._op.op("Sub", [self._logits, logsumexp])])
+        return self._model("head_grad", {"hidden.grad": self._hidden_gradient(probabilities)})
+
+    def step(self) -> ir.Model:
+        """See `build_head`."""
+        probabilities = self._softmax()
+        losses = self._op.op("Sub", [self._logsumexp(probabilities), self._target()])
+        return self._model("head_step", {"losses": losses, "hidden.grad": self._hidden_gradient(probabilities)})
+
+    def _model(self, name: str, outputs: dict[str, ir.Value]) -> ir.Model:
+        for output, value in outputs.items():
+            value.name, value.dtype = output, ir.DataType.FLOAT
+            value.shape = ir.Shape(["rows", self._size if output == "hidden.grad" else 1])
+        for number, node in enumerate(self._op.nodes):
+            node.name = f"{number}_{node.op_type}"
+        graph = ir.Graph(
+            list(self._inputs.values()), list(outputs.values()), nodes=self._op.nodes,
+            opset_imports={"": OPSET}, name=name,
+        )  # fmt: skip
+        return ir.Model(graph, ir_version=IR_VERSION)
+
+    def _softmax(self) -> ir.Value:
+        return self._op.op("Softmax", [self._logits], attributes={"axis": -1})
+
+    def _logsumexp(self, probabilities: ir.Value) -> ir.Value:
+        """z − log softmax(z) is the same for every token; the likeliest one's is exact."""
+        op = self._op
+        largest, likeliest = (
+            op.op("ReduceMax", [value, op.integers(-1)], attributes={"keepdims": 1})
+            for value in (self._logits, probabilities)
+        )
+        return op.op("Sub", [largest, op.op("Log", [likeliest])])
+
+    def _target(self) -> ir.Value:
+        products = self._op.op("Mul", [self._scaled, self._label_weights()])
+        return self._op.op("ReduceSum", [products, self._op.integers(-1)], attributes={"keepdims": 1})
+
+    def _label_weights(self) -> ir.Value:
+        """(rows, hidden_size): W[label], zero where the label is outside of the piece."""
+        rows = self._op.op("Gather", [self._weight, self._labels])
+        return rows if self._whole else self._op.op("Mul", [rows, self._input("inside", ["rows", 1])])
+
+    def _hidden_gradient(self, probabilities: ir.Value) -> ir.Value:
+        op = self._op
+        d_scaled = op.op("Sub", [op.op("MatMul", [probabilities, self._weight]), self._label_weights()])
+        d_normal = op.op("Mul", [op.op("Mul", [d_scaled, self._norm]), self._input("scale", [1])])
+        mean = self._mean(op.op("Mul", [d_normal, self._normal]))
+        return op.op("Mul", [self._inverse, op.op("Sub", [d_normal, op.op("Mul", [self._normal, mean])])])
+
+    def _mean(self, value: ir.Value) -> ir.Value:
+        return self._op.op("ReduceMean", [value, self._op.integers(-1)], attributes={"keepdims": 1})
+
+    def _input(self, name: str, shape: list[int | str], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        return self._inputs.setdefault(name, value)

@@ -1,0 +1,176 @@
+"""The layered form of the training step: a few small graphs that every decoder layer shares, weights as inputs.
+
+A loop runs them layer by layer, so that no more than one sublayer's weights and activations have to be in memory. The
+backward graph of a sublayer is its vector-Jacobian product: ONNX Runtime Training differentiates Σ output, then the
+gradient of `output` becomes an input and that of `hidden` an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from edgetune.checkpoint import Checkpoint
+from edgetune.config import PrepareConfig
+from edgetune.frozen import BLOCK_SIZE, INDEX, LAYERS, write_index
+from edgetune.prepare.adamw import build_flat_adamw
+from edgetune.prepare.gradient import ARTIFACTS, differentiate
+from edgetune.prepare.head import build_head
+from edgetune.prepare.lowering import IR_VERSION, OPSET, lower
+from edgetune.prepare.shapes import dimensions, resolve_shapes
+from edgetune.prepare.skeleton import skeleton
+from edgetune.prepare.sublayers import ANCHOR, SUBLAYERS, Sublayer, export_sublayer
+from edgetune.prepare.weights import cancel_transposes, index_weights
+
+
+def build_layers(
+    checkpoint: Path,
+    scratch: Path,
+    folder: Path,
+    source: Checkpoint,
+    config: PrepareConfig,
+    say: Callable[[str], None],
+) -> list[str]:
+    """Write the layered form into the folder of a bundle whose GenAI model is there.
+
+    Args:
+        checkpoint: Folder with a Phi-3 `config.json`; no weight is read.
+        scratch: A folder for files in between.
+        folder: The bundle to be.
+        source: The same checkpoint, read.
+        config: Rank, alpha and targets of the slots, and how the weights are stored.
+        say: Hears about the side environment when it has to be made first.
+
+    Returns:
+        The roles of the graphs, which are their files in the bundle without `.onnx`.
+
+    Raises:
+        IncompatibleError: An operator has no gradient.
+    """
+    graphs = {
+        **build_sublayers(checkpoint, scratch, config, say),
+        **build_head(source.architecture.hidden_size, skeleton(checkpoint, config, layers=1).config.rms_norm_eps),
+        "adamw_flat": build_flat_adamw(),
+        "dequantise": build_dequantise(),
+    }
+    (folder / LAYERS).mkdir()
+    for name, graph in graphs.items():
+        ir.save(graph, folder / LAYERS / f"{name}.onnx")
+    (folder / INDEX).write_bytes(write_index(index_weights(folder, source.architecture, config.base)))
+    return [f"{LAYERS}/{name}" for name in graphs]
+
+
+def build_dequantise() -> ir.Model:
+    """Int4 blocks to float32: inputs `packed` (out, in / 2) uint8, `scales` (out, in / 32), `rows` (out): 0, 1, 2, ….
+
+    Output `weight` (out, in). ONNX Runtime's `GatherBlockQuantized` is more than twice as fast as `DequantizeLinear`.
+    """
+    packed = ir.val("packed", dtype=ir.DataType.UINT8, shape=("out", "packed_in"))
+    rows = ir.val("rows", dtype=ir.DataType.INT64, shape=("out",))
+    scales = ir.val("scales", dtype=ir.DataType.FLOAT, shape=("out", "blocks"))
+    node = ir.node(
+        "GatherBlockQuantized",
+        [packed, rows, scales],
+        {"bits": 4, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1},
+        domain="com.microsoft",
+        name="dequantise",
+    )
+    (weight,) = node.outputs
+    weight.name, weight.dtype, weight.shape = "weight", ir.DataType.FLOAT, ir.Shape(["out", "in"])
+    graph = ir.Graph(
+        [packed, rows, scales], [weight], nodes=[node], name="dequantise",
+        opset_imports={"": OPSET, "com.microsoft": 1},
+    )  # fmt: skip
+    return ir.Model(graph, ir_version=IR_VERSION)
+
+
+def build_sublayers(
+    checkpoint: Path, scratch: Path, config: PrepareConfig, say: Callable[[str], None]
+) -> dict[str, ir.Model]:
+    """The graphs of both sublayers by their names: `attention`, `attention_grad`, `attention_grad_kept`, `mlp`, ….
+
+    - `NAME`: inputs `hidden` (batch, sequence, hidden_size), for attention `attn_bias`, `rope_cos` and `rope_sin` as in
+      the whole step, then the layer's parameters under their names in the checkpoint, without `model.layers.N.`.
+      Outputs `output`, shaped as `hidden`, and what can be kept: `qkv`, `context`, `gate_up`.
+    - `NAME_grad`: also takes `output.grad`. Outputs `hidden.grad` and `<parameter>.grad` of every LoRA parameter.
+    - `NAME_grad_kept`: takes what was kept as well, and recomputes less.
+
+    Args:
+        checkpoint: Folder with a Phi-3 `config.json`; no weight is read.
+        scratch: A folder for files in between.
+        config: Rank, alpha and targets of the slots.
+        say: Hears about the side environment when it has to be made first.
+
+    Raises:
+        IncompatibleError: An operator has no gradient.
+    """
+    graphs: dict[str, ir.Model] = {}
+    for sublayer in SUBLAYERS:
+        folder = scratch / sublayer.name
+        folder.mkdir()
+        trainable = export_sublayer(checkpoint, folder / "forward.onnx", config, sublayer)
+        forward = resolve_shapes(ir.load(folder / "forward.onnx"))
+        (anchored,) = _value(forward, ANCHOR).consumers()
+        hidden = anchored.outputs[0].name
+        parameters = {
+            name: np.zeros([int(size) for size in dimensions(_value(forward, name))], np.float32)
+            for name in [*trainable, ANCHOR]
+        }
+        graphs[sublayer.name] = _forward_graph(_copy(forward), str(hidden), trainable, sublayer)
+        differentiate(forward, parameters, folder, say)
+        gradient = _vector_jacobian_product(ir.load(folder / ARTIFACTS["training_model"]), str(hidden), trainable)
+        graphs[f"{sublayer.name}_grad"] = gradient
+        graphs[f"{sublayer.name}_grad_kept"] = _with_inputs(_copy(gradient), sublayer.kept)
+    return graphs
+
+
+def _forward_graph(forward: ir.Model, hidden: str, trainable: list[str], sublayer: Sublayer) -> ir.Model:
+    forward.graph.opset_imports[""] = OPSET
+    forward.ir_version = IR_VERSION
+    _value(forward, hidden).replace_all_uses_with(_value(forward, "hidden"))
+    return _finished(lower(forward, trainable, ["output", *sublayer.kept]))
+
+
+def _vector_jacobian_product(training: ir.Model, hidden: str, trainable: list[str]) -> ir.Model:
+    graph = training.graph
+    source = _value(training, "hidden")
+    given = ir.Value(name="output.grad", shape=source.shape, type=source.type)
+    _value(training, "output_grad").replace_all_uses_with(given)
+    graph.inputs.append(given)
+    found = _value(training, f"{hidden}_grad")
+    found.name, found.shape, found.type = "hidden.grad", source.shape, source.type
+    graph.outputs.append(found)
+    _value(training, hidden).replace_all_uses_with(source)
+    return _finished(lower(training, trainable, ["hidden.grad"]))
+
+
+def _with_inputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
+    """Cut the graph: what it computes under these names is given to it."""
+    for name in names:
+        computed = _value(model, name)
+        given = ir.Value(shape=computed.shape, type=computed.type)
+        computed.replace_all_uses_with(given)
+        computed.name, given.name = f"{name}.recomputed", name
+        model.graph.inputs.append(given)
+    return _finished(model)
+
+
+def _finished(model: ir.Model) -> ir.Model:
+    cancel_transposes(model.graph)
+    passes.RemoveUnusedNodesPass()(model)
+    for value in list(model.graph.inputs):
+        if not value.uses():
+            model.graph.inputs.remove(value)
+    return model
+
+
+def _copy(model: ir.Model) -> ir.Model:
+    return ir.from_proto(ir.to_proto(model))
+
+
+def _value(model: ir.Model, name: str) -> ir.Value:
+    return ir.convenience.create_value_mapping(model.graph)[name]

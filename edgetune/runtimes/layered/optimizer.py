@@ -1,0 +1,99 @@
+"""AdamW over all LoRA parameters as one flat vector, updated in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.onnx_session import open_graph
+from edgetune.runtimes import OptimizerConfig
+
+Array = NDArray[np.float32]
+_SLICE = 1 << 20
+"""Elements updated at a time: what lies between the graph's operators stays in the cache."""
+_CLIP_EPSILON = 1e-6
+"""torch.nn.utils.clip_grad_norm_ adds this to the norm."""
+
+
+class FlatAdamW:
+    """The parameters, their gradients and moments.
+
+    Args:
+        graph: The bundle's `adamw_flat` graph.
+        parameters: First values; they are copied.
+        config: Decay and clipping.
+    """
+
+    def __init__(self, graph: Path, parameters: Mapping[str, Array], config: OptimizerConfig) -> None:
+        self._session = open_graph(graph)
+        self._config = config
+        self._steps_done = 0
+        self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
+        size = 0
+        for name, array in parameters.items():
+            self._places[name] = (size, array.shape)
+            size += array.size
+        self._parameter, self._gradient, self._exp_avg, self._exp_avg_sq = (
+            np.zeros(size, dtype=np.float32) for _ in range(4)
+        )
+        for name, array in parameters.items():
+            self.parameter(name)[...] = array
+
+    def parameter(self, name: str) -> Array:
+        """A parameter, as a view that steps change."""
+        return self._view(self._parameter, name)
+
+    def gradient(self, name: str) -> Array:
+        """Where a parameter's gradient goes."""
+        return self._view(self._gradient, name)
+
+    def step(self, learning_rate: float, loss: float) -> tuple[float, bool]:
+        """Clip and update.
+
+        Args:
+            learning_rate: Of this step.
+            loss: When it is not finite, nothing is changed.
+
+        Returns:
+            The gradient's global 2-norm before clipping; whether the step was applied.
+        """
+        pieces = range(0, self._gradient.size, _SLICE)
+        norm = math.sqrt(sum(float(np.dot(g, g)) for g in (self._gradient[i : i + _SLICE] for i in pieces)))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return norm, False
+        self._steps_done += 1
+        most = self._config.max_grad_norm
+        scalars = {
+            "learning_rate": learning_rate,
+            "weight_decay": self._config.weight_decay,
+            "step": self._steps_done,
+            "clip": min(1.0, most / (norm + _CLIP_EPSILON)) if most else 1.0,
+        }
+        vectors = {name: np.array([value], dtype=np.float32) for name, value in scalars.items()}
+        for start in pieces:
+            self._update(slice(start, start + _SLICE), vectors)
+        return norm, True
+
+    def _update(self, part: slice, vectors: Mapping[str, Array]) -> None:
+        binding = self._session.io_binding()
+        for name, array in vectors.items():
+            _bind(binding.bind_input, name, array)
+        _bind(binding.bind_input, "gradient", self._gradient[part])
+        state = {"parameter": self._parameter, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
+        for name, array in state.items():
+            # In place: every operator works element by element, and reads an old value before it writes the new.
+            _bind(binding.bind_input, name, array[part])
+            _bind(binding.bind_output, f"{name}.next", array[part])
+        self._session.run_with_iobinding(binding)
+
+    def _view(self, flat: Array, name: str) -> Array:
+        start, shape = self._places[name]
+        return flat[start : start + math.prod(shape)].reshape(shape)
+
+
+def _bind(bind: object, name: str, array: Array) -> None:
+    bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)  # type: ignore[operator]
