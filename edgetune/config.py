@@ -49,9 +49,11 @@ class TrainConfig:
     epochs: float | None = None
     """Passes over the rows; 3 when neither steps nor epochs is given."""
     batch_size: int = 4
-    """Rows a forward pass."""
+    """Rows of a batch; no pass through the model takes more memory than so many of the longest rows."""
     gradient_accumulation_steps: int = 1
-    """Forward passes an optimizer step."""
+    """Batches an optimizer step."""
+    packing: bool = True
+    """Put several rows into one sequence, where none sees another; otherwise each is padded."""
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
     schedule: Schedule = "cosine"

@@ -10,14 +10,14 @@ import numpy as np
 
 from edgetune.adapter import initial_parameters, read_adapter
 from edgetune.bundle import Bundle, open_bundle
-from edgetune.data.batches import make_batch
+from edgetune.data.batcher import Batcher
 from edgetune.data.encode import IGNORED, Example, load_encoder, load_examples
 from edgetune.errors import EdgetuneError
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes import Parameters
 
 BATCH_SIZE = 4
-"""Rows a forward pass."""
+"""A forward pass takes no more memory than so many of the longest rows."""
 
 
 @dataclass(frozen=True)
@@ -75,30 +75,22 @@ def measure(
         left_out: Rows that are not among `examples`; only passed on.
     """
     manifest = bundle.manifest
-    architecture = manifest.architecture
     session = open_graph(bundle.file("loss"))
     # A fresh B is zero: then the slots add nothing, whatever A is.
     adapter = initial_parameters(manifest.lora, seed=0) if parameters is None else parameters
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
     trained = right = exact = 0
     total = 0.0
-    for start in range(0, len(ordered), BATCH_SIZE):
-        batch = make_batch(
-            ordered[start : start + BATCH_SIZE],
-            architecture.rope,
-            manifest.tokenizer.pad_token_id,
-            sliding_window=architecture.sliding_window,
-        )
+    for batch in Batcher(manifest, examples, BATCH_SIZE, packing=True).measure(examples):
         loss, predictions = session.run(["loss", "predictions"], {**batch.tensors(), **adapter})
         counted = batch.labels != IGNORED
         hit = predictions == batch.labels
         total += float(loss[0]) * batch.trained_tokens
         trained += batch.trained_tokens
         right += int((hit & counted).sum())
-        exact += int((hit | ~counted).all(axis=1).sum())
+        exact += len(batch.examples) - len(np.unique(batch.rows[counted & ~hit]))
     mean = total / trained
     if not np.isfinite(mean):
         raise EdgetuneError(f"the loss is {mean}: the adapter or the base holds numbers that no training would leave")
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(np.float64(mean)))
-    return Evaluation(len(ordered), left_out, trained, mean, perplexity, right / trained, exact / len(ordered))
+    return Evaluation(len(examples), left_out, trained, mean, perplexity, right / trained, exact / len(examples))

@@ -124,8 +124,9 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 
 OPTIONS = {
     "prepare": "output rank alpha targets base max-length download force quiet json",
-    "train": "data valid output config runtime steps epochs batch-size gradient-accumulation-steps learning-rate "
-    "schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle truncate init-adapter force quiet json",
+    "train": "data valid output config runtime steps epochs batch-size gradient-accumulation-steps packing no-packing "
+    "learning-rate schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle "
+    "truncate init-adapter force quiet json",
     "preview": "data json",
     "eval": "data adapter json",
     "export": "adapter output merge keep-adapter precision valid force quiet json",
@@ -471,7 +472,7 @@ def test_train_passes_every_option_on(bundle: Path, data: Path, trained: list[Tr
     flags = (
         "--runtime ort-training --steps 7 --batch-size 2 --gradient-accumulation-steps 3 --learning-rate 1e-3 "
         "--schedule linear --warmup-steps 2 --weight-decay 0.1 --max-grad-norm 0.5 --seed 9 --no-shuffle "
-        "--truncate --force"
+        "--no-packing --truncate --force"
     )
     assert train(bundle, data, *flags.split(), "--init-adapter", adapter).exit_code == 0
     assert train(bundle, data, "--epochs", "1.5").exit_code == 0
@@ -482,6 +483,7 @@ def test_train_passes_every_option_on(bundle: Path, data: Path, trained: list[Tr
             steps=7,
             batch_size=2,
             gradient_accumulation_steps=3,
+            packing=False,
             learning_rate=1e-3,
             schedule="linear",
             warmup_steps=2,

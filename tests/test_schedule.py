@@ -8,7 +8,7 @@ import pytest
 
 from edgetune.config import Schedule, TrainConfig
 from edgetune.errors import UsageError
-from edgetune.train.schedule import check_options, learning_rate, plan_steps
+from edgetune.train.schedule import check_options, learning_rate, schedule_steps
 
 NAMES: dict[Schedule, str] = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -40,15 +40,15 @@ def test_rates_are_those_of_transformers(schedule: Schedule, warmup: int, total:
     ],
 )
 def test_steps_of_a_run(rows: int, config: TrainConfig, batches: int, epoch: int, total: int) -> None:
-    plan = plan_steps(rows, config)
-    assert (plan.batches_per_epoch, plan.steps_per_epoch, plan.total_steps) == (batches, epoch, total)
-    assert sum(plan.batches(step) for step in range(epoch)) == batches
+    schedule = schedule_steps(rows, config)
+    assert (schedule.batches_per_epoch, schedule.steps_per_epoch, schedule.total_steps) == (batches, epoch, total)
+    assert sum(schedule.batches(step) for step in range(epoch)) == batches
 
 
 def test_validation_is_due_at_the_end_and_after_each_of_several_epochs() -> None:
     def due(config: TrainConfig) -> list[int]:
-        plan = plan_steps(6, config)
-        return [step for step in range(1, plan.total_steps + 1) if plan.validates_after(step)]
+        schedule = schedule_steps(6, config)
+        return [step for step in range(1, schedule.total_steps + 1) if schedule.validates_after(step)]
 
     assert due(TrainConfig(batch_size=2, epochs=3)) == [3, 6, 9]
     assert due(TrainConfig(batch_size=2, epochs=2.5)) == [3, 6, 8]
@@ -57,9 +57,9 @@ def test_validation_is_due_at_the_end_and_after_each_of_several_epochs() -> None
 
 
 def test_warmup_must_end() -> None:
-    assert plan_steps(4, TrainConfig(steps=5, warmup_steps=4)).total_steps == 5
+    assert schedule_steps(4, TrainConfig(steps=5, warmup_steps=4)).total_steps == 5
     with pytest.raises(UsageError, match="warmup_steps is 5, but the run has 5 steps"):
-        plan_steps(4, TrainConfig(steps=5, warmup_steps=5))
+        schedule_steps(4, TrainConfig(steps=5, warmup_steps=5))
 
 
 @pytest.mark.parametrize(

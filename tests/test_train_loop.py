@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,24 @@ def test_accumulated_micro_batches_are_one_batch(bundle: Bundle, tmp_path: Path)
     left, right = metrics(whole.path), metrics(pieces.path)
     assert [line["loss"] for line in left] == pytest.approx([line["loss"] for line in right], rel=1e-5)
     assert [line["tokens"] for line in left] == [line["tokens"] for line in right]
+
+
+def test_packed_rows_train_as_padded_ones(bundle: Bundle, tmp_path: Path) -> None:
+    longest = {"prompt": "a", "completion": " b" * (MAX_LENGTH - 2)}
+    data = write_rows(tmp_path / "train.jsonl", [*some_rows(23), longest])
+    valid = write_rows(tmp_path / "valid.jsonl", some_rows(9, seed=1))
+    config = TrainConfig(batch_size=8, gradient_accumulation_steps=2, learning_rate=0.5, epochs=2)
+    packed, _ = run(bundle, data, config, valid=valid, output="packed")
+    passes = BigramSession.opened.micro_batches
+    padded, _ = run(bundle, data, replace(config, packing=False), valid=valid, output="padded")
+    assert sum(passes) < sum(BigramSession.opened.micro_batches)
+    assert json.loads(options_of(packed.path)["options"])["packing"] is True
+    for name, value in read(bundle, packed.path).items():
+        np.testing.assert_allclose(value, read(bundle, padded.path)[name], rtol=1e-5, atol=1e-7)
+    left, right = metrics(packed.path), metrics(padded.path)
+    for key in ("loss", "grad_norm", "tokens"):
+        assert [line[key] for line in left] == pytest.approx([line[key] for line in right], rel=1e-5)
+    assert packed.last_validation_loss == pytest.approx(padded.last_validation_loss, rel=1e-5)
 
 
 def test_validation_is_what_evaluate_measures(bundle: Bundle, data: Path, tmp_path: Path) -> None:

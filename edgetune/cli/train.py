@@ -52,14 +52,24 @@ train.toml holds the same options, which flags override:
     help=f"Passes over the rows; {DEFAULT_EPOCHS:g} when neither --steps nor --epochs is given.",
 )
 @click.option(
-    "--batch-size", type=COUNT, default=DEFAULT.batch_size, show_default=True, help="Rows of one forward pass."
+    "--batch-size",
+    type=COUNT,
+    default=DEFAULT.batch_size,
+    show_default=True,
+    help="Rows of a batch; memory grows with it.",
 )
 @click.option(
     "--gradient-accumulation-steps",
     type=COUNT,
     default=DEFAULT.gradient_accumulation_steps,
     show_default=True,
-    help="Forward passes of one optimizer step.",
+    help="Batches of one optimizer step.",
+)
+@click.option(
+    "--packing/--no-packing",
+    default=DEFAULT.packing,
+    show_default=True,
+    help="Put short rows behind each other instead of padding each; none sees another.",
 )
 @click.option(
     "--learning-rate", type=POSITIVE, default=DEFAULT.learning_rate, show_default=True, help="Peak learning rate."
@@ -121,6 +131,7 @@ def command(
     epochs: float | None,
     batch_size: int,
     gradient_accumulation_steps: int,
+    packing: bool,
     learning_rate: float,
     schedule: Schedule,
     warmup_steps: int,
@@ -145,6 +156,7 @@ def command(
         epochs=epochs,
         batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
+        packing=packing,
         learning_rate=learning_rate,
         schedule=schedule,
         warmup_steps=warmup_steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TypeVar
 
@@ -22,18 +22,26 @@ RowT = TypeVar("RowT")
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded rows, ready for a graph. B rows, T positions, R rotated dimensions of a head."""
+    """Rows laid out for a graph. B sequences of T positions, R rotated dimensions of a head.
+
+    A sequence holds one row or several behind each other. No position sees another row, and each row's positions are
+    counted from its first token.
+    """
 
     input_ids: NDArray[np.int64]
     """(B, T) token ids."""
     labels: NDArray[np.int64]
     """(B, T): the token that shall follow position t, −100 where nothing is trained."""
     attn_bias: NDArray[np.float32]
-    """(B, 1, T, T): 0 where position t may look, −1e4 elsewhere (later positions, padding)."""
+    """(B, 1, T, T): 0 where position t may look, −1e4 elsewhere (later positions, other rows)."""
     rope_cos: NDArray[np.float32]
     """(B, T, R)."""
     rope_sin: NDArray[np.float32]
     """(B, T, R)."""
+    rows: NDArray[np.int64]
+    """(B, T): the row that a position belongs to, as an index into `examples`; −1 is padding."""
+    examples: tuple[Example, ...]
+    """The rows."""
     tokens: int
     """Tokens that are not padding."""
     trained_tokens: int
@@ -49,6 +57,72 @@ class Batch:
             "rope_sin": self.rope_sin,
         }
 
+    def only(self, row: int) -> Batch:
+        """The same batch with the labels of one row: its loss is that row's.
+
+        Args:
+            row: Index into `examples`.
+        """
+        labels = np.where(self.rows == row, self.labels, IGNORED)
+        return replace(self, labels=labels, trained_tokens=int((labels != IGNORED).sum()))
+
+
+def lay_out(
+    packs: Sequence[Sequence[Example]],
+    length: int,
+    rope: Rope,
+    pad_token_id: int,
+    *,
+    longest: int,
+    sliding_window: int | None,
+) -> Batch:
+    """Lay out all that a training graph takes.
+
+    Args:
+        packs: The rows of each sequence, at least one row in all.
+        length: Positions of a sequence, T; no pack has more tokens. The rest is padding, on the right.
+        rope: The model's rotary embedding.
+        pad_token_id: Fills the padding; no row looks at it.
+        longest: Tokens of the longest row among those that longrope chooses the same factors for.
+        sliding_window: Positions that a token looks back on, itself included (transformers' `sliding_window`).
+    """
+    shape = len(packs), length
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    rows = np.full(shape, -1, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    examples: list[Example] = []
+    for sequence, pack in enumerate(packs):
+        start = 0
+        for example in pack:
+            end = start + len(example.input_ids)
+            input_ids[sequence, start:end] = example.input_ids
+            labels[sequence, start : end - 1] = example.labels[1:]
+            rows[sequence, start:end] = len(examples)
+            positions[sequence, start:end] = np.arange(end - start)
+            examples.append(example)
+            start = end
+    place = np.arange(length)
+    visible = place <= place[:, None]
+    if sliding_window is not None:
+        visible &= place > place[:, None] - sliding_window
+    # Padding sees padding, so that no row of the softmax is empty.
+    visible = visible & (rows[:, :, None] == rows[:, None, :])
+    attn_bias = np.where(visible, np.float32(0), MASKED)[:, None]
+    cos, sin = rope_tables(rope, positions, np.array([longest]))
+    trained = int((labels != IGNORED).sum())
+    return Batch(
+        input_ids,
+        labels,
+        attn_bias,
+        cos,
+        sin,
+        rows,
+        tuple(examples),
+        tokens=int((rows >= 0).sum()),
+        trained_tokens=trained,
+    )
+
 
 def make_batch(
     examples: Sequence[Example],
@@ -58,32 +132,24 @@ def make_batch(
     multiple_of: int = 8,
     sliding_window: int | None = None,
 ) -> Batch:
-    """Pad rows on the right and lay out all that a training graph takes.
+    """Pad rows on the right, a sequence for each.
 
     Args:
         examples: The rows, at least one.
         rope: The model's rotary embedding.
-        pad_token_id: Fills the padding; nothing looks at it.
+        pad_token_id: Fills the padding; no row looks at it.
         multiple_of: T is the longest row, rounded up to a multiple of this.
         sliding_window: Positions that a token looks back on, itself included (transformers' `sliding_window`).
     """
-    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
-    rows, columns = len(examples), -(-int(lengths.max()) // multiple_of) * multiple_of
-    input_ids = np.full((rows, columns), pad_token_id, dtype=np.int64)
-    labels = np.full((rows, columns), IGNORED, dtype=np.int64)
-    for row, example in enumerate(examples):
-        input_ids[row, : lengths[row]] = example.input_ids
-        labels[row, : lengths[row] - 1] = example.labels[1:]
-    positions = np.arange(columns, dtype=np.int64)
-    query, key = positions[:, None], positions[None, :]
-    visible = key <= query
-    if sliding_window is not None:
-        visible &= key > query - sliding_window
-    # Padding looks at itself, so that no row of the softmax is empty.
-    allowed = visible & ((key < lengths[:, None, None]) | (key == query))
-    attn_bias = np.where(allowed, np.float32(0), MASKED)[:, None]
-    cos, sin = rope_tables(rope, np.broadcast_to(positions, (rows, columns)), lengths)
-    return Batch(input_ids, labels, attn_bias, cos, sin, int(lengths.sum()), int((labels != IGNORED).sum()))
+    longest = max(len(example.input_ids) for example in examples)
+    return lay_out(
+        [[example] for example in examples],
+        -(-longest // multiple_of) * multiple_of,
+        rope,
+        pad_token_id,
+        longest=longest,
+        sliding_window=sliding_window,
+    )
 
 
 def epoch_batches(examples: Sequence[RowT], batch_size: int, seed: int, shuffle: bool) -> Iterator[list[RowT]]:

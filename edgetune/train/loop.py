@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -25,14 +25,15 @@ from edgetune.adapter import (
 )
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
-from edgetune.data.batches import Batch, epoch_batches, make_batch
+from edgetune.data.batcher import Batcher
+from edgetune.data.batches import epoch_batches
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
 from edgetune.errors import EdgetuneError
 from edgetune.runtimes import OptimizerConfig, Session, StepResult, find_runtime
 from edgetune.storage import atomic_folder, sha256_of
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.record import RunRecord, peak_memory_bytes
-from edgetune.train.schedule import check_options, learning_rate, plan_steps
+from edgetune.train.schedule import check_options, learning_rate, schedule_steps
 
 
 def train(
@@ -98,9 +99,10 @@ class _Run:
             rows = load_examples(valid, encoder, manifest.max_length, truncate=config.truncate)
             self._notice_lengths(valid, rows)
             self._valid = rows.examples
-        self._plan = plan_steps(len(self._rows.examples), config)
+        self._schedule = schedule_steps(len(self._rows.examples), config)
         self._parameters = self._first_parameters()
-        self._micro_batches = epoch_batches(self._rows.examples, config.batch_size, config.seed, config.shuffle)
+        self._drawn = epoch_batches(self._rows.examples, config.batch_size, config.seed, config.shuffle)
+        self._batcher = self._batches_of(self._rows.examples)
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
         self.seconds = 0.0
@@ -137,13 +139,13 @@ class _Run:
         return steps
 
     def _train(self, session: Session, record: RunRecord) -> int:
-        plan, config = self._plan, self._config
+        schedule, config = self._schedule, self._config
         first_validation = self._validate(session, 0)
         spent = 0.0
-        for step in range(plan.total_steps):
-            rate = learning_rate(config.schedule, config.learning_rate, step, plan.total_steps, config.warmup_steps)
+        for step in range(schedule.total_steps):
+            rate = learning_rate(config.schedule, config.learning_rate, step, schedule.total_steps, config.warmup_steps)
             begin = perf_counter()
-            batches = [self._batch(examples) for examples in islice(self._micro_batches, plan.batches(step))]
+            batches = self._batcher.step(list(islice(self._drawn, schedule.batches(step))))
             result = session.step(batches, rate)
             seconds = perf_counter() - begin
             if not result.applied:
@@ -160,23 +162,23 @@ class _Run:
                 tokens=tokens,
                 tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
                 peak_memory_bytes=peak_memory_bytes(),
-                eta_seconds=spent / (step + 1) * (plan.total_steps - step - 1),
+                eta_seconds=spent / (step + 1) * (schedule.total_steps - step - 1),
             )
             self._observer.on_step(metrics)
-            validation = self._validate(session, step + 1) if plan.validates_after(step + 1) else None
+            validation = self._validate(session, step + 1) if schedule.validates_after(step + 1) else None
             record.write(
                 metrics,
                 validation_loss=validation,
                 initial_validation_loss=first_validation if step == 0 else None,
             )
-        return plan.total_steps
+        return schedule.total_steps
 
     def _validate(self, session: Session, step: int) -> float | None:
         """Mean loss over the trained tokens of all validation rows; none when there are no rows."""
         if not self._valid:
             return None
         total, tokens = 0.0, 0
-        for batch in self._validation_batches():
+        for batch in self._batches_of(self._valid).measure(self._valid):
             total += session.evaluate(batch) * batch.trained_tokens
             tokens += batch.trained_tokens
         loss = total / tokens
@@ -184,20 +186,8 @@ class _Run:
         self._observer.on_validation(step, loss)
         return loss
 
-    def _validation_batches(self) -> Iterator[Batch]:
-        size = self._config.batch_size
-        for start in range(0, len(self._valid), size):
-            yield self._batch(self._valid[start : start + size])
-
-    def _batch(self, examples: Sequence[Example]) -> Batch:
-        manifest = self._bundle.manifest
-        architecture = manifest.architecture
-        return make_batch(
-            examples,
-            architecture.rope,
-            manifest.tokenizer.pad_token_id,
-            sliding_window=architecture.sliding_window,
-        )
+    def _batches_of(self, rows: Sequence[Example]) -> Batcher:
+        return Batcher(self._bundle.manifest, rows, self._config.batch_size, packing=self._config.packing)
 
     def _first_parameters(self) -> dict[str, NDArray[np.float32]]:
         manifest = self._bundle.manifest
@@ -218,8 +208,8 @@ class _Run:
     def _start_info(self, runtime: str) -> StartInfo:
         return StartInfo(
             runtime=runtime,
-            steps=self._plan.total_steps,
-            steps_per_epoch=self._plan.steps_per_epoch,
+            steps=self._schedule.total_steps,
+            steps_per_epoch=self._schedule.steps_per_epoch,
             rows=len(self._rows.examples),
             rows_left_out=len(self._rows.too_long),
             rows_truncated=len(self._rows.truncated),

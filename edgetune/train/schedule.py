@@ -30,8 +30,8 @@ def learning_rate(schedule: Schedule, peak: float, step: int, total_steps: int, 
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which micro-batches go into which optimizer step. An epoch's last step takes what is left of the epoch."""
+class StepSchedule:
+    """Which batches of rows go into which optimizer step. An epoch's last step takes what is left of the epoch."""
 
     batches_per_epoch: int
     gradient_accumulation_steps: int
@@ -39,7 +39,7 @@ class Plan:
     total_steps: int
 
     def batches(self, step: int) -> int:
-        """Micro-batches of the step after `step` finished ones."""
+        """Batches of the step after `step` finished ones."""
         done = step % self.steps_per_epoch * self.gradient_accumulation_steps
         return min(self.gradient_accumulation_steps, self.batches_per_epoch - done)
 
@@ -50,7 +50,7 @@ class Plan:
         return self.total_steps >= 2 * self.steps_per_epoch and step % self.steps_per_epoch == 0
 
 
-def plan_steps(rows: int, config: TrainConfig) -> Plan:
+def schedule_steps(rows: int, config: TrainConfig) -> StepSchedule:
     """Count the steps of a run over `rows` rows.
 
     Raises:
@@ -65,7 +65,7 @@ def plan_steps(rows: int, config: TrainConfig) -> Plan:
             f"warmup_steps is {config.warmup_steps}, but the run has {total} steps in all; "
             f"use fewer than {total}, or more steps or epochs"
         )
-    return Plan(batches, config.gradient_accumulation_steps, steps_per_epoch, total)
+    return StepSchedule(batches, config.gradient_accumulation_steps, steps_per_epoch, total)
 
 
 def check_options(config: TrainConfig) -> None:

@@ -1,0 +1,77 @@
+"""From the rows of an optimizer step, or of a whole file, to the batches that go through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from edgetune.data.batches import Batch, lay_out
+from edgetune.data.encode import Example
+from edgetune.data.packing import Room, attention_share, pack, pad, round_up
+from edgetune.manifest import BundleManifest
+
+
+class Batcher:
+    """Lays rows out in batches.
+
+    Args:
+        manifest: The bundle's.
+        examples: All rows that will come, at least one; the longest decides how much room there is.
+        batch_size: No batch takes more memory than this many of the longest row.
+        packing: Put several rows into one sequence; otherwise each has its own.
+    """
+
+    def __init__(
+        self, manifest: BundleManifest, examples: Sequence[Example], batch_size: int, *, packing: bool
+    ) -> None:
+        self._rope = manifest.architecture.rope
+        self._sliding_window = manifest.architecture.sliding_window
+        self._pad_token_id = manifest.tokenizer.pad_token_id
+        self._attention = attention_share(manifest.architecture)
+        self._packing = packing
+        longest = max(len(example.input_ids) for example in examples)
+        limit = max(longest, manifest.max_length)
+        self.room = Room(batch_size, round_up(longest, limit), round_up(limit, limit))
+        """No batch has more positions or more attention scores than `batch_size` sequences of `longest` positions."""
+
+    def step(self, drawn: Sequence[Sequence[Example]]) -> list[Batch]:
+        """The batches of one optimizer step, every row once.
+
+        The gradient of a step is the mean over its trained tokens, so that it does not matter which rows share a batch.
+        It matters with longrope when a row is long: its batch has the long factors then, as in transformers. Then only
+        rows that were drawn together are laid out together.
+
+        Args:
+            drawn: The step's rows, in groups of `batch_size` at most.
+        """
+        rows = [example for group in drawn for example in group]
+        pools = [list(group) for group in drawn] if any(map(self._is_long, rows)) else [rows]
+        return [batch for pool in pools for batch in self._batches(pool)]
+
+    def measure(self, examples: Sequence[Example]) -> Iterator[Batch]:
+        """Batches of rows whose order does not matter, every row once; the longest first.
+
+        With longrope, each row has the factors that it has on its own.
+        """
+        for pool in ([row for row in examples if self._is_long(row) is long] for long in (True, False)):
+            if pool:
+                yield from self._batches(pool)
+
+    def _batches(self, pool: Sequence[Example]) -> Iterator[Batch]:
+        lengths = [len(example.input_ids) for example in pool]
+        if max(lengths) > self.room.longest:
+            raise ValueError(f"a row has {max(lengths)} tokens, but there is room for {self.room.longest}")
+        passes = pack(lengths, self.room, self._attention) if self._packing else pad(lengths, self.room)
+        for item in passes:
+            yield lay_out(
+                [[pool[row] for row in rows] for rows in item.packs],
+                item.length,
+                self._rope,
+                self._pad_token_id,
+                longest=max(lengths),
+                sliding_window=self._sliding_window,
+            )
+
+    def _is_long(self, example: Example) -> bool:
+        """Whether this row alone would have longrope's long factors."""
+        rope = self._rope
+        return rope.long_factor is not None and len(example.input_ids) > rope.original_max_position_embeddings

@@ -1,0 +1,126 @@
+"""Which rows share a pass through the model, and which share a sequence of it.
+
+Rows differ in length, and what is computed on padding is lost. So rows are packed: several stand behind each other in
+one sequence, and none sees another. What a pass may hold stays what `batch_size` of the longest rows, padded, would
+take: packing never needs more memory than the worst batch without it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from edgetune.manifest import Architecture
+
+MULTIPLE = 8
+"""Every sequence is a multiple of this long: a vector register of float32."""
+_ATTENTION_COST = 2.0
+"""How much longer a multiplication of the attention takes than one of a projection, as measured: there is a softmax."""
+_PASS_COST = 32
+"""What a pass costs beside its positions, in positions, about as measured: reading the weights, starting operators."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rows that go through the model together."""
+
+    length: int
+    """Positions of each sequence, T."""
+    packs: list[list[int]]
+    """The rows of each sequence, as indices into the lengths that were given."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """The largest pass: `batch_size` sequences of `longest` positions."""
+
+    batch_size: int
+    longest: int
+    """The longest row, rounded up."""
+    limit: int
+    """Longest sequence that several rows may make, rounded up; not below `longest`."""
+
+    def sequences(self, length: int) -> int:
+        """Sequences of `length` positions that need no more positions and no more attention scores than that pass."""
+        positions = self.batch_size * self.longest
+        return min(positions // length, positions * self.longest // length**2)
+
+
+def round_up(length: int, limit: int | None = None) -> int:
+    """The next of few lengths, so that few shapes occur: sixteen between a power of two and the next.
+
+    Args:
+        length: Tokens, at least one.
+        limit: The longest row there may be; nothing is rounded further than to the next multiple of 8 after it.
+    """
+    step = max(MULTIPLE, 1 << max(0, (length - 1).bit_length() - 5))
+    rounded = -(-length // step) * step
+    return rounded if limit is None else min(rounded, -(-limit // MULTIPLE) * MULTIPLE)
+
+
+def attention_share(architecture: Architecture) -> float:
+    """Cost of looking at one more position, by the cost of all else that is done for a position."""
+    heads = architecture.num_attention_heads * architecture.head_dim
+    key_values = architecture.num_key_value_heads * architecture.head_dim
+    hidden = architecture.hidden_size
+    projections = hidden * (2 * heads + 2 * key_values) + 3 * hidden * architecture.intermediate_size
+    # Forward and backward, attention multiplies six times a position, head and dimension, a frozen weight twice.
+    return _ATTENTION_COST * 3 * heads / projections
+
+
+def pack(lengths: Sequence[int], room: Room, attention: float) -> list[Pass]:
+    """Spread rows over sequences and passes so that the work is least.
+
+    Args:
+        lengths: Tokens of each row, at least one row, none longer than `room.longest`.
+        room: The largest pass.
+        attention: What `attention_share` says of the model.
+    """
+
+    def work(passes: list[Pass]) -> float:
+        return sum(len(item.packs) * item.length * (1 + attention * item.length) + _PASS_COST for item in passes)
+
+    return min(_candidates(lengths, room), key=work)
+
+
+def pad(lengths: Sequence[int], room: Room) -> list[Pass]:
+    """A sequence for each row; rows of similar length share a pass. The arguments are those of `pack`."""
+    order = _longest_first(lengths)
+    groups = [order[start : start + room.batch_size] for start in range(0, len(order), room.batch_size)]
+    return [Pass(round_up(lengths[group[0]], room.limit), [[row] for row in group]) for group in groups]
+
+
+def _candidates(lengths: Sequence[int], room: Room) -> Iterator[list[Pass]]:
+    """The rows in sequences of each length that there is room for, until one holds them all."""
+    length = 0
+    while length < room.limit:
+        length = round_up(max(length + 1, *lengths), room.limit)
+        sequences = room.sequences(length)
+        if not sequences:
+            return
+        packs = _best_fit(lengths, length)
+        passes = -(-len(packs) // sequences)
+        # Evenly filled, so that two shapes occur at most.
+        yield [Pass(length, packs[index::passes]) for index in range(passes)]
+        if len(packs) == 1:
+            return
+
+
+def _best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
+    """Best fit decreasing: the longest row first, each into the sequence that it fills most."""
+    packs: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []
+    """What is left of each sequence, and which one it is; in order."""
+    for row in _longest_first(lengths):
+        found = bisect_left(spaces, (lengths[row], 0))
+        space, index = spaces.pop(found) if found < len(spaces) else (length, len(packs))
+        if index == len(packs):
+            packs.append([])
+        packs[index].append(row)
+        insort(spaces, (space - lengths[row], index))
+    return packs
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda row: -lengths[row])
