@@ -2,6 +2,7 @@
 # make test    setup, then every check and test; the device tests in .venv-device, without the host extras
 # make demo    setup, then the main job on a small model that is built on the spot
 # make lint    setup, then ruff and mypy alone
+# make bench   setup, then edgetune and PyTorch + PEFT in one sitting (BENCH="--cases small-best --runs 3"; docs/benchmarks.md)
 
 # The versions in requirements/host.txt were verified on CPython 3.11; 3.12 and 3.13 need one beside them for the
 # side environment.
@@ -12,7 +13,7 @@ DEVICE = .venv-device/bin/python
 SOURCES = $(shell find edgetune -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint test test-device test-host demo
+.PHONY: help setup lint test test-device test-host demo bench
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -34,6 +35,13 @@ test-host: setup
 
 demo: setup
 	$(HOST) examples/demo.py
+
+bench: setup .venv/bench-installed
+	$(HOST) -m benchmarks $(BENCH)
+
+.venv/bench-installed: .venv/installed requirements/bench.txt
+	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --requirement requirements/bench.txt
+	touch $@
 
 .venv/installed: pyproject.toml requirements/host.txt
 	$(PYTHON) -m venv .venv

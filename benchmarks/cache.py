@@ -1,0 +1,90 @@
+"""Checkpoints and bundles that are made once and used by every later sitting."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.checkpoints import make_checkpoint
+from benchmarks.models import Model
+from edgetune.config import Base
+from examples import demo
+
+EDGETUNE = Path(sys.executable).with_name("edgetune")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder with a subfolder for each model. Delete it to make everything anew.
+
+    Methods that make something raise RuntimeError when they cannot.
+    """
+
+    root: Path
+
+    def checkpoint(self, model: Model) -> Path:
+        """The Hugging Face folder of a model."""
+        return self.root / model.name / "checkpoint"
+
+    def bundle(self, model: Model, base: Base) -> Path:
+        """The bundle of a model on a base."""
+        return self.root / model.name / base
+
+    def demo_bundle(self, base: Base) -> Path:
+        """The bundle of the demo's base model."""
+        return self.root / "demo" / base
+
+    def make_checkpoint(self, model: Model, say: Say) -> None:
+        """Make a model's checkpoint unless it is there."""
+        folder = self.checkpoint(model)
+        if not folder.is_dir():
+            say(f"Making the checkpoint of {model.name} …")
+            partial = _partial(folder)
+            make_checkpoint(partial, model.size)
+            partial.rename(folder)
+
+    def make_bundle(self, model: Model, base: Base, say: Say) -> None:
+        """Prepare a model on a base unless that was done."""
+        folder = self.bundle(model, base)
+        if not folder.is_dir():
+            self.make_checkpoint(model, say)
+            say(f"Preparing {model.name} on an {base} base …")
+            _run(self.prepare_command(model, base, folder))
+
+    def make_demo_bundle(self, base: Base, say: Say) -> None:
+        """Train the demo's base model and prepare it as the demo does, unless that was done."""
+        checkpoint, folder = self.root / "demo" / "checkpoint", self.demo_bundle(base)
+        if not checkpoint.is_dir():
+            say("Training the demo's base model …")
+            partial = _partial(checkpoint)
+            _run([sys.executable, demo.EXAMPLES / "make_base.py", partial])
+            partial.rename(checkpoint)
+        if not folder.is_dir():
+            say(f"Preparing the demo's model on an {base} base …")
+            _run(_prepare(checkpoint, base, folder, demo.LORA.split()))
+
+    def prepare_command(self, model: Model, base: Base, output: Path) -> list[str | Path]:
+        """The command that makes a model's bundle of its checkpoint."""
+        slots = ["--rank", str(model.rank), "--alpha", f"{model.alpha:g}", "--max-length", str(model.max_length)]
+        return _prepare(self.checkpoint(model), base, output, slots)
+
+
+def _prepare(checkpoint: Path, base: Base, output: Path, slots: Sequence[str]) -> list[str | Path]:
+    return [EDGETUNE, "prepare", checkpoint, "--output", output, "--base", base, "--quiet", *slots]
+
+
+def _partial(folder: Path) -> Path:
+    """Where a folder is made before it gets its name."""
+    return folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
+        raise RuntimeError(f"{Path(command[0]).name}: {lines[-1]}")

@@ -1,0 +1,287 @@
+"""What is measured, and what it must show: tables, no code.
+
+A case holds edgetune's contestants, what they are held against, and goals. An experiment that several cases name is
+measured once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.experiments import (
+    DemoLoss,
+    Dtype,
+    Edgetune,
+    Experiment,
+    GemmLibrary,
+    GemmLimit,
+    GradientCosine,
+    Preparing,
+    PyTorch,
+    RaggedTraining,
+    RowLosses,
+    StartUp,
+    Training,
+    Workload,
+)
+from benchmarks.models import FULL, SMALL, with_layers
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on one quantity."""
+
+    quantity: str
+    direction: Literal["≥", "≤"]
+    bound: float
+    relative: bool = False
+    """The bound is on the ratio to what the case holds against it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the goals. It is met when one of `ours` meets all goals; the first goal decides between several."""
+
+    name: str
+    title: str
+    ours: tuple[Experiment, ...]
+    goals: tuple[Goal, ...]
+    against: tuple[Experiment, ...] = ()
+    """Of these the one counts that is best in the first goal's quantity."""
+    beside: tuple[Experiment, ...] = ()
+    """Measured and shown, but not held against anything."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot: how far along x, and what is measured there."""
+
+    label: str
+    points: tuple[tuple[float, Experiment], ...]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A plot of a quantity that must grow in a straight line."""
+
+    name: str
+    title: str
+    x_label: str
+    quantity: str
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A figure from another sitting, shown beside this one's and never compared with it by the program."""
+
+    label: str
+    workload: Workload
+    tokens_per_second: float
+    peak_rss: float
+    note: str
+
+
+MINIMUM_FIT = 0.99
+"""Coefficient of determination (R²) that counts as a straight line."""
+
+SMALL_1024 = Workload(SMALL, 4, 256)
+FULL_512 = Workload(FULL, 1, 512)
+FULL_1024 = Workload(FULL, 1, 1024)
+
+PEERS = tuple(PyTorch(dtype, checkpointing) for dtype in ("fp32", "bf16") for checkpointing in (False, True))
+TORCH_FP32, _, TORCH_BF16, TORCH_BF16_LEAN = PEERS
+TORCH_BF16_ADAPTER = PyTorch("bf16", checkpointing=False, bf16_adapter=True)
+
+STOCK = Edgetune("onnxruntime")
+STOCK_FP32 = Edgetune("onnxruntime", base="fp32")
+STOCK_STREAMED = Edgetune("onnxruntime", plan="streaming")
+STOCK_INT8 = Edgetune("onnxruntime", plan="int8")
+OPENVINO = Edgetune("openvino")
+OPENVINO_FP32_BASE = Edgetune("openvino", base="fp32")
+ORT_TRAINING = Edgetune("ort-training", base="fp32")
+
+SMALL_GEMM = (1024, 768, 4096)
+FULL_GEMM = (512, 3072, 16384)
+"""The largest product of each model's layers: gate and up projection at the tokens of a step."""
+
+
+def _trainings(workload: Workload, contestants: tuple[Edgetune | PyTorch, ...], steps: int) -> tuple[Training, ...]:
+    return tuple(Training(contestant, workload, steps) for contestant in contestants)
+
+
+def _small(*contestants: Edgetune | PyTorch) -> tuple[Training, ...]:
+    return _trainings(SMALL_1024, contestants, steps=3)
+
+
+def _full(workload: Workload, *contestants: Edgetune | PyTorch) -> tuple[Training, ...]:
+    return _trainings(workload, contestants, steps=2)
+
+
+_MULTIPLIERS: tuple[tuple[GemmLibrary, Dtype], ...] = (
+    ("torch", "fp32"),
+    ("onnxruntime", "fp32"),
+    ("torch", "bf16"),
+    ("openvino", "bf16"),
+    ("onnxruntime", "int8"),
+)
+LIMITS = tuple(GemmLimit(*multiplier, *shape) for multiplier in _MULTIPLIERS for shape in (SMALL_GEMM, FULL_GEMM))
+"""Measured in every sitting."""
+SGEMM = tuple(limit for limit in LIMITS if limit.dtype == "fp32")
+
+_ALL_SMALL = _small(STOCK, STOCK_FP32, STOCK_INT8, OPENVINO, OPENVINO_FP32_BASE, ORT_TRAINING)
+
+CASES = (
+    Case(
+        "small-best",
+        "98 M, best runtime, against PyTorch at its best dtype",
+        ours=_ALL_SMALL,
+        against=_small(*PEERS),
+        beside=_small(TORCH_BF16_ADAPTER),
+        goals=(Goal("tokens_per_second", "≥", 3.0, relative=True),),
+    ),
+    Case(
+        "small-lean",
+        "98 M, leanest plan that is still twice as fast, against PyTorch's leanest",
+        ours=_ALL_SMALL,
+        against=_small(TORCH_BF16_LEAN),
+        goals=(Goal("peak_rss", "≤", 0.7, relative=True), Goal("tokens_per_second", "≥", 2.0, relative=True)),
+    ),
+    Case(
+        "small-stock",
+        "98 M, stock onnxruntime, against PyTorch fp32",
+        ours=_small(STOCK, STOCK_FP32),
+        against=_small(TORCH_FP32),
+        goals=(Goal("tokens_per_second", "≥", 1.3, relative=True), Goal("peak_rss", "≤", 0.6, relative=True)),
+    ),
+    Case(
+        "small-gemm-share",
+        "share of the machine's sgemm limit that this whole fp32 step reaches",
+        ours=_small(STOCK, STOCK_FP32),
+        against=SGEMM,
+        goals=(Goal("flops_per_second", "≥", 0.8, relative=True),),
+    ),
+    Case(
+        "full-512",
+        "3.8 B, int4 base, 512 tokens, best runtime, against PyTorch bf16",
+        ours=_full(FULL_512, STOCK, STOCK_INT8, OPENVINO),
+        against=_full(FULL_512, TORCH_BF16, TORCH_BF16_LEAN),
+        goals=(Goal("tokens_per_second", "≥", 1.6, relative=True), Goal("peak_rss", "≤", 2.5e9)),
+    ),
+    Case(
+        "full-1024",
+        "the same at 1,024 tokens",
+        ours=_full(FULL_1024, STOCK, STOCK_INT8, OPENVINO),
+        against=_full(FULL_1024, TORCH_BF16, TORCH_BF16_LEAN),
+        goals=(Goal("tokens_per_second", "≥", 1.4, relative=True), Goal("peak_rss", "≤", 2.8e9)),
+    ),
+    Case(
+        "full-streaming",
+        "3.8 B, streaming plan, stock onnxruntime, 512 tokens",
+        ours=_full(FULL_512, STOCK_STREAMED),
+        goals=(Goal("tokens_per_second", "≥", 10.0), Goal("peak_anonymous", "≤", 0.75e9)),
+    ),
+    Case(
+        "small-int8",
+        "98 M, int8 products, stock onnxruntime, against its fp32 plan",
+        ours=_small(STOCK_INT8),
+        against=_small(STOCK),
+        goals=(Goal("tokens_per_second", "≥", 2.0, relative=True),),
+    ),
+    Case(
+        "full-int8",
+        "3.8 B, int8 products, stock onnxruntime, 512 tokens, against its fp32 plan",
+        ours=_full(FULL_512, STOCK_INT8),
+        against=_full(FULL_512, STOCK),
+        goals=(Goal("tokens_per_second", "≥", 2.0, relative=True),),
+    ),
+    Case(
+        "small-int8-gradients",
+        "98 M, gradients of the int8 plan against the fp32 plan's, worst tensor",
+        ours=(GradientCosine(STOCK_INT8, STOCK, SMALL_1024),),
+        goals=(Goal("worst_cosine", "≥", 0.99),),
+    ),
+    Case(
+        "full-int8-gradients",
+        "3.8 B, gradients of the int8 plan against the fp32 plan's, worst tensor",
+        ours=(GradientCosine(STOCK_INT8, STOCK, FULL_512),),
+        goals=(Goal("worst_cosine", "≥", 0.99),),
+    ),
+    Case(
+        "ragged",
+        "98 M, rows of 20 to 500 tokens, packed against padded",
+        ours=(RaggedTraining(STOCK, SMALL, packing=True),),
+        against=(RaggedTraining(STOCK, SMALL, packing=False),),
+        goals=(Goal("trained_tokens_per_second", "≥", 2.0, relative=True),),
+    ),
+    Case(
+        "ragged-losses",
+        "98 M, loss of every row, packed against padded",
+        ours=(RowLosses(STOCK, SMALL),),
+        goals=(Goal("row_loss_difference", "≤", 1e-4),),
+    ),
+    Case(
+        "demo-int8",
+        "validation loss on the demo's rows, int8 plan against fp32",
+        ours=(DemoLoss(STOCK_INT8),),
+        against=(DemoLoss(STOCK),),
+        goals=(Goal("validation_loss", "≤", 1.02, relative=True),),
+    ),
+    Case(
+        "prepare-full",
+        "`prepare` of the 3.8 B model from a local checkpoint",
+        ours=(Preparing(FULL),),
+        goals=(Goal("peak_rss", "≤", 12e9), Goal("bundle_ratio", "≤", 1.15)),
+    ),
+    Case(
+        "start-up",
+        "second `train` on the 98 M model: first step done after",
+        ours=tuple(StartUp(contestant, SMALL_1024) for contestant in (STOCK, OPENVINO)),
+        goals=(Goal("first_step_after", "≤", 2.0),),
+    ),
+)
+
+_ROW_LENGTH = 128
+SERIES = (
+    Series(
+        "tokens",
+        "Step time against tokens per step (98 M model)",
+        "tokens per step",
+        "step_seconds",
+        tuple(
+            Line(
+                str(contestant),
+                tuple(
+                    (rows * _ROW_LENGTH, Training(contestant, Workload(SMALL, rows, _ROW_LENGTH), steps=3))
+                    for rows in (1, 2, 4, 8, 16)
+                ),
+            )
+            for contestant in (STOCK, OPENVINO)
+        ),
+    ),
+    Series(
+        "layers",
+        "Peak memory against layers (width of the 98 M model, recompute on)",
+        "layers",
+        "peak_rss",
+        tuple(
+            Line(
+                str(contestant),
+                tuple(
+                    (layers, Training(contestant, Workload(with_layers(SMALL, layers), 4, 256), steps=1))
+                    for layers in (4, 8, 16, 24, 32)
+                ),
+            )
+            for contestant in (STOCK_STREAMED, OPENVINO)
+        ),
+    ),
+)
+
+ONNXSIM = Reference(
+    "onnxsim 0.8.1 step graph, after hand surgery, on onnxruntime CPU",
+    SMALL_1024,
+    tokens_per_second=247.0,
+    peak_rss=3.8e9,
+    note="from another sitting on a machine of the same kind; not run by this benchmark; 11 GB through its own API",
+)

@@ -1,0 +1,79 @@
+"""Experiments that are whole commands, as a person types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from benchmarks.cache import EDGETUNE, Cache
+from benchmarks.experiments import DemoLoss, Edgetune, Preparing, StartUp, Workload
+from benchmarks.process import ProcessError, run_watched
+from examples import demo
+
+
+def measure_preparing(experiment: Preparing, cache: Cache) -> dict[str, float]:
+    """Prepare into a folder that is dropped again; peaks are those of the command and all that it starts."""
+    with TemporaryDirectory(dir=cache.root) as scratch:
+        bundle = Path(scratch) / "bundle"
+        finished = run_watched(cache.prepare_command(experiment.model, experiment.base, bundle))
+        sizes = {path.relative_to(bundle).as_posix(): path.stat().st_size for path in bundle.rglob("*")}
+    model = sizes["model.onnx"] + sizes["model.onnx.data"]
+    return {
+        **finished.memory_quantities(),
+        "seconds": finished.seconds,
+        "bundle_bytes": sum(sizes.values()),
+        "bundle_ratio": sum(sizes.values()) / model,
+    }
+
+
+def measure_start_up(experiment: StartUp, cache: Cache) -> dict[str, float]:
+    """Train one step twice; of the second, the time from the start of the process until the step is reported."""
+    bundle = cache.bundle(experiment.workload.model, experiment.contestant.base)
+    with TemporaryDirectory() as scratch:
+        data = Path(scratch) / "rows.jsonl"
+        data.write_text(_text_rows(experiment.workload), encoding="ascii")
+        command = _train_command(experiment.contestant, bundle, data, Path(scratch) / "adapter")
+        command += ["--force", "--steps", "1", "--truncate", "--batch-size", str(experiment.workload.rows)]
+        run_watched(command)
+        reported: list[float] = []
+        finished = run_watched(
+            command, on_error_line=lambda line, now: reported.append(now) if line.startswith("step 1/") else None
+        )
+    if not reported:
+        raise ProcessError("edgetune train did not report its first step")
+    return {**finished.memory_quantities(), "first_step_after": reported[0], "seconds": finished.seconds}
+
+
+def measure_demo_loss(experiment: DemoLoss, cache: Cache) -> dict[str, float]:
+    """Train as the demo does; validation loss on its held-out rows, before and after."""
+    bundle = cache.demo_bundle(experiment.contestant.base)
+    with TemporaryDirectory() as scratch:
+        train = _train_command(experiment.contestant, bundle, demo.TRAIN, Path(scratch) / "adapter")
+        finished = run_watched([*train, "--valid", demo.VALID, *demo.TRAINING.split(), "--quiet", "--json"])
+    result = json.loads(finished.stdout)
+    return {
+        **finished.memory_quantities(),
+        "first_validation_loss": result["first_validation_loss"],
+        "validation_loss": result["last_validation_loss"],
+        "seconds": result["seconds"],
+    }
+
+
+def _train_command(contestant: Edgetune, bundle: Path, data: Path, output: Path) -> list[str | Path]:
+    plan = ["--plan", contestant.plan] if contestant.plan else []
+    budget = ["--memory-budget", contestant.memory_budget] if contestant.memory_budget else []
+    paths: list[str | Path] = [EDGETUNE, "train", bundle, "--data", data, "--output", output]
+    return [*paths, "--runtime", contestant.runtime, *plan, *budget]
+
+
+def _text_rows(workload: Workload) -> str:
+    """Rows of text that have at least the workload's length in tokens, for `--truncate` to cut.
+
+    The checkpoints' tokenizers know few words: every letter is a token or nearly so.
+    """
+    generator = np.random.default_rng(0)
+    letters = generator.integers(ord("a"), ord("z") + 1, (workload.rows, 2 * workload.length))
+    return "".join(json.dumps({"text": bytes(row.tolist()).decode()}) + "\n" for row in letters)

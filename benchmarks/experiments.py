@@ -1,0 +1,173 @@
+"""What one fresh process measures, and of whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.models import Model
+from edgetune.config import Base
+
+Dtype = Literal["fp32", "bf16", "int8"]
+GemmLibrary = Literal["torch", "onnxruntime", "openvino"]
+
+
+@dataclass(frozen=True)
+class Edgetune:
+    """edgetune with a runtime and a plan."""
+
+    runtime: str
+    plan: str | None = None
+    """Name of an execution plan; none leaves the choice to edgetune."""
+    memory_budget: str | None = None
+    """What the planner may use, such as `2.5GB`."""
+    base: Base = "int4"
+    """How the bundle stores the frozen weights."""
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        budget = f"within {self.memory_budget}" if self.memory_budget else None
+        return ", ".join(filter(None, (f"edgetune {self.runtime}", self.plan, budget, f"{self.base} base")))
+
+
+@dataclass(frozen=True)
+class PyTorch:
+    """PyTorch + transformers + PEFT."""
+
+    dtype: Literal["fp32", "bf16"]
+    """Of the frozen weights and the computation."""
+    checkpointing: bool
+    """Gradient checkpointing: every layer is computed again in the backward pass."""
+    bf16_adapter: bool = False
+    """Train LoRA parameters in bf16, against PEFT's default of fp32: with its 8 bits small updates are lost."""
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        extras = (" + checkpointing" if self.checkpointing else "") + (", bf16 adapter" if self.bf16_adapter else "")
+        return f"PyTorch {self.dtype}{extras}"
+
+
+Contestant = Edgetune | PyTorch
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Random rows of one length, all tokens trained."""
+
+    model: Model
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.rows * self.length
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        return f"{self.model.name}, {self.rows} × {self.length} tokens"
+
+
+@dataclass(frozen=True)
+class Training:
+    """Training steps: their time, and the process's memory."""
+
+    contestant: Contestant
+    workload: Workload
+    steps: int
+    """Steps that are timed, after a first one that is not."""
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        return f"{self.contestant}: {self.workload}"
+
+
+@dataclass(frozen=True)
+class RaggedTraining:
+    """Optimizer steps over rows of very different lengths."""
+
+    contestant: Edgetune
+    model: Model
+    packing: bool
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        return f"{self.contestant}: {self.model.name}, ragged rows {'packed' if self.packing else 'padded'}"
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Losses of ragged rows, packed against padded, row by row."""
+
+    contestant: Edgetune
+    model: Model
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        return f"losses a row, packed against padded, {self.contestant}: {self.model.name}"
+
+
+@dataclass(frozen=True)
+class GradientCosine:
+    """Cosine between the LoRA gradients of two edgetune contestants, tensor by tensor."""
+
+    contestant: Edgetune
+    exact: Edgetune
+    workload: Workload
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        return f"gradients of {self.contestant} against {self.exact}: {self.workload}"
+
+
+@dataclass(frozen=True)
+class DemoLoss:
+    """Validation loss after training on the demo's rows."""
+
+    contestant: Edgetune
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        return f"{self.contestant}: the demo"
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """`edgetune prepare` of a model."""
+
+    model: Model
+    base: Base = "int4"
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        return f"edgetune prepare: {self.model.name}, {self.base} base"
+
+
+@dataclass(frozen=True)
+class StartUp:
+    """A second `edgetune train`: from the start of the process to the end of its first step."""
+
+    contestant: Edgetune
+    workload: Workload
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        return f"second edgetune train, {self.contestant}: {self.workload}"
+
+
+@dataclass(frozen=True)
+class GemmLimit:
+    """The speed of one library's matrix product: (m, k) times (k, n)."""
+
+    library: GemmLibrary
+    dtype: Dtype
+    m: int
+    k: int
+    n: int
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        return f"{self.library} {self.dtype}, {self.m} × {self.k} × {self.n}"
+
+
+Experiment = Training | RaggedTraining | RowLosses | GradientCosine | DemoLoss | Preparing | StartUp | GemmLimit

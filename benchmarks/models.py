@@ -1,0 +1,31 @@
+"""The models that are measured, and the LoRA slots that every contestant trains in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from benchmarks.checkpoints import SIZES, Size
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Phi-3 model with random weights and LoRA slots on all its projections."""
+
+    name: str
+    """What tables call it, and the folder of its checkpoint and bundles in the cache."""
+    size: Size
+    rank: int
+    alpha: float
+    max_length: int = 1024
+    """Longest row that its bundles take, in tokens."""
+
+
+SMALL = Model("small", SIZES["small"], rank=8, alpha=16.0)
+"""98 million parameters."""
+FULL = Model("full", SIZES["full"], rank=16, alpha=32.0)
+"""Phi-3-mini, 3.8 billion parameters."""
+
+
+def with_layers(model: Model, layers: int) -> Model:
+    """The same model in another depth."""
+    return replace(model, name=f"{model.name}-{layers}-layers", size=replace(model.size, layers=layers))

@@ -1,0 +1,68 @@
+"""Rows of very different lengths, packed or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks.edgetune_worker import open_session
+from benchmarks.experiments import RaggedTraining, RowLosses
+from benchmarks.ragged_rows import ragged_rows
+from benchmarks.training_steps import LEARNING_RATE, MAX_GRAD_NORM
+from edgetune.adapter import initial_parameters
+from edgetune.bundle import Bundle, open_bundle
+from edgetune.data.batcher import Batcher
+from edgetune.data.batches import Batch
+from edgetune.data.encode import Example
+from edgetune.runtimes import OptimizerConfig, Session
+
+BATCH_SIZE = 16
+"""Rows of an optimizer step."""
+STEPS = 4
+COMPARED = 8
+"""Rows whose losses are compared."""
+
+
+def measure_ragged(experiment: RaggedTraining, folder: Path) -> dict[str, float]:
+    """Time optimizer steps, laying out the rows included, after one step that is not timed."""
+    bundle = open_bundle(folder)
+    rows = ragged_rows(BATCH_SIZE * (1 + STEPS), experiment.model.size.vocabulary)
+    batcher = Batcher(bundle.manifest, rows, BATCH_SIZE, packing=experiment.packing)
+    groups = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+    parameters = initial_parameters(bundle.manifest.lora, seed=0)
+    with open_session(experiment.contestant, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
+        session.step(batcher.step([groups[0]]), LEARNING_RATE)
+        begin = perf_counter()
+        for group in groups[1:]:
+            session.step(batcher.step([group]), LEARNING_RATE)
+        seconds = perf_counter() - begin
+    timed = [row for group in groups[1:] for row in group]
+    return {
+        "trained_tokens_per_second": sum(row.trained_tokens for row in timed) / seconds,
+        "tokens_per_second": sum(len(row.input_ids) for row in timed) / seconds,
+        "seconds": seconds,
+    }
+
+
+def measure_row_losses(experiment: RowLosses, folder: Path) -> dict[str, float]:
+    """The largest difference between the losses that a row has in a pack and beside padding."""
+    bundle = open_bundle(folder)
+    rows = ragged_rows(COMPARED, experiment.model.size.vocabulary)
+    parameters = initial_parameters(bundle.manifest.lora, seed=0)
+    with open_session(experiment.contestant, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
+        packed, padded = (_losses(session, _batches(bundle, rows, packing=packing)) for packing in (True, False))
+    return {"row_loss_difference": max(abs(packed[line] - padded[line]) for line in padded)}
+
+
+def _batches(bundle: Bundle, rows: Sequence[Example], *, packing: bool) -> list[Batch]:
+    return Batcher(bundle.manifest, rows, len(rows), packing=packing).step([rows])
+
+
+def _losses(session: Session, batches: Sequence[Batch]) -> dict[int, float]:
+    """Mean loss of each row, by its line."""
+    return {
+        example.line: session.evaluate(batch.only(row))
+        for batch in batches
+        for row, example in enumerate(batch.examples)
+    }
