@@ -12,11 +12,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Literal
 
 from edgetune.errors import EdgetuneError, MissingDependencyError
+from edgetune.lean_builder import lean_builder
 
 PassName = Literal["ModelBuilder", "OnnxBlockWiseRtnQuantization"]
 
@@ -49,12 +52,13 @@ def run_olive_pass(name: PassName, config: Mapping[str, object], source: Path, o
         request = {"name": name, "config": config, "source": str(source.absolute()), "output": str(output.absolute())}
         paths = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {**os.environ, **_ENVIRONMENT, "HF_HUB_CACHE": str(scratch), "PYTHONPATH": paths}
-        with tempfile.TemporaryFile(dir=scratch) as log:
+        silent, held = os.pipe()  # nothing is written: it closes when this process ends, however that happens
+        with os.fdopen(silent), os.fdopen(held, "w"), tempfile.TemporaryFile(dir=scratch) as log:
             done = subprocess.run(
                 [sys.executable, "-P", "-m", "edgetune.olive_pass", json.dumps(request)],
                 cwd=scratch,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=silent,
                 stdout=log,
                 stderr=log,
                 check=False,
@@ -79,10 +83,17 @@ def _serve(request: str) -> None:
     kind = OlivePackageConfig.load_default_config().import_pass_module(asked["name"])
     olive_pass = create_pass_from_dict(kind, asked["config"], disable_search=True, accelerator_spec=cpu)
     handler = ONNXModelHandler if asked["source"].endswith(".onnx") else HfModelHandler
-    olive_pass.run(handler(asked["source"]), asked["output"])
+    with lean_builder() if asked["name"] == "ModelBuilder" else nullcontext():
+        olive_pass.run(handler(asked["source"]), asked["output"])
+
+
+def _end_with_parent() -> None:
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
 
 
 if __name__ == "__main__":
+    Thread(target=_end_with_parent, daemon=True).start()
     try:
         _serve(sys.argv[1])
     except Exception as error:  # the parent shows it, without a traceback

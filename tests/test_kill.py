@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -79,6 +79,13 @@ def living(group: int) -> list[str]:
     return found
 
 
+def wait_until(happened: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "did not happen"
+        time.sleep(0.05)
+
+
 def visible(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
@@ -121,7 +128,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path: Path, scr
             reach(process, line, seconds)
             left = partial(folder)
             if number == 0:
-                process.kill()  # the system kills this one for its memory; Olive goes on alone for a while
+                process.kill()  # the system kills this one for its memory; Olive's child has to notice
                 process.wait()
             else:
                 os.killpg(process.pid, signal.SIGKILL)  # the power is cut
@@ -142,6 +149,26 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path: Path, scr
     assert not [path for path in (folder / "bundle").rglob("*") if path.suffix == ".py"]
     assert b"auto_map" not in (folder / "bundle" / "config.json").read_bytes()
     assert b"auto_map" not in (folder / "bundle" / "tokenizer_config.json").read_bytes()
+
+
+def test_olive_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    (tmp_path / "olive").mkdir()
+    (tmp_path / "olive" / "__init__.py").write_text("import time\ntime.sleep(600)\n")
+    run = "from edgetune.olive_pass import *; run_olive_pass('ModelBuilder', {}, Path('source'), Path('out'))"
+    with subprocess.Popen(
+        [sys.executable, "-c", run],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])},
+        start_new_session=True,
+    ) as process:
+        try:
+            wait_until(lambda: len(living(process.pid)) == 2)
+            process.kill()
+            process.wait()
+            wait_until(lambda: not living(process.pid))
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 EXPORT_MOMENTS = [
