@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def lean_builder() -> Iterator[None]:
-    """Within, the builder's `Model` maps, casts and quantises weight by weight. Every tensor is the same to the byte."""
+    """Within, the builder maps, casts and quantises weight by weight. Every tensor is the same to the byte."""
     model = import_module("onnxruntime_genai.models.builder").Model
     lean = {
         "load_weights": _map_weights,
