@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from benchmarks.cache import EDGETUNE, Cache
 from benchmarks.experiments import DemoLoss, Edgetune, Preparing, StartUp, Workload
@@ -34,9 +35,9 @@ def measure_start_up(experiment: StartUp, cache: Cache) -> dict[str, float]:
     bundle = cache.bundle(experiment.workload.model, experiment.contestant.base)
     with TemporaryDirectory() as scratch:
         data = Path(scratch) / "rows.jsonl"
-        data.write_text(_text_rows(experiment.workload), encoding="ascii")
+        data.write_text(text_rows(experiment.workload, bundle), encoding="ascii")
         command = _train_command(experiment.contestant, bundle, data, Path(scratch) / "adapter")
-        command += ["--force", "--steps", "1", "--truncate", "--batch-size", str(experiment.workload.rows)]
+        command += ["--force", "--steps", "1", "--batch-size", str(experiment.workload.rows)]
         run_watched(command)
         reported: list[float] = []
         finished = run_watched(
@@ -69,11 +70,14 @@ def _train_command(contestant: Edgetune, bundle: Path, data: Path, output: Path)
     return [*paths, "--runtime", contestant.runtime, *plan, *budget]
 
 
-def _text_rows(workload: Workload) -> str:
-    """Rows of text that have at least the workload's length in tokens, for `--truncate` to cut.
-
-    The checkpoints' tokenizers know few words: every letter is a token or nearly so.
-    """
+def text_rows(workload: Workload, bundle: Path) -> str:
+    """Rows of random letters, as JSONL, that have the workload's length in the bundle's tokens."""
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     generator = np.random.default_rng(0)
-    letters = generator.integers(ord("a"), ord("z") + 1, (workload.rows, 2 * workload.length))
-    return "".join(json.dumps({"text": bytes(row.tolist()).decode()}) + "\n" for row in letters)
+    rows = []
+    for _ in range(workload.rows):
+        letters = bytes(generator.integers(ord("a"), ord("z") + 1, 8 * workload.length).tolist()).decode()
+        # The end of the sequence is a token as well.
+        end = tokenizer.encode(letters, add_special_tokens=False).offsets[workload.length - 2][1]
+        rows.append(json.dumps({"text": letters[:end]}) + "\n")
+    return "".join(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
@@ -75,7 +76,12 @@ def run_watched(
             reader.join()
     seconds = perf_counter() - begin
     if code:
-        said = "".join(errors).strip().splitlines()
-        reason = said[-1] if said else f"exit code {code}"
-        raise ProcessError(f"took longer than {time_limit:g} s" if seconds >= time_limit else reason)
+        raise ProcessError(f"took longer than {time_limit:g} s" if seconds >= time_limit else _reason(code, errors))
     return Finished("".join(output), seconds, watch.peak())
+
+
+def _reason(code: int, errors: Sequence[str]) -> str:
+    if code == -signal.SIGKILL:
+        return "the system ended it, as it does when memory runs out"
+    said = "".join(errors).strip().splitlines()
+    return said[-1] if said else f"exit code {code}"

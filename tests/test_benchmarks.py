@@ -21,6 +21,7 @@ from benchmarks.__main__ import NAMES, curves_of, main, write_results
 from benchmarks.cache import Cache
 from benchmarks.cases import CASES, LIMITS, ONNXSIM, SERIES, SGEMM, Case, Goal, Line, Series
 from benchmarks.checkpoints import Size
+from benchmarks.commands import measure_start_up, text_rows
 from benchmarks.edgetune_worker import _B_SPREAD, _batch, gradients
 from benchmarks.experiments import Edgetune, Experiment, GemmLimit, PyTorch, StartUp, Training, Workload
 from benchmarks.flops import step_flops
@@ -35,6 +36,7 @@ from benchmarks.report import write_report
 from benchmarks.sitting import ONCE, experiments_of, hold_sitting, rounds
 from benchmarks.verdicts import fit_line, judge, points_of
 from edgetune.adapter import initial_parameters
+from edgetune.preview import preview
 
 TINY = Model("tiny", Size(128, 192, 2, 4, 448), rank=CONFIG.rank, alpha=CONFIG.alpha, max_length=CONFIG.max_length)
 """The multi-head variant of `tiny_phi3`."""
@@ -186,6 +188,8 @@ def test_a_process_that_fails_says_why() -> None:
         run_watched([sys.executable, "-c", "print('first'); raise ValueError('no such thing')"])
     with pytest.raises(ProcessError, match=r"^exit code 3$"):
         run_watched([sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(ProcessError, match="memory runs out"):
+        run_watched([sys.executable, "-c", "import os; print('last words'); os.kill(os.getpid(), 9)"])
 
 
 def test_a_process_that_takes_too_long_is_ended() -> None:
@@ -397,6 +401,19 @@ def test_the_command_lists_cases_and_refuses_unknown_ones() -> None:
 
 
 # From end to end
+
+
+def test_rows_of_text_have_the_length_of_the_workload(prepared: Prepared, tmp_path: Path) -> None:
+    bundle = prepared("multi-head", "fp32")
+    (tmp_path / "rows.jsonl").write_text(text_rows(WORKLOAD, bundle.path))
+    lengths = [len(row.input_ids) for row in preview(bundle.path, tmp_path / "rows.jsonl")]
+    assert lengths == [WORKLOAD.length] * WORKLOAD.rows
+
+
+def test_the_first_step_of_a_command_is_noticed(cache: Cache) -> None:
+    found = measure_start_up(StartUp(Edgetune("onnxruntime", base="fp32"), WORKLOAD), cache)
+    assert 0.1 < found["first_step_after"] <= found["seconds"]
+    assert found["peak_rss"] > 20 * MB
 
 
 @pytest.fixture
