@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.cases import MINIMUM_FIT, SGEMM, Case, Reference, Series
+from benchmarks.cases import MINIMUM_FIT, SGEMM, Case, Goal, Reference, Series
 from benchmarks.experiments import Edgetune, Experiment, GemmLimit, PyTorch, Training, Workload
 from benchmarks.machine import Machine
 from benchmarks.quantities import QUANTITIES
 from benchmarks.record import Outcome, Sitting
-from benchmarks.verdicts import Finding, Verdict, fit_line, judge, points_of
+from benchmarks.verdicts import fit_line, judge, points_of
 
 _TRAINING_COLUMNS = (
     "tokens_per_second",
@@ -71,8 +71,8 @@ def _goals(sitting: Sitting, cases: Sequence[Case]) -> str:
     rows = []
     for verdict in (judge(case, sitting) for case in cases):
         case = verdict.case
-        goals = ", ".join(_goal(finding) for finding in _goals_of(verdict))
-        found = ", ".join(_found(finding) for finding in verdict.findings) or "not measured"
+        goals = ", ".join(f"{goal.direction} {_in_terms_of(goal, goal.bound)}" for goal in case.goals)
+        found = ", ".join(_in_terms_of(each.goal, each.value) for each in verdict.findings) or "not measured"
         who = " against ".join(str(each) for each in (_who(verdict.winner), _who(verdict.rival)) if each)
         met = {True: "yes", False: "no", None: "not measured"}[verdict.met]
         rows.append([case.name, case.title, goals, found, who, met])
@@ -81,19 +81,12 @@ def _goals(sitting: Sitting, cases: Sequence[Case]) -> str:
     return "## Goals\n\n" + _table(["case", "what", "goal", "found", "by", "met"], rows)
 
 
-def _goals_of(verdict: Verdict) -> list[Finding]:
-    return [Finding(goal, goal.bound) for goal in verdict.case.goals]
-
-
-def _goal(finding: Finding) -> str:
-    return f"{finding.goal.direction} {_found(finding)}"
-
-
-def _found(finding: Finding) -> str:
-    quantity = QUANTITIES[finding.goal.quantity]
-    if finding.goal.relative:
-        return f"{finding.value:.2f} × {quantity.title.partition(',')[0]}"
-    return f"{quantity.title} {quantity.text(finding.value)}"
+def _in_terms_of(goal: Goal, value: float) -> str:
+    """A bound or a finding: `1.30 × tokens/s`, or `2.50 peak RSS, GB`."""
+    quantity = QUANTITIES[goal.quantity]
+    if goal.relative:
+        return f"{value:.2f} × {quantity.title.partition(',')[0]}"
+    return f"{quantity.text(value)} {quantity.title}"
 
 
 def _who(experiment: Experiment | None) -> str:
