@@ -6,9 +6,11 @@ The layered form reads weights straight from the mapped file; `layers/weights.js
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cattrs
 import numpy as np
@@ -23,6 +25,7 @@ INDEX = f"{LAYERS}/weights.json"
 BLOCK_SIZE = 32
 """Neighbouring weights along the input that share a scale in an int4 model."""
 Layout = Literal["plain", "transposed", "int4"]
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ class Stored:
     """Bytes from the start of the file."""
     scales: int | None = None
     """Offset of the float32 scales (out, in / 32) of an `int4` piece."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a linear weight as they are stored."""
+
+    values: NDArray[Any]
+    """float32 (rows, in), or uint8 (rows, in / 2): two weights a byte."""
+    scales: NDArray[np.float32] | None
+    """(rows, in / 32) of int4 weights."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,8 @@ class FrozenWeights:
         except (OSError, ValueError, BaseValidationError) as error:
             raise VerificationError(f"{folder / INDEX}: cannot be read ({error}); copy the bundle again") from error
         path = folder / self._index.file
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        # Nothing writes to it; there are runtimes that take no array that is marked so.
+        self._bytes = np.memmap(path, dtype=np.uint8, mode="c")
         for name, pieces in self._index.tensors.items():
             if any(end > self._bytes.size for piece in pieces for end in _ends(piece)):
                 raise VerificationError(f"{folder / INDEX}: {name} lies outside of {path}; copy the bundle again")
@@ -90,17 +104,31 @@ class FrozenWeights:
     def plain(self, name: str) -> NDArray[np.float32]:
         """A tensor that is stored in float32 as the checkpoint has it."""
         (piece,) = self.pieces(name)
-        return self.floats(piece.offset, piece.shape)
+        return self._floats(piece.offset, piece.shape)
 
-    def floats(self, offset: int, shape: list[int]) -> NDArray[np.float32]:
+    def linear(self, name: str, rows: Range | None = None, columns: Range | None = None) -> Iterator[Block]:
+        """A linear weight (out, in), or the part of it in these rows and columns, in blocks one above the other."""
+        start, stop = rows or (0, self.shape(name)[0])
+        above = 0
+        for piece in self.pieces(name):
+            first, last = max(start - above, 0), min(stop - above, piece.shape[0])
+            above += piece.shape[0]
+            if first < last:
+                yield self._block(piece, slice(first, last), slice(*(columns or (0, piece.shape[1]))))
+
+    def _block(self, piece: Stored, rows: slice, columns: slice) -> Block:
+        if piece.scales is None:
+            values = self._floats(piece.offset, piece.shape if piece.layout == "plain" else piece.shape[::-1])
+            return Block((values if piece.layout == "plain" else values.T)[rows, columns], None)
+        high, wide = piece.shape
+        nibbles = self._bytes[piece.offset : piece.offset + high * wide // 2].reshape(high, wide // 2)
+        scales = self._floats(piece.scales, [high, wide // BLOCK_SIZE])
+        halves, blocks = (slice(columns.start // size, columns.stop // size) for size in (2, BLOCK_SIZE))
+        return Block(np.ascontiguousarray(nibbles[rows, halves]), np.ascontiguousarray(scales[rows, blocks]))
+
+    def _floats(self, offset: int, shape: Sequence[int]) -> NDArray[np.float32]:
         """A view of the file."""
-        return self._bytes[offset : offset + 4 * int(np.prod(shape))].view(np.float32).reshape(shape)
-
-    def packed(self, piece: Stored) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """Nibbles (out, in / 2) and scales (out, in / 32) of an `int4` piece: views of the file."""
-        rows, columns = piece.shape
-        nibbles = self._bytes[piece.offset : piece.offset + rows * columns // 2].reshape(rows, columns // 2)
-        return nibbles, self.floats(piece.scales or 0, [rows, columns // BLOCK_SIZE])
+        return self._bytes[offset : offset + 4 * math.prod(shape)].view(np.float32).reshape(shape)
 
     def forget(self) -> None:
         """Let the system take the file's pages back; they come again from the file."""
@@ -112,7 +140,7 @@ class FrozenWeights:
 
 
 def _ends(piece: Stored) -> list[int]:
-    count = int(np.prod(piece.shape))
+    count = math.prod(piece.shape)
     if piece.layout != "int4":
         return [piece.offset + 4 * count]
     return [piece.offset + count // 2, (piece.scales or 0) + 4 * count // BLOCK_SIZE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _ERRORS_ONLY = 3
+_AS_REQUESTED = 1
 
 
 def open_graph(model: Path | bytes, weights_folder: Path | None = None) -> onnxruntime.InferenceSession:
@@ -20,11 +22,32 @@ def open_graph(model: Path | bytes, weights_folder: Path | None = None) -> onnxr
     """
     import onnxruntime
 
-    onnxruntime.disable_telemetry_events()
+    _share_threads_and_memory()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    options.use_per_session_threads = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    # A plan for the memory of one shape is not worth what it holds: batches differ in shape.
+    options.enable_mem_pattern = False
+    # Masked attention scores leave denormal numbers, with which processors are slow.
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if weights_folder is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(weights_folder.absolute())
         )
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@cache
+def _share_threads_and_memory() -> None:
+    """One thread pool and one allocator for all graphs of the process, which run one at a time.
+
+    Threads of one graph that wait for more work would take the processor from the next, and each graph would hold what
+    it once needed.
+    """
+    import onnxruntime as ort
+
+    ort.disable_telemetry_events()
+    ort.set_global_thread_pool_sizes(0, 1)
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED}))

@@ -25,14 +25,14 @@ from edgetune.data.rows import ChatRow, Message
 from edgetune.errors import ResourceError, UsageError
 from edgetune.genai import open_model
 from edgetune.prepare import HOST_TOOLS, prepare
-from edgetune.runtimes import OptimizerConfig, StepResult, onnxruntime, ort_training
+from edgetune.runtimes import OptimizerConfig, StepResult, ort_training, stock
 
 Array = NDArray[np.float32]
 BASES: list[Base] = ["int4", "fp32"]
 STEPS = 20
 LEARNING_RATE = 1e-3
 OPTIMIZER = OptimizerConfig(weight_decay=0.5, max_grad_norm=0.3)
-RUNTIMES = {"onnxruntime": onnxruntime, "ort-training": ort_training}
+RUNTIMES = {"onnxruntime": stock, "ort-training": ort_training}
 
 each_bundle = pytest.mark.parametrize(("variant", "base"), [(variant, base) for variant in VARIANTS for base in BASES])
 

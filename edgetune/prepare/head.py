@@ -58,19 +58,22 @@ class _Head:
 
     def forward(self) -> ir.Model:
         """See `build_head`."""
-        return self._model("head", {"logsumexp": self._logsumexp(self._softmax()), "target": self._target()})
+        return self._model("head", {"logsumexp": self._exponentials()[1], "target": self._target()})
 
     def gradient(self) -> ir.Model:
         """See `build_head`."""
         logsumexp = self._input("logsumexp", ["rows", 1])
         probabilities = self._op.op("Exp", [self._op.op("Sub", [self._logits, logsumexp])])
-        return self._model("head_grad", {"hidden.grad": self._hidden_gradient(probabilities)})
+        product = self._op.op("MatMul", [probabilities, self._weight])
+        return self._model("head_grad", {"hidden.grad": self._hidden_gradient(product)})
 
     def step(self) -> ir.Model:
         """See `build_head`."""
-        probabilities = self._softmax()
-        losses = self._op.op("Sub", [self._logsumexp(probabilities), self._target()])
-        return self._model("head_step", {"losses": losses, "hidden.grad": self._hidden_gradient(probabilities)})
+        op = self._op
+        exponentials, logsumexp, total = self._exponentials()
+        losses = op.op("Sub", [logsumexp, self._target()])
+        product = op.op("Div", [op.op("MatMul", [exponentials, self._weight]), total])
+        return self._model("head_step", {"losses": losses, "hidden.grad": self._hidden_gradient(product)})
 
     def _model(self, name: str, outputs: dict[str, ir.Value]) -> ir.Model:
         for output, value in outputs.items():
@@ -84,17 +87,13 @@ class _Head:
         )  # fmt: skip
         return ir.Model(graph, ir_version=IR_VERSION)
 
-    def _softmax(self) -> ir.Value:
-        return self._op.op("Softmax", [self._logits], attributes={"axis": -1})
-
-    def _logsumexp(self, probabilities: ir.Value) -> ir.Value:
-        """z − log softmax(z) is the same for every token; the likeliest one's is exact."""
+    def _exponentials(self) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """exp(z − max z), the logsumexp of z, and the exponentials' sum; a Softmax would be taken for attention."""
         op = self._op
-        largest, likeliest = (
-            op.op("ReduceMax", [value, op.integers(-1)], attributes={"keepdims": 1})
-            for value in (self._logits, probabilities)
-        )
-        return op.op("Sub", [largest, op.op("Log", [likeliest])])
+        largest = op.op("ReduceMax", [self._logits, op.integers(-1)], attributes={"keepdims": 1})
+        exponentials = op.op("Exp", [op.op("Sub", [self._logits, largest])])
+        total = op.op("ReduceSum", [exponentials, op.integers(-1)], attributes={"keepdims": 1})
+        return exponentials, op.op("Add", [largest, op.op("Log", [total])]), total
 
     def _target(self) -> ir.Value:
         products = self._op.op("Mul", [self._scaled, self._label_weights()])
@@ -105,9 +104,10 @@ class _Head:
         rows = self._op.op("Gather", [self._weight, self._labels])
         return rows if self._whole else self._op.op("Mul", [rows, self._input("inside", ["rows", 1])])
 
-    def _hidden_gradient(self, probabilities: ir.Value) -> ir.Value:
+    def _hidden_gradient(self, expected: ir.Value) -> ir.Value:
+        """From softmax(z)·W."""
         op = self._op
-        d_scaled = op.op("Sub", [op.op("MatMul", [probabilities, self._weight]), self._label_weights()])
+        d_scaled = op.op("Sub", [expected, self._label_weights()])
         d_normal = op.op("Mul", [op.op("Mul", [d_scaled, self._norm]), self._input("scale", [1])])
         mean = self._mean(op.op("Mul", [d_normal, self._normal]))
         return op.op("Mul", [self._inverse, op.op("Sub", [d_normal, op.op("Mul", [self._normal, mean])])])

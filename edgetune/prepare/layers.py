@@ -17,6 +17,7 @@ from onnx_ir.passes import common as passes
 from edgetune.checkpoint import Checkpoint
 from edgetune.config import PrepareConfig
 from edgetune.frozen import BLOCK_SIZE, INDEX, LAYERS, write_index
+from edgetune.manifest import Architecture
 from edgetune.prepare.adamw import build_flat_adamw
 from edgetune.prepare.gradient import ARTIFACTS, differentiate
 from edgetune.prepare.head import build_head
@@ -52,7 +53,7 @@ def build_layers(
         IncompatibleError: An operator has no gradient.
     """
     graphs = {
-        **build_sublayers(checkpoint, scratch, config, say),
+        **build_sublayers(checkpoint, scratch, source.architecture, config, say),
         **build_head(source.architecture.hidden_size, skeleton(checkpoint, config, layers=1).config.rms_norm_eps),
         "adamw_flat": build_flat_adamw(),
         "dequantise": build_dequantise(),
@@ -89,19 +90,20 @@ def build_dequantise() -> ir.Model:
 
 
 def build_sublayers(
-    checkpoint: Path, scratch: Path, config: PrepareConfig, say: Callable[[str], None]
+    checkpoint: Path, scratch: Path, architecture: Architecture, config: PrepareConfig, say: Callable[[str], None]
 ) -> dict[str, ir.Model]:
     """The graphs of both sublayers by their names: `attention`, `attention_grad`, `attention_grad_kept`, `mlp`, ….
 
-    - `NAME`: inputs `hidden` (batch, sequence, hidden_size), for attention `attn_bias`, `rope_cos` and `rope_sin` as in
-      the whole step, then the layer's parameters under their names in the checkpoint, without `model.layers.N.`.
-      Outputs `output`, shaped as `hidden`, and what can be kept: `qkv`, `context`, `gate_up`.
-    - `NAME_grad`: also takes `output.grad`. Outputs `hidden.grad` and `<parameter>.grad` of every LoRA parameter.
-    - `NAME_grad_kept`: takes what was kept as well, and recomputes less.
+    - `NAME`: what `export_sublayer` describes, without the anchor and the objective.
+    - `NAME_grad`: takes `output.grad` and `carry`, shaped as `hidden`, instead of `residual`. Outputs `hidden.grad` =
+      carry + the gradient through this piece, and `<parameter>.grad` of every LoRA parameter. The first piece's carry
+      is `output.grad`, the gradient of the residual; that of the others the `hidden.grad` of the piece before.
+    - `NAME_grad_kept`: takes what was kept as well, and computes less again.
 
     Args:
         checkpoint: Folder with a Phi-3 `config.json`; no weight is read.
         scratch: A folder for files in between.
+        architecture: Sizes of the model.
         config: Rank, alpha and targets of the slots.
         say: Hears about the side environment when it has to be made first.
 
@@ -112,17 +114,17 @@ def build_sublayers(
     for sublayer in SUBLAYERS:
         folder = scratch / sublayer.name
         folder.mkdir()
-        trainable = export_sublayer(checkpoint, folder / "forward.onnx", config, sublayer)
+        trainable = export_sublayer(checkpoint, folder / "forward.onnx", architecture, config, sublayer)
         forward = resolve_shapes(ir.load(folder / "forward.onnx"))
         (anchored,) = _value(forward, ANCHOR).consumers()
-        hidden = anchored.outputs[0].name
+        hidden = str(anchored.outputs[0].name)
         parameters = {
             name: np.zeros([int(size) for size in dimensions(_value(forward, name))], np.float32)
             for name in [*trainable, ANCHOR]
         }
-        graphs[sublayer.name] = _forward_graph(_copy(forward), str(hidden), trainable, sublayer)
+        graphs[sublayer.name] = _forward_graph(_copy(forward), hidden, trainable, sublayer)
         differentiate(forward, parameters, folder, say)
-        gradient = _vector_jacobian_product(ir.load(folder / ARTIFACTS["training_model"]), str(hidden), trainable)
+        gradient = _vector_jacobian_product(ir.load(folder / ARTIFACTS["training_model"]), hidden, trainable)
         graphs[f"{sublayer.name}_grad"] = gradient
         graphs[f"{sublayer.name}_grad_kept"] = _with_inputs(_copy(gradient), sublayer.kept)
     return graphs
@@ -138,12 +140,14 @@ def _forward_graph(forward: ir.Model, hidden: str, trainable: list[str], sublaye
 def _vector_jacobian_product(training: ir.Model, hidden: str, trainable: list[str]) -> ir.Model:
     graph = training.graph
     source = _value(training, "hidden")
-    given = ir.Value(name="output.grad", shape=source.shape, type=source.type)
+    given, carry = (ir.Value(name=name, shape=source.shape, type=source.type) for name in ("output.grad", "carry"))
     _value(training, "output_grad").replace_all_uses_with(given)
-    graph.inputs.append(given)
-    found = _value(training, f"{hidden}_grad")
-    found.name, found.shape, found.type = "hidden.grad", source.shape, source.type
-    graph.outputs.append(found)
+    total = ir.node("Add", [carry, _value(training, f"{hidden}_grad")], name="carried")
+    (result,) = total.outputs
+    result.name, result.shape, result.type = "hidden.grad", source.shape, source.type
+    graph.append(total)
+    graph.inputs.extend([given, carry])
+    graph.outputs.append(result)
     _value(training, hidden).replace_all_uses_with(source)
     return _finished(lower(training, trainable, ["hidden.grad"]))
 
@@ -161,11 +165,28 @@ def _with_inputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
 
 def _finished(model: ir.Model) -> ir.Model:
     cancel_transposes(model.graph)
+    _transpose_the_narrow_side(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     for value in list(model.graph.inputs):
         if not value.uses():
             model.graph.inputs.remove(value)
     return model
+
+
+def _transpose_the_narrow_side(graph: ir.Graph) -> None:
+    """Transpose(Xᵀ·D) is Dᵀ·X: D, the gradient of rank columns, is transposed instead of the wide X."""
+    for node in graph:
+        product = node.inputs[0].producer() if node.op_type == "Transpose" and node.inputs[0] is not None else None
+        if product is None or product.op_type != "Gemm" or "transA" not in product.attributes:
+            continue
+        wide, narrow = product.inputs[:2]
+        if dimensions(wide)[1] > dimensions(narrow)[1]:  # type: ignore[operator]
+            product.replace_input_with(0, narrow)
+            product.replace_input_with(1, wide)
+            result, name = product.outputs[0], node.outputs[0].name
+            result.shape = node.outputs[0].shape
+            ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
+            node.outputs[0].name, result.name = f"{name}.before", name
 
 
 def _copy(model: ir.Model) -> ir.Model:

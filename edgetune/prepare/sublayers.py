@@ -1,17 +1,22 @@
 """The two sublayers of a decoder layer, attention and feed-forward network ("mlp"), exported one by one.
 
-A sublayer computes output = hidden + f(norm(hidden)). All layers share its graphs: the weights are inputs.
+A sublayer computes output = residual + f(norm(hidden)); of several pieces (edgetune.pieces) each adds its own. All
+layers share the graphs: the weights are inputs. Packed projections are computed part by part, so that nothing has to be
+split or joined; LoRA's alpha / rank scales the few columns that A gives.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import Phi3Config
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, apply_rotary_pos_emb
 
-from edgetune.config import PrepareConfig
+from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
+from edgetune.manifest import Architecture
+from edgetune.pieces import Part, attention_parts, cut, mlp_parts
 from edgetune.prepare.skeleton import (
     EXAMPLE_BATCH,
     EXAMPLE_SEQUENCE,
@@ -21,13 +26,12 @@ from edgetune.prepare.skeleton import (
     Parameters,
     export_module,
     rotary_arguments,
-    skeleton,
-    take_parameters,
 )
 
 ANCHOR = "anchor"
 """A zero (hidden_size,) that is added to `hidden`: ONNX Runtime Training differentiates parameters only, and passes the
 gradient of `hidden` on its way to this one."""
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,94 +39,160 @@ class Sublayer:
     """One of the two."""
 
     name: str
-    norm: str
-    module: str
-    kept: dict[str, Axes]
-    """Forward results, with their symbolic dimensions, that the backward pass can take instead of recomputing them."""
+    kept: tuple[str, ...]
+    """Forward results that the backward pass can take instead of computing them again."""
 
 
-SUBLAYERS = (
-    Sublayer("attention", "input_layernorm", "self_attn", {"qkv": ROWS, "context": {0: "batch", 2: "sequence"}}),
-    Sublayer("mlp", "post_attention_layernorm", "mlp", {"gate_up": ROWS}),
-)
+SUBLAYERS = (Sublayer("attention", ("query", "key", "value", "context")), Sublayer("mlp", ("gate", "up")))
 
 
-def export_sublayer(checkpoint: Path, output: Path, config: PrepareConfig, sublayer: Sublayer) -> list[str]:
-    """Export one sublayer.
+def export_sublayer(
+    checkpoint: Path, output: Path, architecture: Architecture, config: PrepareConfig, sublayer: Sublayer
+) -> list[str]:
+    """Export a piece of one sublayer.
 
-    Inputs: `hidden` (batch, sequence, hidden_size), the anchor, for attention `attn_bias`, `rope_cos` and `rope_sin`,
-    then the layer's parameters under their names in the checkpoint, without `model.layers.N.`. Outputs: `objective`
-    (1), the sum of `output`; `output`, shaped as `hidden`; `qkv` and `gate_up` (batch, sequence, out_features);
-    `context` (batch, heads, sequence, head_dim).
+    Inputs: `hidden` and `residual` (batch, sequence, hidden_size), the anchor, for attention `attn_bias`, `rope_cos`
+    and `rope_sin`, then the parameters of `edgetune.pieces`. Outputs: `objective` (1), the sum of `output`; `output`,
+    shaped as `hidden`; what can be kept: `query`, `key`, `value`, `context` (batch, key-value heads, query heads of
+    each or 1, sequence, head_dim) with their rotation, or `gate`, `up` (batch, sequence, inner channels).
 
     Args:
         checkpoint: Folder with a Phi-3 `config.json`; no weight is read.
         output: The ONNX file to write.
+        architecture: Sizes of the model.
         config: Rank, alpha and targets of the slots.
         sublayer: Which one.
 
     Returns:
         The LoRA parameters among the inputs.
     """
-    model = skeleton(checkpoint, config, layers=1)
-    layer = model.get_submodule("model.layers.0")
-    parameters = take_parameters(layer, (f"{sublayer.norm}.", f"{sublayer.module}."))
-    size = model.config.hidden_size
-    rows = torch.ones(EXAMPLE_BATCH, EXAMPLE_SEQUENCE, size)
-    arguments = {"hidden": Argument(ROWS, rows), ANCHOR: Argument({}, torch.zeros(size))}
-    module: _Forward
-    if sublayer.module == "self_attn":
-        module = _AttentionForward(model.config, layer, parameters)
-        arguments |= rotary_arguments(model.config)
+    model_config = Phi3Config.from_pretrained(checkpoint)
+    pieces = cut(architecture)
+    attention = sublayer.name == "attention"
+    parts = next(attention_parts(architecture, pieces.attention) if attention else mlp_parts(architecture, pieces.mlp))
+    shapes = {name: shape for name, part in parts.items() if (shape := _shape(part, architecture, config)) is not None}
+    parameters = Parameters(tuple(shapes), tuple(shapes.values()), ())
+    states = torch.ones(EXAMPLE_BATCH, EXAMPLE_SEQUENCE, architecture.hidden_size)
+    arguments = {
+        "hidden": Argument(ROWS, states),
+        "residual": Argument(ROWS, states),
+        ANCHOR: Argument({}, torch.zeros(architecture.hidden_size)),
+    }
+    kept: Axes = ROWS
+    module: _Piece
+    scaling = config.alpha / config.rank
+    if attention:
+        module, kept = _Attention(model_config, parameters.names, scaling, architecture), {0: "batch", 3: "sequence"}
+        arguments |= rotary_arguments(model_config)
     else:
-        module = _MlpForward(model.config, layer, parameters)
-    outputs: dict[str, Axes] = {"objective": {}, "output": ROWS, **sublayer.kept}
+        module = _Mlp(model_config, parameters.names, scaling)
+    outputs: dict[str, Axes] = {"objective": {}, "output": ROWS, **dict.fromkeys(sublayer.kept, kept)}
     export_module(module, parameters, arguments, outputs, output)
     return [name for name in parameters.names if ".lora_" in name]
 
 
-class _Forward(torch.nn.Module):
+def _shape(part: Part, architecture: Architecture, config: PrepareConfig) -> tuple[int, ...] | None:
+    """Shape of a part; none where the projection carries no LoRA parameters."""
+    a = architecture
+    queries = a.num_attention_heads * a.head_dim
+    features = {
+        "qkv_proj": (queries + 2 * a.num_key_value_heads * a.head_dim, a.hidden_size),
+        "o_proj": (a.hidden_size, queries),
+        "gate_up_proj": (2 * a.intermediate_size, a.hidden_size),
+        "down_proj": (a.hidden_size, a.intermediate_size),
+    }
+    if part.parameter.endswith("layernorm.weight"):
+        return (a.hidden_size,)
+    _, module, *kind = part.parameter.split(".")
+    rows, columns = features[module]
+    if kind[0] != "weight" and module not in MODULES_OF_TARGETS[config.targets]:
+        return None
+    if kind[0] == "lora_A":
+        rows = config.rank
+    if kind[0] == "lora_B":
+        columns = config.rank
+    return tuple(stop - start for start, stop in (part.rows or (0, rows), part.columns or (0, columns)))
+
+
+class _Piece(torch.nn.Module):
     """What both have in common."""
 
-    def __init__(self, config: Any, layer: Any, parameters: Parameters) -> None:
+    def __init__(self, config: Phi3Config, names: tuple[str, ...], scaling: float) -> None:
         super().__init__()
         self.config = config
-        self.layer = layer
-        self.parameters_taken = parameters
-        self.projected: torch.Tensor
-        first = layer.self_attn.qkv_proj if isinstance(self, _AttentionForward) else layer.mlp.gate_up_proj
-        first.register_forward_hook(self._remember)
+        self._names = names
+        self._scaling = scaling
 
-    def _remember(self, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
-        self.projected = output
+    def normal(self, hidden: torch.Tensor, weights: Tensors) -> torch.Tensor:
+        norm = Phi3RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+        del norm.weight
+        norm.weight = weights["norm.weight"]
+        result: torch.Tensor = norm(hidden)
+        return result
 
-    def results(self, output: torch.Tensor, **kept: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"objective": output.sum().reshape(1), "output": output, **kept}
+    def named(self, weights: list[torch.Tensor]) -> Tensors:
+        return dict(zip(self._names, weights, strict=True))
+
+    def small(self, x: torch.Tensor, slot: str, weights: Tensors) -> torch.Tensor | None:
+        """(alpha / rank) · x·Aᵀ; none where the projection is not trained."""
+        a = weights.get(f"{slot}.lora_A.weight")
+        return None if a is None else torch.nn.functional.linear(x, a) * self._scaling
+
+    def project(self, x: torch.Tensor, small: torch.Tensor | None, name: str, weights: Tensors) -> torch.Tensor:
+        """x·Wᵀ + small·Bᵀ."""
+        product = torch.nn.functional.linear(x, weights[f"{name}.weight"])
+        if small is None:
+            return product
+        return product + torch.nn.functional.linear(small, weights[f"{name}.lora_B.weight"])
 
 
-class _AttentionForward(_Forward):
+class _Attention(_Piece):
+    def __init__(self, config: Phi3Config, names: tuple[str, ...], scaling: float, architecture: Architecture) -> None:
+        super().__init__(config, names, scaling)
+        self._head_dim = architecture.head_dim
+        self._groups = architecture.num_attention_heads // architecture.num_key_value_heads
+
     def forward(
         self,
         hidden: torch.Tensor,
+        residual: torch.Tensor,
         anchor: torch.Tensor,
         attn_bias: torch.Tensor,
         rope_cos: torch.Tensor,
         rope_sin: torch.Tensor,
         weights: list[torch.Tensor],
-    ) -> dict[str, torch.Tensor]:
-        self.parameters_taken.put(weights)
-        anchored = hidden + anchor
-        mixed, _ = self.layer.self_attn(
-            self.layer.input_layernorm(anchored), position_embeddings=(rope_cos, rope_sin), attention_mask=attn_bias
+    ) -> Tensors:
+        named = self.named(weights)
+        x = self.normal(hidden + anchor, named)
+        small = self.small(x, "qkv_proj", named)
+        query, key, value = (
+            self._heads(self.project(x, small, f"{name}_proj", named), groups)
+            for name, groups in (("q", self._groups), ("k", 1), ("v", 1))
         )
-        return self.results(anchored + mixed, qkv=self.projected, context=self.layer.self_attn.context)
+        query, key = apply_rotary_pos_emb(query, key, rope_cos.unsqueeze(1), rope_sin.unsqueeze(1))
+        query = query * self._head_dim**-0.5
+        keys, values = (torch.cat([states] * self._groups, dim=2) for states in (key, value))
+        scores = query @ keys.transpose(3, 4) + attn_bias.unsqueeze(1)
+        context = torch.softmax(scores, dim=-1) @ values
+        joined = context.permute(0, 3, 1, 2, 4).reshape(*hidden.shape[:2], -1)
+        output = residual + self.project(joined, self.small(joined, "o_proj", named), "o_proj", named)
+        kept = {"query": query, "key": key, "value": value, "context": context}
+        return {"objective": output.sum().reshape(1), "output": output, **kept}
+
+    def _heads(self, x: torch.Tensor, groups: int) -> torch.Tensor:
+        """(batch, key-value heads, groups, sequence, head_dim)."""
+        heads = x.shape[2] // self._head_dim // groups
+        return x.view(*x.shape[:2], heads, groups, self._head_dim).permute(0, 2, 3, 1, 4)
 
 
-class _MlpForward(_Forward):
+class _Mlp(_Piece):
     def forward(
-        self, hidden: torch.Tensor, anchor: torch.Tensor, weights: list[torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        self.parameters_taken.put(weights)
-        anchored = hidden + anchor
-        output = anchored + self.layer.mlp(self.layer.post_attention_layernorm(anchored))
-        return self.results(output, gate_up=self.projected)
+        self, hidden: torch.Tensor, residual: torch.Tensor, anchor: torch.Tensor, weights: list[torch.Tensor]
+    ) -> Tensors:
+        named = self.named(weights)
+        x = self.normal(hidden + anchor, named)
+        small = self.small(x, "gate_up_proj", named)
+        gate, up = (self.project(x, small, f"{name}_proj", named) for name in ("gate", "up"))
+        inner = torch.nn.functional.silu(gate) * up
+        output = residual + self.project(inner, self.small(inner, "down_proj", named), "down_proj", named)
+        return {"objective": output.sum().reshape(1), "output": output, "gate": gate, "up": up}

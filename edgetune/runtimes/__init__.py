@@ -76,7 +76,7 @@ class Runtime(Protocol):
 
 
 RUNTIMES: dict[str, str] = {
-    "onnxruntime": "edgetune.runtimes.onnxruntime",
+    "onnxruntime": "edgetune.runtimes.stock",
     "ort-training": "edgetune.runtimes.ort_training",
 }
 """Every runtime and the module that implements `Runtime`; `auto` takes the first."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.frozen import FrozenWeights
+from edgetune.frozen import Block
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -21,7 +21,7 @@ class LayeredGraph(Protocol):
     outputs: tuple[str, ...]
 
     def run(self, inputs: Arrays, outputs: Arrays) -> None:
-        """Compute; results are written into the arrays of `outputs`."""
+        """Compute; results are written into the arrays of `outputs`, all arrays being contiguous."""
         ...
 
 
@@ -35,8 +35,8 @@ class Backend(Protocol):
         """Load a graph of the layered form."""
         ...
 
-    def dequantise(self, weights: FrozenWeights, name: str, out: NDArray[Any]) -> None:
-        """Write the linear weight `name` (out, in) as the graphs take it."""
+    def dequantise(self, block: Block, out: NDArray[Any]) -> None:
+        """Write linear weights (rows, in) in storage, as the graphs of this backend take them."""
         ...
 
     def store(self, values: NDArray[np.float32], out: NDArray[Any]) -> None:

@@ -2,61 +2,102 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.frozen import FrozenWeights
+from edgetune.bundle import Bundle
+from edgetune.execution import ExecutionPlan
+from edgetune.frozen import LAYERS, FrozenWeights
+from edgetune.pieces import Part
 from edgetune.runtimes.layered.backend import Backend
 from edgetune.runtimes.layered.weights import LinearWeights
 
 NORM, WEIGHT = "model.norm.weight", "lm_head.weight"
 Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
 
 
 class Head:
     """Final norm, logits and cross entropy.
 
+    With the whole vocabulary at a time one pass gives losses and gradient. With pieces of it there are two: the first
+    adds up logsumexp, the second the gradient.
+
     Args:
-        folder: Holds the graphs `head`, `head_grad` and `head_step`.
+        bundle: Holds the graphs `head`, `head_grad` and `head_step`.
         backend: Runs them.
         frozen: Holds the norm's weight.
         linear: Holds the weight of the logits.
-        rows: How many rows have logits at the same time.
+        plan: How many rows and tokens have logits at the same time.
     """
 
-    def __init__(self, folder: Path, backend: Backend, frozen: FrozenWeights, linear: LinearWeights, rows: int) -> None:
-        self._step = backend.load(folder / "head_step.onnx")
-        self._forward = backend.load(folder / "head.onnx")
+    def __init__(
+        self, bundle: Bundle, backend: Backend, frozen: FrozenWeights, linear: LinearWeights, plan: ExecutionPlan
+    ) -> None:
+        self._forward, self._gradient, self._whole = (
+            backend.load(bundle.file(f"{LAYERS}/{name}")) for name in ("head", "head_grad", "head_step")
+        )
         self._linear = linear
         self._norm = frozen.plain(NORM)
-        self._rows = rows
+        self._rows = plan.head_rows
+        self._vocabulary = frozen.shape(WEIGHT)[0]
+        self._tokens = plan.head_tokens or self._vocabulary
 
-    def losses(self, hidden: Floats, labels: NDArray[np.int64]) -> Floats:
+    def losses(self, hidden: Floats, labels: Labels) -> Floats:
         """The loss of each row.
 
         Args:
             hidden: (rows, hidden_size) before the final norm.
             labels: (rows) target tokens.
         """
-        count = len(labels)
-        logsumexp, target = np.empty((2, count, 1), dtype=np.float32)
-        for part, shared in self._parts(count):
-            inputs = {**shared, "hidden": hidden[part], "labels": labels[part], "inside": np.ones_like(target[part])}
-            self._forward.run(inputs, {"logsumexp": logsumexp[part], "target": target[part]})
+        logsumexp, target = self._logsumexp(hidden, labels)
         return (logsumexp - target)[:, 0]
 
-    def step(self, hidden: Floats, labels: NDArray[np.int64], scale: float) -> tuple[Floats, Floats]:
+    def step(self, hidden: Floats, labels: Labels, scale: float) -> tuple[Floats, Floats]:
         """The loss of each row (rows), and the gradient of scale · Σ losses (rows, hidden_size)."""
-        losses, gradient = np.empty((len(labels), 1), dtype=np.float32), np.empty_like(hidden)
         scales = np.array([scale], dtype=np.float32)
-        for part, shared in self._parts(len(labels)):
-            inputs = {**shared, "hidden": hidden[part], "labels": labels[part], "scale": scales}
-            self._step.run(inputs, {"losses": losses[part], "hidden.grad": gradient[part]})
-        return losses[:, 0], gradient
+        if self._tokens >= self._vocabulary:
+            losses, gradient = np.empty((len(labels), 1), dtype=np.float32), np.empty_like(hidden)
+            shared = {NORM: self._norm, WEIGHT: self._weight(0, self._vocabulary), "scale": scales}
+            for part in self._parts(len(labels)):
+                inputs = {**shared, "hidden": hidden[part], "labels": labels[part]}
+                self._whole.run(inputs, {"losses": losses[part], "hidden.grad": gradient[part]})
+            return losses[:, 0], gradient
+        logsumexp, target = self._logsumexp(hidden, labels)
+        gradient = np.zeros_like(hidden)
+        for part, inputs in self._pieces(hidden, labels):
+            piece = np.empty_like(hidden[part])
+            self._gradient.run({**inputs, "logsumexp": logsumexp[part], "scale": scales}, {"hidden.grad": piece})
+            gradient[part] += piece
+        return (logsumexp - target)[:, 0], gradient
 
-    def _parts(self, count: int) -> list[tuple[slice, dict[str, NDArray[Any]]]]:
-        shared = {NORM: self._norm, WEIGHT: self._linear.take([WEIGHT])[WEIGHT]}
-        return [(slice(start, min(count, start + self._rows)), shared) for start in range(0, count, self._rows)]
+    def _logsumexp(self, hidden: Floats, labels: Labels) -> tuple[Floats, Floats]:
+        """(rows, 1) logsumexp over the vocabulary, and the label's logit."""
+        logsumexp = np.full((len(labels), 1), -np.inf, dtype=np.float32)
+        target = np.zeros((len(labels), 1), dtype=np.float32)
+        for part, inputs in self._pieces(hidden, labels):
+            piece, picked = np.empty((2, len(inputs["labels"]), 1), dtype=np.float32)
+            self._forward.run(inputs, {"logsumexp": piece, "target": picked})
+            logsumexp[part] = np.logaddexp(logsumexp[part], piece)
+            target[part] += picked
+        return logsumexp, target
+
+    def _pieces(self, hidden: Floats, labels: Labels) -> Iterator[tuple[slice, dict[str, NDArray[Any]]]]:
+        """Pieces of the vocabulary, and within each pieces of the rows."""
+        for first in range(0, self._vocabulary, self._tokens):
+            last = min(self._vocabulary, first + self._tokens)
+            shared = {NORM: self._norm, WEIGHT: self._weight(first, last)}
+            inside = (labels >= first) & (labels < last)
+            local = np.where(inside, labels - first, 0)
+            marks = inside.astype(np.float32)[:, None]
+            for part in self._parts(len(labels)):
+                yield part, {**shared, "hidden": hidden[part], "labels": local[part], "inside": marks[part]}
+
+    def _weight(self, first: int, last: int) -> NDArray[Any]:
+        return self._linear.take({WEIGHT: Part(WEIGHT, (first, last))})[WEIGHT]
+
+    def _parts(self, count: int) -> list[slice]:
+        return [slice(start, min(count, start + self._rows)) for start in range(0, count, self._rows)]

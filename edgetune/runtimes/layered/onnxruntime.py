@@ -10,7 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
-from edgetune.frozen import LAYERS, FrozenWeights
+from edgetune.frozen import LAYERS, Block
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes.layered.backend import Arrays
 
@@ -50,21 +50,13 @@ class OrtBackend:
         """See `Backend.load`."""
         return OrtGraph(open_graph(graph))
 
-    def dequantise(self, weights: FrozenWeights, name: str, out: NDArray[Any]) -> None:
+    def dequantise(self, block: Block, out: NDArray[Any]) -> None:
         """See `Backend.dequantise`."""
-        row = 0
-        for piece in weights.pieces(name):
-            rows = piece.shape[0]
-            part = out[row : row + rows]
-            if piece.layout == "int4":
-                packed, scales = weights.packed(piece)
-                indices = np.arange(rows, dtype=np.int64)
-                self._dequantise.run({"packed": packed, "rows": indices, "scales": scales}, {"weight": part})
-            elif piece.layout == "transposed":
-                part[...] = weights.floats(piece.offset, piece.shape[::-1]).T
-            else:
-                part[...] = weights.floats(piece.offset, piece.shape)
-            row += rows
+        if block.scales is None:
+            out[...] = block.values
+        else:
+            rows = np.arange(len(out), dtype=np.int64)
+            self._dequantise.run({"packed": block.values, "rows": rows, "scales": block.scales}, {"weight": out})
 
     def store(self, values: NDArray[np.float32], out: NDArray[Any]) -> None:
         """See `Backend.store`."""

@@ -51,6 +51,10 @@ class FlatAdamW:
         """Where a parameter's gradient goes."""
         return self._view(self._gradient, name)
 
+    def forget_gradients(self) -> None:
+        """Set every gradient to zero."""
+        self._gradient.fill(0)
+
     def step(self, learning_rate: float, loss: float) -> tuple[float, bool]:
         """Clip and update.
 

@@ -1,0 +1,108 @@
+"""How a sublayer is cut into pieces that are computed one after the other.
+
+Attention is cut by heads, the feed-forward network by its inner channels, as tensor parallelism does (Megatron-LM,
+Shoeybi et al. 2019): the first projection by rows, the second by columns, and the pieces' results add up. A piece needs
+only its part of the weights and activations; a small model is one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from edgetune.frozen import LAYERS, Range
+from edgetune.manifest import Architecture, BundleManifest
+
+MOST_WEIGHTS = 10_000_000
+"""Frozen weights of a piece, about: larger ones are not faster, and need more memory."""
+LAYER_PREFIX = "model.layers.{}."
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a graph's input is of a layer's parameter (out, in)."""
+
+    parameter: str
+    """Name in the checkpoint without `model.layers.N.`."""
+    rows: Range | None = None
+    """First row and the one after the last; all when none."""
+    columns: Range | None = None
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Into how many pieces the sublayers are cut."""
+
+    attention: int
+    mlp: int
+
+
+def cut(architecture: Architecture) -> Pieces:
+    """As few pieces of equal size as hold no more than `MOST_WEIGHTS` each; a group of heads stays together."""
+    a = architecture
+    channels = (2 * a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim
+    blocks = a.intermediate_size // 32 if a.intermediate_size % 32 == 0 else 1
+    return Pieces(
+        _divisor(a.num_key_value_heads, a.hidden_size * channels / MOST_WEIGHTS),
+        _divisor(blocks, 3 * a.hidden_size * a.intermediate_size / MOST_WEIGHTS),
+    )
+
+
+def pieces_of(manifest: BundleManifest) -> Pieces:
+    """How the graphs of a bundle were cut."""
+
+    def rows(role: str, name: str) -> int:
+        (spec,) = (spec for spec in manifest.graph(f"{LAYERS}/{role}").inputs if spec.name == name)
+        return int(spec.shape[0])
+
+    a = manifest.architecture
+    return Pieces(
+        a.num_attention_heads * a.head_dim // rows("attention", "q_proj.weight"),
+        a.intermediate_size // rows("mlp", "gate_proj.weight"),
+    )
+
+
+def _divisor(count: int, least: float) -> int:
+    return next((n for n in range(1, count + 1) if n >= least and count % n == 0), count)
+
+
+def attention_parts(architecture: Architecture, pieces: int) -> Iterator[dict[str, Part]]:
+    """The inputs of the attention graphs, piece by piece."""
+    a = architecture
+    queries, keys = (heads * a.head_dim // pieces for heads in (a.num_attention_heads, a.num_key_value_heads))
+    for piece in range(pieces):
+        starts = {
+            "q": (piece * queries, queries),
+            "k": (pieces * queries + piece * keys, keys),
+            "v": (pieces * (queries + keys) + piece * keys, keys),
+        }
+        parts = {"qkv_proj.lora_A.weight": Part("self_attn.qkv_proj.lora_A.weight")}
+        for name, (start, size) in starts.items():
+            rows = (start, start + size)
+            parts[f"{name}_proj.weight"] = Part("self_attn.qkv_proj.weight", rows)
+            parts[f"{name}_proj.lora_B.weight"] = Part("self_attn.qkv_proj.lora_B.weight", rows)
+        columns = (piece * queries, (piece + 1) * queries)
+        yield parts | _second("self_attn.o_proj", columns) | {"norm.weight": Part("input_layernorm.weight")}
+
+
+def mlp_parts(architecture: Architecture, pieces: int) -> Iterator[dict[str, Part]]:
+    """The inputs of the feed-forward graphs, piece by piece."""
+    inner = architecture.intermediate_size
+    size = inner // pieces
+    for piece in range(pieces):
+        parts = {"gate_up_proj.lora_A.weight": Part("mlp.gate_up_proj.lora_A.weight")}
+        for name, start in (("gate", piece * size), ("up", inner + piece * size)):
+            rows = (start, start + size)
+            parts[f"{name}_proj.weight"] = Part("mlp.gate_up_proj.weight", rows)
+            parts[f"{name}_proj.lora_B.weight"] = Part("mlp.gate_up_proj.lora_B.weight", rows)
+        columns = (piece * size, (piece + 1) * size)
+        yield parts | _second("mlp.down_proj", columns) | {"norm.weight": Part("post_attention_layernorm.weight")}
+
+
+def _second(module: str, columns: Range) -> dict[str, Part]:
+    name = module.partition(".")[2]
+    return {
+        f"{name}.weight": Part(f"{module}.weight", columns=columns),
+        f"{name}.lora_A.weight": Part(f"{module}.lora_A.weight", columns=columns),
+        f"{name}.lora_B.weight": Part(f"{module}.lora_B.weight"),
+    }

@@ -1,0 +1,125 @@
+"""One sublayer of every layer: its graphs, run piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.bundle import Bundle
+from edgetune.frozen import LAYERS, FrozenWeights
+from edgetune.manifest import TensorSpec
+from edgetune.pieces import LAYER_PREFIX, Part
+from edgetune.runtimes.layered.backend import Arrays, Backend, LayeredGraph
+from edgetune.runtimes.layered.optimizer import FlatAdamW
+from edgetune.runtimes.layered.weights import LinearWeights
+from edgetune.runtimes.layered.workspace import Workspace
+
+AnyArray = NDArray[Any]
+
+
+class SublayerRunner:
+    """Forward and backward pass of one sublayer.
+
+    Args:
+        bundle: Holds the graphs.
+        name: `attention` or `mlp`.
+        pieces: The graphs' inputs, piece by piece.
+        backend: Runs the graphs.
+        frozen: Holds norms.
+        linear: Gives linear weights.
+        optimizer: Holds the LoRA parameters, and takes their gradients.
+        workspace: Gives arrays for what lies between graphs.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        name: str,
+        pieces: Sequence[dict[str, Part]],
+        backend: Backend,
+        frozen: FrozenWeights,
+        linear: LinearWeights,
+        optimizer: FlatAdamW,
+        workspace: Workspace,
+    ) -> None:
+        self.name = name
+        self._pieces = pieces
+        self._frozen, self._linear, self._optimizer, self._workspace = frozen, linear, optimizer, workspace
+        role = f"{LAYERS}/{name}"
+        self._forward, self._again, self._from_kept = (
+            backend.load(bundle.file(role + suffix)) for suffix in ("", "_grad", "_grad_kept")
+        )
+        outputs = bundle.manifest.graph(role).outputs
+        self._kept: list[TensorSpec] = [output for output in outputs if output.name != "output"]
+
+    def forward(self, layer: int, tables: Arrays, hidden: AnyArray, output: AnyArray, *, keep: bool) -> None:
+        """Write output = hidden + f(norm(hidden)), and what the backward pass will take if `keep`."""
+        other = self._workspace.like("sum", output) if len(self._pieces) > 1 else output
+        residual = hidden
+        for index in range(len(self._pieces)):
+            # The last piece writes to `output`.
+            target = output if (len(self._pieces) - index) % 2 else other
+            inputs = {**tables, **self._parameters(self._forward, layer, index), "hidden": hidden, "residual": residual}
+            kept = self._kept_arrays(layer if keep else None, index, hidden)
+            self._forward.run(inputs, {"output": target, **kept})
+            residual = target
+
+    def backward(
+        self, layer: int, tables: Arrays, hidden: AnyArray, d_output: AnyArray, d_hidden: AnyArray, *, kept: bool
+    ) -> None:
+        """Write the gradient of `hidden`, and add those of the LoRA parameters to the optimizer's."""
+        graph = self._from_kept if kept else self._again
+        other = self._workspace.like("d_sum", d_hidden) if len(self._pieces) > 1 else d_hidden
+        carry = d_output
+        for index, parts in enumerate(self._pieces):
+            target = d_hidden if (len(self._pieces) - index) % 2 else other
+            inputs = {**tables, **self._parameters(graph, layer, index), "hidden": hidden, "output.grad": d_output}
+            if kept:
+                inputs |= self._kept_arrays(layer, index, hidden)
+            sums = {
+                name: _part(self._optimizer.gradient, parts[name.removesuffix(".grad")], layer)
+                for name in graph.outputs
+                if name != "hidden.grad"
+            }
+            gradients = {name: np.empty(view.shape, dtype=np.float32) for name, view in sums.items()}
+            graph.run({**inputs, "carry": carry}, {"hidden.grad": target, **gradients})
+            for name, view in sums.items():
+                view += gradients[name]
+            carry = target
+
+    def _parameters(self, graph: LayeredGraph, layer: int, index: int) -> dict[str, AnyArray]:
+        """Frozen and trained parameters of a piece, by the graph's names."""
+        parts = {name: part for name, part in self._pieces[index].items() if name in graph.inputs}
+        prefix = LAYER_PREFIX.format(layer)
+        linear = {
+            name: Part(prefix + part.parameter, part.rows, part.columns)
+            for name, part in parts.items()
+            if ".lora_" not in name and name != "norm.weight"
+        }
+        taken = self._linear.take(linear)
+        for name in parts.keys() - linear.keys():
+            if name == "norm.weight":
+                taken[name] = self._frozen.plain(prefix + parts[name].parameter)
+            else:
+                taken[name] = np.ascontiguousarray(_part(self._optimizer.parameter, parts[name], layer))
+        return taken
+
+    def _kept_arrays(self, layer: int | None, index: int, hidden: AnyArray) -> dict[str, AnyArray]:
+        """Where a piece's activations are kept; in the same place for all layers when `layer` is none."""
+        batch, sequence = hidden.shape[:2]
+        sizes = {"batch": batch, "sequence": sequence}
+        return {
+            spec.name: self._workspace.array(
+                f"{self.name}.{spec.name}.{layer}.{index if layer is not None else None}",
+                tuple(size if isinstance(size, int) else sizes[size] for size in spec.shape),
+            )
+            for spec in self._kept
+        }
+
+
+def _part(of: Callable[[str], NDArray[np.float32]], part: Part, layer: int) -> NDArray[np.float32]:
+    array = of(LAYER_PREFIX.format(layer) + part.parameter)
+    return array[slice(*(part.rows or (None, None))), slice(*(part.columns or (None, None)))]

@@ -1,0 +1,37 @@
+"""Arrays for what lies between graphs, made once and used again while the batch keeps its shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Workspace:
+    """Named arrays.
+
+    Args:
+        storage: Their type.
+    """
+
+    def __init__(self, storage: np.dtype[Any]) -> None:
+        self._storage = storage
+        self._shape: tuple[int, ...] = ()
+        self._arrays: dict[str, NDArray[Any]] = {}
+
+    def fit(self, shape: tuple[int, ...]) -> None:
+        """Give everything back when the batch has another shape than before."""
+        if shape != self._shape:
+            self._arrays.clear()
+            self._shape = shape
+
+    def array(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        """The array called so; its values are those it had when it was last used."""
+        if name not in self._arrays:
+            self._arrays[name] = np.empty(shape, dtype=self._storage)
+        return self._arrays[name]
+
+    def like(self, name: str, other: NDArray[Any]) -> NDArray[Any]:
+        """The same of another array's shape."""
+        return self.array(name, other.shape)
