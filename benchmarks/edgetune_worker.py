@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import cast
@@ -16,47 +17,54 @@ from benchmarks.rows import random_rows
 from benchmarks.training_steps import LEARNING_RATE, MAX_GRAD_NORM, time_steps
 from edgetune.adapter import initial_parameters
 from edgetune.bundle import Bundle, open_bundle
-from edgetune.config import RuntimeName
+from edgetune.config import PlanName, RuntimeName, TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
-from edgetune.errors import MissingDependencyError
-from edgetune.execution import ExecutionPlan
-from edgetune.runtimes import OptimizerConfig, Parameters, Session, find_runtime
+from edgetune.data.packing import Room
+from edgetune.runtimes import OptimizerConfig, Parameters, Session
+from edgetune.train.choice import Choice, choose
 
 Gradients = dict[str, NDArray[np.float64]]
-PLANS: dict[str | None, ExecutionPlan] = {
-    None: ExecutionPlan("whole"),
-    "recompute": ExecutionPlan("layered"),
-    "streaming": ExecutionPlan("layered", resident=False),
-    "int8": ExecutionPlan("layered", products="int8"),
-}
-"""Plans by the names that contestants give."""
 
 
-def open_session(
-    contestant: Edgetune, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig
-) -> AbstractContextManager[Session]:
-    """A session with the contestant's runtime and plan: the one place that asks edgetune for one.
+def choose_for(contestant: Edgetune, bundle: Bundle, room: Room) -> Choice:
+    """What `edgetune train` would choose with the contestant's options.
 
-    Raises:
-        MissingDependencyError: This edgetune has no such runtime or plan.
+    Args:
+        contestant: Says runtime, plan and memory budget.
+        bundle: What is trained.
+        room: The largest pass.
     """
-    if contestant.plan not in PLANS or contestant.memory_budget is not None:
-        known = ", ".join(filter(None, PLANS))
-        raise MissingDependencyError(f"this edgetune has no planner, and of plans only {known}")
-    _, runtime = find_runtime(cast(RuntimeName, contestant.runtime))
-    return runtime.open_session(bundle, parameters, optimizer, PLANS[contestant.plan])
+    config = TrainConfig(
+        runtime=cast(RuntimeName, contestant.runtime),
+        plan=cast(PlanName, contestant.plan or "auto"),
+        memory_budget=contestant.memory_budget,
+    )
+    return choose(bundle.manifest, config, [room], lambda notice: print(notice, file=sys.stderr))
+
+
+@contextmanager
+def open_session(
+    contestant: Edgetune, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, room: Room
+) -> Iterator[tuple[Session, Choice]]:
+    """A session with the contestant's runtime and plan: the one place that asks edgetune for one."""
+    choice = choose_for(contestant, bundle, room)
+    with choice.runtime.open_session(bundle, parameters, optimizer, choice.plan) as session:
+        yield session, choice
 
 
 def measure_edgetune(experiment: Training, contestant: Edgetune, folder: Path) -> dict[str, float]:
     """Time training steps of a bundle. Opening it includes the verification of every byte."""
     begin = perf_counter()
     bundle = open_bundle(folder)
-    batch = _batch(bundle, experiment.workload)
+    batch, room = _batch(bundle, experiment.workload)
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
-    with open_session(contestant, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
-        return time_steps(experiment, lambda: session.step([batch], LEARNING_RATE).loss, opened=perf_counter() - begin)
+    with open_session(contestant, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM), room) as (session, choice):
+        opened = perf_counter() - begin
+        found = time_steps(experiment, lambda: session.step([batch], LEARNING_RATE).loss, opened)
+    predicted = choice.predicted_peak_bytes
+    return found if predicted is None else {**found, "predicted_peak": float(predicted)}
 
 
 def measure_cosine(experiment: GradientCosine, folders: Mapping[Edgetune, Path]) -> dict[str, float]:
@@ -86,8 +94,9 @@ def gradients(contestant: Edgetune, bundle: Bundle, workload: Workload) -> Gradi
         name: array if ".lora_A." in name else (_B_SPREAD * generator.standard_normal(array.shape)).astype(np.float32)
         for name, array in initial_parameters(bundle.manifest.lora, seed=0).items()
     }
-    with open_session(contestant, bundle, before, OptimizerConfig(0.0, max_grad_norm=_LINEAR_NORM)) as session:
-        session.step([_batch(bundle, workload)], _LINEAR_RATE)
+    batch, room = _batch(bundle, workload)
+    with open_session(contestant, bundle, before, OptimizerConfig(0.0, _LINEAR_NORM), room) as (session, _):
+        session.step([batch], _LINEAR_RATE)
         after = session.adapter()
     return {name: before[name].astype(np.float64) - after[name] for name in before}
 
@@ -99,10 +108,11 @@ _LINEAR_RATE = 1e7
 """Moves the parameters by a norm of 1e3: they themselves are lost beside it, and so is the rounding of the sum."""
 
 
-def _batch(bundle: Bundle, workload: Workload) -> Batch:
+def _batch(bundle: Bundle, workload: Workload) -> tuple[Batch, Room]:
     rows = [Example(line, ids, ids) for line, ids in enumerate(random_rows(workload).tolist(), 1)]
-    (batch,) = Batcher(bundle.manifest, rows, workload.rows, packing=False).step([rows])
-    return batch
+    batcher = Batcher(bundle.manifest, rows, workload.rows, packing=False)
+    (batch,) = batcher.step([rows])
+    return batch, batcher.room
 
 
 def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -38,6 +38,7 @@ QUANTITIES = {
     "flops_per_second": Quantity("GFLOP/s", 1e9, 0),
     "first_loss": Quantity("loss of the first step", 1, 4),
     "peak_rss": Quantity("peak RSS, GB", 1e9, 2),
+    "predicted_peak": Quantity("predicted peak RSS, GB", 1e9, 2),
     "peak_largest": Quantity("largest process, GB", 1e9, 2),
     "peak_anonymous": Quantity("anonymous, GB", 1e9, 2),
     "peak_file": Quantity("file-backed, GB", 1e9, 2),

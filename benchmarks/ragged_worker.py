@@ -11,10 +11,9 @@ from benchmarks.experiments import RaggedTraining, RowLosses
 from benchmarks.ragged_rows import ragged_rows
 from benchmarks.training_steps import LEARNING_RATE, MAX_GRAD_NORM
 from edgetune.adapter import initial_parameters
-from edgetune.bundle import Bundle, open_bundle
+from edgetune.bundle import open_bundle
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
-from edgetune.data.encode import Example
 from edgetune.runtimes import OptimizerConfig, Session
 
 BATCH_SIZE = 16
@@ -31,7 +30,8 @@ def measure_ragged(experiment: RaggedTraining, folder: Path) -> dict[str, float]
     batcher = Batcher(bundle.manifest, rows, BATCH_SIZE, packing=experiment.packing)
     groups = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
-    with open_session(experiment.contestant, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
+    options = OptimizerConfig(0.0, MAX_GRAD_NORM)
+    with open_session(experiment.contestant, bundle, parameters, options, batcher.room) as (session, _):
         session.step(batcher.step([groups[0]]), LEARNING_RATE)
         begin = perf_counter()
         for group in groups[1:]:
@@ -50,13 +50,11 @@ def measure_row_losses(experiment: RowLosses, folder: Path) -> dict[str, float]:
     bundle = open_bundle(folder)
     rows = ragged_rows(COMPARED, experiment.model.size.vocabulary)
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
-    with open_session(experiment.contestant, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
-        packed, padded = (_losses(session, _batches(bundle, rows, packing=packing)) for packing in (True, False))
+    options = OptimizerConfig(0.0, MAX_GRAD_NORM)
+    batchers = [Batcher(bundle.manifest, rows, len(rows), packing=packing) for packing in (True, False)]
+    with open_session(experiment.contestant, bundle, parameters, options, batchers[0].room) as (session, _):
+        packed, padded = (_losses(session, batcher.step([rows])) for batcher in batchers)
     return {"row_loss_difference": max(abs(packed[line] - padded[line]) for line in padded)}
-
-
-def _batches(bundle: Bundle, rows: Sequence[Example], *, packing: bool) -> list[Batch]:
-    return Batcher(bundle.manifest, rows, len(rows), packing=packing).step([rows])
 
 
 def _losses(session: Session, batches: Sequence[Batch]) -> dict[int, float]:

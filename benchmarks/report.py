@@ -18,6 +18,7 @@ _TRAINING_COLUMNS = (
     "open_seconds",
     "flops_per_second",
     "peak_rss",
+    "predicted_peak",
     "peak_anonymous",
     "peak_file",
     "first_loss",

@@ -8,7 +8,8 @@ from typing import Literal
 
 Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "fp32"]
-RuntimeName = Literal["auto", "onnxruntime", "ort-training"]
+RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training"]
+PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 MODULES_OF_TARGETS: dict[Targets, tuple[str, ...]] = {
@@ -44,6 +45,10 @@ class TrainConfig:
 
     runtime: RuntimeName = "auto"
     """What executes the training step."""
+    plan: PlanName = "auto"
+    """What is kept in memory and what is computed again; `int8` also says in which precision."""
+    memory_budget: str | None = None
+    """Most memory of the process, such as `3GB`; without it, what the machine has free."""
     steps: int | None = None
     """Optimizer steps; excludes `epochs`."""
     epochs: float | None = None

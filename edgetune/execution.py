@@ -25,6 +25,13 @@ class ExecutionPlan:
     head_tokens: int | None = None
     """Tokens of the vocabulary whose logits exist at the same time; all when it is not given."""
 
+    def __str__(self) -> str:
+        """In a few words."""
+        if self.form == "whole":
+            return "whole step"
+        kept = f"activations of {self.kept_layers} layers kept" if self.kept_layers else "activations computed again"
+        return f"{self.products}, {kept}, weights {'resident' if self.resident else 'streamed'}"
+
 
 WHOLE_STEP = ExecutionPlan("whole")
-"""What every runtime can execute."""
+"""The step as one graph."""

@@ -86,6 +86,7 @@ class FrozenWeights:
         except (OSError, ValueError, BaseValidationError) as error:
             raise VerificationError(f"{folder / INDEX}: cannot be read ({error}); copy the bundle again") from error
         path = folder / self._index.file
+        self._file = path
         # Nothing writes to it; there are runtimes that take no array that is marked so.
         self._bytes = np.memmap(path, dtype=np.uint8, mode="c")
         for name, pieces in self._index.tensors.items():
@@ -105,6 +106,20 @@ class FrozenWeights:
         """A tensor that is stored in float32 as the checkpoint has it."""
         (piece,) = self.pieces(name)
         return self._floats(piece.offset, piece.shape)
+
+    def rows(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows (…, columns) of a tensor that is stored in float32.
+
+        They are read, not mapped: around each row that is touched, the system would map its neighbours as well.
+        """
+        (piece,) = self.pieces(name)
+        found, places = np.unique(indices, return_inverse=True)
+        rows = np.empty((len(found), piece.shape[1]), dtype=np.float32)
+        with self._file.open("rb", buffering=0) as file:
+            for row, index in zip(rows, found.tolist(), strict=True):
+                file.seek(piece.offset + index * row.nbytes)
+                file.readinto(row.data)
+        return rows[places.reshape(indices.shape)]
 
     def linear(self, name: str, rows: Range | None = None, columns: Range | None = None) -> Iterator[Block]:
         """A linear weight (out, in), or the part of it in these rows and columns, in blocks one above the other."""

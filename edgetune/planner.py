@@ -1,53 +1,24 @@
-"""Which execution plan to take: what each needs in memory and in work, and the cheapest that fits.
-
-A plan's peak is added up from what it holds at once: the process itself, adapters with gradients and moments, hidden
-states between the sublayers, kept activations, dequantised weights, and the working set of the largest graph.
-"""
+"""Which execution plan to take: the fastest exact one that fits into the memory there is."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from edgetune.errors import ResourceError, UsageError
-from edgetune.execution import WHOLE_STEP, ExecutionPlan, Products
+from edgetune.byte_size import bytes_text
+from edgetune.config import PlanName
+from edgetune.errors import ResourceError
+from edgetune.execution import ExecutionPlan
+from edgetune.footprint import SUBLAYERS, Footprint, Sizes, Work, head_tokens, peak_memory
 from edgetune.manifest import BundleManifest
+from edgetune.pieces import MOST_WEIGHTS
 
-PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8"]
-_FLOAT = 4
 _HEAD_LOGITS = 8 << 20
 """Logits that exist at the same time in the head."""
 _FEWEST_HEAD_ROWS = 32
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a runtime needs in the layered form; figures as measured (benchmarks/results)."""
-
-    products: Products
-    storage: int
-    """Bytes of a number in hidden states, kept activations and dequantised weights."""
-    base: int
-    """Bytes of a process that has everything loaded but nothing of the model."""
-    attention_states: float
-    """Working set of the attention's backward graph, in bytes for each position and hidden channel."""
-    attention_scores: float
-    """And for each score of each head."""
-    mlp_states: float
-    """Working set of the feed-forward network's backward graph, in bytes for each position and inner channel."""
-    dequantise: float
-    """Time to dequantise a weight, in the time that a product needs for one weight and position."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """The largest batch of a run."""
-
-    positions: int
-    """Of all its sequences together."""
-    scores: int
-    """Attention scores of one head: the squares of the sequences' lengths, added up."""
+_TOKENS_MULTIPLE = 64
+"""A piece of the vocabulary is a multiple of this large."""
 
 
 @dataclass(frozen=True)
@@ -65,103 +36,77 @@ class Planner:
     """Plans for one bundle on one runtime.
 
     Args:
-        manifest: The bundle's.
+        manifest: Of a bundle with the layered form.
         footprint: The runtime's.
         work: The largest batch.
     """
 
     def __init__(self, manifest: BundleManifest, footprint: Footprint, work: Work) -> None:
-        self._sizes = manifest.architecture
+        self._sizes = Sizes(manifest)
         self._footprint = footprint
         self._work = work
-        self._adapter = sum(rows * columns for rows, columns in manifest.lora.shapes().values())
-        self._file = next(file.size for file in manifest.files if file.path == "model.onnx.data")
 
     def choose(self, name: PlanName, budget: int | None) -> Prediction:
-        """The cheapest of the plans that `name` allows and `budget` has room for.
+        """The fastest of the plans that `name` allows and `budget` has room for.
+
+        Args:
+            name: `auto`, or what to hold it to; not `whole`.
+            budget: Bytes; none is as much as there is.
 
         Raises:
             ResourceError: None fits; says what the smallest needs.
-            UsageError: The plan's memory is not known, so that it takes no budget.
         """
-        if name == "whole":
-            if budget is not None:
-                raise UsageError("--plan whole takes no --memory-budget: all activations are kept; use --plan auto")
-            return Prediction(WHOLE_STEP, 0, 0.0)
-        found = [self.predict(plan) for plan in self._candidates(name)]
+        found = [self.predict(plan) for plan in self._plans(name)]
         fitting = [prediction for prediction in found if budget is None or prediction.peak_memory_bytes <= budget]
-        if not fitting:
-            smallest = min(found, key=lambda prediction: prediction.peak_memory_bytes)
-            raise ResourceError(
-                f"--memory-budget {_gigabytes(budget or 0)} is too small: the smallest plan for this bundle and these "
-                f"rows needs {_gigabytes(smallest.peak_memory_bytes)}; give that, or fewer or shorter rows a batch "
-                "(--batch-size, --truncate)"
-            )
-        return min(fitting, key=lambda prediction: (prediction.cost, prediction.peak_memory_bytes))
+        if fitting:
+            return min(fitting, key=lambda prediction: (prediction.cost, prediction.peak_memory_bytes))
+        smallest = min(found, key=lambda prediction: prediction.peak_memory_bytes)
+        raise ResourceError(
+            f"a memory budget of {bytes_text(budget or 0)} is too small: the smallest plan for this bundle and these "
+            f"rows needs --memory-budget {math.ceil(smallest.peak_memory_bytes / 1e6)}MB; give that, or have fewer or "
+            "shorter rows in a batch (--batch-size, --truncate)"
+        )
+
+    def smallest(self, name: PlanName) -> Prediction:
+        """The plan that needs the least memory of those that `name` allows."""
+        return min(map(self.predict, self._plans(name)), key=lambda prediction: prediction.peak_memory_bytes)
 
     def predict(self, plan: ExecutionPlan) -> Prediction:
         """Memory and work of a layered plan."""
-        return Prediction(plan, self._peak(plan), self._cost(plan))
+        peak = peak_memory(self._sizes, self._footprint, self._work, plan)
+        return Prediction(plan, peak, self._cost(plan))
 
-    def _candidates(self, name: PlanName) -> Iterator[ExecutionPlan]:
-        layers = self._sizes.num_hidden_layers
-        rows = max(_FEWEST_HEAD_ROWS, _HEAD_LOGITS // self._sizes.vocab_size)
-        products: Products = "int8" if name == "int8" else self._footprint.products
-        plan = ExecutionPlan("layered", products, head_rows=rows)
-        kept = {"keep": [layers], "recompute": [0], "stream": [0]}.get(name, range(layers + 1))
+    def _plans(self, name: PlanName) -> Iterator[ExecutionPlan]:
+        """With each number of kept layers, resident and streamed; the head's weight whole and in pieces."""
+        s = self._sizes
+        kept = {"keep": [s.layers], "recompute": [0], "stream": [0]}.get(name, range(s.layers + 1))
         for resident in {"keep": [True], "recompute": [True], "stream": [False]}.get(name, [True, False]):
-            for count in kept:
-                yield replace(plan, kept_layers=count, resident=resident)
+            for tokens in [s.vocabulary] if resident else {s.vocabulary, self._fewest_tokens()}:
+                rows = max(_FEWEST_HEAD_ROWS, _HEAD_LOGITS // tokens)
+                plan = ExecutionPlan("layered", self._footprint.products, resident=resident, head_rows=rows)
+                for count in kept:
+                    yield replace(plan, kept_layers=count, head_tokens=tokens if tokens < s.vocabulary else None)
 
-    def _peak(self, plan: ExecutionPlan) -> int:
-        a, f, positions = self._sizes, self._footprint, self._work.positions
-        weight = 1 if plan.products == "int8" else f.storage
-        linear = self._linear_weights()
-        weights = sum(linear.values()) * a.num_hidden_layers + self._head_weights()
-        if not plan.resident:
-            weights = max(*linear.values(), self._head_weights())
-        kept = self._kept_numbers() * max(1, plan.kept_layers)
-        hidden = (2 * a.num_hidden_layers + 4) * positions * a.hidden_size
-        graph = max(
-            f.attention_states * positions * a.hidden_size
-            + f.attention_scores * self._work.scores * a.num_attention_heads,
-            f.mlp_states * positions * a.intermediate_size,
-            2 * _FLOAT * plan.head_rows * a.vocab_size,
-        )
-        pages = self._file if plan.resident else self._file // max(1, a.num_hidden_layers)
-        adapters = 4 * _FLOAT * self._adapter
-        return int(f.base + adapters + weight * weights + f.storage * (kept + hidden) + graph + pages)
+    def _fewest_tokens(self) -> int:
+        """A piece of the head's weight that is as large as a sublayer's piece."""
+        tokens = MOST_WEIGHTS // self._sizes.hidden // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE
+        return min(self._sizes.vocabulary, max(_TOKENS_MULTIPLE, tokens))
 
     def _cost(self, plan: ExecutionPlan) -> float:
-        a, positions = self._sizes, self._work.positions
-        linear = self._linear_weights()
-        layer = sum(linear.values())
-        # Forward and backward; the last product of a sublayer is not computed again.
-        products = 2.0 * layer * a.num_hidden_layers
-        again = linear["attention"] - a.hidden_size * a.num_attention_heads * a.head_dim + 2 * linear["mlp"] / 3
-        products += again * (a.num_hidden_layers - plan.kept_layers)
-        cost = products * positions
+        s, positions = self._sizes, self._work.positions
+        # Forward and backward; of what is computed again, the last product of a sublayer is not needed.
+        products = 2.0 * s.layers * sum(s.weights.values())
+        again = sum(s.weights[name] - s.hidden * width for name, width in self._last_products().items())
+        products += again * (s.layers - plan.kept_layers)
+        passes = 2 if head_tokens(s, plan) == s.vocabulary else 3
+        cost = (products + passes * s.head) * positions
         if not plan.resident:
-            cost += 2 * self._footprint.dequantise * (layer * a.num_hidden_layers + self._head_weights())
+            read = 2 * s.layers * sum(s.weights.values()) + (passes - 1) * s.head
+            cost += self._footprint.dequantise * read
         return cost
 
-    def _linear_weights(self) -> dict[str, int]:
-        """Frozen weights of a layer's sublayers."""
-        a = self._sizes
-        queries = a.num_attention_heads * a.head_dim
-        packed = queries + 2 * a.num_key_value_heads * a.head_dim
-        return {"attention": a.hidden_size * (packed + queries), "mlp": 3 * a.hidden_size * a.intermediate_size}
-
-    def _head_weights(self) -> int:
-        return self._sizes.vocab_size * self._sizes.hidden_size
-
-    def _kept_numbers(self) -> int:
-        """What one layer keeps: qkv, context, gate_up."""
-        a = self._sizes
-        queries = a.num_attention_heads * a.head_dim
-        channels = 2 * queries + 2 * a.num_key_value_heads * a.head_dim + 2 * a.intermediate_size
-        return self._work.positions * channels
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
+    def _last_products(self) -> dict[str, int]:
+        """Channels that go into the last product of each sublayer."""
+        s = self._sizes
+        widths = s.queries * s.pieces["attention"], s.inner * s.pieces["mlp"]
+        return dict(zip(SUBLAYERS, widths, strict=True))

@@ -10,7 +10,8 @@ from tiny_bundle import BASE_LOGITS, LORA, SLOT, VOCABULARY
 
 from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
-from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
+from edgetune.execution import ExecutionPlan
+from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, StepResult
 
 
 def loss_and_gradient(batch: Batch, parameters: Parameters) -> tuple[float, np.ndarray]:
@@ -69,12 +70,18 @@ class BigramSession:
         return {name: value.copy() for name, value in self.parameters.items()}
 
 
+def abilities() -> Abilities:
+    return Abilities(whole=True, exact=None, int8=None, preferred=True)
+
+
 def version() -> str:
     return "bigram 1"
 
 
 @contextmanager
-def open_session(bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig) -> Iterator[BigramSession]:
+def open_session(
+    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan
+) -> Iterator[BigramSession]:
     """Follows `edgetune.runtimes.Runtime`."""
     assert bundle.manifest.architecture.vocab_size == VOCABULARY
     BigramSession.opened = BigramSession(parameters, optimizer)

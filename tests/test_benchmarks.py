@@ -120,7 +120,7 @@ def test_gradients_are_read_off_a_step(prepared: Prepared) -> None:
     }
     step = ort.InferenceSession(bundle.file("step"), providers=["CPUExecutionProvider"])
     names = [f"{name}.grad" for name in parameters]
-    feed = {**_batch(bundle, WORKLOAD).tensors(), **parameters, "loss_scale": np.ones(1, np.float32)}
+    feed = {**_batch(bundle, WORKLOAD)[0].tensors(), **parameters, "loss_scale": np.ones(1, np.float32)}
     exact = dict(zip(parameters, step.run(names, feed), strict=True))
     found = gradients(Edgetune("onnxruntime", base="fp32"), bundle, WORKLOAD)
     factor = np.linalg.norm(np.concatenate([array.ravel() for array in exact.values()])) / np.linalg.norm(

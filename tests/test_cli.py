@@ -20,8 +20,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import edgetune
+from edgetune.byte_size import bytes_text
 from edgetune.cli import VERBS, main
-from edgetune.cli.output import bytes_text, printable
+from edgetune.cli.output import printable
 from edgetune.cli.progress import LineObserver, duration_text
 from edgetune.config import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig
 from edgetune.doctor import Finding
@@ -124,8 +125,8 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 
 OPTIONS = {
     "prepare": "output rank alpha targets base max-length download force quiet json",
-    "train": "data valid output config runtime steps epochs batch-size gradient-accumulation-steps packing no-packing "
-    "learning-rate schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle "
+    "train": "data valid output config runtime plan memory-budget steps epochs batch-size gradient-accumulation-steps "
+    "packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle "
     "truncate init-adapter force quiet json",
     "preview": "data json",
     "eval": "data adapter json",
@@ -437,8 +438,9 @@ def test_no_traceback_in_a_real_process(arguments: list[str]) -> None:
 # The commands
 
 
-RESULT = TrainResult(Path("adapter"), 3, 0.25, 2.0, 0.5, 61.0)
-START = StartInfo("onnxruntime", 3, 2, 5, 1, 0, 2, 1200, 300, 4096)
+RESULT = TrainResult(Path("adapter"), 3, 0.25, 2.0, 0.5, 61.0, "openvino", "whole step", None, 2_000_000)
+PLAN = "fp32, activations computed again, weights streamed"
+START = StartInfo("onnxruntime", PLAN, 250_000_000, 3, 2, 5, 1, 0, 2, 1200, 300, 4096)
 METRICS = [StepMetrics(step, 1 / step, 2e-4, 0.5, 64, 1234.5, 1_500_000_000, 60.0 * step) for step in (1, 2, 3)]
 
 
@@ -467,10 +469,14 @@ def train(bundle: Path, data: Path, *flags: str | Path) -> Result:
     return run("train", bundle, "--data", data, "--output", "adapter", *flags)
 
 
+SIZES = "a number and one of B, kB, MB, GB, KiB, MiB, GiB, such as 3GB"
+
+
 def test_train_passes_every_option_on(bundle: Path, data: Path, trained: list[TrainConfig], tmp_path: Path) -> None:
     adapter = folder_with(tmp_path / "old", "adapter_config.json")
     flags = (
-        "--runtime ort-training --steps 7 --batch-size 2 --gradient-accumulation-steps 3 --learning-rate 1e-3 "
+        "--runtime ort-training --plan int8 --memory-budget 2.5GiB --steps 7 "
+        "--batch-size 2 --gradient-accumulation-steps 3 --learning-rate 1e-3 "
         "--schedule linear --warmup-steps 2 --weight-decay 0.1 --max-grad-norm 0.5 --seed 9 --no-shuffle "
         "--no-packing --truncate --force"
     )
@@ -480,6 +486,8 @@ def test_train_passes_every_option_on(bundle: Path, data: Path, trained: list[Tr
     assert trained == [
         TrainConfig(
             runtime="ort-training",
+            plan="int8",
+            memory_budget="2.5GiB",
             steps=7,
             batch_size=2,
             gradient_accumulation_steps=3,
@@ -525,6 +533,7 @@ def test_flags_override_the_config_file(bundle: Path, data: Path, trained: list[
         ("seed = 1\nbatch-size = 0\n", ":2: batch_size: 0 is not in the range x>=1."),
         ("learning-rate = nan\n", ":1: learning_rate: nan is not a finite number"),
         ("steps = 3\nepochs = 1\n", ":2: steps and epochs exclude each other; keep one of them"),
+        ('memory-budget = "3 apples"\n', f":1: memory_budget: '3 apples' is no size; expected {SIZES}"),
         ("stepz = 3\n", ":1: unknown key 'stepz'; did you mean 'steps'?"),
         ("steps = \n", ":1: Invalid value"),
     ],
@@ -545,7 +554,8 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
     assert result.stdout == "adapter: 3 steps in 0:01:01, loss 0.2500\nvalidation loss 2.0000 -> 0.5000\n"
     assert result.stderr.splitlines() == [
         "1 row is too long",
-        "5 rows (1,200 tokens, 300 of them trained), 3 steps (2 an epoch), 4,096 parameters, on onnxruntime",
+        "5 rows (1,200 tokens, 300 of them trained), 3 steps (2 an epoch), 4,096 parameters, on onnxruntime "
+        f"({PLAN}, about 250.0 MB)",
         "validation loss 2.0000 before training",
         "step 1/3: loss 1.0000, lr 2.00e-04, 1,234 tokens/s, ETA 0:01:00, peak 1.5 GB",
         "step 2/3: loss 0.5000, lr 2.00e-04, 1,234 tokens/s, ETA 0:02:00, peak 1.5 GB",
@@ -560,13 +570,17 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
         "first_validation_loss": 2.0,
         "last_validation_loss": 0.5,
         "seconds": 61.0,
+        "runtime": "openvino",
+        "plan": "whole step",
+        "predicted_peak_memory_bytes": None,
+        "peak_memory_bytes": 2_000_000,
     }
 
 
 def test_long_runs_write_about_a_hundred_lines() -> None:
     lines: list[str] = []
     observer = LineObserver(lines.append)
-    observer.on_start(StartInfo("onnxruntime", 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
+    observer.on_start(StartInfo("onnxruntime", PLAN, None, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
     for step in range(1, 1051):
         observer.on_step(StepMetrics(step, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
     steps = [int(line.split()[1].split("/")[0]) for line in lines[1:]]
@@ -590,7 +604,7 @@ def fake(bundle, data, valid, output, config, observer):
     observer.on_validation(3, 0.5)
     if {fails}:
         raise ResourceError("disk is full")
-    return TrainResult(Path("adapter"), 3, 0.25, None, None, 61.0)
+    return TrainResult(Path("adapter"), 3, 0.25, None, None, 61.0, "", "", None, None)
 edgetune.train.train = fake
 """
     arguments = ["train", str(bundle), "--data", str(data), "--output", "adapter"]

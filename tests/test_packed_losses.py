@@ -69,7 +69,7 @@ def test_every_row_has_its_own_loss(prepared: Prepared, variant: str, longest: i
     padded = batches(bundle, rows, batch_size, packing=False)
     assert any(len(batch.examples) > len(batch.input_ids) for batch in packed)
     assert all(len(batch.examples) == len(batch.input_ids) for batch in padded)
-    _, runtime = find_runtime("onnxruntime")
+    runtime = find_runtime("onnxruntime")
     with runtime.open_session(bundle, parameters(variant), OptimizerConfig(0.0, 1.0)) as session:
         in_packs, in_padding = losses(session, packed), losses(session, padded)
         assert sorted(in_packs) == sorted(in_padding) == [row.line for row in rows]
@@ -91,7 +91,7 @@ def test_the_step_is_the_same(prepared: Prepared, variant: str) -> None:
     for name, value in padded.items():
         assert np.abs(value).max() > 0, name
         np.testing.assert_allclose(packed[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)
-    _, runtime = find_runtime("onnxruntime")
+    runtime = find_runtime("onnxruntime")
     results = []
     for packing in (True, False):
         with runtime.open_session(bundle, parameters(variant), OptimizerConfig(0.0, 1.0)) as session:
@@ -106,7 +106,7 @@ def test_rows_know_nothing_of_each_other(prepared: Prepared, variant: str) -> No
     rows = some_rows([20, 60, 14, 26])
     (batch,) = batches(bundle, rows, 4, packing=True)
     assert len(batch.input_ids) < len(rows)
-    _, runtime = find_runtime("onnxruntime")
+    runtime = find_runtime("onnxruntime")
     with runtime.open_session(bundle, parameters(variant), OptimizerConfig(0.0, 1.0)) as session:
         before = losses(session, [batch])
         for row, example in enumerate(batch.examples):

@@ -138,6 +138,8 @@ def test_the_start_says_what_is_trained(bundle: Bundle, data: Path, tmp_path: Pa
     assert seen.start == [
         StartInfo(
             runtime="onnxruntime",  # what `auto` stands for
+            plan="whole step",
+            predicted_peak_memory_bytes=None,
             steps=9,
             steps_per_epoch=3,
             rows=10,

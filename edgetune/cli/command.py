@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from edgetune.byte_size import parse_bytes
+from edgetune.errors import UsageError
 from edgetune.suggestion import did_you_mean
 
 
@@ -46,9 +48,24 @@ class Finite(click.FloatRange):
         return number
 
 
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """A size in bytes such as `3GB`; the text is kept as it was written."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Refuse what is no size."""
+        try:
+            parse_bytes(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
 POSITIVE = Finite(min=0, min_open=True)
 NOT_NEGATIVE = Finite(min=0)
 COUNT = click.IntRange(min=1)
+SIZE = Size()
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 quiet_option = click.option("--quiet", is_flag=True, help="Say nothing but the result and errors.")

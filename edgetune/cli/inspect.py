@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgetune.byte_size import bytes_text
 from edgetune.cli.command import Command, json_option
 from edgetune.cli.inputs import PATH
-from edgetune.cli.output import bytes_text, console, print_json
+from edgetune.cli.output import console, print_json
 
 if TYPE_CHECKING:
     from edgetune.describe import Description

@@ -35,14 +35,6 @@ def console() -> Console:
     return Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
 
 
-def bytes_text(count: int) -> str:
-    """Bytes for people: `512 bytes`, `1.5 MB`, `2.3 GB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
 def printable(text: str) -> str:
     """`text` with control characters made visible, so that what a file or a model says cannot steer the terminal."""
     return "".join(ascii(char)[1:-1] if category(char) == "Cc" and char not in "\n\t" else char for char in text)

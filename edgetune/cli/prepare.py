@@ -7,9 +7,10 @@ from typing import get_args
 
 import click
 
+from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, POSITIVE, Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, refuse_known_folder
-from edgetune.cli.output import bytes_text, notices, print_json
+from edgetune.cli.output import notices, print_json
 from edgetune.config import Base, PrepareConfig, Targets
 
 DEFAULT = PrepareConfig()

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from edgetune.cli.output import bytes_text, notices
+from edgetune.byte_size import bytes_text
+from edgetune.cli.output import notices
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -103,7 +104,12 @@ def start_text(info: StartInfo) -> str:
     """What will be trained, in one line."""
     tokens = f"{info.tokens_per_epoch:,} tokens, {info.trained_tokens_per_epoch:,} of them trained"
     epochs = f"{info.steps} steps ({info.steps_per_epoch} an epoch)"
-    return f"{info.rows} rows ({tokens}), {epochs}, {info.trainable_parameters:,} parameters, on {info.runtime}"
+    return f"{info.rows} rows ({tokens}), {epochs}, {info.trainable_parameters:,} parameters, {_plan_text(info)}"
+
+
+def _plan_text(info: StartInfo) -> str:
+    peak = info.predicted_peak_memory_bytes
+    return f"on {info.runtime} ({info.plan}{'' if peak is None else f', about {bytes_text(peak)}'})"
 
 
 def step_text(metrics: StepMetrics) -> str:

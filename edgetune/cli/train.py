@@ -9,11 +9,11 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
-from edgetune.cli.command import COUNT, NOT_NEGATIVE, POSITIVE, Command, json_option, quiet_option
+from edgetune.cli.command import COUNT, NOT_NEGATIVE, POSITIVE, SIZE, Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, rows_file
 from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
-from edgetune.config import DEFAULT_EPOCHS, RuntimeName, Schedule, TrainConfig
+from edgetune.config import DEFAULT_EPOCHS, PlanName, RuntimeName, Schedule, TrainConfig
 from edgetune.errors import UsageError
 
 DEFAULT = TrainConfig()
@@ -23,6 +23,7 @@ EXCLUSIVE = {"steps", "epochs"}
 EXAMPLES = """
 edgetune train bundle --data train.jsonl --output adapter
 edgetune train bundle --data train.jsonl --valid valid.jsonl --output adapter --epochs 5 --learning-rate 5e-4
+edgetune train bundle --data train.jsonl --output adapter --memory-budget 3GB
 edgetune train bundle --data train.jsonl --output adapter --config train.toml --steps 20
 
 train.toml holds the same options, which flags override:
@@ -43,6 +44,19 @@ train.toml holds the same options, which flags override:
     default=DEFAULT.runtime,
     show_default=True,
     help="What executes the training step.",
+)
+@click.option(
+    "--plan",
+    type=click.Choice(get_args(PlanName)),
+    default=DEFAULT.plan,
+    show_default=True,
+    help="What is kept in memory and what is computed again; int8 also says in which precision.",
+)
+@click.option(
+    "--memory-budget",
+    type=SIZE,
+    default=DEFAULT.memory_budget,
+    help="Most memory of the process, such as 3GB; without it, what the machine has free.",
 )
 @click.option("--steps", type=COUNT, default=DEFAULT.steps, help="Optimizer steps.")
 @click.option(
@@ -127,6 +141,8 @@ def command(
     output: Path,
     config: Path | None,
     runtime: RuntimeName,
+    plan: PlanName,
+    memory_budget: str | None,
     steps: int | None,
     epochs: float | None,
     batch_size: int,
@@ -152,6 +168,8 @@ def command(
     """
     flags = TrainConfig(
         runtime=runtime,
+        plan=plan,
+        memory_budget=memory_budget,
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,

@@ -41,10 +41,19 @@ class Room:
     limit: int
     """Longest sequence that several rows may make, rounded up; not below `longest`."""
 
+    @property
+    def positions(self) -> int:
+        """Of all sequences of a pass, at most."""
+        return self.batch_size * self.longest
+
+    @property
+    def scores(self) -> int:
+        """Attention scores of one head, at most."""
+        return self.positions * self.longest
+
     def sequences(self, length: int) -> int:
         """Sequences of `length` positions that need no more positions and no more attention scores than that pass."""
-        positions = self.batch_size * self.longest
-        return min(positions // length, positions * self.longest // length**2)
+        return min(self.positions // length, self.scores // length**2)
 
 
 def round_up(length: int, limit: int | None = None) -> int:

@@ -5,8 +5,8 @@ A runtime opens a bundle and gives a session with few methods; the training loop
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast
@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
-from edgetune.config import RuntimeName
 from edgetune.data.batches import Batch
-from edgetune.errors import UsageError
+from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.footprint import Footprint
 
 Parameters = Mapping[str, NDArray[np.float32]]
 """LoRA parameters by name, as `Lora.shapes` lists them."""
@@ -61,8 +61,30 @@ class Session(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Abilities:
+    """What a runtime can execute on this machine."""
+
+    whole: bool
+    """The whole step as one graph."""
+    exact: Footprint | None
+    """The layered form with products that are as exact as the processor multiplies at full speed."""
+    int8: Footprint | None
+    """The layered form with int8 products."""
+    preferred: bool
+    """Whether `auto` may take it here."""
+
+
 class Runtime(Protocol):
     """A module of this package."""
+
+    def abilities(self) -> Abilities:
+        """What it can execute.
+
+        Raises:
+            MissingDependencyError: Its package is not installed.
+        """
+        ...
 
     def version(self) -> str:
         """Package and version that execute the steps, such as `onnxruntime 1.31.1`."""
@@ -76,19 +98,27 @@ class Runtime(Protocol):
 
 
 RUNTIMES: dict[str, str] = {
+    "openvino": "edgetune.runtimes.openvino",
     "onnxruntime": "edgetune.runtimes.stock",
     "ort-training": "edgetune.runtimes.ort_training",
 }
-"""Every runtime and the module that implements `Runtime`; `auto` takes the first."""
+"""Every runtime and the module that implements `Runtime`, the fastest first."""
 
 
-def find_runtime(name: RuntimeName) -> tuple[str, Runtime]:
-    """The runtime called `name` and the name that `auto` stands for.
+def find_runtime(name: str) -> Runtime:
+    """The runtime called `name`.
 
     Raises:
         UsageError: There is no such runtime.
     """
-    chosen = next(iter(RUNTIMES)) if name == "auto" else name
-    if chosen not in RUNTIMES:
+    if name not in RUNTIMES:
         raise UsageError(f"runtime {name!r} is unknown; choose auto, {', '.join(RUNTIMES)}")
-    return chosen, cast(Runtime, import_module(RUNTIMES[chosen]))
+    return cast(Runtime, import_module(RUNTIMES[name]))
+
+
+def preferred_runtimes() -> Iterator[str]:
+    """The runtimes that `auto` may take on this machine, the fastest first."""
+    for name in RUNTIMES:
+        with suppress(MissingDependencyError):
+            if find_runtime(name).abilities().preferred:
+                yield name

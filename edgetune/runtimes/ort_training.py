@@ -16,7 +16,7 @@ from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.errors import EdgetuneError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
-from edgetune.runtimes import OptimizerConfig, Parameters, StepResult, wire
+from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, StepResult, wire
 from edgetune.side_environment import (
     OUT_OF_MEMORY,
     ensure_side_environment,
@@ -25,6 +25,11 @@ from edgetune.side_environment import (
 )
 
 _WORKER = Path(__file__).with_name("ort_training_worker.py")
+
+
+def abilities() -> Abilities:
+    """See `edgetune.runtimes.Runtime.abilities`."""
+    return Abilities(whole=True, exact=None, int8=None, preferred=False)
 
 
 def version() -> str:

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import onnxruntime as ort
 
 from edgetune.bundle import Bundle
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
-from edgetune.runtimes import OptimizerConfig, Parameters, Session
+from edgetune.footprint import Footprint
+from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
 from edgetune.runtimes.portable import PortableSession
+
+_FP32 = Footprint(
+    products="fp32",
+    storage=4,
+    base=85_000_000,
+    attention_states=68.0,
+    attention_scores=15.0,
+    mlp_states=24.0,
+    hidden_states=0.0,
+    graph_weights=0.0,
+    logits=13.5,
+    together=False,
+    weight=4.0,
+    dequantise=90.0,
+)
+_INT8 = replace(_FP32, products="int8", weight=2.0, dequantise=400.0)
+
+
+def abilities() -> Abilities:
+    """See `edgetune.runtimes.Runtime.abilities`."""
+    return Abilities(whole=True, exact=_FP32, int8=_INT8, preferred=True)
 
 
 def version() -> str:

@@ -29,8 +29,9 @@ from edgetune.data.batcher import Batcher
 from edgetune.data.batches import epoch_batches
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
 from edgetune.errors import EdgetuneError
-from edgetune.runtimes import OptimizerConfig, Session, StepResult, find_runtime
+from edgetune.runtimes import OptimizerConfig, Parameters, Session, StepResult
 from edgetune.storage import atomic_folder, sha256_of
+from edgetune.train.choice import check_plan, choose
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.record import RunRecord, peak_memory_bytes
 from edgetune.train.schedule import check_options, learning_rate, schedule_steps
@@ -56,13 +57,15 @@ def train(
     Raises:
         UsageError: Options that cannot be meant, a path that is not there, an output that is.
         DataError: Rows that cannot be trained on.
-        IncompatibleError: The initial adapter does not fit the bundle.
+        IncompatibleError: The initial adapter does not fit the bundle, or the bundle lacks what the plan runs.
+        MissingDependencyError: The runtime's package is not installed.
+        ResourceError: No plan fits into the memory budget.
         VerificationError: A file of the bundle or the initial adapter was changed.
         LockedError: Another process writes `output`.
         EdgetuneError: A loss or gradient was not finite.
     """
     check_options(config)
-    find_runtime(config.runtime)
+    check_plan(config)
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
         run = _Run(open_bundle(bundle), data, valid, output, config, observer)
         steps = run.execute(partial)
@@ -76,6 +79,10 @@ def train(
         first_validation_loss=losses[0] if losses else None,
         last_validation_loss=losses[-1] if losses else None,
         seconds=run.seconds,
+        runtime=run.choice.name,
+        plan=str(run.choice.plan),
+        predicted_peak_memory_bytes=run.choice.predicted_peak_bytes,
+        peak_memory_bytes=peak_memory_bytes(),
     )
 
 
@@ -103,6 +110,8 @@ class _Run:
         self._parameters = self._first_parameters()
         self._drawn = epoch_batches(self._rows.examples, config.batch_size, config.seed, config.shuffle)
         self._batcher = self._batches_of(self._rows.examples)
+        rooms = [self._batches_of(rows).room for rows in (self._rows.examples, self._valid) if rows]
+        self.choice = choose(manifest, config, rooms, observer.on_notice)
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
         self.seconds = 0.0
@@ -115,18 +124,7 @@ class _Run:
         Raises:
             EdgetuneError: Not even the first step was finite.
         """
-        config = self._config
-        name, runtime = find_runtime(config.runtime)
-        optimizer = OptimizerConfig(config.weight_decay, config.max_grad_norm)
-        with runtime.open_session(self._bundle, self._parameters, optimizer) as session:
-            self._observer.on_start(self._start_info(name))
-            begin = perf_counter()
-            with RunRecord(folder) as record:
-                steps = self._train(session, record)
-            self.seconds = perf_counter() - begin
-            if self.stopped and not steps:
-                raise EdgetuneError(f"{self.stopped}; nothing was learnt, so nothing is written; {_REMEDY}")
-            parameters = session.adapter()
+        steps, parameters = self._learn(folder)
         manifest = self._bundle.manifest
         write_adapter(
             folder,
@@ -134,9 +132,25 @@ class _Run:
             tokenizer=manifest.tokenizer,
             lora=manifest.lora,
             parameters=parameters,
-            provenance=self._provenance(name, steps),
+            provenance=self._provenance(steps),
         )
         return steps
+
+    def _learn(self, folder: Path) -> tuple[int, Parameters]:
+        """Train; returns the number of steps and what was learnt. No session is left when the adapter is written."""
+        config, choice = self._config, self.choice
+        optimizer = OptimizerConfig(config.weight_decay, config.max_grad_norm)
+        with choice.runtime.open_session(self._bundle, self._parameters, optimizer, choice.plan) as session:
+            self._observer.on_start(self._start_info())
+            # The session has its own.
+            self._parameters.clear()
+            begin = perf_counter()
+            with RunRecord(folder) as record:
+                steps = self._train(session, record)
+            self.seconds = perf_counter() - begin
+            if self.stopped and not steps:
+                raise EdgetuneError(f"{self.stopped}; nothing was learnt, so nothing is written; {_REMEDY}")
+            return steps, session.adapter()
 
     def _train(self, session: Session, record: RunRecord) -> int:
         schedule, config = self._schedule, self._config
@@ -205,9 +219,11 @@ class _Run:
                 f"{path}: {len(rows.too_long):,} of {rows.rows:,} rows are {limit} and were left out; {advice}"
             )
 
-    def _start_info(self, runtime: str) -> StartInfo:
+    def _start_info(self) -> StartInfo:
         return StartInfo(
-            runtime=runtime,
+            runtime=self.choice.name,
+            plan=str(self.choice.plan),
+            predicted_peak_memory_bytes=self.choice.predicted_peak_bytes,
             steps=self._schedule.total_steps,
             steps_per_epoch=self._schedule.steps_per_epoch,
             rows=len(self._rows.examples),
@@ -219,13 +235,14 @@ class _Run:
             trainable_parameters=sum(value.size for value in self._parameters.values()),
         )
 
-    def _provenance(self, runtime: str, steps: int) -> dict[str, str]:
+    def _provenance(self, steps: int) -> dict[str, str]:
         # Neither how the folder came to its place nor a path of this machine belongs to what was learnt.
         options = {key: value for key, value in asdict(self._config).items() if key not in ("force", "init_adapter")}
         provenance = {
             "edgetune": edgetune.__version__,
-            "runtime": runtime,
-            "runtime_version": find_runtime(self._config.runtime)[1].version(),
+            "runtime": self.choice.name,
+            "runtime_version": self.choice.runtime.version(),
+            "plan": str(self.choice.plan),
             "numpy": np.__version__,
             "bundle": self._bundle.manifest.manifest_sha256,
             "options": json.dumps(options, sort_keys=True),

@@ -13,6 +13,10 @@ class StartInfo:
 
     runtime: str
     """The runtime that executes the steps; what `auto` chose."""
+    plan: str
+    """How it executes them, in a few words."""
+    predicted_peak_memory_bytes: int | None
+    """Highest resident memory that is expected; none where it is not known."""
     steps: int
     """Optimizer steps of the run."""
     steps_per_epoch: int
@@ -65,6 +69,14 @@ class TrainResult:
     """After the last step."""
     seconds: float
     """Wall time of the steps and validations."""
+    runtime: str
+    """What executed the steps."""
+    plan: str
+    """How, in a few words."""
+    predicted_peak_memory_bytes: int | None
+    """Highest resident memory that was expected; none where it was not known."""
+    peak_memory_bytes: int | None
+    """Highest resident memory; none where the system does not tell."""
 
 
 class Observer(Protocol):

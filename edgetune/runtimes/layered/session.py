@@ -36,7 +36,6 @@ class LayeredSession:
         self._backend = backend
         self._first_kept = layers - plan.kept_layers
         self._frozen = FrozenWeights(bundle.path)
-        self._streamed = not plan.resident
         linear = LinearWeights(self._frozen, backend, plan.resident)
         self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), parameters, optimizer)
         self._names = list(parameters)
@@ -79,6 +78,7 @@ class LayeredSession:
         hidden = self._forward(batch, for_backward=True)
         rows, labels = _trained(batch)
         losses, d_rows = self._head.step(self._rows(hidden, rows), labels, scale)
+        self._release()
         d_output = self._workspace.like("d_hidden.0", hidden)
         d_hidden = np.zeros(hidden.shape, dtype=np.float32)
         d_hidden.reshape(-1, hidden.shape[-1])[rows] = d_rows
@@ -91,7 +91,7 @@ class LayeredSession:
         self._workspace.fit(batch.input_ids.shape)
         shape = (*batch.input_ids.shape, self._frozen.shape(_EMBEDDING)[1])
         hidden = self._workspace.array("hidden.0", shape)
-        self._backend.store(self._frozen.plain(_EMBEDDING)[batch.input_ids], hidden)
+        self._backend.store(self._frozen.rows(_EMBEDDING, batch.input_ids), hidden)
         tables = _tables(batch)
         for place, (layer, runner) in enumerate(self._order, start=1):
             # Without a backward pass two arrays take turns.
@@ -111,9 +111,8 @@ class LayeredSession:
             d_output = d_hidden
 
     def _release(self) -> None:
-        """The system may take back the weights' pages; while weights are resident they are not read again."""
-        if self._streamed:
-            self._frozen.forget()
+        """The system may take back the weights' pages: streamed weights are read again, resident ones are copied."""
+        self._frozen.forget()
 
     def _rows(self, hidden: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._backend.restore(hidden.reshape(-1, hidden.shape[-1])[rows])

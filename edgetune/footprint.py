@@ -1,0 +1,159 @@
+"""How much memory a layered plan takes: what a process holds at once, added up.
+
+Highest resident memory = the process itself + adapters with gradients and moments + hidden states between the
+sublayers + kept activations + weights as they are multiplied + what the graphs hold while they run + pages of the
+weights' file. Sizes come from the bundle's manifest; what only measuring tells is the runtime's `Footprint`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from edgetune.execution import ExecutionPlan, Products
+from edgetune.frozen import BLOCK_SIZE, LAYERS
+from edgetune.manifest import BundleManifest, TensorSpec
+from edgetune.pieces import pieces_of
+
+SUBLAYERS = ("attention", "mlp")
+_FLOAT = 4
+_INT4 = 0.5 + _FLOAT / BLOCK_SIZE
+"""Bytes of an int4 weight with its share of a scale."""
+_ADAPTER_COPIES = 5
+"""Parameters, gradients, two moments, and the copy that is written at the end."""
+_BETWEEN_GRAPHS = 6
+"""Arrays of hidden states beside those between the sublayers: three gradients, two sums of pieces, one on the way."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a runtime takes in the layered form; found by `python -m benchmarks.footprints`."""
+
+    products: Products
+    storage: int
+    """Bytes of a number in hidden states, kept activations and the head's weights."""
+    base: int
+    """Bytes of a process that has everything loaded but nothing of the model."""
+    attention_states: float
+    """What the attention's graphs hold: bytes for each position and channel of a piece's queries."""
+    attention_scores: float
+    """And for each score of each head of a piece."""
+    mlp_states: float
+    """What the feed-forward network's graphs hold: bytes for each position and inner channel of a piece."""
+    hidden_states: float
+    """What either holds besides: bytes for each position and hidden channel."""
+    graph_weights: float
+    """What either, and the head's, hold of the weights they are given: bytes for each."""
+    logits: float
+    """What the head's graphs hold: bytes for each logit."""
+    together: bool
+    """Each graph has memory of its own; otherwise all share what the largest needs."""
+    weight: float
+    """Bytes of a sublayer's frozen weight as it is multiplied."""
+    dequantise: float
+    """Time to dequantise a weight, in the time that a product needs for one weight and position."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest batch of a run."""
+
+    positions: int
+    """Of all its sequences together."""
+    scores: int
+    """Attention scores of one head: the squares of the sequences' lengths, added up."""
+
+
+class Sizes:
+    """What of a bundle decides how much memory and work a step takes.
+
+    Args:
+        manifest: Of a bundle with the layered form.
+    """
+
+    def __init__(self, manifest: BundleManifest) -> None:
+        a = manifest.architecture
+        pieces = pieces_of(manifest)
+        self.layers = a.num_hidden_layers
+        self.hidden = a.hidden_size
+        self.heads = a.num_attention_heads // pieces.attention
+        self.queries = self.heads * a.head_dim
+        """Of a piece, as the number of its heads is."""
+        self.inner = a.intermediate_size // pieces.mlp
+        self.vocabulary = a.vocab_size
+        self.adapter = sum(math.prod(shape) for shape in manifest.lora.shapes().values())
+        self.pieces = dict(zip(SUBLAYERS, (pieces.attention, pieces.mlp), strict=True))
+        queries, keys = (heads * a.head_dim for heads in (a.num_attention_heads, a.num_key_value_heads))
+        self.weights = {
+            "attention": a.hidden_size * 2 * (queries + keys),
+            "mlp": 3 * a.hidden_size * a.intermediate_size,
+        }
+        """Frozen weights of a layer's sublayers."""
+        self.kept = {name: sum(map(_channels, _kept(manifest, name))) for name in SUBLAYERS}
+        """What a piece keeps for the backward pass: numbers for each position."""
+        self.stored = _INT4 if manifest.base.weights == "int4" else _FLOAT
+        """Bytes of a weight in the file."""
+        self.file = next(file.size for file in manifest.files if file.path == "model.onnx.data")
+
+    @property
+    def head(self) -> int:
+        """Weights of the logits."""
+        return self.vocabulary * self.hidden
+
+
+def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionPlan) -> int:
+    """Highest resident memory of a run, in bytes, file pages included."""
+    s, f = sizes, footprint
+    positions = work.positions
+    layer = sum(s.pieces[name] * s.kept[name] for name in SUBLAYERS)
+    # A layer that keeps nothing writes what it could keep to one place that all of them share.
+    shared = 0 if plan.kept_layers == s.layers else sum(s.kept.values())
+    states = s.hidden * (2 * s.layers + 1 + _BETWEEN_GRAPHS)
+    held = _ADAPTER_COPIES * _FLOAT * s.adapter
+    held += f.storage * positions * (plan.kept_layers * layer + shared + states)
+    return int(f.base + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s, plan))
+
+
+def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
+    """Weights as they are multiplied that are in memory at the same time."""
+    if plan.resident:
+        return f.weight * s.layers * sum(s.weights.values()) + f.storage * s.head
+    pieces = (f.weight * s.weights[name] / s.pieces[name] for name in SUBLAYERS)
+    return max(*pieces, f.storage * head_tokens(s, plan) * s.hidden)
+
+
+def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
+    """What graphs hold while they run."""
+    rows, tokens = min(plan.head_rows, work.positions), head_tokens(s, plan)
+    states = f.hidden_states * work.positions * s.hidden
+    weights = {name: f.graph_weights * s.weights[name] / s.pieces[name] for name in SUBLAYERS}
+    scores = f.attention_scores * work.scores * s.heads
+    held = (
+        f.attention_states * work.positions * s.queries + scores + states + weights["attention"],
+        f.mlp_states * work.positions * s.inner + states + weights["mlp"],
+        rows * (f.logits * tokens + f.hidden_states * s.hidden) + f.graph_weights * tokens * s.hidden,
+    )
+    return sum(held) if f.together else max(held)
+
+
+def _pages(s: Sizes, plan: ExecutionPlan) -> float:
+    """Pages of the weights' file; those of streamed weights are given back after each sublayer."""
+    if plan.resident:
+        return s.file
+    return max(*(s.stored * weights for weights in s.weights.values()), s.stored * s.head)
+
+
+def head_tokens(sizes: Sizes, plan: ExecutionPlan) -> int:
+    """Tokens of the vocabulary whose weights the head takes at a time."""
+    return min(plan.head_tokens or sizes.vocabulary, sizes.vocabulary)
+
+
+def _kept(manifest: BundleManifest, sublayer: str) -> Iterator[TensorSpec]:
+    outputs = manifest.graph(f"{LAYERS}/{sublayer}").outputs
+    return (output for output in outputs if output.name != "output")
+
+
+def _channels(spec: TensorSpec) -> int:
+    """Numbers for each position: the sizes that are no batch and no sequence."""
+    return math.prod(size for size in spec.shape if isinstance(size, int))

@@ -1,0 +1,147 @@
+"""OpenVINO: the layered form on its CPU device, in bfloat16 where the processor has that."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from edgetune.bundle import Bundle
+from edgetune.errors import MissingDependencyError, UsageError
+from edgetune.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.footprint import Footprint
+from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session
+
+if TYPE_CHECKING:
+    from edgetune.runtimes.layered.openvino import OpenVinoBackend
+
+DEVICE = "CPU"
+CACHE = ".cache"
+"""Folder in a bundle for compiled models. It is not part of the bundle, and can be deleted at any time."""
+_MOST_CACHED = 64 << 20
+"""Bytes of compiled models that are kept, the youngest ones."""
+_BF16 = Footprint(
+    products="bf16",
+    storage=2,
+    base=215_000_000,
+    attention_states=3.0,
+    attention_scores=7.0,
+    mlp_states=0.0,
+    hidden_states=78.0,
+    graph_weights=5.3,
+    logits=4.0,
+    together=True,
+    weight=2.0,
+    dequantise=90.0,
+)
+_FP32 = Footprint(
+    products="fp32",
+    storage=4,
+    base=215_000_000,
+    attention_states=6.0,
+    attention_scores=14.0,
+    mlp_states=0.0,
+    hidden_states=156.0,
+    graph_weights=10.6,
+    logits=4.0,
+    together=True,
+    weight=4.0,
+    dequantise=30.0,
+)
+
+
+def abilities() -> Abilities:
+    """See `edgetune.runtimes.Runtime.abilities`.
+
+    Raises:
+        MissingDependencyError: The package `openvino` is not installed.
+    """
+    short = "BF16" in _property("OPTIMIZATION_CAPABILITIES")
+    # Without bfloat16 there is nothing in which it is ahead of stock ONNX Runtime.
+    return Abilities(whole=False, exact=_BF16 if short else _FP32, int8=None, preferred=short)
+
+
+def version() -> str:
+    """See `edgetune.runtimes.Runtime.version`."""
+    return f"openvino {metadata.version('openvino')}"
+
+
+@contextmanager
+def open_session(
+    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
+) -> Iterator[Session]:
+    """Load what the plan runs; see `edgetune.runtimes.Runtime`.
+
+    Raises:
+        MissingDependencyError: The package `openvino` is not installed.
+        UsageError: The plan is the whole step, or has int8 products.
+    """
+    if plan.form == "whole" or plan.products == "int8":
+        raise UsageError("the openvino runtime executes neither --plan whole nor int8; use --runtime onnxruntime")
+    core()
+    from edgetune.runtimes.layered.session import LayeredSession
+
+    yield LayeredSession(bundle, parameters, optimizer, plan, _backend(_cache_of(bundle.path)))
+
+
+def _backend(folder: Path | None) -> OpenVinoBackend:
+    from edgetune.runtimes.layered.openvino import OpenVinoBackend
+
+    return OpenVinoBackend(DEVICE, folder)
+
+
+@cache
+def core() -> Any:
+    """OpenVINO's core, imported so that it keeps to itself.
+
+    Importing `openvino` imports its model converter, which tells Google Analytics that it was imported. Nothing here
+    converts models, and `openvino` does without the converter.
+
+    Raises:
+        MissingDependencyError: The package is not installed.
+    """
+    if find_spec("openvino") is None:
+        raise MissingDependencyError('openvino is not installed; pip install "edgetune[openvino]"')
+    converter = "openvino.tools.ovc"
+    absent = "openvino" not in sys.modules and converter not in sys.modules
+    if absent:
+        # This is how Python is told that a module cannot be imported.
+        cast(dict[str, Any], sys.modules)[converter] = None
+    try:
+        import openvino
+    finally:
+        if absent:
+            del sys.modules[converter]
+    return openvino.Core()
+
+
+def _property(name: str) -> Any:
+    return core().get_property(DEVICE, name)
+
+
+def _cache_of(bundle: Path) -> Path | None:
+    """Where compiled models of this version and processor are kept; none where nothing can be written."""
+    processor = re.sub(r"[^A-Za-z0-9.]+", "-", str(_property("FULL_DEVICE_NAME"))).strip("-")
+    folder = bundle / CACHE / f"openvino-{metadata.version('openvino')}-{processor}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_old(folder)
+    except OSError:
+        return None
+    return folder
+
+
+def _drop_old(folder: Path) -> None:
+    files = sorted(((path, path.stat()) for path in folder.iterdir()), key=lambda each: -each[1].st_mtime)
+    total = 0
+    for path, status in files:
+        total += status.st_size
+        if total > _MOST_CACHED:
+            with suppress(OSError):
+                path.unlink()
