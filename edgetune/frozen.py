@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,10 @@ from edgetune.errors import VerificationError
 LAYERS = "layers"
 """Folder of a bundle with the graphs of the layered form."""
 INDEX = f"{LAYERS}/weights.json"
+INT8 = "int8"
+"""Folder in it with the graphs whose products with frozen weights are int8."""
+FORWARD, BACKWARD, SCALES = "forward", "backward", ".scales"
+"""The int8 graphs take `W.forward` and `W.backward`, and `.scales` of each, instead of a weight `W`."""
 BLOCK_SIZE = 32
 """Neighbouring weights along the input that share a scale in an int4 model."""
 Layout = Literal["plain", "transposed", "int4"]
@@ -51,6 +55,12 @@ class Block:
     """float32 (rows, in), or uint8 (rows, in / 2): two weights a byte."""
     scales: NDArray[np.float32] | None
     """(rows, in / 32) of int4 weights."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, in)."""
+        rows, columns = self.values.shape
+        return rows, columns if self.scales is None else 2 * columns
 
 
 @dataclass(frozen=True)
@@ -121,15 +131,16 @@ class FrozenWeights:
                 file.readinto(row.data)
         return rows[places.reshape(indices.shape)]
 
-    def linear(self, name: str, rows: Range | None = None, columns: Range | None = None) -> Iterator[Block]:
-        """A linear weight (out, in), or the part of it in these rows and columns, in blocks one above the other."""
+    def linear(self, name: str, rows: Range | None = None, columns: Range | None = None) -> Block:
+        """A linear weight (out, in), or the part of it in these rows and columns, which lies in one piece."""
         start, stop = rows or (0, self.shape(name)[0])
-        above = 0
         for piece in self.pieces(name):
-            first, last = max(start - above, 0), min(stop - above, piece.shape[0])
-            above += piece.shape[0]
-            if first < last:
-                yield self._block(piece, slice(first, last), slice(*(columns or (0, piece.shape[1]))))
+            if start < piece.shape[0]:
+                break
+            start, stop = start - piece.shape[0], stop - piece.shape[0]
+        if stop > piece.shape[0]:
+            raise VerificationError(f"{self._index.file}: rows of {name} are not stored together; prepare it again")
+        return self._block(piece, slice(start, stop), slice(*(columns or (0, piece.shape[1]))))
 
     def _block(self, piece: Stored, rows: slice, columns: slice) -> Block:
         if piece.scales is None:

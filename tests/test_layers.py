@@ -23,7 +23,12 @@ from edgetune.runtimes import stock
 RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)
 KEEP = ExecutionPlan("layered", kept_layers=2, resident=True, head_rows=1024)
 PLANS = {"recompute": RECOMPUTE, "keep": KEEP, "keep one of two": replace(KEEP, kept_layers=1)}
-OPERATORS_BEYOND_ONNX = {"layers/dequantise": {"GatherBlockQuantized"}}
+DEQUANTISE = ("layers/dequantise", "layers/int8/forward", "layers/int8/backward")
+INT8 = tuple(f"layers/int8/{name}{suffix}" for name in ("attention", "mlp") for suffix in ("", "_grad", "_grad_kept"))
+OPERATORS_BEYOND_ONNX = {
+    **{role: {"GatherBlockQuantized"} for role in DEQUANTISE},
+    **{role: {"MatMulIntegerToFloat"} for role in INT8},
+}
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -80,10 +85,10 @@ def test_a_step_that_is_not_finite_changes_nothing(prepared: Prepared) -> None:
 
 
 def test_graphs_are_static_and_standard(prepared: Prepared) -> None:
-    """No shape arithmetic, nothing of rank 0 comes out, and standard operators but for dequantisation."""
+    """No shape arithmetic, nothing of rank 0 comes out, and standard operators but for int4 and int8."""
     bundle = prepared("grouped-query", "int4")
     layers = [graph for graph in bundle.manifest.graphs if graph.role.startswith("layers/")]
-    assert len(layers) == 11
+    assert len(layers) == 19
     for graph in layers:
         model = onnx.load(bundle.path / graph.file)
         onnx.checker.check_model(model, full_check=graph.role not in OPERATORS_BEYOND_ONNX)

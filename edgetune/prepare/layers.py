@@ -16,11 +16,12 @@ from onnx_ir.passes import common as passes
 
 from edgetune.checkpoint import Checkpoint
 from edgetune.config import PrepareConfig
-from edgetune.frozen import BLOCK_SIZE, INDEX, LAYERS, write_index
+from edgetune.frozen import BLOCK_SIZE, INDEX, INT8, LAYERS, write_index
 from edgetune.manifest import Architecture
 from edgetune.prepare.adamw import build_flat_adamw
 from edgetune.prepare.gradient import ARTIFACTS, differentiate
 from edgetune.prepare.head import build_head
+from edgetune.prepare.int8 import build_int8
 from edgetune.prepare.lowering import IR_VERSION, OPSET, lower
 from edgetune.prepare.shapes import dimensions, resolve_shapes
 from edgetune.prepare.skeleton import skeleton
@@ -52,13 +53,15 @@ def build_layers(
     Raises:
         IncompatibleError: An operator has no gradient.
     """
+    sublayers = build_sublayers(checkpoint, scratch, source.architecture, config, say)
     graphs = {
-        **build_sublayers(checkpoint, scratch, source.architecture, config, say),
+        **sublayers,
+        **build_int8(sublayers),
         **build_head(source.architecture.hidden_size, skeleton(checkpoint, config, layers=1).config.rms_norm_eps),
         "adamw_flat": build_flat_adamw(),
         "dequantise": build_dequantise(),
     }
-    (folder / LAYERS).mkdir()
+    (folder / LAYERS / INT8).mkdir(parents=True)
     for name, graph in graphs.items():
         ir.save(graph, folder / LAYERS / f"{name}.onnx")
     (folder / INDEX).write_bytes(write_index(index_weights(folder, source.architecture, config.base)))

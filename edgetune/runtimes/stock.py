@@ -51,4 +51,4 @@ def open_session(
     if plan.form == "whole":
         yield PortableSession(bundle, parameters, optimizer)
     else:
-        yield LayeredSession(bundle, parameters, optimizer, plan, OrtBackend(bundle))
+        yield LayeredSession(bundle, parameters, optimizer, plan, OrtBackend(bundle, plan.products))

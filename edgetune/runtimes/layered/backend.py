@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from edgetune.frozen import Block
 
 Arrays = Mapping[str, NDArray[Any]]
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+"""Gives an array of this shape and type, whose values do not matter."""
 
 
 class LayeredGraph(Protocol):
@@ -29,14 +31,27 @@ class Backend(Protocol):
     """Loads graphs, and holds numbers the way it computes with them."""
 
     storage: np.dtype[Any]
-    """Of hidden states, kept activations and linear weights."""
+    """Of hidden states and kept activations."""
+    sublayers: str
+    """Folder of the sublayers' graphs in the bundle."""
+    fixed_shapes: bool
+    """Whether every new shape of an input costs a compilation."""
 
     def load(self, graph: Path) -> LayeredGraph:
         """Load a graph of the layered form."""
         ...
 
-    def dequantise(self, block: Block, out: NDArray[Any]) -> None:
-        """Write linear weights (rows, in) in storage, as the graphs of this backend take them."""
+    def weight(self, form: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
+        """What graphs take of a linear weight W (out, in).
+
+        Args:
+            form: Empty for an input `W`; what follows the dot for an input such as `W.forward`.
+            block: The weight as it is stored.
+            allocate: Makes the arrays.
+
+        Returns:
+            The array for this input, named "", and those of other inputs by what follows this one's name.
+        """
         ...
 
     def store(self, values: NDArray[np.float32], out: NDArray[Any]) -> None:

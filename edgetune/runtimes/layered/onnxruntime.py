@@ -1,4 +1,4 @@
-"""Stock ONNX Runtime as a backend of the layered form: float32 on the CPU."""
+"""Stock ONNX Runtime as a backend of the layered form, on the CPU: float32, frozen products int8 where asked for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
-from edgetune.frozen import LAYERS, Block
+from edgetune.execution import Products
+from edgetune.frozen import BACKWARD, FORWARD, INT8, LAYERS, Block
 from edgetune.onnx_session import open_graph
-from edgetune.runtimes.layered.backend import Arrays
+from edgetune.runtimes.layered.backend import Allocate, Arrays
+from edgetune.runtimes.layered.requantise import Requantiser
 
 
 class OrtGraph:
@@ -38,25 +40,34 @@ class OrtBackend:
     """Runs graphs on the CPU provider.
 
     Args:
-        bundle: Holds the graph `dequantise`.
+        bundle: Holds the graphs that dequantise.
+        products: Precision of products with the sublayers' frozen weights; the head's are float32.
     """
 
     storage = np.dtype(np.float32)
+    fixed_shapes = False
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, products: Products) -> None:
+        self.sublayers = f"{LAYERS}/{INT8}" if products == "int8" else LAYERS
         self._dequantise = self.load(bundle.file(f"{LAYERS}/dequantise"))
+        forms = (FORWARD, BACKWARD) if products == "int8" else ()
+        self._requantiser = Requantiser({form: self.load(bundle.file(f"{LAYERS}/{INT8}/{form}")) for form in forms})
 
     def load(self, graph: Path) -> OrtGraph:
         """See `Backend.load`."""
         return OrtGraph(open_graph(graph))
 
-    def dequantise(self, block: Block, out: NDArray[Any]) -> None:
-        """See `Backend.dequantise`."""
+    def weight(self, form: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
+        """See `Backend.weight`."""
+        if form:
+            return self._requantiser.weight(form, block, allocate)
+        out = allocate(block.shape, self.storage)
         if block.scales is None:
             out[...] = block.values
         else:
             rows = np.arange(len(out), dtype=np.int64)
             self._dequantise.run({"packed": block.values, "rows": rows, "scales": block.scales}, {"weight": out})
+        return {"": out}
 
     def store(self, values: NDArray[np.float32], out: NDArray[Any]) -> None:
         """See `Backend.store`."""

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from openvino import opset13 as op
 from openvino.preprocess import PrePostProcessor
 
-from edgetune.frozen import BLOCK_SIZE, Block
-from edgetune.runtimes.layered.backend import Arrays
+from edgetune.frozen import BLOCK_SIZE, LAYERS, Block
+from edgetune.runtimes.layered.backend import Allocate, Arrays
 
 _BFLOAT16 = np.dtype(np.uint16)
 _STATES = {"hidden", "residual", "output", "hidden.grad", "output.grad", "carry"}
@@ -90,6 +90,10 @@ class OpenVinoBackend:
         cache: Folder in which compiled models are kept for the next start; none is kept without it.
     """
 
+    fixed_shapes = True
+
+    sublayers = LAYERS
+
     def __init__(self, device: str, cache: Path | None) -> None:
         self._core = ov.Core()
         self._device = device
@@ -105,17 +109,22 @@ class OpenVinoBackend:
         precision = ov.Type.bf16 if self._short else ov.Type.f32
         return OpenVinoGraph(graph, lambda model: self._compile(model, precision), self._element)
 
-    def dequantise(self, block: Block, out: NDArray[Any]) -> None:
-        """See `Backend.dequantise`; the channels of each block come even ones first."""
+    def weight(self, form: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
+        """See `Backend.weight`; the channels of each block come even ones first."""
+        out = allocate(block.shape, self.storage)
         if block.scales is None:
             self.store(_evens_first(block.values), out)
-            return
-        rows, blocks = block.scales.shape
+        else:
+            self._dequantise(block.values, block.scales, out)
+        return {"": out}
+
+    def _dequantise(self, packed: NDArray[Any], scales: NDArray[np.float32], out: NDArray[Any]) -> None:
+        rows, blocks = scales.shape
         if (rows, blocks) not in self._dequantisers:
             model = _dequantise_model(rows, blocks, self._element)
             self._dequantisers[rows, blocks] = self._compile(model, ov.Type.f32).create_infer_request()
         request = self._dequantisers[rows, blocks]
-        arrays = (block.values.reshape(rows, blocks, 1, _HALF), block.scales.reshape(rows, blocks, 1, 1))
+        arrays = (packed.reshape(rows, blocks, 1, _HALF), scales.reshape(rows, blocks, 1, 1))
         tensors = [_tensor(array) for array in arrays]
         for place, tensor in enumerate(tensors):
             request.set_input_tensor(place, tensor)

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
-from edgetune.frozen import LAYERS, FrozenWeights
+from edgetune.frozen import SCALES, FrozenWeights
 from edgetune.manifest import TensorSpec
 from edgetune.pieces import LAYER_PREFIX, Part
 from edgetune.runtimes.layered.backend import Arrays, Backend, LayeredGraph
 from edgetune.runtimes.layered.optimizer import FlatAdamW
-from edgetune.runtimes.layered.weights import LinearWeights
+from edgetune.runtimes.layered.weights import LinearWeights, weight_and_form
 from edgetune.runtimes.layered.workspace import Workspace
 
 AnyArray = NDArray[Any]
@@ -48,7 +48,7 @@ class SublayerRunner:
         self.name = name
         self._pieces = pieces
         self._frozen, self._linear, self._optimizer, self._workspace = frozen, linear, optimizer, workspace
-        role = f"{LAYERS}/{name}"
+        role = f"{backend.sublayers}/{name}"
         self._forward, self._again, self._from_kept = (
             backend.load(bundle.file(role + suffix)) for suffix in ("", "_grad", "_grad_kept")
         )
@@ -92,15 +92,16 @@ class SublayerRunner:
 
     def _parameters(self, graph: LayeredGraph, layer: int, index: int) -> dict[str, AnyArray]:
         """Frozen and trained parameters of a piece, by the graph's names."""
-        parts = {name: part for name, part in self._pieces[index].items() if name in graph.inputs}
+        pieces = self._pieces[index]
+        parts = {name: pieces[weight] for name in graph.inputs if (weight := weight_and_form(name)[0]) in pieces}
         prefix = LAYER_PREFIX.format(layer)
         linear = {
             name: Part(prefix + part.parameter, part.rows, part.columns)
             for name, part in parts.items()
-            if ".lora_" not in name and name != "norm.weight"
+            if ".lora_" not in name and name != "norm.weight" and not name.endswith(SCALES)
         }
         taken = self._linear.take(linear)
-        for name in parts.keys() - linear.keys():
+        for name in parts.keys() - taken.keys():
             if name == "norm.weight":
                 taken[name] = self._frozen.plain(prefix + parts[name].parameter)
             else:

@@ -1,4 +1,4 @@
-"""The frozen weights as the graphs take them: all resident, or dequantised into one buffer when they are used."""
+"""The frozen weights as the graphs take them: all resident, or made in reused memory where they are needed."""
 
 from __future__ import annotations
 
@@ -11,52 +11,70 @@ from numpy.typing import NDArray
 
 from edgetune.frozen import FrozenWeights
 from edgetune.pieces import Part
-from edgetune.runtimes.layered.backend import Backend
+from edgetune.runtimes.layered.backend import Allocate, Backend
+
+_WEIGHT = ".weight"
 
 
 class LinearWeights:
-    """Linear weights in the backend's storage.
+    """What graphs take of linear weights.
 
     Args:
         frozen: Where they come from.
-        backend: Dequantises them.
-        resident: Keep every weight once it is dequantised.
+        backend: Knows what becomes of them.
+        resident: Keep all that was made of a weight.
     """
 
     def __init__(self, frozen: FrozenWeights, backend: Backend, resident: bool) -> None:
         self._frozen = frozen
         self._backend = backend
-        self._resident: dict[Part, NDArray[Any]] | None = {} if resident else None
-        self._buffer: NDArray[Any] = np.empty(0, dtype=backend.storage)
+        self._resident: dict[tuple[str, Part], dict[str, NDArray[Any]]] | None = {} if resident else None
+        self._memory = _ReusedMemory()
 
     def take(self, parts: Mapping[str, Part]) -> dict[str, NDArray[Any]]:
-        """These parts of tensors, whose names are the checkpoint's; valid until the next call."""
-        if self._resident is not None:
-            for part in parts.values():
-                if part not in self._resident:
-                    self._resident[part] = np.empty(self._shape(part), dtype=self._backend.storage)
-                    self._read(part, self._resident[part])
-            return {name: self._resident[part] for name, part in parts.items()}
-        shapes = {name: self._shape(part) for name, part in parts.items()}
-        total = sum(map(math.prod, shapes.values()))
-        if total > self._buffer.size:
-            self._buffer = np.empty(total, dtype=self._backend.storage)
-        taken, start = {}, 0
-        for name, shape in shapes.items():
-            end = start + math.prod(shape)
-            taken[name] = self._buffer[start:end].reshape(shape)
-            self._read(parts[name], taken[name])
-            start = end
+        """The arrays of these inputs, valid until the next call; the parts have the checkpoint's names.
+
+        Scales come with the input whose scales they are.
+        """
+        self._memory.use_again()
+        taken = {}
+        for name, part in parts.items():
+            for suffix, array in self._arrays(weight_and_form(name)[1], part).items():
+                taken[name + suffix] = array
         return taken
 
-    def _shape(self, part: Part) -> tuple[int, int]:
-        high, wide = self._frozen.shape(part.parameter)
-        (top, bottom), (left, right) = part.rows or (0, high), part.columns or (0, wide)
-        return bottom - top, right - left
+    def _arrays(self, form: str, part: Part) -> dict[str, NDArray[Any]]:
+        if self._resident is None:
+            return self._make(form, part, self._memory.allocate)
+        if (form, part) not in self._resident:
+            self._resident[form, part] = self._make(form, part, np.empty)
+        return self._resident[form, part]
 
-    def _read(self, part: Part, out: NDArray[Any]) -> None:
-        row = 0
-        for block in self._frozen.linear(part.parameter, part.rows, part.columns):
-            rows = len(block.values)
-            self._backend.dequantise(block, out[row : row + rows])
-            row += rows
+    def _make(self, form: str, part: Part, allocate: Allocate) -> dict[str, NDArray[Any]]:
+        return self._backend.weight(form, self._frozen.linear(part.parameter, part.rows, part.columns), allocate)
+
+
+def weight_and_form(name: str) -> tuple[str, str]:
+    """`q_proj.weight.forward` takes the weight `q_proj.weight` in the form `forward`; a weight itself has none."""
+    weight, _, form = name.partition(f"{_WEIGHT}.")
+    return (weight + _WEIGHT, form) if form else (name, "")
+
+
+class _ReusedMemory:
+    """Arrays in the order in which they are asked for, always in the same memory."""
+
+    def __init__(self) -> None:
+        self._buffers: list[NDArray[np.uint8]] = []
+        self._used = 0
+
+    def use_again(self) -> None:
+        self._used = 0
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        size = math.prod(shape) * dtype.itemsize
+        if self._used == len(self._buffers):
+            self._buffers.append(np.empty(0, np.uint8))
+        if self._buffers[self._used].size < size:
+            self._buffers[self._used] = np.empty(size, np.uint8)
+        self._used += 1
+        return self._buffers[self._used - 1][:size].view(dtype).reshape(shape)

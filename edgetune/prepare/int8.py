@@ -1,0 +1,150 @@
+"""The layered form with int8 products: what multiplies a frozen weight is quantised, row by row, when it is there.
+
+A row of x becomes u = round(x / s) + 128 with s = max|x| / 127, a weight an int8 matrix with a scale for every column
+of the product (edgetune.runtimes.layered.requantise makes both from int4). Products with adapters, attention, norms and
+the head stay float32. ONNX Runtime has fast kernels for unsigned activations only; `MatMulIntegerToFloat` takes the
+scales of columns, and the row's is multiplied afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from edgetune.frozen import BACKWARD, BLOCK_SIZE, FORWARD, INT8, SCALES
+from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators
+from edgetune.prepare.shapes import dimensions, fold
+
+_CONTRIB = "com.microsoft"
+_ZERO_POINT = 128
+_LARGEST = 127.0
+_SMALLEST_ROW = 1e-30
+"""Instead of the largest magnitude of a row of zeros."""
+
+
+def build_int8(sublayers: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
+    """The graphs of the int8 plan by their names: every sublayer's, and those that requantise weights.
+
+    Args:
+        sublayers: The float32 graphs by their names; they are left as they are.
+    """
+    graphs = {name: quantise_products(ir.from_proto(ir.to_proto(graph))) for name, graph in sublayers.items()}
+    graphs |= {form: build_requantise(form) for form in (FORWARD, BACKWARD)}
+    return {f"{INT8}/{name}": graph for name, graph in graphs.items()}
+
+
+def quantise_products(model: ir.Model) -> ir.Model:
+    """Replace products with frozen weights.
+
+    Precondition: frozen weights (out, in) are inputs `…_proj.weight`, used by MatMul as they are (in the backward pass)
+    or through a Transpose (in the forward pass). Postcondition: instead of `W` the graph takes what it needs of
+    `W.forward`, int8 (in, out), with `W.forward.scales` (out), and `W.backward`, int8 (out, in), with
+    `W.backward.scales` (in).
+    """
+    graph = model.graph
+    activations: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+    for node in list(graph):
+        found = _frozen(node)
+        if found is None:
+            continue
+        x, weight, form = found
+        op = Operators()
+        if x not in activations:
+            activations[x] = _quantised_rows(op, x)
+        quantised, row_scales = activations[x]
+        matrix, scales = _operand(graph, weight, form)
+        product = op.op(
+            "MatMulIntegerToFloat",
+            [quantised, matrix, _scalar(op, 1, np.float32), scales, _scalar(op, _ZERO_POINT, np.uint8)],
+            domain=_CONTRIB,
+        )
+        result = op.op("Mul", [product, row_scales])
+        result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
+        for number, fresh in enumerate(op.nodes):
+            fresh.name = f"{node.name or node.outputs[0].name}/{number}_{fresh.op_type}"
+        ir.convenience.replace_nodes_and_values(graph, node, [node], op.nodes, [node.outputs[0]], [result])
+    model.opset_imports[_CONTRIB] = 1
+    passes.RemoveUnusedNodesPass()(model)
+    for value in list(graph.inputs):
+        if not value.uses():
+            graph.inputs.remove(value)
+    fold(model)
+    return model
+
+
+def build_requantise(form: str) -> ir.Model:
+    """Int4 blocks to int8: inputs `packed` (out, in / 2) uint8, `scales` (out, in / 32), `rows` (out): 0, 1, 2, ….
+
+    The scales are those of int4 divided by those of int8. Output `weight`: (out, in), or (in, out) for the forward
+    pass.
+    """
+    op = Operators()
+    packed = ir.val("packed", dtype=ir.DataType.UINT8, shape=("out", "packed_in"))
+    rows = ir.val("rows", dtype=ir.DataType.INT64, shape=("out",))
+    scales = ir.val("scales", dtype=ir.DataType.FLOAT, shape=("out", "blocks"))
+    weight = op.op(
+        "GatherBlockQuantized",
+        [packed, rows, scales],
+        attributes={"bits": 4, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1},
+        domain=_CONTRIB,
+    )
+    weight = op.op("QuantizeLinear", [weight, _scalar(op, 1, np.float32), _scalar(op, 0, np.int8)])
+    if form == FORWARD:
+        weight = op.op("Transpose", [weight], attributes={"perm": [1, 0]})
+    weight.name, weight.dtype = "weight", ir.DataType.INT8
+    weight.shape = ir.Shape(["in", "out"] if form == FORWARD else ["out", "in"])
+    for number, node in enumerate(op.nodes):
+        node.name = f"{number}_{node.op_type}"
+    graph = ir.Graph(
+        [packed, rows, scales], [weight], nodes=op.nodes, name=form, opset_imports={"": OPSET, _CONTRIB: 1}
+    )
+    return ir.Model(graph, ir_version=IR_VERSION)
+
+
+def _frozen(node: ir.Node) -> tuple[ir.Value, ir.Value, str] | None:
+    """What is multiplied with a frozen weight, the weight, and in which form it is taken."""
+    if node.op_type != "MatMul" or node.inputs[0] is None or node.inputs[1] is None:
+        return None
+    weight, form = node.inputs[1], BACKWARD
+    producer = weight.producer()
+    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
+        weight, form = producer.inputs[0], FORWARD
+    frozen = weight.is_graph_input() and str(weight.name).endswith("_proj.weight")
+    return (node.inputs[0], weight, form) if frozen else None
+
+
+def _quantised_rows(op: Operators, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Unsigned rows of x, and each row's scale (…, 1)."""
+    largest = op.op("ReduceMax", [x, op.integers(-1)], attributes={"keepdims": 1})
+    least = op.op("ReduceMin", [x, op.integers(-1)], attributes={"keepdims": 1})
+    bound = op.op("Max", [largest, op.op("Neg", [least]), op.floats(_SMALLEST_ROW)])
+    scaled = op.op("Mul", [x, op.op("Div", [op.floats(_LARGEST), bound])])
+    quantised = op.op("QuantizeLinear", [scaled, _scalar(op, 1, np.float32), _scalar(op, _ZERO_POINT, np.uint8)])
+    return quantised, op.op("Mul", [bound, op.floats(1 / _LARGEST)])
+
+
+def _scalar(op: Operators, value: int, dtype: type[np.generic]) -> ir.Value:
+    """Of rank 0, as scales and zero points of a whole tensor have to be."""
+    return op.constant(np.array(value, dtype=dtype))
+
+
+def _operand(graph: ir.Graph, weight: ir.Value, form: str) -> tuple[ir.Value, ir.Value]:
+    """The inputs that take the place of a weight."""
+    out, wide = dimensions(weight)
+    shapes = {FORWARD: ((wide, out), out), BACKWARD: ((out, wide), wide)}
+    matrix_shape, columns = shapes[form]
+    inputs = {str(value.name): value for value in graph.inputs}
+    found = []
+    for suffix, shape, dtype in (
+        ("", matrix_shape, ir.DataType.INT8), (SCALES, (columns,), ir.DataType.FLOAT)
+    ):  # fmt: skip
+        name = f"{weight.name}.{form}{suffix}"
+        if name not in inputs:
+            value = ir.val(name, dtype=dtype, shape=shape)
+            graph.inputs.append(value)
+            inputs[name] = value
+        found.append(inputs[name])
+    return found[0], found[1]

@@ -1,0 +1,50 @@
+"""Frozen weights as int8 matrices: for the forward pass with a scale for each row, for the backward pass of columns.
+
+A product's scales can be taken out of its sum only where they belong to what is not summed over: x·Wᵀ has one for each
+row of W, y·W one for each column.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.frozen import BACKWARD, BLOCK_SIZE, FORWARD, SCALES, Block
+from edgetune.runtimes.layered.backend import Allocate, LayeredGraph
+
+_INT8, _FLOAT = np.dtype(np.int8), np.dtype(np.float32)
+_LARGEST_INT4, _LARGEST_INT8 = 8, 127
+_SMALLEST = 1e-30
+"""The least scale, for weights that are all zero."""
+
+
+class Requantiser:
+    """Makes int8 matrices.
+
+    Args:
+        graphs: Turn int4 blocks into int8 (edgetune.prepare.int8), for the forward and for the backward pass.
+    """
+
+    def __init__(self, graphs: dict[str, LayeredGraph]) -> None:
+        self._graphs = graphs
+
+    def weight(self, form: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
+        """`W.forward`, int8 (in, out), with scales (out); or `W.backward`, int8 (out, in), with scales (in)."""
+        shape, axis = (block.shape[::-1], 1) if form == FORWARD else (block.shape, 0)
+        weight, scales = allocate(shape, _INT8), allocate(shape[1:], _FLOAT)
+        largest = np.abs(block.values if block.scales is None else block.scales).max(axis, keepdims=True)
+        if block.scales is None:
+            steps = np.maximum(largest / _LARGEST_INT8, _SMALLEST)
+            rounded = np.rint(block.values / steps)
+            weight[...] = rounded.T if form == FORWARD else rounded
+        else:
+            # An int4 weight is never larger than 8 scales, whose columns are blocks.
+            steps = np.maximum(largest * (_LARGEST_INT4 / _LARGEST_INT8), _SMALLEST)
+            rows = np.arange(len(block.values), dtype=np.int64)
+            inputs = {"packed": block.values, "rows": rows, "scales": block.scales / steps}
+            self._graphs[form].run(inputs, {"weight": weight})
+        per_column = form == BACKWARD and block.scales is not None
+        scales[...] = np.repeat(steps, BLOCK_SIZE) if per_column else steps.ravel()
+        return {"": weight, SCALES: scales}
