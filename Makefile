@@ -36,16 +36,12 @@ test-host: setup
 demo: setup
 	$(HOST) examples/demo.py
 
-bench: setup .venv/bench-installed
+bench: setup
 	$(HOST) -m benchmarks $(BENCH)
-
-.venv/bench-installed: .venv/installed requirements/bench.txt
-	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --requirement requirements/bench.txt
-	touch $@
 
 .venv/installed: pyproject.toml requirements/host.txt
 	$(PYTHON) -m venv .venv
-	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[host,test]'
+	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[host,openvino,test]'
 	touch $@
 
 # First what a device gets, in the verified versions; pytest comes on top and is not counted.

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -17,9 +17,11 @@ from packaging.specifiers import SpecifierSet
 from edgetune.errors import MissingDependencyError
 from edgetune.side_environment import REQUIREMENTS, base_interpreter, cache_folder, side_environment_version
 
-Group = Literal["device", "host", "side environment", "machine"]
+Group = Literal["device", "host", "extras", "side environment", "machine"]
 
 _PACKAGE = "edgetune"
+_EXTRAS = {"openvino": "train --runtime openvino, the fastest on Intel CPUs with bfloat16"}
+"""Extras that nothing needs, and what they are for."""
 _TRAINING = "onnxruntime-training-cpu"
 _CPU_FEATURES = (
     *("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16"),  # x86-64
@@ -65,13 +67,27 @@ def _packages() -> Iterator[Finding]:
         ) from None
     device: list[Finding] = []
     host: list[Finding] = []
+    extras: list[Finding] = []
     for requirement in map(Requirement, lines):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             device.append(_package(requirement, "device", f'pip install "{requirement.name}{requirement.specifier}"'))
         elif requirement.marker.evaluate({"extra": "host"}):
             host.append(_package(requirement, "host", 'pip install "edgetune[host]"'))
+        else:
+            named = (name for name in _EXTRAS if requirement.marker.evaluate({"extra": name}))
+            extras += [_extra(requirement, name) for name in named]
     yield from device
     yield from host
+    yield from extras
+
+
+def _extra(requirement: Requirement, name: str) -> Finding:
+    """Whoever has it should have the right version; nobody has to have it."""
+    install = f'pip install "edgetune[{name}]"'
+    finding = _package(requirement, "extras", install)
+    absent = finding.found is None
+    fix = f"{install}: {_EXTRAS[name]}" if absent else finding.fix
+    return replace(finding, needed_for=_EXTRAS[name], ok=finding.ok or absent, fix=fix)
 
 
 def _package(requirement: Requirement, group: Group, fix: str) -> Finding:

@@ -22,6 +22,8 @@ _INT4 = 0.5 + _FLOAT / BLOCK_SIZE
 """Bytes of an int4 weight with its share of a scale."""
 _ADAPTER_COPIES = 5
 """Parameters, gradients, two moments, and the copy that is written at the end."""
+_WITHOUT_FIRST = 0.7
+"""About what share of a piece's weights is not the first of its matrices."""
 _BETWEEN_GRAPHS = 6
 """Arrays of hidden states beside those between the sublayers: three gradients, two sums of pieces, one on the way."""
 
@@ -94,7 +96,6 @@ class Sizes:
         """What a piece keeps for the backward pass: numbers for each position."""
         self.stored = _INT4 if manifest.base.weights == "int4" else _FLOAT
         """Bytes of a weight in the file."""
-        self.file = next(file.size for file in manifest.files if file.path == "model.onnx.data")
 
     @property
     def head(self) -> int:
@@ -112,15 +113,16 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
     states = s.hidden * (2 * s.layers + 1 + _BETWEEN_GRAPHS)
     held = _ADAPTER_COPIES * _FLOAT * s.adapter
     held += f.storage * positions * (plan.kept_layers * layer + shared + states)
-    return int(f.base + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s, plan))
+    return int(f.base + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
 
 
 def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
     """Weights as they are multiplied that are in memory at the same time."""
     if plan.resident:
         return f.weight * s.layers * sum(s.weights.values()) + f.storage * s.head
-    pieces = (f.weight * s.weights[name] / s.pieces[name] for name in SUBLAYERS)
-    return max(*pieces, f.storage * head_tokens(s, plan) * s.hidden)
+    # The head's weight shares memory with a piece's first one.
+    rest = max(_WITHOUT_FIRST * s.weights[name] / s.pieces[name] for name in SUBLAYERS)
+    return f.weight * rest + f.storage * head_tokens(s, plan) * s.hidden
 
 
 def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
@@ -134,14 +136,16 @@ def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
         f.mlp_states * work.positions * s.inner + states + weights["mlp"],
         rows * (f.logits * tokens + f.hidden_states * s.hidden) + f.graph_weights * tokens * s.hidden,
     )
-    return sum(held) if f.together else max(held)
+    if not f.together:
+        return max(held)
+    # Where some layers are computed again and others are not, there are two graphs for the backward pass.
+    both = 0 < plan.kept_layers < s.layers
+    return (1.5 if both else 1.0) * (held[0] + held[1]) + held[2]
 
 
-def _pages(s: Sizes, plan: ExecutionPlan) -> float:
-    """Pages of the weights' file; those of streamed weights are given back after each sublayer."""
-    if plan.resident:
-        return s.file
-    return max(*(s.stored * weights for weights in s.weights.values()), s.stored * s.head)
+def _pages(s: Sizes) -> float:
+    """Pages of the weights' file, which are given back after each sublayer."""
+    return s.stored * max(*s.weights.values(), s.head)
 
 
 def head_tokens(sizes: Sizes, plan: ExecutionPlan) -> int:

@@ -30,7 +30,7 @@ def test_a_complete_installation_has_nothing_to_fix() -> None:
 def test_the_groups_come_in_order_and_test_tools_are_left_out() -> None:
     findings = examine()
     groups = list(dict.fromkeys(finding.group for finding in findings))
-    assert groups == ["device", "host", "side environment", "machine"]
+    assert groups == ["device", "host", "extras", "side environment", "machine"]
     assert "pytest" not in {finding.name for finding in findings}
 
 
@@ -50,6 +50,24 @@ def test_a_device_without_the_host_extra(monkeypatch: pytest.MonkeyPatch) -> Non
     assert named(findings, "onnxruntime-genai", "device").ok
     genai = named(findings, "onnxruntime-genai", "host")
     assert (genai.found, genai.ok, genai.wanted) == ("0.18.0", False, "==0.14.1")
+
+
+@pytest.mark.parametrize(("found", "ok"), [(None, True), ("2020.1", False), ("2026.4.0", True)])
+def test_an_extra_may_be_absent_but_not_wrong(monkeypatch: pytest.MonkeyPatch, found: str | None, ok: bool) -> None:
+    version = metadata.version
+
+    def fake(name: str) -> str:
+        if name != "openvino":
+            return version(name)
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(metadata, "version", fake)
+    openvino = named(examine(), "openvino", "extras")
+    assert (openvino.found, openvino.ok) == (found, ok)
+    assert (openvino.fix is None) == (found == "2026.4.0")
+    assert openvino.fix is None or openvino.fix.startswith('pip install "edgetune[openvino]"')
 
 
 def test_a_wrong_version_names_the_range_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:

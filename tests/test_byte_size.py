@@ -1,0 +1,37 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgetune.byte_size import parse_bytes
+from edgetune.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("3GB", 3 * 10**9),
+        ("2.5 gb", 2_500_000_000),
+        ("800MB", 8 * 10**8),
+        ("1GiB", 2**30),
+        ("512MiB", 2**29),
+        ("4096B", 4096),
+        ("1.5kB", 1500),
+        (" 2KiB ", 2048),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "3", "GB", "-1GB", "1e9B", "3 GBs", "3G", "nan GB", "3,5GB", "²GB", "3GB 4GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is no size; expected a number and one of B, kB, MB, .* such as 3GB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["0GB", "0.1B"])
+def test_nothing_is_no_budget(text: str) -> None:
+    with pytest.raises(UsageError, match="no memory at all"):
+        parse_bytes(text)

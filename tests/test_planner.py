@@ -1,0 +1,198 @@
+"""Plans and their memory: what fits, what is fastest, what is refused with what advice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import cast
+
+import pytest
+from prepared_bundles import Prepared
+
+from edgetune.byte_size import parse_bytes
+from edgetune.config import TrainConfig
+from edgetune.data.packing import Room
+from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
+from edgetune.execution import WHOLE_STEP
+from edgetune.footprint import Footprint, Sizes, Work, peak_memory
+from edgetune.manifest import BundleManifest
+from edgetune.planner import Planner
+from edgetune.runtimes import Abilities
+from edgetune.train.choice import check_plan, choose
+
+FOOTPRINT = Footprint(
+    products="fp32",
+    storage=4,
+    base=10_000_000,
+    attention_states=40.0,
+    attention_scores=8.0,
+    mlp_states=20.0,
+    hidden_states=10.0,
+    graph_weights=0.0,
+    logits=12.0,
+    together=False,
+    weight=4.0,
+    dequantise=90.0,
+)
+INT8 = replace(FOOTPRINT, products="int8", weight=2.0)
+WORK = Work(positions=256, scores=256 * 64)
+ROOMS = [Room(batch_size=4, longest=64, limit=128)]
+
+
+@pytest.fixture
+def manifest(prepared: Prepared) -> BundleManifest:
+    return prepared("grouped-query", "int4").manifest
+
+
+@pytest.fixture
+def planner(manifest: BundleManifest) -> Planner:
+    return Planner(manifest, FOOTPRINT, WORK)
+
+
+def test_with_enough_memory_nothing_is_computed_twice(planner: Planner, manifest: BundleManifest) -> None:
+    plan = planner.choose("auto", None).plan
+    assert (plan.form, plan.products, plan.resident) == ("layered", "fp32", True)
+    assert plan.kept_layers == manifest.architecture.num_hidden_layers
+    assert plan == planner.choose("keep", None).plan
+
+
+def test_less_memory_takes_more_time_and_never_more_than_there_is(planner: Planner) -> None:
+    largest = planner.choose("auto", None).peak_memory_bytes
+    smallest = planner.smallest("auto").peak_memory_bytes
+    assert smallest < largest
+    found = [planner.choose("auto", budget) for budget in range(smallest, largest + 1, (largest - smallest) // 20)]
+    assert all(p.peak_memory_bytes <= smallest + i * ((largest - smallest) // 20) for i, p in enumerate(found))
+    costs = [prediction.cost for prediction in found]
+    assert costs == sorted(costs, reverse=True)
+    assert not found[0].plan.resident
+    assert len({prediction.plan for prediction in found}) >= 2
+
+
+def test_a_budget_that_is_too_small_is_answered_with_one_that_works(planner: Planner) -> None:
+    with pytest.raises(ResourceError, match="is too small") as caught:
+        planner.choose("auto", 1_000_000)
+    advice = re.search(r"--memory-budget (\S+MB);", str(caught.value))
+    assert advice is not None
+    planner.choose("auto", parse_bytes(advice[1]))
+
+
+def test_names_hold_to_what_they_say(planner: Planner, manifest: BundleManifest) -> None:
+    keep, recompute, stream = (planner.choose(name, None).plan for name in ("keep", "recompute", "stream"))
+    layers = manifest.architecture.num_hidden_layers
+    assert [(p.kept_layers, p.resident) for p in (keep, recompute, stream)] == [(layers, True), (0, True), (0, False)]
+    assert planner.smallest("auto").plan == stream
+
+
+def test_every_term_counts(manifest: BundleManifest) -> None:
+    """Differences between plans are the bytes of what they hold more."""
+    sizes = Sizes(manifest)
+    a = manifest.architecture
+    plan = Planner(manifest, FOOTPRINT, WORK).choose("recompute", None).plan
+
+    def peak(**changes: int | bool) -> int:
+        return peak_memory(sizes, FOOTPRINT, WORK, replace(plan, **changes))
+
+    channels = 2 * a.num_attention_heads * a.head_dim + 2 * a.num_key_value_heads * a.head_dim + 2 * a.intermediate_size
+    assert peak(kept_layers=1) - peak() == 4 * WORK.positions * channels
+    weights = sum(sizes.weights.values())
+    saved = peak() - peak(resident=False)
+    everything = 4 * (a.num_hidden_layers * weights + sizes.head)
+    assert everything - 4 * (sizes.head + max(sizes.weights.values())) < saved < everything - 4 * sizes.head
+    more = peak_memory(sizes, FOOTPRINT, replace(WORK, positions=2 * WORK.positions), plan) - peak()
+    assert more >= 4 * WORK.positions * a.hidden_size * (2 * a.num_hidden_layers + 1)
+
+
+@dataclass
+class FakeRuntime:
+    """Has abilities, or is not installed."""
+
+    whole: bool = True
+    exact: Footprint | None = FOOTPRINT
+    int8: Footprint | None = None
+    preferred: bool = True
+    installed: bool = True
+
+    def abilities(self) -> Abilities:
+        if not self.installed:
+            raise MissingDependencyError("it is not installed")
+        return Abilities(self.whole, self.exact, self.int8, self.preferred)
+
+
+@contextmanager
+def runtimes(**named: FakeRuntime) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgetune.runtimes.RUNTIMES", {name: name for name in named})
+        patch.setattr("edgetune.runtimes.import_module", lambda name: cast(ModuleType, named[name]))
+        yield
+
+
+STOCK = FakeRuntime(int8=INT8)
+LAYERED_ONLY = FakeRuntime(whole=False, exact=replace(FOOTPRINT, products="bf16", storage=2))
+
+
+def chosen(manifest: BundleManifest, config: TrainConfig) -> tuple[str, str]:
+    check_plan(config)
+    choice = choose(manifest, config, ROOMS, lambda notice: None)
+    assert (choice.predicted_peak_bytes is None) == (choice.plan == WHOLE_STEP)
+    return choice.name, choice.plan.products
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ("auto", ("fast", "bf16")),
+        ("stream", ("fast", "bf16")),
+        ("whole", ("stock", "fp32")),
+        ("int8", ("stock", "int8")),
+    ],
+)
+def test_auto_takes_the_first_runtime_that_can(manifest: BundleManifest, plan: str, expected: tuple[str, str]) -> None:
+    others = {"absent": FakeRuntime(installed=False), "slow": FakeRuntime(preferred=False)}
+    with runtimes(**others, fast=LAYERED_ONLY, stock=STOCK):
+        assert chosen(manifest, TrainConfig(plan=plan)) == expected  # type: ignore[arg-type]
+
+
+def test_a_bundle_without_layers_is_trained_as_a_whole(manifest: BundleManifest) -> None:
+    old = replace(manifest, graphs=[graph for graph in manifest.graphs if not graph.role.startswith("layers/")])
+    with runtimes(fast=LAYERED_ONLY, stock=STOCK):
+        assert chosen(old, TrainConfig()) == ("stock", "fp32")
+        for config in (TrainConfig(plan="stream"), TrainConfig(memory_budget="3GB")):
+            with pytest.raises(IncompatibleError, match="no graphs under layers/"):
+                chosen(old, config)
+
+
+def test_what_a_runtime_cannot_do_is_refused(manifest: BundleManifest) -> None:
+    with runtimes(**{"openvino": LAYERED_ONLY, "onnxruntime": STOCK, "ort-training": FakeRuntime(exact=None)}):
+        for name, plan in (("openvino", "whole"), ("openvino", "int8"), ("ort-training", "stream")):
+            with pytest.raises(UsageError, match=f"--runtime {name} does not execute --plan {plan}"):
+                check_plan(TrainConfig(runtime=name, plan=plan))  # type: ignore[arg-type]
+        assert chosen(manifest, TrainConfig(runtime="ort-training")) == ("ort-training", "fp32")
+        for config in (TrainConfig(plan="whole"), TrainConfig(runtime="ort-training")):
+            with pytest.raises(UsageError, match="takes no --memory-budget"):
+                check_plan(replace(config, memory_budget="3GB"))
+        with pytest.raises(UsageError, match="is no size"):
+            check_plan(TrainConfig(memory_budget="much"))
+
+
+def test_a_budget_decides(manifest: BundleManifest) -> None:
+    with runtimes(stock=STOCK):
+        config = TrainConfig(memory_budget="1MB")
+        with pytest.raises(ResourceError, match="too small"):
+            choose(manifest, config, ROOMS, lambda notice: None)
+        roomy = choose(manifest, TrainConfig(memory_budget="8GB"), ROOMS, lambda notice: None)
+        assert roomy.plan.resident
+
+
+def test_without_a_budget_the_free_memory_decides(manifest: BundleManifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    notices: list[str] = []
+    with runtimes(stock=STOCK):
+        monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: 1_000_000)
+        tight = choose(manifest, TrainConfig(), ROOMS, notices.append)
+        assert not tight.plan.resident
+        assert "has 1.0 MB of memory free" in notices.pop()
+        monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: None)
+        assert choose(manifest, TrainConfig(), ROOMS, notices.append).plan.resident
+        assert not notices
