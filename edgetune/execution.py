@@ -20,6 +20,9 @@ class ExecutionPlan:
     """Layers whose activations are kept for the backward pass (the last ones); the others are computed again."""
     resident: bool = True
     """Keep all dequantised weights in memory; otherwise each is dequantised where it is used."""
+    lean: bool = False
+    """Of layers that are computed again keep only what enters them, in 16 bits, and compute their attention twice;
+    otherwise what enters either sublayer is kept as it is."""
     head_rows: int = 256
     """Trained rows whose logits exist at the same time."""
     head_tokens: int | None = None

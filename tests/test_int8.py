@@ -17,7 +17,7 @@ from edgetune.runtimes import stock
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 
 KEEP = ExecutionPlan("layered", products="int8", kept_layers=2, resident=True)
-STREAM = ExecutionPlan("layered", products="int8", kept_layers=1, resident=False, head_tokens=100)
+STREAM = ExecutionPlan("layered", products="int8", kept_layers=1, resident=False, lean=True, head_tokens=100)
 PROJECTION = "model.layers.1.mlp.down_proj.weight"
 
 

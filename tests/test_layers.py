@@ -22,7 +22,16 @@ from edgetune.runtimes import stock
 
 RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)
 KEEP = ExecutionPlan("layered", kept_layers=2, resident=True, head_rows=1024)
-PLANS = {"recompute": RECOMPUTE, "keep": KEEP, "keep one of two": replace(KEEP, kept_layers=1)}
+LEAN = replace(RECOMPUTE, lean=True)
+PLANS = {
+    "recompute": RECOMPUTE,
+    "keep": KEEP,
+    "keep one of two": replace(KEEP, kept_layers=1),
+    "lean": LEAN,
+    "lean, keep one of two": replace(LEAN, kept_layers=1),
+}
+PRECISION = {False: 1e-4, True: 2e-3}
+"""Largest relative error of a gradient, by whether states are kept in 16 bits."""
 DEQUANTISE = ("layers/dequantise", "layers/int8/forward", "layers/int8/backward")
 INT8 = tuple(f"layers/int8/{name}{suffix}" for name in ("attention", "mlp") for suffix in ("", "_grad", "_grad_kept"))
 OPERATORS_BEYOND_ONNX = {
@@ -47,7 +56,7 @@ def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base:
     assert result.loss == pytest.approx(loss.item(), rel=1e-4)
     for name, parameter in oracle.trainable(model).items():
         assert parameter.grad is not None
-        assert relative(found[name], parameter.grad.numpy()) <= 1e-4, name
+        assert relative(found[name], parameter.grad.numpy()) <= PRECISION[PLANS[plan].lean], name
 
 
 @each_bundle
@@ -126,14 +135,14 @@ def test_pieces_add_up(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     model = oracle.peft_model(checkpoint(variant), bundle, parameters)
     loss = oracle.loss(model, rows)
     loss.backward()
-    for plan in (RECOMPUTE, KEEP):
+    for plan in (RECOMPUTE, KEEP, LEAN):
         with stock.open_session(bundle, parameters, OPTIMIZER, plan) as session:
             result = session.step([batch_of(bundle, rows)], LEARNING_RATE)
             gradients = session.gradients()
         assert result.loss == pytest.approx(loss.item(), rel=1e-4)
         for name, parameter in oracle.trainable(model).items():
             assert parameter.grad is not None
-            assert relative(gradients[name], parameter.grad.numpy()) <= 1e-4, name
+            assert relative(gradients[name], parameter.grad.numpy()) <= PRECISION[plan.lean], name
 
 
 @pytest.fixture(autouse=True, scope="module")

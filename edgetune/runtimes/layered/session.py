@@ -18,6 +18,7 @@ from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
 from edgetune.runtimes.layered.backend import Arrays, Backend
 from edgetune.runtimes.layered.head import Head
 from edgetune.runtimes.layered.optimizer import FlatAdamW
+from edgetune.runtimes.layered.states import HiddenStates
 from edgetune.runtimes.layered.sublayer import SublayerRunner
 from edgetune.runtimes.layered.weights import LinearWeights
 from edgetune.runtimes.layered.workspace import Workspace
@@ -34,21 +35,22 @@ class LayeredSession:
         architecture = bundle.manifest.architecture
         layers = architecture.num_hidden_layers
         self._backend = backend
-        self._first_kept = layers - plan.kept_layers
+        self._first_kept, self._lean = layers - plan.kept_layers, plan.lean
         self._frozen = FrozenWeights(bundle.path)
         linear = LinearWeights(self._frozen, backend, plan.resident)
         self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), parameters, optimizer)
         self._names = list(parameters)
         self._workspace = Workspace(backend.storage)
+        self._states = HiddenStates(self._workspace, plan.lean)
         pieces = pieces_of(bundle.manifest)
-        runners = [
+        self._attention, self._mlp = (
             SublayerRunner(bundle, name, parts, backend, self._frozen, linear, self._optimizer, self._workspace)
             for name, parts in (
                 ("attention", list(attention_parts(architecture, pieces.attention))),
                 ("mlp", list(mlp_parts(architecture, pieces.mlp))),
             )
-        ]
-        self._order = [(layer, runner) for layer in range(layers) for runner in runners]
+        )
+        self._layers = range(layers)
         self._head = Head(bundle, backend, self._frozen, linear, plan)
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
@@ -80,9 +82,10 @@ class LayeredSession:
         losses, d_rows = self._head.step(self._rows(hidden, rows), labels, scale)
         self._release()
         d_output = self._workspace.like("d_hidden.0", hidden)
-        d_hidden = np.zeros(hidden.shape, dtype=np.float32)
-        d_hidden.reshape(-1, hidden.shape[-1])[rows] = d_rows
-        self._backend.store(d_hidden, d_output)
+        d_output.fill(0)
+        stored = np.empty(d_rows.shape, dtype=d_output.dtype)
+        self._backend.store(d_rows, stored)
+        d_output.reshape(-1, hidden.shape[-1])[rows] = stored
         self._backward(batch, d_output)
         return scale * float(losses.sum(dtype=np.float64))
 
@@ -90,23 +93,39 @@ class LayeredSession:
         """The last hidden state (batch, sequence, hidden_size), in storage."""
         self._workspace.fit(batch.input_ids.shape)
         shape = (*batch.input_ids.shape, self._frozen.shape(_EMBEDDING)[1])
-        hidden = self._workspace.array("hidden.0", shape)
-        self._backend.store(self._frozen.rows(_EMBEDDING, batch.input_ids), hidden)
         tables = _tables(batch)
-        for place, (layer, runner) in enumerate(self._order, start=1):
-            # Without a backward pass two arrays take turns.
-            output = self._workspace.array(f"hidden.{place if for_backward else place % 2}", shape)
-            runner.forward(layer, tables, hidden, output, keep=for_backward and layer >= self._first_kept)
-            self._release()
-            hidden = output
+        hidden = self._states.array(0, shape, kept=for_backward)
+        self._backend.store(self._frozen.rows(_EMBEDDING, batch.input_ids), hidden)
+        for layer in self._layers:
+            kept = layer >= self._first_kept
+            for number, runner in ((2 * layer, self._attention), (2 * layer + 1, self._mlp)):
+                if for_backward and self._is_kept(number):
+                    self._states.keep(number, hidden)
+                output = self._states.array(number + 1, shape, kept=for_backward and self._is_kept(number + 1))
+                runner.forward(layer, tables, hidden, output, str(layer) if for_backward and kept else None)
+                self._release()
+                hidden = output
         return hidden
 
+    def _is_kept(self, number: int) -> bool:
+        """Whether the backward pass takes this hidden state; otherwise it computes it again."""
+        return not self._lean or number % 2 == 0 or number // 2 >= self._first_kept
+
     def _backward(self, batch: Batch, d_output: NDArray[Any]) -> None:
-        tables = _tables(batch)
-        for place, (layer, runner) in reversed(list(enumerate(self._order))):
-            hidden = self._workspace.like(f"hidden.{place}", d_output)
-            d_hidden = self._workspace.like(f"d_hidden.{place % 2 + 1}", d_output)
-            runner.backward(layer, tables, hidden, d_output, d_hidden, kept=layer >= self._first_kept)
+        tables, shape = _tables(batch), d_output.shape
+        d_hidden, d_middle = (self._workspace.like(f"d_hidden.{number}", d_output) for number in (0, 1))
+        for layer in reversed(self._layers):
+            kept = str(layer) if layer >= self._first_kept else None
+            of_attention = kept
+            hidden = self._states.take(2 * layer, shape)
+            if self._is_kept(2 * layer + 1):
+                middle = self._states.take(2 * layer + 1, shape)
+            else:
+                middle, of_attention = self._states.array(2 * layer + 1, shape, kept=False), "again"
+                self._attention.forward(layer, tables, hidden, middle, of_attention)
+            self._mlp.backward(layer, tables, middle, d_output, d_middle, kept)
+            self._release()
+            self._attention.backward(layer, tables, hidden, d_middle, d_hidden, of_attention)
             self._release()
             d_output = d_hidden
 

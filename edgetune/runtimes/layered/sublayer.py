@@ -55,30 +55,33 @@ class SublayerRunner:
         outputs = bundle.manifest.graph(role).outputs
         self._kept: list[TensorSpec] = [output for output in outputs if output.name != "output"]
 
-    def forward(self, layer: int, tables: Arrays, hidden: AnyArray, output: AnyArray, *, keep: bool) -> None:
-        """Write output = hidden + f(norm(hidden)), and what the backward pass will take if `keep`."""
+    def forward(self, layer: int, tables: Arrays, hidden: AnyArray, output: AnyArray, keep: str | None) -> None:
+        """Write output = hidden + f(norm(hidden)), and, under the name `keep`, what the backward pass can take."""
         other = self._workspace.like("sum", output) if len(self._pieces) > 1 else output
         residual = hidden
         for index in range(len(self._pieces)):
             # The last piece writes to `output`.
             target = output if (len(self._pieces) - index) % 2 else other
             inputs = {**tables, **self._parameters(self._forward, layer, index), "hidden": hidden, "residual": residual}
-            kept = self._kept_arrays(layer if keep else None, index, hidden)
+            kept = self._kept_arrays(keep, index, hidden)
             self._forward.run(inputs, {"output": target, **kept})
             residual = target
 
     def backward(
-        self, layer: int, tables: Arrays, hidden: AnyArray, d_output: AnyArray, d_hidden: AnyArray, *, kept: bool
+        self, layer: int, tables: Arrays, hidden: AnyArray, d_output: AnyArray, d_hidden: AnyArray, kept: str | None
     ) -> None:
-        """Write the gradient of `hidden`, and add those of the LoRA parameters to the optimizer's."""
-        graph = self._from_kept if kept else self._again
+        """Write the gradient of `hidden`, and add those of the LoRA parameters to the optimizer's.
+
+        What the forward pass kept under the name `kept` is taken; without it is computed again.
+        """
+        graph = self._again if kept is None else self._from_kept
         other = self._workspace.like("d_sum", d_hidden) if len(self._pieces) > 1 else d_hidden
         carry = d_output
         for index, parts in enumerate(self._pieces):
             target = d_hidden if (len(self._pieces) - index) % 2 else other
             inputs = {**tables, **self._parameters(graph, layer, index), "hidden": hidden, "output.grad": d_output}
-            if kept:
-                inputs |= self._kept_arrays(layer, index, hidden)
+            if kept is not None:
+                inputs |= self._kept_arrays(kept, index, hidden)
             sums = {
                 name: _part(self._optimizer.gradient, parts[name.removesuffix(".grad")], layer)
                 for name in graph.outputs
@@ -108,13 +111,13 @@ class SublayerRunner:
                 taken[name] = np.ascontiguousarray(_part(self._optimizer.parameter, parts[name], layer))
         return taken
 
-    def _kept_arrays(self, layer: int | None, index: int, hidden: AnyArray) -> dict[str, AnyArray]:
-        """Where a piece's activations are kept; in the same place for all layers when `layer` is none."""
+    def _kept_arrays(self, place: str | None, index: int, hidden: AnyArray) -> dict[str, AnyArray]:
+        """Where a piece's activations are kept; the same for all pieces when they are not."""
         batch, sequence = hidden.shape[:2]
         sizes = {"batch": batch, "sequence": sequence}
         return {
             spec.name: self._workspace.array(
-                f"{self.name}.{spec.name}.{layer}.{index if layer is not None else None}",
+                f"{self.name}.{spec.name}.{place}.{index if place is not None else None}",
                 tuple(size if isinstance(size, int) else sizes[size] for size in spec.shape),
             )
             for spec in self._kept

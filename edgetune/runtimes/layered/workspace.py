@@ -12,11 +12,11 @@ class Workspace:
     """Named arrays.
 
     Args:
-        storage: Their type.
+        storage: Their type, unless another is asked for.
     """
 
     def __init__(self, storage: np.dtype[Any]) -> None:
-        self._storage = storage
+        self.storage = storage
         self._shape: tuple[int, ...] = ()
         self._arrays: dict[str, NDArray[Any]] = {}
 
@@ -26,10 +26,10 @@ class Workspace:
             self._arrays.clear()
             self._shape = shape
 
-    def array(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
         """The array called so; its values are those it had when it was last used."""
         if name not in self._arrays:
-            self._arrays[name] = np.empty(shape, dtype=self._storage)
+            self._arrays[name] = np.empty(shape, dtype=dtype or self.storage)
         return self._arrays[name]
 
     def like(self, name: str, other: NDArray[Any]) -> NDArray[Any]:
