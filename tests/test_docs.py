@@ -222,7 +222,7 @@ def test_the_native_recipe_trains_as_edgetune_does(
     lines = [json.dumps({"line": row.line, "input_ids": row.input_ids, "labels": row.labels}) for row in rows]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     printed = run_code(python_of("native.md"), tmp_path, monkeypatch, capsys)
-    config = TrainConfig(epochs=1, learning_rate=1e-3, schedule="constant", shuffle=False)
+    config = TrainConfig("onnxruntime", epochs=1, learning_rate=1e-3, schedule="constant", shuffle=False)
     train_golden(tmp_path / "adapter", config)
     metrics = [json.loads(line) for line in (tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()]
     expected = [number for step in metrics for number in (step["loss"], step["grad_norm"])]
