@@ -22,10 +22,11 @@ def open_graph(model: Path | bytes, weights_folder: Path | None = None) -> onnxr
     """
     import onnxruntime
 
-    _share_threads_and_memory()
+    _share_memory()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    options.use_per_session_threads = False
+    # Threads of one graph that wait for more work would take the processor from the next graph.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.use_env_allocators", "1")
     # A plan for the memory of one shape is not worth what it holds: batches differ in shape.
     options.enable_mem_pattern = False
@@ -39,15 +40,10 @@ def open_graph(model: Path | bytes, weights_folder: Path | None = None) -> onnxr
 
 
 @cache
-def _share_threads_and_memory() -> None:
-    """One thread pool and one allocator for all graphs of the process, which run one at a time.
-
-    Threads of one graph that wait for more work would take the processor from the next, and each graph would hold what
-    it once needed.
-    """
+def _share_memory() -> None:
+    """One allocator for all graphs of the process, which run one at a time: each alone would hold what it once needed."""
     import onnxruntime as ort
 
     ort.disable_telemetry_events()
-    ort.set_global_thread_pool_sizes(0, 1)
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED}))
