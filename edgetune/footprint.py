@@ -24,6 +24,10 @@ _ADAPTER_COPIES = 5
 """Parameters, gradients, two moments, and the copy that is written at the end."""
 _WITHOUT_FIRST = 0.7
 """About what share of a piece's weights is not the first of its matrices."""
+_HALF = 2
+"""Bytes of a hidden state's number that a lean plan keeps."""
+_TURNS = 2
+"""Arrays in which a lean plan computes hidden states by turns."""
 _BETWEEN_GRAPHS = 6
 """Arrays of hidden states beside those between the sublayers: three gradients, two sums of pieces, one on the way."""
 
@@ -108,12 +112,22 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
     s, f = sizes, footprint
     positions = work.positions
     layer = sum(s.pieces[name] * s.kept[name] for name in SUBLAYERS)
-    # A layer that keeps nothing writes what it could keep to one place that all of them share.
+    # A layer that keeps nothing writes what it could keep to one place that all of them share; a lean one its
+    # attention's to a place for each piece.
     shared = 0 if plan.kept_layers == s.layers else sum(s.kept.values())
-    states = s.hidden * (2 * s.layers + 1 + _BETWEEN_GRAPHS)
-    held = _ADAPTER_COPIES * _FLOAT * s.adapter
-    held += f.storage * positions * (plan.kept_layers * layer + shared + states)
+    if plan.lean and shared:
+        shared += s.pieces["attention"] * s.kept["attention"]
+    held = _ADAPTER_COPIES * _FLOAT * s.adapter + positions * s.hidden * _states(s, f, plan)
+    held += f.storage * positions * (plan.kept_layers * layer + shared)
     return int(f.base + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
+
+
+def _states(s: Sizes, f: Footprint, plan: ExecutionPlan) -> int:
+    """Bytes of all hidden states for each position and channel."""
+    if not plan.lean:
+        return f.storage * (2 * s.layers + 1 + _BETWEEN_GRAPHS)
+    # What enters a layer; of layers that keep their activations, what enters the feed-forward network as well.
+    return _HALF * (s.layers + 1 + plan.kept_layers) + f.storage * (_TURNS + _BETWEEN_GRAPHS)
 
 
 def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:

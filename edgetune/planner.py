@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from edgetune.byte_size import bytes_text
 from edgetune.config import PlanName
@@ -17,6 +18,8 @@ from edgetune.pieces import MOST_WEIGHTS
 _HEAD_LOGITS = 8 << 20
 """Logits that exist at the same time in the head."""
 _FEWEST_HEAD_ROWS = 32
+_HALF = 2
+"""Bytes of 16 bits."""
 _TOKENS_MULTIPLE = 64
 """A piece of the vocabulary is a multiple of this large."""
 
@@ -47,7 +50,7 @@ class Planner:
         self._work = work
 
     def choose(self, name: PlanName, budget: int | None) -> Prediction:
-        """The fastest of the plans that `name` allows and `budget` has room for.
+        """The fastest of the plans that `name` allows and `budget` has room for; of `stream`, the smallest.
 
         Args:
             name: `auto`, or what to hold it to; not `whole`.
@@ -59,13 +62,17 @@ class Planner:
         found = [self.predict(plan) for plan in self._plans(name)]
         fitting = [prediction for prediction in found if budget is None or prediction.peak_memory_bytes <= budget]
         if fitting:
-            return min(fitting, key=lambda prediction: (prediction.cost, prediction.peak_memory_bytes))
-        smallest = min(found, key=lambda prediction: prediction.peak_memory_bytes)
+            return self.smallest(name) if name == "stream" else min(fitting, key=lambda prediction: prediction.cost)
+        needed = self._smallest_budget(name)
+        streamed = "" if name in ("stream", "int8") else f", or --plan stream and {self._smallest_budget('stream')}"
         raise ResourceError(
             f"a memory budget of {bytes_text(budget or 0)} is too small: the smallest plan for this bundle and these "
-            f"rows needs --memory-budget {math.ceil(smallest.peak_memory_bytes / 1e6)}MB; give that, or have fewer or "
-            "shorter rows in a batch (--batch-size, --truncate)"
+            f"rows needs --memory-budget {needed}; give that{streamed}, or have fewer or shorter rows in a batch "
+            "(--batch-size, --truncate)"
         )
+
+    def _smallest_budget(self, name: PlanName) -> str:
+        return f"{math.ceil(self.smallest(name).peak_memory_bytes / 1e6)}MB"
 
     def smallest(self, name: PlanName) -> Prediction:
         """The plan that needs the least memory of those that `name` allows."""
@@ -84,8 +91,14 @@ class Planner:
             for tokens in [s.vocabulary] if resident else {s.vocabulary, self._fewest_tokens()}:
                 rows = max(_FEWEST_HEAD_ROWS, _HEAD_LOGITS // tokens)
                 plan = ExecutionPlan("layered", self._footprint.products, resident=resident, head_rows=rows)
-                for count in kept:
-                    yield replace(plan, kept_layers=count, head_tokens=tokens if tokens < s.vocabulary else None)
+                plan = replace(plan, head_tokens=tokens if tokens < s.vocabulary else None)
+                for count, lean in product(kept, self._lean(name)):
+                    yield replace(plan, kept_layers=count, lean=lean)
+
+    def _lean(self, name: PlanName) -> list[bool]:
+        """Whether plans may be lean: those of `auto` only where 16 bits are what there is anyway."""
+        exact = self._footprint.storage == _HALF
+        return [False, True] if name in ("stream", "int8") or (name == "auto" and exact) else [False]
 
     def _fewest_tokens(self) -> int:
         """A piece of the head's weight that is as large as a sublayer's piece."""
@@ -98,10 +111,13 @@ class Planner:
         products = 2.0 * s.layers * sum(s.weights.values())
         again = sum(s.weights[name] - s.hidden * width for name, width in self._last_products().items())
         products += again * (s.layers - plan.kept_layers)
+        if plan.lean:
+            products += s.weights["attention"] * (s.layers - plan.kept_layers)
         passes = 2 if head_tokens(s, plan) == s.vocabulary else 3
         cost = (products + passes * s.head) * positions
         if not plan.resident:
             read = 2 * s.layers * sum(s.weights.values()) + (passes - 1) * s.head
+            read += s.weights["attention"] * (s.layers - plan.kept_layers) if plan.lean else 0
             cost += self._footprint.dequantise * read
         return cost
 

@@ -13,7 +13,7 @@ import pytest
 from prepared_bundles import Prepared
 
 from edgetune.byte_size import parse_bytes
-from edgetune.config import TrainConfig
+from edgetune.config import PlanName, TrainConfig
 from edgetune.data.packing import Room
 from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP
@@ -83,7 +83,17 @@ def test_names_hold_to_what_they_say(planner: Planner, manifest: BundleManifest)
     keep, recompute, stream = (planner.choose(name, None).plan for name in ("keep", "recompute", "stream"))
     layers = manifest.architecture.num_hidden_layers
     assert [(p.kept_layers, p.resident) for p in (keep, recompute, stream)] == [(layers, True), (0, True), (0, False)]
-    assert planner.smallest("auto").plan == stream
+    assert planner.smallest("auto").peak_memory_bytes >= planner.smallest("stream").peak_memory_bytes
+
+
+def test_lean_plans_are_exact_where_16_bits_are_all_there_is(manifest: BundleManifest) -> None:
+    def lean(footprint: Footprint, name: PlanName = "auto") -> set[bool]:
+        return {plan.lean for plan in Planner(manifest, footprint, WORK)._plans(name)}
+
+    assert lean(FOOTPRINT) == {False}
+    assert lean(replace(FOOTPRINT, storage=2)) == lean(INT8, "int8") == lean(FOOTPRINT, "stream") == {False, True}
+    deep = replace(manifest, architecture=replace(manifest.architecture, num_hidden_layers=32))
+    assert Planner(deep, FOOTPRINT, WORK).choose("stream", None).plan.lean
 
 
 def test_every_term_counts(manifest: BundleManifest) -> None:

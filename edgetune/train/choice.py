@@ -13,7 +13,7 @@ from edgetune.errors import IncompatibleError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint, Work
 from edgetune.free_memory import free_memory_bytes
-from edgetune.frozen import LAYERS
+from edgetune.frozen import INT8, LAYERS
 from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Abilities, Runtime, find_runtime, preferred_runtimes
@@ -68,10 +68,12 @@ def choose(
         ResourceError: No plan fits into the memory budget.
         UsageError: No runtime executes the plan.
     """
-    layered = any(graph.role.startswith(f"{LAYERS}/") for graph in manifest.graphs)
+    folder = f"{LAYERS}/{INT8}/" if config.plan == "int8" else f"{LAYERS}/"
+    layered = any(graph.role.startswith(folder) for graph in manifest.graphs)
     if not layered and (config.plan not in ("auto", "whole") or config.memory_budget or config.runtime == "openvino"):
         raise IncompatibleError(
-            f"the bundle has no graphs under {LAYERS}/, so that all it can do is --plan whole; prepare it again"
+            f"the bundle has no graphs under {folder}; prepare it again, or leave --runtime and --plan at auto and "
+            "give no --memory-budget"
         )
     plan: PlanName = config.plan if layered else "whole"
     name = config.runtime if config.runtime != "auto" else _fastest(plan)
