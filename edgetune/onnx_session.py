@@ -41,7 +41,7 @@ def open_graph(model: Path | bytes, weights_folder: Path | None = None) -> onnxr
 
 @cache
 def _share_memory() -> None:
-    """One allocator for all graphs of the process, which run one at a time: each alone would hold what it once needed."""
+    """One allocator for all graphs of the process: each of its own would hold what its graph once needed."""
     import onnxruntime as ort
 
     ort.disable_telemetry_events()
