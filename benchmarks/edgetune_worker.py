@@ -22,7 +22,8 @@ from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.data.packing import Room
-from edgetune.runtimes import OptimizerConfig, Parameters, Session
+from edgetune.execution import ExecutionPlan
+from edgetune.runtimes import OptimizerConfig, Parameters, Session, find_runtime
 from edgetune.train.choice import Choice, choose
 
 Gradients = dict[str, NDArray[np.float64]]
@@ -65,6 +66,16 @@ def measure_edgetune(experiment: Training, contestant: Edgetune, folder: Path) -
         found = time_steps(experiment, lambda: session.step([batch], LEARNING_RATE).loss, opened)
     predicted = choice.predicted_peak_bytes
     return found if predicted is None else {**found, "predicted_peak": float(predicted)}
+
+
+def step_once(contestant: Edgetune, workload: Workload, folder: Path, plan: ExecutionPlan) -> None:
+    """Run one step by this very plan."""
+    bundle = open_bundle(folder)
+    batch, _ = _batch(bundle, workload)
+    parameters = initial_parameters(bundle.manifest.lora, seed=0)
+    runtime = find_runtime(contestant.runtime)
+    with runtime.open_session(bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM), plan) as session:
+        session.step([batch], LEARNING_RATE)
 
 
 def measure_cosine(experiment: GradientCosine, folders: Mapping[Edgetune, Path]) -> dict[str, float]:

@@ -1,0 +1,147 @@
+"""Find the constants of a runtime's `Footprint`: `python -m benchmarks.footprints RUNTIME CACHE [--products int8]`.
+
+Steps of several shapes and plans run in fresh processes; the constants are those with which `edgetune.footprint` comes
+closest to their high-water marks, relative to each. Printed beside them: every measurement, predicted and found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.cache import Cache
+from benchmarks.edgetune_worker import step_once
+from benchmarks.experiments import Edgetune, Training, Workload
+from benchmarks.models import FULL, SMALL, with_layers
+from benchmarks.process import run_watched
+from benchmarks.record import read_experiment, write_experiment
+from edgetune.bundle import open_bundle
+from edgetune.execution import ExecutionPlan
+from edgetune.footprint import Footprint, Sizes, Work, peak_memory
+from edgetune.manifest import BundleManifest
+from edgetune.runtimes import find_runtime
+
+CONSTANTS = ("base", "attention_states", "attention_scores", "mlp_states", "hidden_states", "graph_weights", "logits")
+"""What is fitted; all else of a `Footprint` is known."""
+WIDE = with_layers(FULL, 4)
+_STREAM = ExecutionPlan("layered", resident=False, head_rows=1024)
+_PIECES = replace(_STREAM, head_rows=2595, head_tokens=3232)
+GRID: tuple[tuple[Workload, ExecutionPlan], ...] = (
+    (Workload(SMALL, 1, 128), _STREAM),
+    (Workload(SMALL, 1, 512), _STREAM),
+    (Workload(SMALL, 1, 1024), _STREAM),
+    (Workload(SMALL, 4, 256), _STREAM),
+    (Workload(SMALL, 8, 256), _STREAM),
+    (Workload(SMALL, 4, 256), replace(_STREAM, head_tokens=1024)),
+    (Workload(SMALL, 4, 256), replace(_STREAM, kept_layers=6, resident=True)),
+    (Workload(WIDE, 1, 128), _PIECES),
+    (Workload(WIDE, 1, 512), _PIECES),
+    (Workload(WIDE, 4, 128), _PIECES),
+    (Workload(WIDE, 1, 256), replace(_STREAM, head_rows=261)),
+)
+_ROUNDS = 30
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured step."""
+
+    manifest: BundleManifest
+    work: Work
+    plan: ExecutionPlan
+    peak: int
+
+    def predict(self, footprint: Footprint) -> int:
+        """What `edgetune.footprint` says, in bytes."""
+        return peak_memory(Sizes(self.manifest), footprint, self.work, self.plan)
+
+
+def measure(runtime: str, cache: Cache, workload: Workload, plan: ExecutionPlan) -> Sample:
+    """Run a step in a process of its own."""
+    cache.make_bundle(workload.model, "int4", print)
+    folder = cache.bundle(workload.model, "int4")
+    training = write_experiment(Training(Edgetune(runtime), workload, steps=0))
+    task = json.dumps([training, str(folder), asdict(plan)])
+    finished = run_watched([sys.executable, "-m", "benchmarks.footprints", "--task", task])
+    work = Work(workload.tokens, workload.tokens * workload.length)
+    return Sample(open_bundle(folder).manifest, work, plan, finished.memory.resident)
+
+
+def fit(samples: Sequence[Sample], start: Footprint) -> Footprint:
+    """The constants, none negative, with the least squares of relative errors.
+
+    The prediction is linear in them but for the choice of the largest graph, so that it is solved again and again.
+    """
+    found = start
+    peaks = np.array([sample.peak for sample in samples], dtype=float)
+    for _ in range(_ROUNDS):
+        base = np.array([sample.predict(found) for sample in samples], dtype=float)
+        steps = {name: 1e6 if name == "base" else 1.0 for name in CONSTANTS}
+        columns = []
+        for name, step in steps.items():
+            moved = _with(found, {name: getattr(found, name) + step})
+            columns.append((np.array([sample.predict(moved) for sample in samples]) - base) / step)
+        values = np.array([getattr(found, name) for name in CONSTANTS], dtype=float)
+        slopes = np.stack(columns, axis=1)
+        target = peaks - base + slopes @ values
+        solved = _not_negative(slopes / peaks[:, None], target / peaks)
+        # Half of the way: which graph is the largest may change.
+        found = _with(found, dict(zip(CONSTANTS, ((values + solved) / 2).tolist(), strict=True)))
+    return found
+
+
+def _with(footprint: Footprint, values: Mapping[str, Any]) -> Footprint:
+    return replace(footprint, **values)
+
+
+def _not_negative(matrix: NDArray[Any], target: NDArray[Any]) -> NDArray[Any]:
+    """Least squares; what would be negative is left out."""
+    kept = list(range(matrix.shape[1]))
+    scale = np.linalg.norm(matrix, axis=0) + 1e-30
+    while True:
+        solution = np.zeros(matrix.shape[1])
+        solution[kept] = np.linalg.lstsq(matrix[:, kept] / scale[kept], target, rcond=None)[0]
+        worst = min(kept, key=lambda index: solution[index])
+        if solution[worst] >= 0:
+            return np.asarray(solution / scale)
+        kept.remove(worst)
+
+
+def main() -> None:
+    """Measure, fit and print; or, with `--task`, be one of the processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runtime", nargs="?", default="onnxruntime")
+    parser.add_argument("cache", nargs="?", type=Path, default=Path("benchmarks/.cache"))
+    parser.add_argument("--products", choices=("exact", "int8"), default="exact")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.task:
+        training, folder, plan = json.loads(asked.task)
+        experiment = cast(Training, read_experiment(training))
+        step_once(cast(Edgetune, experiment.contestant), experiment.workload, Path(folder), ExecutionPlan(**plan))
+        return
+    abilities = find_runtime(asked.runtime).abilities()
+    start = abilities.int8 if asked.products == "int8" else abilities.exact
+    if start is None:
+        sys.exit(f"{asked.runtime} does not execute the layered form with {asked.products} products")
+    cache = Cache(asked.cache)
+    samples = [
+        measure(asked.runtime, cache, workload, replace(plan, products=start.products)) for workload, plan in GRID
+    ]
+    found = fit(samples, start)
+    print(*(f"{name}={getattr(found, name):,.1f}" for name in CONSTANTS), sep="\n")
+    for sample in samples:
+        now, new = (sample.predict(footprint) / sample.peak - 1 for footprint in (start, found))
+        print(f"{sample.work} {sample.plan}: {sample.peak / 1e6:.0f} MB, as it is {now:+.1%}, fitted {new:+.1%}")
+
+
+if __name__ == "__main__":
+    main()
