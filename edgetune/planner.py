@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from edgetune.byte_size import bytes_text
 from edgetune.config import PlanName
-from edgetune.errors import ResourceError
 from edgetune.execution import ExecutionPlan
 from edgetune.footprint import SUBLAYERS, Footprint, Sizes, Work, head_tokens, peak_memory
 from edgetune.manifest import BundleManifest
-from edgetune.pieces import MOST_WEIGHTS
 
 _HEAD_LOGITS = 8 << 20
 """Logits that exist at the same time in the head."""
@@ -49,30 +45,19 @@ class Planner:
         self._footprint = footprint
         self._work = work
 
-    def choose(self, name: PlanName, budget: int | None) -> Prediction:
+    def choose(self, name: PlanName, budget: int | None) -> Prediction | None:
         """The fastest of the plans that `name` allows and `budget` has room for; of `stream`, the smallest.
 
         Args:
             name: `auto`, or what to hold it to; not `whole`.
             budget: Bytes; none is as much as there is.
 
-        Raises:
-            ResourceError: None fits; says what the smallest needs.
+        Returns:
+            None when no plan fits.
         """
-        found = [self.predict(plan) for plan in self._plans(name)]
+        found = [self.smallest(name)] if name == "stream" else [self.predict(plan) for plan in self._plans(name)]
         fitting = [prediction for prediction in found if budget is None or prediction.peak_memory_bytes <= budget]
-        if fitting:
-            return self.smallest(name) if name == "stream" else min(fitting, key=lambda prediction: prediction.cost)
-        needed = self._smallest_budget(name)
-        streamed = "" if name in ("stream", "int8") else f", or --plan stream and {self._smallest_budget('stream')}"
-        raise ResourceError(
-            f"a memory budget of {bytes_text(budget or 0)} is too small: the smallest plan for this bundle and these "
-            f"rows needs --memory-budget {needed}; give that{streamed}, or have fewer or shorter rows in a batch "
-            "(--batch-size, --truncate)"
-        )
-
-    def _smallest_budget(self, name: PlanName) -> str:
-        return f"{math.ceil(self.smallest(name).peak_memory_bytes / 1e6)}MB"
+        return min(fitting, key=lambda prediction: prediction.cost, default=None)
 
     def smallest(self, name: PlanName) -> Prediction:
         """The plan that needs the least memory of those that `name` allows."""
@@ -102,8 +87,10 @@ class Planner:
 
     def _fewest_tokens(self) -> int:
         """A piece of the head's weight that is as large as a sublayer's piece."""
-        tokens = MOST_WEIGHTS // self._sizes.hidden // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE
-        return min(self._sizes.vocabulary, max(_TOKENS_MULTIPLE, tokens))
+        s = self._sizes
+        piece = max(s.weights[name] // s.pieces[name] for name in SUBLAYERS)
+        tokens = piece // s.hidden // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE
+        return min(s.vocabulary, max(_TOKENS_MULTIPLE, tokens))
 
     def _cost(self, plan: ExecutionPlan) -> float:
         s, positions = self._sizes, self._work.positions

@@ -19,7 +19,7 @@ from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceE
 from edgetune.execution import WHOLE_STEP
 from edgetune.footprint import Footprint, Sizes, Work, peak_memory
 from edgetune.manifest import BundleManifest
-from edgetune.planner import Planner
+from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Abilities
 from edgetune.train.choice import check_plan, choose
 
@@ -52,18 +52,24 @@ def planner(manifest: BundleManifest) -> Planner:
     return Planner(manifest, FOOTPRINT, WORK)
 
 
+def best(planner: Planner, name: PlanName = "auto", budget: int | None = None) -> Prediction:
+    found = planner.choose(name, budget)
+    assert found is not None
+    return found
+
+
 def test_with_enough_memory_nothing_is_computed_twice(planner: Planner, manifest: BundleManifest) -> None:
-    plan = planner.choose("auto", None).plan
+    plan = best(planner).plan
     assert (plan.form, plan.products, plan.resident) == ("layered", "fp32", True)
     assert plan.kept_layers == manifest.architecture.num_hidden_layers
-    assert plan == planner.choose("keep", None).plan
+    assert plan == best(planner, "keep").plan
 
 
 def test_less_memory_takes_more_time_and_never_more_than_there_is(planner: Planner) -> None:
-    largest = planner.choose("auto", None).peak_memory_bytes
+    largest = best(planner).peak_memory_bytes
     smallest = planner.smallest("auto").peak_memory_bytes
     assert smallest < largest
-    found = [planner.choose("auto", budget) for budget in range(smallest, largest + 1, (largest - smallest) // 20)]
+    found = [best(planner, "auto", budget) for budget in range(smallest, largest + 1, (largest - smallest) // 20)]
     assert all(p.peak_memory_bytes <= smallest + i * ((largest - smallest) // 20) for i, p in enumerate(found))
     costs = [prediction.cost for prediction in found]
     assert costs == sorted(costs, reverse=True)
@@ -71,16 +77,8 @@ def test_less_memory_takes_more_time_and_never_more_than_there_is(planner: Plann
     assert len({prediction.plan for prediction in found}) >= 2
 
 
-def test_a_budget_that_is_too_small_is_answered_with_one_that_works(planner: Planner) -> None:
-    with pytest.raises(ResourceError, match="is too small") as caught:
-        planner.choose("auto", 1_000_000)
-    advice = re.search(r"--memory-budget (\S+MB);", str(caught.value))
-    assert advice is not None
-    planner.choose("auto", parse_bytes(advice[1]))
-
-
 def test_names_hold_to_what_they_say(planner: Planner, manifest: BundleManifest) -> None:
-    keep, recompute, stream = (planner.choose(name, None).plan for name in ("keep", "recompute", "stream"))
+    keep, recompute, stream = (best(planner, name).plan for name in ("keep", "recompute", "stream"))
     layers = manifest.architecture.num_hidden_layers
     assert [(p.kept_layers, p.resident) for p in (keep, recompute, stream)] == [(layers, True), (0, True), (0, False)]
     assert planner.smallest("auto").peak_memory_bytes >= planner.smallest("stream").peak_memory_bytes
@@ -93,14 +91,14 @@ def test_lean_plans_are_exact_where_16_bits_are_all_there_is(manifest: BundleMan
     assert lean(FOOTPRINT) == {False}
     assert lean(replace(FOOTPRINT, storage=2)) == lean(INT8, "int8") == lean(FOOTPRINT, "stream") == {False, True}
     deep = replace(manifest, architecture=replace(manifest.architecture, num_hidden_layers=32))
-    assert Planner(deep, FOOTPRINT, WORK).choose("stream", None).plan.lean
+    assert best(Planner(deep, FOOTPRINT, WORK), "stream").plan.lean
 
 
 def test_every_term_counts(manifest: BundleManifest) -> None:
     """Differences between plans are the bytes of what they hold more."""
     sizes = Sizes(manifest)
     a = manifest.architecture
-    plan = Planner(manifest, FOOTPRINT, WORK).choose("recompute", None).plan
+    plan = best(Planner(manifest, FOOTPRINT, WORK), "recompute").plan
 
     def peak(**changes: int | bool) -> int:
         return peak_memory(sizes, FOOTPRINT, WORK, replace(plan, **changes))
@@ -187,13 +185,24 @@ def test_what_a_runtime_cannot_do_is_refused(manifest: BundleManifest) -> None:
             check_plan(TrainConfig(memory_budget="much"))
 
 
-def test_a_budget_decides(manifest: BundleManifest) -> None:
+def test_a_budget_that_is_too_small_is_answered_with_one_that_works(manifest: BundleManifest) -> None:
     with runtimes(stock=STOCK):
-        config = TrainConfig(memory_budget="1MB")
+        with pytest.raises(ResourceError, match="a memory budget of 1MB is too small") as caught:
+            chosen(manifest, TrainConfig(memory_budget="1MB"))
+        advice = re.search(r"--memory-budget (\S+MB);", str(caught.value))
+        assert advice is not None
+        chosen(manifest, TrainConfig(memory_budget=advice[1]))
+        with pytest.raises(ResourceError):
+            chosen(manifest, TrainConfig(memory_budget=f"{parse_bytes(advice[1]) - 10**6}B"))
+
+
+def test_auto_goes_on_to_a_runtime_with_room(manifest: BundleManifest) -> None:
+    large = replace(LAYERED_ONLY, exact=replace(FOOTPRINT, products="bf16", storage=2, base=10**9))
+    with runtimes(fast=large, stock=STOCK):
+        assert chosen(manifest, TrainConfig(memory_budget="2GB"))[0] == "fast"
+        assert chosen(manifest, TrainConfig(memory_budget="500MB"))[0] == "stock"
         with pytest.raises(ResourceError, match="too small"):
-            choose(manifest, config, ROOMS, lambda notice: None)
-        roomy = choose(manifest, TrainConfig(memory_budget="8GB"), ROOMS, lambda notice: None)
-        assert roomy.plan.resident
+            chosen(manifest, TrainConfig(runtime="fast", memory_budget="500MB"))  # type: ignore[arg-type]
 
 
 def test_without_a_budget_the_free_memory_decides(manifest: BundleManifest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -76,23 +77,40 @@ def choose(
             "give no --memory-budget"
         )
     plan: PlanName = config.plan if layered else "whole"
-    name = config.runtime if config.runtime != "auto" else _fastest(plan)
-    runtime = find_runtime(name)
-    abilities = runtime.abilities()
-    footprint = _check(name, abilities, plan)
-    if footprint is None:
-        return Choice(name, runtime, WHOLE_STEP, None)
-    planner = Planner(manifest, footprint, reduce(_larger, rooms, Work(0, 0)))
-    prediction = _prediction(planner, config, notice)
-    return Choice(name, runtime, prediction.plan, prediction.peak_memory_bytes)
+    work = reduce(_larger, rooms, Work(0, 0))
+    planned = []
+    for name in [config.runtime] if config.runtime != "auto" else _able(plan):
+        runtime = find_runtime(name)
+        footprint = _check(name, runtime.abilities(), plan)
+        if footprint is None:
+            return Choice(name, runtime, WHOLE_STEP, None)
+        planned.append(_Planned(name, runtime, Planner(manifest, footprint, work)))
+    return _fitting(planned, config, notice)
 
 
-def _fastest(plan: PlanName) -> str:
+@dataclass(frozen=True)
+class _Planned:
+    name: str
+    runtime: Runtime
+    planner: Planner
+
+    def choice(self, prediction: Prediction) -> Choice:
+        return Choice(self.name, self.runtime, prediction.plan, prediction.peak_memory_bytes)
+
+    def smallest(self, plan: PlanName) -> Choice:
+        return self.choice(self.planner.smallest(plan))
+
+
+def _able(plan: PlanName) -> list[str]:
+    """The runtimes that `auto` may take for a plan, the fastest first."""
+    able = []
     for name in preferred_runtimes():
         abilities = find_runtime(name).abilities()
         if abilities.whole if plan == "whole" else _footprint(abilities, plan):
-            return name
-    raise UsageError(f"no runtime that is installed here executes --plan {plan}; see `edgetune doctor`")
+            able.append(name)
+    if not able:
+        raise UsageError(f"no runtime that is installed here executes --plan {plan}; see `edgetune doctor`")
+    return able
 
 
 def _check(name: str, abilities: Abilities, plan: PlanName) -> Footprint | None:
@@ -107,19 +125,36 @@ def _footprint(abilities: Abilities, plan: PlanName) -> Footprint | None:
     return abilities.int8 if plan == "int8" else abilities.exact
 
 
-def _prediction(planner: Planner, config: TrainConfig, notice: Callable[[str], None]) -> Prediction:
-    if config.memory_budget is not None:
-        return planner.choose(config.plan, parse_bytes(config.memory_budget))
+def _fitting(planned: Sequence[_Planned], config: TrainConfig, notice: Callable[[str], None]) -> Choice:
+    """Of the fastest runtime that has a plan which fits, the fastest such plan."""
+    budget = None if config.memory_budget is None else parse_bytes(config.memory_budget)
     free = free_memory_bytes()
-    try:
-        return planner.choose(config.plan, None if free is None else int(_SHARE * free))
-    except ResourceError:
-        prediction = planner.smallest(config.plan)
+    limit = budget or (None if free is None else int(_SHARE * free))
+    for each in planned:
+        if prediction := each.planner.choose(config.plan, limit):
+            return each.choice(prediction)
+    smallest = min((each.smallest(config.plan) for each in planned), key=_peak)
+    if budget is None:
         notice(
             f"this machine has {bytes_text(free or 0)} of memory free; the smallest plan is expected to need "
-            f"{bytes_text(prediction.peak_memory_bytes)}; it is tried"
+            f"{bytes_text(_peak(smallest))}; it is tried"
         )
-        return prediction
+        return smallest
+    streamed = min((each.smallest("stream") for each in planned), key=_peak)
+    hint = f", or --plan stream and {_budget(streamed)}" if _peak(streamed) < _peak(smallest) else ""
+    raise ResourceError(
+        f"a memory budget of {config.memory_budget} is too small: the smallest plan for this bundle and these rows "
+        f"needs --memory-budget {_budget(smallest)}; give that{hint}, or have fewer or shorter rows in a batch "
+        "(--batch-size, --truncate)"
+    )
+
+
+def _peak(choice: Choice) -> int:
+    return choice.predicted_peak_bytes or 0
+
+
+def _budget(choice: Choice) -> str:
+    return f"{math.ceil(_peak(choice) / 1e6)}MB"
 
 
 def _larger(work: Work, room: Room) -> Work:
