@@ -33,7 +33,8 @@ class ExecutionPlan:
         if self.form == "whole":
             return "whole step"
         kept = f"activations of {self.kept_layers} layers kept" if self.kept_layers else "activations computed again"
-        return f"{self.products}, {kept}, weights {'resident' if self.resident else 'streamed'}"
+        weights = f"weights {'resident' if self.resident else 'streamed'}"
+        return ", ".join([self.products, kept, weights, *(["lean"] if self.lean else [])])
 
 
 WHOLE_STEP = ExecutionPlan("whole")
