@@ -61,7 +61,8 @@ def commands_of(text: str) -> Iterator[list[str]]:
 
 def parse(arguments: list[str]) -> None:
     """Let click read a command line without running it."""
-    group = click.Context(main, info_name="edgetune")
+    # A command keeps the help options of the first context that it meets.
+    group = click.Context(main, info_name="edgetune", **main.context_settings)
     verb, *rest = arguments
     command = main.get_command(group, verb)
     if command is None:
