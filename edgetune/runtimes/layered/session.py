@@ -19,7 +19,7 @@ from edgetune.runtimes.layered.backend import Arrays, Backend
 from edgetune.runtimes.layered.head import Head
 from edgetune.runtimes.layered.optimizer import FlatAdamW
 from edgetune.runtimes.layered.states import HiddenStates
-from edgetune.runtimes.layered.sublayer import SublayerRunner
+from edgetune.runtimes.layered.sublayer import AGAIN, SublayerRunner
 from edgetune.runtimes.layered.weights import LinearWeights
 from edgetune.runtimes.layered.workspace import Workspace
 
@@ -121,7 +121,7 @@ class LayeredSession:
             if self._is_kept(2 * layer + 1):
                 middle = self._states.take(2 * layer + 1, shape)
             else:
-                middle, of_attention = self._states.array(2 * layer + 1, shape, kept=False), "again"
+                middle, of_attention = self._states.array(2 * layer + 1, shape, kept=False), AGAIN
                 self._attention.forward(layer, tables, hidden, middle, of_attention)
             self._mlp.backward(layer, tables, middle, d_output, d_middle, kept)
             self._release()

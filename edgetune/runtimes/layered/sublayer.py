@@ -18,6 +18,8 @@ from edgetune.runtimes.layered.weights import LinearWeights, weight_and_form
 from edgetune.runtimes.layered.workspace import Workspace
 
 AnyArray = NDArray[Any]
+AGAIN = "again"
+"""Where a layer that is computed again keeps its activations until its backward pass."""
 
 
 class SublayerRunner:
@@ -75,7 +77,7 @@ class SublayerRunner:
         What the forward pass kept under the name `kept` is taken; without it is computed again.
         """
         graph = self._again if kept is None else self._from_kept
-        other = self._workspace.like("d_sum", d_hidden) if len(self._pieces) > 1 else d_hidden
+        other = self._workspace.like("sum", d_hidden) if len(self._pieces) > 1 else d_hidden
         carry = d_output
         for index, parts in enumerate(self._pieces):
             target = d_hidden if (len(self._pieces) - index) % 2 else other
@@ -112,12 +114,12 @@ class SublayerRunner:
         return taken
 
     def _kept_arrays(self, place: str | None, index: int, hidden: AnyArray) -> dict[str, AnyArray]:
-        """Where a piece's activations are kept; the same for all pieces when they are not."""
+        """Where a piece's activations are kept; where they are not, all pieces use the first's of `AGAIN`."""
         batch, sequence = hidden.shape[:2]
         sizes = {"batch": batch, "sequence": sequence}
         return {
             spec.name: self._workspace.array(
-                f"{self.name}.{spec.name}.{place}.{index if place is not None else None}",
+                f"{self.name}.{spec.name}.{place or AGAIN}.{index if place is not None else 0}",
                 tuple(size if isinstance(size, int) else sizes[size] for size in spec.shape),
             )
             for spec in self._kept
