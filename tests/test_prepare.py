@@ -253,7 +253,7 @@ def test_tells_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(prepared_bundles, "silent", heard.append)
     prepare_tiny("multi-head", tmp_path / "bundle", replace(prepared_bundles.CONFIG, base="fp32"))
     stages = ["Building the fp32", "Exporting", "Differentiating", "Gradient coverage", "Lowering"]
-    stages += ["Answers end at token", "Hashing"]
+    stages += ["Exporting and differentiating the sublayers", "Answers end at token", "Hashing"]
     assert [line.startswith(stage) for line, stage in zip(heard, stages, strict=True)] == [True] * len(stages)
 
 
