@@ -40,6 +40,7 @@ class Head:
         self._forward, self._gradient, self._whole = (
             backend.load(bundle.file(f"{LAYERS}/{name}")) for name in ("head", "head_grad", "head_step")
         )
+        self._fixed_shapes = backend.fixed_shapes
         self._linear = linear
         self._norm = frozen.plain(NORM)
         self._rows = plan.head_rows
@@ -53,26 +54,35 @@ class Head:
             hidden: (rows, hidden_size) before the final norm.
             labels: (rows) target tokens.
         """
-        logsumexp, target = self._logsumexp(hidden, labels)
-        return (logsumexp - target)[:, 0]
+        count = len(labels)
+        logsumexp, target = self._logsumexp(*self._padded(hidden, labels))
+        return (logsumexp - target)[:count, 0]
 
     def step(self, hidden: Floats, labels: Labels, scale: float) -> tuple[Floats, Floats]:
         """The loss of each row (rows), and the gradient of scale · Σ losses (rows, hidden_size)."""
-        scales = np.array([scale], dtype=np.float32)
+        count, scales = len(labels), np.array([scale], dtype=np.float32)
+        hidden, labels = self._padded(hidden, labels)
         if self._tokens >= self._vocabulary:
             losses, gradient = np.empty((len(labels), 1), dtype=np.float32), np.empty_like(hidden)
             shared = {NORM: self._norm, WEIGHT: self._weight(0, self._vocabulary), "scale": scales}
             for part in self._parts(len(labels)):
                 inputs = {**shared, "hidden": hidden[part], "labels": labels[part]}
                 self._whole.run(inputs, {"losses": losses[part], "hidden.grad": gradient[part]})
-            return losses[:, 0], gradient
+            return losses[:count, 0], gradient[:count]
         logsumexp, target = self._logsumexp(hidden, labels)
         gradient = np.zeros_like(hidden)
         for part, inputs in self._pieces(hidden, labels):
             piece = np.empty_like(hidden[part])
             self._gradient.run({**inputs, "logsumexp": logsumexp[part], "scale": scales}, {"hidden.grad": piece})
             gradient[part] += piece
-        return (logsumexp - target)[:, 0], gradient
+        return (logsumexp - target)[:count, 0], gradient[:count]
+
+    def _padded(self, hidden: Floats, labels: Labels) -> tuple[Floats, Labels]:
+        """With rows of zeros behind, where graphs are compiled for every number of rows: then few numbers occur."""
+        count = len(labels)
+        rows = min(self._rows, 1 << max(0, count - 1).bit_length())
+        missing = -count % rows if self._fixed_shapes else 0
+        return np.pad(hidden, ((0, missing), (0, 0))), np.pad(labels, (0, missing))
 
     def _logsumexp(self, hidden: Floats, labels: Labels) -> tuple[Floats, Floats]:
         """(rows, 1) logsumexp over the vocabulary, and the label's logit."""
