@@ -59,8 +59,13 @@ def expected() -> dict[str, Any]:
     return values
 
 
+def files_of(folder: Path) -> list[Path]:
+    """All files but what runtimes cache beside a bundle that was trained."""
+    return [path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts]
+
+
 def test_the_bundle_is_whole_and_small(bundle: Bundle) -> None:
-    paths = [path for path in bundle.path.rglob("*") if path.is_file()]
+    paths = files_of(bundle.path)
     listed = {entry.path for entry in bundle.manifest.files}
     assert {path.relative_to(bundle.path).as_posix() for path in paths} == listed | {"manifest.json"}
     assert sum(path.stat().st_size for path in paths) < LIMIT_BYTES
@@ -78,8 +83,8 @@ def test_the_script_makes_the_same_manifest(bundle: Bundle, made: Path) -> None:
 
 def test_the_script_makes_the_same_bytes(made: Path) -> None:
     """All but the manifest, which names tool versions, and what PyTorch computes, which is compared below."""
-    names = {path.relative_to(GOLDEN) for path in GOLDEN.rglob("*") if path.is_file()}
-    assert {path.relative_to(made) for path in made.rglob("*") if path.is_file()} == names
+    names = {path.relative_to(GOLDEN) for path in files_of(GOLDEN)}
+    assert {path.relative_to(made) for path in files_of(made)} == names
     others = ("bundle/manifest.json", "initial_adapter/adapter_config.json", "expected.json")
     compared = names - set(map(Path, others))
     different = [str(name) for name in sorted(compared) if (made / name).read_bytes() != (GOLDEN / name).read_bytes()]
