@@ -17,7 +17,9 @@ from edgetune.cli import main
 from edgetune.manifest import AdapterManifest, read_manifest, write_manifest
 from edgetune.storage import locked
 
-FILES = sorted(path.name for path in BUNDLE.iterdir())
+FILES = sorted(
+    path.relative_to(BUNDLE).as_posix() for path in BUNDLE.rglob("*") if path.is_file() and ".cache" not in path.parts
+)
 TRAINING = ("--data", TRAIN, "--steps", 1, "--batch-size", 2)
 
 
@@ -33,7 +35,7 @@ def flip(path: Path, place: float) -> None:
 
 
 def test_there_are_all_the_files_to_flip() -> None:
-    assert len(FILES) == 16
+    assert len(FILES) == 36
     assert {"manifest.json", "checkpoint", "step.onnx", "model.onnx.data", "tokenizer.json"} <= set(FILES)
 
 
