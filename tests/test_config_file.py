@@ -23,6 +23,8 @@ def test_every_field_can_be_set(tmp_path: Path) -> None:
         tmp_path,
         """\
 runtime = "ort-training"
+plan = "stream"
+memory-budget = "3GB"
 steps = 3
 epochs = 2
 batch-size = 8
@@ -44,6 +46,8 @@ force = true
     config = TrainConfig(**{name: setting.value for name, setting in settings.items()})
     assert config == TrainConfig(
         runtime="ort-training",
+        plan="stream",
+        memory_budget="3GB",
         steps=3,
         epochs=2.0,
         batch_size=8,
