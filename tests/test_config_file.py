@@ -66,7 +66,7 @@ force = true
     )
     assert settings.keys() == {field.name for field in fields(TrainConfig)}
     assert isinstance(config.epochs, float)
-    assert settings["batch_size"].place == f"{path}:4"
+    assert settings["batch_size"].place == f"{path}:6"
 
 
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
