@@ -118,18 +118,33 @@ class FrozenWeights:
         return self._floats(piece.offset, piece.shape)
 
     def rows(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows (…, columns) of a tensor that is stored in float32.
+        """Rows (…, columns) of a tensor (rows, columns).
 
-        They are read, not mapped: around each row that is touched, the system would map its neighbours as well.
+        Where they lie together they are read, not mapped: around each row that is touched, the system would map its
+        neighbours as well.
         """
         (piece,) = self.pieces(name)
+        columns = piece.shape[1]
         found, places = np.unique(indices, return_inverse=True)
-        rows = np.empty((len(found), piece.shape[1]), dtype=np.float32)
-        with self._file.open("rb", buffering=0) as file:
-            for row, index in zip(rows, found.tolist(), strict=True):
-                file.seek(piece.offset + index * row.nbytes)
-                file.readinto(row.data)
+        if piece.layout == "transposed":
+            rows = self._floats(piece.offset, piece.shape[::-1]).T[found]
+        elif piece.scales is None:
+            rows = self._read(piece.offset, found, np.dtype(np.float32), columns)
+        else:
+            packed = self._read(piece.offset, found, np.dtype(np.uint8), columns // 2)
+            scales = self._read(piece.scales, found, np.dtype(np.float32), columns // BLOCK_SIZE)
+            nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1, columns // BLOCK_SIZE, BLOCK_SIZE)
+            rows = ((nibbles.astype(np.float32) - 8) * scales[:, :, None]).reshape(-1, columns)
         return rows[places.reshape(indices.shape)]
+
+    def _read(self, offset: int, rows: NDArray[np.int64], dtype: np.dtype[Any], columns: int) -> NDArray[Any]:
+        """Rows of a matrix with so many columns."""
+        found = np.empty((len(rows), columns), dtype=dtype)
+        with self._file.open("rb", buffering=0) as file:
+            for row, index in zip(found, rows.tolist(), strict=True):
+                file.seek(offset + index * row.nbytes)
+                file.readinto(row.data)
+        return found
 
     def linear(self, name: str, rows: Range | None = None, columns: Range | None = None) -> Block:
         """A linear weight (out, in), or the part of it in these rows and columns, which lies in one piece."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,19 +20,36 @@ from edgetune.bundle import open_bundle
 from edgetune.config import Base
 from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.frozen import INT8, SCALES, FrozenWeights
 from edgetune.runtimes import find_runtime, openvino
+from edgetune.runtimes.layered.onnxruntime import OrtBackend
+from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
 installed = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)
 KEEP = ExecutionPlan("layered", kept_layers=2, resident=True, head_rows=1024)
+PLANS = {
+    "recompute": RECOMPUTE,
+    "keep": KEEP,
+    "int8 recompute": replace(RECOMPUTE, products="int8"),
+    "int8 keep": replace(KEEP, products="int8"),
+}
 BF16_COSINE, BF16_LOSS, FP32_ERROR = 0.997, 2e-3, 1e-3
+INT8_COSINE, INT8_LOSS = 0.985, 5e-3
+"""The cosine is that of models 64 channels wide, where bfloat16 alone comes to 0.9976; `make bench` has larger ones."""
+PROJECTION = "model.layers.1.mlp.down_proj.weight"
 
 
 @installed
-@pytest.mark.parametrize("plan", [RECOMPUTE, KEEP], ids=["recompute", "keep"])
+@pytest.mark.parametrize("name", PLANS)
 @each_bundle
-def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base: Base, plan: ExecutionPlan) -> None:
+def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base: Base, name: str) -> None:
     bundle = prepared(variant, base)
+    plan = PLANS[name]
+    int8 = plan.products == "int8"
+    if int8 and openvino.abilities().int8 is None:
+        pytest.skip("the processor has no bfloat16")
+    precision = INT8_LOSS if int8 else BF16_LOSS
     parameters = adapter_of(bundle)
     rows = rows_of(1, lengths_of(variant, 1))
     model = oracle.peft_model(checkpoint(variant), bundle, parameters)
@@ -40,18 +58,41 @@ def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base:
     exact = openvino.abilities().exact
     assert exact is not None
     with openvino.open_session(bundle, parameters, OPTIMIZER, plan) as session:
-        assert session.evaluate(batch_of(bundle, rows)) == pytest.approx(loss.item(), rel=BF16_LOSS)
+        assert session.evaluate(batch_of(bundle, rows)) == pytest.approx(loss.item(), rel=precision)
         result = session.step([batch_of(bundle, rows)], LEARNING_RATE)
         found = session.gradients()  # type: ignore[attr-defined]
-    assert result.loss == pytest.approx(loss.item(), rel=BF16_LOSS)
+    assert result.loss == pytest.approx(loss.item(), rel=precision)
     for name, parameter in oracle.trainable(model).items():
         assert parameter.grad is not None
         expected = parameter.grad.numpy()
         if exact.products == "fp32":
             assert relative(found[name], expected) <= FP32_ERROR, name
         else:
-            assert cosine(found[name], expected) >= BF16_COSINE, name
+            assert cosine(found[name], expected) >= (INT8_COSINE if int8 else BF16_COSINE), name
             assert np.linalg.norm(found[name]) == pytest.approx(np.linalg.norm(expected), rel=0.03), name
+
+
+@installed
+@pytest.mark.parametrize("evens_first", [False, True], ids=["own order", "evens first"])
+@pytest.mark.parametrize("columns", [None, (64, 160)], ids=["whole", "part"])
+@pytest.mark.parametrize("base", ["int4", "fp32"])
+def test_weights_are_rounded_to_a_step(
+    prepared: Prepared, base: Base, columns: tuple[int, int] | None, evens_first: bool
+) -> None:
+    bundle = prepared("grouped-query", base)
+    block = FrozenWeights(bundle.path).linear(PROJECTION, columns=columns)
+    expected = OrtBackend(bundle, "fp32").weight("", block, np.empty)[""]
+    if evens_first:
+        rows, channels = expected.shape
+        expected = expected.reshape(rows, -1, 16, 2).swapaxes(2, 3).reshape(rows, channels)
+    plan = replace(KEEP, resident=not evens_first)
+    exact = OpenVinoBackend("CPU", None, plan)
+    np.testing.assert_allclose(exact.restore(exact.weight("", block, np.empty)[""]), expected, rtol=2**-8)
+    found = OpenVinoBackend("CPU", None, replace(plan, products="int8")).weight(INT8, block, np.empty)
+    weight, scales = found[""], found[SCALES]
+    assert (weight.dtype, weight.shape, scales.shape) == (np.int8, expected.shape, expected.shape[:1])
+    assert (np.abs(weight * scales[:, None] - expected) <= 0.501 * scales[:, None]).all()
+    assert np.abs(weight.astype(np.int32)).max(axis=1).min() >= 110, "most of the 127 steps are used"
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -91,7 +132,7 @@ def test_old_compiled_models_are_dropped(tmp_path: Path, monkeypatch: pytest.Mon
 def test_it_takes_no_whole_step(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "int4")
     with (
-        pytest.raises(UsageError, match="neither --plan whole nor int8"),
+        pytest.raises(UsageError, match="does not execute --plan whole"),
         openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP),
     ):
         pass

@@ -17,15 +17,14 @@ NORM, WEIGHT = "model.norm.weight", "lm_head.weight"
 def build_head(hidden_size: int, epsilon: float) -> dict[str, ir.Model]:
     """The three graphs by their names.
 
-    Inputs: `hidden` (rows, hidden_size), `labels` (rows) counted from the piece's first token, `model.norm.weight`
-    (hidden_size), `lm_head.weight` (tokens, hidden_size): the piece.
+    Inputs: `hidden` and `label_weights` (rows, hidden_size), `model.norm.weight` (hidden_size), `lm_head.weight`
+    (tokens, hidden_size): the piece. The label weights are W[label], with one of the pieces; with all others zeros.
 
-    - `head`: also takes `inside` (rows, 1): 1 where the label lies in the piece, 0 where `labels` is any token of it.
-      Outputs `logsumexp` (rows, 1) over the piece, `target` (rows, 1): the label's logit, 0 outside.
-    - `head_grad`: also takes `inside`, `logsumexp` (rows, 1) over the vocabulary and `scale` (1); output `hidden.grad`.
+    - `head`: outputs `logsumexp` (rows, 1) over the piece, `target` (rows, 1): the label's logit, or 0.
+    - `head_grad`: also takes `logsumexp` (rows, 1) over the vocabulary and `scale` (1); output `hidden.grad`.
     - `head_step`: also takes `scale`; outputs `losses` (rows, 1) and `hidden.grad`. The piece is the vocabulary.
 
-    `hidden.grad` (rows, hidden_size) is that of scale · Σ losses.
+    `hidden.grad` (rows, hidden_size) is that of scale · Σ losses; those of the pieces add up.
 
     Args:
         hidden_size: Of the model.
@@ -34,19 +33,19 @@ def build_head(hidden_size: int, epsilon: float) -> dict[str, ir.Model]:
     return {
         "head": _Head(hidden_size, epsilon).forward(),
         "head_grad": _Head(hidden_size, epsilon).gradient(),
-        "head_step": _Head(hidden_size, epsilon, whole=True).step(),
+        "head_step": _Head(hidden_size, epsilon).step(),
     }
 
 
 class _Head:
     """The operators of one graph."""
 
-    def __init__(self, hidden_size: int, epsilon: float, whole: bool = False) -> None:
+    def __init__(self, hidden_size: int, epsilon: float) -> None:
         self._op = op = Operators()
-        self._size, self._whole = hidden_size, whole
+        self._size = hidden_size
         self._inputs: dict[str, ir.Value] = {}
         self._hidden = self._input("hidden", ["rows", hidden_size])
-        self._labels = self._input("labels", ["rows"], ir.DataType.INT64)
+        self._label_weights = self._input("label_weights", ["rows", hidden_size])
         self._norm = self._input(NORM, [hidden_size])
         self._weight = self._input(WEIGHT, ["tokens", hidden_size])
         mean = self._mean(op.op("Mul", [self._hidden, self._hidden]))
@@ -96,18 +95,13 @@ class _Head:
         return exponentials, op.op("Add", [largest, op.op("Log", [total])]), total
 
     def _target(self) -> ir.Value:
-        products = self._op.op("Mul", [self._scaled, self._label_weights()])
+        products = self._op.op("Mul", [self._scaled, self._label_weights])
         return self._op.op("ReduceSum", [products, self._op.integers(-1)], attributes={"keepdims": 1})
-
-    def _label_weights(self) -> ir.Value:
-        """(rows, hidden_size): W[label], zero where the label is outside of the piece."""
-        rows = self._op.op("Gather", [self._weight, self._labels])
-        return rows if self._whole else self._op.op("Mul", [rows, self._input("inside", ["rows", 1])])
 
     def _hidden_gradient(self, expected: ir.Value) -> ir.Value:
         """From softmax(z)·W."""
         op = self._op
-        d_scaled = op.op("Sub", [expected, self._label_weights()])
+        d_scaled = op.op("Sub", [expected, self._label_weights])
         d_normal = op.op("Mul", [op.op("Mul", [d_scaled, self._norm]), self._input("scale", [1])])
         mean = self._mean(op.op("Mul", [d_normal, self._normal]))
         return op.op("Mul", [self._inverse, op.op("Sub", [d_normal, op.op("Mul", [self._normal, mean])])])
@@ -115,6 +109,6 @@ class _Head:
     def _mean(self, value: ir.Value) -> ir.Value:
         return self._op.op("ReduceMean", [value, self._op.integers(-1)], attributes={"keepdims": 1})
 
-    def _input(self, name: str, shape: list[int | str], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+    def _input(self, name: str, shape: list[int | str]) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
         return self._inputs.setdefault(name, value)

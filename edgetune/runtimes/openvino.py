@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -55,6 +56,7 @@ _FP32 = Footprint(
     dequantise=30.0,
 )
 """Twice the other's: not measured."""
+_INT8 = replace(_BF16, products="int8", weight=1.0)
 
 
 def abilities() -> Abilities:
@@ -65,7 +67,7 @@ def abilities() -> Abilities:
     """
     short = "BF16" in _property("OPTIMIZATION_CAPABILITIES")
     # Without bfloat16 there is nothing in which it is ahead of stock ONNX Runtime.
-    return Abilities(whole=False, exact=_BF16 if short else _FP32, int8=None, preferred=short)
+    return Abilities(whole=False, exact=_BF16 if short else _FP32, int8=_INT8 if short else None, preferred=short)
 
 
 def version() -> str:
@@ -81,20 +83,20 @@ def open_session(
 
     Raises:
         MissingDependencyError: The package `openvino` is not installed.
-        UsageError: The plan is the whole step, or has int8 products.
+        UsageError: The plan is the whole step.
     """
-    if plan.form == "whole" or plan.products == "int8":
-        raise UsageError("the openvino runtime executes neither --plan whole nor int8; use --runtime onnxruntime")
+    if plan.form == "whole":
+        raise UsageError("the openvino runtime does not execute --plan whole; use --runtime onnxruntime")
     core()
     from edgetune.runtimes.layered.session import LayeredSession
 
-    yield LayeredSession(bundle, parameters, optimizer, plan, _backend(_cache_of(bundle.path)))
+    yield LayeredSession(bundle, parameters, optimizer, plan, _backend(_cache_of(bundle.path), plan))
 
 
-def _backend(folder: Path | None) -> OpenVinoBackend:
+def _backend(folder: Path | None, plan: ExecutionPlan) -> OpenVinoBackend:
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
-    return OpenVinoBackend(DEVICE, folder)
+    return OpenVinoBackend(DEVICE, folder, plan)
 
 
 @cache

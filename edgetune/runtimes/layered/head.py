@@ -41,7 +41,7 @@ class Head:
             backend.load(bundle.file(f"{LAYERS}/{name}")) for name in ("head", "head_grad", "head_step")
         )
         self._fixed_shapes = backend.fixed_shapes
-        self._linear = linear
+        self._frozen, self._linear = frozen, linear
         self._norm = frozen.plain(NORM)
         self._rows = plan.head_rows
         self._vocabulary = frozen.shape(WEIGHT)[0]
@@ -55,56 +55,56 @@ class Head:
             labels: (rows) target tokens.
         """
         count = len(labels)
-        logsumexp, target = self._logsumexp(*self._padded(hidden, labels))
+        logsumexp, target = self._logsumexp(*self._padded(hidden, self._frozen.rows(WEIGHT, labels)))
         return (logsumexp - target)[:count, 0]
 
     def step(self, hidden: Floats, labels: Labels, scale: float) -> tuple[Floats, Floats]:
         """The loss of each row (rows), and the gradient of scale · Σ losses (rows, hidden_size)."""
         count, scales = len(labels), np.array([scale], dtype=np.float32)
-        hidden, labels = self._padded(hidden, labels)
+        hidden, label_weights = self._padded(hidden, self._frozen.rows(WEIGHT, labels))
         if self._tokens >= self._vocabulary:
-            losses, gradient = np.empty((len(labels), 1), dtype=np.float32), np.empty_like(hidden)
+            losses, gradient = np.empty((len(hidden), 1), dtype=np.float32), np.empty_like(hidden)
             shared = {NORM: self._norm, WEIGHT: self._weight(0, self._vocabulary), "scale": scales}
-            for part in self._parts(len(labels)):
-                inputs = {**shared, "hidden": hidden[part], "labels": labels[part]}
+            for part in self._parts(len(hidden)):
+                inputs = {**shared, "hidden": hidden[part], "label_weights": label_weights[part]}
                 self._whole.run(inputs, {"losses": losses[part], "hidden.grad": gradient[part]})
             return losses[:count, 0], gradient[:count]
-        logsumexp, target = self._logsumexp(hidden, labels)
+        logsumexp, target = self._logsumexp(hidden, label_weights)
         gradient = np.zeros_like(hidden)
-        for part, inputs in self._pieces(hidden, labels):
+        for part, inputs in self._pieces(hidden, label_weights):
             piece = np.empty_like(hidden[part])
             self._gradient.run({**inputs, "logsumexp": logsumexp[part], "scale": scales}, {"hidden.grad": piece})
             gradient[part] += piece
         return (logsumexp - target)[:count, 0], gradient[:count]
 
-    def _padded(self, hidden: Floats, labels: Labels) -> tuple[Floats, Labels]:
+    def _padded(self, hidden: Floats, label_weights: Floats) -> tuple[Floats, Floats]:
         """With rows of zeros behind, where graphs are compiled for every number of rows: then few numbers occur."""
-        count = len(labels)
+        count = len(hidden)
         rows = min(self._rows, 1 << max(0, count - 1).bit_length())
-        missing = -count % rows if self._fixed_shapes else 0
-        return np.pad(hidden, ((0, missing), (0, 0))), np.pad(labels, (0, missing))
+        padding = ((0, -count % rows if self._fixed_shapes else 0), (0, 0))
+        return np.pad(hidden, padding), np.pad(label_weights, padding)
 
-    def _logsumexp(self, hidden: Floats, labels: Labels) -> tuple[Floats, Floats]:
+    def _logsumexp(self, hidden: Floats, label_weights: Floats) -> tuple[Floats, Floats]:
         """(rows, 1) logsumexp over the vocabulary, and the label's logit."""
-        logsumexp = np.full((len(labels), 1), -np.inf, dtype=np.float32)
-        target = np.zeros((len(labels), 1), dtype=np.float32)
-        for part, inputs in self._pieces(hidden, labels):
-            piece, picked = np.empty((2, len(inputs["labels"]), 1), dtype=np.float32)
+        logsumexp = np.full((len(hidden), 1), -np.inf, dtype=np.float32)
+        target = np.zeros((len(hidden), 1), dtype=np.float32)
+        for part, inputs in self._pieces(hidden, label_weights):
+            piece, picked = np.empty((2, len(inputs["hidden"]), 1), dtype=np.float32)
             self._forward.run(inputs, {"logsumexp": piece, "target": picked})
             logsumexp[part] = np.logaddexp(logsumexp[part], piece)
             target[part] += picked
         return logsumexp, target
 
-    def _pieces(self, hidden: Floats, labels: Labels) -> Iterator[tuple[slice, dict[str, NDArray[Any]]]]:
+    def _pieces(self, hidden: Floats, label_weights: Floats) -> Iterator[tuple[slice, dict[str, NDArray[Any]]]]:
         """Pieces of the vocabulary, and within each pieces of the rows."""
+        nothing = np.zeros_like(label_weights[: self._rows])
         for first in range(0, self._vocabulary, self._tokens):
-            last = min(self._vocabulary, first + self._tokens)
-            shared = {NORM: self._norm, WEIGHT: self._weight(first, last)}
-            inside = (labels >= first) & (labels < last)
-            local = np.where(inside, labels - first, 0)
-            marks = inside.astype(np.float32)[:, None]
-            for part in self._parts(len(labels)):
-                yield part, {**shared, "hidden": hidden[part], "labels": local[part], "inside": marks[part]}
+            shared = {NORM: self._norm, WEIGHT: self._weight(first, min(self._vocabulary, first + self._tokens))}
+            for part in self._parts(len(hidden)):
+                rows = hidden[part]
+                # Labels count with the first piece, wherever they are.
+                labels = nothing[: len(rows)] if first else label_weights[part]
+                yield part, {**shared, "hidden": rows, "label_weights": labels}
 
     def _weight(self, first: int, last: int) -> NDArray[Any]:
         return self._linear.take({WEIGHT: Part(WEIGHT, (first, last))})[WEIGHT]

@@ -1,0 +1,137 @@
+"""How OpenVINO multiplies with frozen weights: what is put in the place of a graph's products with them.
+
+All rows of a batch are multiplied at once, because OpenVINO packs a matrix again for every batch entry. Products can be
+int8: a row of x becomes round(127 · x / max|x|), which the processor multiplies with an int8 weight. The weight's
+scales, one for each of its rows, are multiplied with what comes out in the forward pass, and with what goes in in the
+backward pass, whose sum runs over these rows. One int8 matrix serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as op
+
+from edgetune.frozen import BLOCK_SIZE, INT8, SCALES
+
+_HALF = BLOCK_SIZE // 2
+_LARGEST = 127.0
+_SMALLEST_ROW = 1e-30
+"""Instead of the largest magnitude of a row of zeros."""
+_SUBLAYER_WEIGHT = "_proj.weight"
+_UNIT = np.float32(1)
+"""OpenVINO takes a product for an int8 one when a scale stands on either side; the true ones are applied outside."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """What graphs expect of frozen weights, and how they multiply with them."""
+
+    int8: bool
+    """A weight `W` of a sublayer is an int8 matrix `W.int8` with scales `W.int8.scales` (out)."""
+    evens_first: bool
+    """Weights have the channels of an int4 block in the order in which they are unpacked fastest: first the even ones,
+    then the odd ones. Activations are put into this order."""
+
+    def inputs(self, name: str) -> tuple[str, ...]:
+        """What takes the place of an input of the ONNX graph."""
+        quantised = f"{name}.{INT8}"
+        return (quantised, quantised + SCALES) if self.int8 and name.endswith(_SUBLAYER_WEIGHT) else (name,)
+
+    def adapt(self, model: ov.Model) -> None:
+        """Put these products in the place of a model's, whose shapes have to be known."""
+        quantised: dict[tuple[str, int], _Quantised] = {}
+        for parameter in model.get_parameters():
+            name = parameter.output(0).any_name
+            if not is_linear(name):
+                continue
+            matrix, scales = parameter.output(0), None
+            if self.inputs(name) != (name,):
+                out, wide = parameter.shape
+                added = [op.parameter([out, wide], ov.Type.i8), op.parameter([out], ov.Type.f32)]
+                for node, taken in zip(added, self.inputs(name), strict=True):
+                    node.output(0).set_names({taken})
+                model.add_parameters(added)
+                matrix, scales = (node.output(0) for node in added)
+            for product, forward in list(_products(parameter)):
+                targets = product.output(0).get_target_inputs()
+                result = self._product(product.input_value(0), matrix, scales, forward, quantised)
+                for target in targets:
+                    target.replace_source_output(result)
+            if scales is not None:
+                model.remove_parameter(parameter)
+
+    def _product(
+        self,
+        x: ov.Output,
+        matrix: ov.Output,
+        scales: ov.Output | None,
+        forward: bool,
+        quantised: dict[tuple[str, int], _Quantised],
+    ) -> ov.Output:
+        """x·Wᵀ in the forward pass, otherwise x·W."""
+        shape = list(x.shape)
+        wide = matrix.shape[1]
+        reordered = self.evens_first and wide % BLOCK_SIZE == 0
+        place = (x.get_node().get_name(), x.get_index())
+        rows = op.reshape(x, op.constant([-1, shape[-1]]), False).output(0)
+        if scales is None:
+            rows = _regrouped(rows, _HALF, 2) if forward and reordered else rows
+            result = op.matmul(rows, matrix, False, forward).output(0)
+        else:
+            if not forward:
+                left = _quantised_rows(op.multiply(rows, scales).output(0))
+            elif place in quantised:
+                left = quantised[place]
+            else:
+                left = _quantised_rows(_regrouped(rows, _HALF, 2) if reordered else rows)
+                quantised[place] = left
+            right = op.multiply(op.convert(matrix, ov.Type.f32), op.constant(_UNIT))
+            result = op.multiply(op.matmul(left.rows, right, False, forward), left.scales).output(0)
+            result = op.multiply(result, scales).output(0) if forward else result
+        if reordered and not forward:
+            result = _regrouped(result, 2, _HALF)
+        return op.reshape(result, op.constant([*shape[:-1], result.shape[-1]]), False).output(0)
+
+
+@dataclass(frozen=True)
+class _Quantised:
+    rows: ov.Output
+    scales: ov.Output
+    """(rows, 1)"""
+
+
+def is_linear(name: str) -> bool:
+    """Whether an input is a frozen linear weight."""
+    return name.endswith((_SUBLAYER_WEIGHT, "lm_head.weight"))
+
+
+def _products(weight: ov.Node) -> Iterator[tuple[ov.Node, bool]]:
+    """The products with a weight (out, in), and whether they are of the forward pass."""
+    for user in weight.output(0).get_target_inputs():
+        node = user.get_node()
+        turned = node.get_type_name() == "Transpose"
+        for use in node.output(0).get_target_inputs() if turned else [user]:
+            product = use.get_node()
+            if product.get_type_name() == "MatMul":
+                yield product, turned or product.get_attributes()["transpose_b"]
+
+
+def _quantised_rows(x: ov.Output) -> _Quantised:
+    largest = op.reduce_max(op.abs(x), op.constant([-1]), True)
+    bound = op.maximum(largest, op.constant(np.float32(_SMALLEST_ROW)))
+    scaled = op.multiply(x, op.divide(op.constant(np.float32(_LARGEST)), bound))
+    low, high = (op.constant(np.float32(limit)) for limit in (-_LARGEST - 1, _LARGEST))
+    rows = op.fake_quantize(scaled, low, high, low, high, levels=256)
+    return _Quantised(rows.output(0), op.multiply(bound, op.constant(np.float32(1 / _LARGEST))).output(0))
+
+
+def _regrouped(value: ov.Output, inner: int, outer: int) -> ov.Output:
+    """Rows whose channels, in blocks of inner · outer, have these two turned round."""
+    rows, channels = value.shape
+    split = op.reshape(value, op.constant([rows, channels // BLOCK_SIZE, inner, outer]), False)
+    turned = op.transpose(split, op.constant([0, 1, 3, 2]))
+    return op.reshape(turned, op.constant([rows, channels]), False).output(0)
