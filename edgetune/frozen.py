@@ -49,7 +49,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a linear weight as they are stored."""
+    """Rows of a linear weight as they are stored: views of the file, not always contiguous."""
 
     values: NDArray[Any]
     """float32 (rows, in), or uint8 (rows, in / 2): two weights a byte."""
@@ -165,7 +165,7 @@ class FrozenWeights:
         nibbles = self._bytes[piece.offset : piece.offset + high * wide // 2].reshape(high, wide // 2)
         scales = self._floats(piece.scales, [high, wide // BLOCK_SIZE])
         halves, blocks = (slice(columns.start // size, columns.stop // size) for size in (2, BLOCK_SIZE))
-        return Block(np.ascontiguousarray(nibbles[rows, halves]), np.ascontiguousarray(scales[rows, blocks]))
+        return Block(nibbles[rows, halves], scales[rows, blocks])
 
     def _floats(self, offset: int, shape: Sequence[int]) -> NDArray[np.float32]:
         """A view of the file."""

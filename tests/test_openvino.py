@@ -85,10 +85,9 @@ def test_weights_are_rounded_to_a_step(
     if evens_first:
         rows, channels = expected.shape
         expected = expected.reshape(rows, -1, 16, 2).swapaxes(2, 3).reshape(rows, channels)
-    plan = replace(KEEP, resident=not evens_first)
-    exact = OpenVinoBackend("CPU", None, plan)
+    exact = OpenVinoBackend("CPU", None, KEEP, evens_first)
     np.testing.assert_allclose(exact.restore(exact.weight("", block, np.empty)[""]), expected, rtol=2**-8)
-    found = OpenVinoBackend("CPU", None, replace(plan, products="int8")).weight(INT8, block, np.empty)
+    found = OpenVinoBackend("CPU", None, replace(KEEP, products="int8"), evens_first).weight(INT8, block, np.empty)
     weight, scales = found[""], found[SCALES]
     assert (weight.dtype, weight.shape, scales.shape) == (np.int8, expected.shape, expected.shape[:1])
     assert (np.abs(weight * scales[:, None] - expected) <= 0.501 * scales[:, None]).all()

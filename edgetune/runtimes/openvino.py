@@ -18,6 +18,7 @@ from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint
 from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session
+from edgetune.runtimes.layered import channels
 
 if TYPE_CHECKING:
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
@@ -90,13 +91,15 @@ def open_session(
     core()
     from edgetune.runtimes.layered.session import LayeredSession
 
-    yield LayeredSession(bundle, parameters, optimizer, plan, _backend(_cache_of(bundle.path), plan))
+    yield LayeredSession(bundle, parameters, optimizer, plan, _backend(bundle, plan))
 
 
-def _backend(folder: Path | None, plan: ExecutionPlan) -> OpenVinoBackend:
+def _backend(bundle: Bundle, plan: ExecutionPlan) -> OpenVinoBackend:
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
-    return OpenVinoBackend(DEVICE, folder, plan)
+    # What is unpacked once and for all is put right.
+    evens_first = not plan.resident and channels.fits(bundle.manifest)
+    return OpenVinoBackend(DEVICE, _cache_of(bundle.path), plan, evens_first)
 
 
 @cache

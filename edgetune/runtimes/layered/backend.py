@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.frozen import Block
+from edgetune.runtimes.layered.channels import Channels
 
 Arrays = Mapping[str, NDArray[Any]]
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
@@ -36,6 +37,8 @@ class Backend(Protocol):
     """Folder of the sublayers' graphs in the bundle."""
     fixed_shapes: bool
     """Whether every new shape of an input costs a compilation."""
+    channels: Channels
+    """The order of channels in all that graphs take and give."""
 
     def load(self, graph: Path) -> LayeredGraph:
         """Load a graph of the layered form."""

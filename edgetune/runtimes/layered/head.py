@@ -42,7 +42,8 @@ class Head:
         )
         self._fixed_shapes = backend.fixed_shapes
         self._frozen, self._linear = frozen, linear
-        self._norm = frozen.plain(NORM)
+        self._channels = backend.channels
+        self._norm = self._channels.put(frozen.plain(NORM), 0)
         self._rows = plan.head_rows
         self._vocabulary = frozen.shape(WEIGHT)[0]
         self._tokens = plan.head_tokens or self._vocabulary
@@ -51,17 +52,17 @@ class Head:
         """The loss of each row.
 
         Args:
-            hidden: (rows, hidden_size) before the final norm.
+            hidden: (rows, hidden_size) before the final norm, channels in the backend's order.
             labels: (rows) target tokens.
         """
         count = len(labels)
-        logsumexp, target = self._logsumexp(*self._padded(hidden, self._frozen.rows(WEIGHT, labels)))
+        logsumexp, target = self._logsumexp(*self._padded(hidden, self._label_weights(labels)))
         return (logsumexp - target)[:count, 0]
 
     def step(self, hidden: Floats, labels: Labels, scale: float) -> tuple[Floats, Floats]:
         """The loss of each row (rows), and the gradient of scale · Σ losses (rows, hidden_size)."""
         count, scales = len(labels), np.array([scale], dtype=np.float32)
-        hidden, label_weights = self._padded(hidden, self._frozen.rows(WEIGHT, labels))
+        hidden, label_weights = self._padded(hidden, self._label_weights(labels))
         if self._tokens >= self._vocabulary:
             losses, gradient = np.empty((len(hidden), 1), dtype=np.float32), np.empty_like(hidden)
             shared = {NORM: self._norm, WEIGHT: self._weight(0, self._vocabulary), "scale": scales}
@@ -105,6 +106,9 @@ class Head:
                 # Labels count with the first piece, wherever they are.
                 labels = nothing[: len(rows)] if first else label_weights[part]
                 yield part, {**shared, "hidden": rows, "label_weights": labels}
+
+    def _label_weights(self, labels: Labels) -> Floats:
+        return self._channels.put(self._frozen.rows(WEIGHT, labels), 1)
 
     def _weight(self, first: int, last: int) -> NDArray[Any]:
         return self._linear.take({WEIGHT: Part(WEIGHT, (first, last))})[WEIGHT]

@@ -14,6 +14,7 @@ from edgetune.execution import Products
 from edgetune.frozen import BACKWARD, FORWARD, INT8, LAYERS, Block
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes.layered.backend import Allocate, Arrays
+from edgetune.runtimes.layered.channels import Channels
 from edgetune.runtimes.layered.requantise import Requantiser
 
 
@@ -46,6 +47,7 @@ class OrtBackend:
 
     storage = np.dtype(np.float32)
     fixed_shapes = False
+    channels = Channels(evens_first=False)
 
     def __init__(self, bundle: Bundle, products: Products) -> None:
         self.sublayers = f"{LAYERS}/{INT8}" if products == "int8" else LAYERS
@@ -66,7 +68,8 @@ class OrtBackend:
             out[...] = block.values
         else:
             rows = np.arange(len(out), dtype=np.int64)
-            self._dequantise.run({"packed": block.values, "rows": rows, "scales": block.scales}, {"weight": out})
+            packed, scales = (np.ascontiguousarray(array) for array in (block.values, block.scales))
+            self._dequantise.run({"packed": packed, "rows": rows, "scales": scales}, {"weight": out})
         return {"": out}
 
     def store(self, values: NDArray[np.float32], out: NDArray[Any]) -> None:

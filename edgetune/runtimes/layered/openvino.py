@@ -18,6 +18,7 @@ from openvino.preprocess import PrePostProcessor
 from edgetune.execution import ExecutionPlan
 from edgetune.frozen import INT8, LAYERS, Block
 from edgetune.runtimes.layered.backend import Allocate, Arrays
+from edgetune.runtimes.layered.channels import Channels
 from edgetune.runtimes.layered.openvino_products import Products, is_linear
 from edgetune.runtimes.layered.openvino_tensor import BFLOAT16, from_bfloat16, tensor, to_bfloat16
 from edgetune.runtimes.layered.openvino_weights import OpenVinoWeights
@@ -99,19 +100,19 @@ class OpenVinoBackend:
         device: Such as `CPU`.
         cache: Folder in which compiled models are kept for the next start; none is kept without it.
         plan: How the step is executed.
+        evens_first: The channels of int4 blocks may stay in the order in which they come out.
     """
 
     fixed_shapes = True
     sublayers = LAYERS
 
-    def __init__(self, device: str, cache: Path | None, plan: ExecutionPlan) -> None:
+    def __init__(self, device: str, cache: Path | None, plan: ExecutionPlan, evens_first: bool) -> None:
         self._core = ov.Core()
         self._device = device
         self._short = "BF16" in self._core.get_property(device, "OPTIMIZATION_CAPABILITIES")
         self.storage = BFLOAT16 if self._short else np.dtype(np.float32)
-        # Weights that are unpacked once and for all can have the order that products like best.
-        evens_first = not plan.resident
-        self._products = Products(plan.products == "int8", evens_first)
+        self.channels = Channels(evens_first)
+        self._products = Products(plan.products == "int8")
         self._weights = OpenVinoWeights(lambda model: self._compile(model, ov.Type.f32), self.storage, evens_first)
         if cache is not None:
             self._core.set_property({"CACHE_DIR": str(cache)})

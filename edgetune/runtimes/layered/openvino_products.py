@@ -15,9 +15,8 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
-from edgetune.frozen import BLOCK_SIZE, INT8, SCALES
+from edgetune.frozen import INT8, SCALES
 
-_HALF = BLOCK_SIZE // 2
 _LARGEST = 127.0
 _SMALLEST_ROW = 1e-30
 """Instead of the largest magnitude of a row of zeros."""
@@ -32,9 +31,6 @@ class Products:
 
     int8: bool
     """A weight `W` of a sublayer is an int8 matrix `W.int8` with scales `W.int8.scales` (out)."""
-    evens_first: bool
-    """Weights have the channels of an int4 block in the order in which they are unpacked fastest: first the even ones,
-    then the odd ones. Activations are put into this order."""
 
     def inputs(self, name: str) -> tuple[str, ...]:
         """What takes the place of an input of the ONNX graph."""
@@ -74,26 +70,20 @@ class Products:
     ) -> ov.Output:
         """x·Wᵀ in the forward pass, otherwise x·W."""
         shape = list(x.shape)
-        wide = matrix.shape[1]
-        reordered = self.evens_first and wide % BLOCK_SIZE == 0
         place = (x.get_node().get_name(), x.get_index())
         rows = op.reshape(x, op.constant([-1, shape[-1]]), False).output(0)
         if scales is None:
-            rows = _regrouped(rows, _HALF, 2) if forward and reordered else rows
             result = op.matmul(rows, matrix, False, forward).output(0)
         else:
             if not forward:
                 left = _quantised_rows(op.multiply(rows, scales).output(0))
-            elif place in quantised:
-                left = quantised[place]
             else:
-                left = _quantised_rows(_regrouped(rows, _HALF, 2) if reordered else rows)
-                quantised[place] = left
+                if place not in quantised:
+                    quantised[place] = _quantised_rows(rows)
+                left = quantised[place]
             right = op.multiply(op.convert(matrix, ov.Type.f32), op.constant(_UNIT))
             result = op.multiply(op.matmul(left.rows, right, False, forward), left.scales).output(0)
             result = op.multiply(result, scales).output(0) if forward else result
-        if reordered and not forward:
-            result = _regrouped(result, 2, _HALF)
         return op.reshape(result, op.constant([*shape[:-1], result.shape[-1]]), False).output(0)
 
 
@@ -127,11 +117,3 @@ def _quantised_rows(x: ov.Output) -> _Quantised:
     low, high = (op.constant(np.float32(limit)) for limit in (-_LARGEST - 1, _LARGEST))
     rows = op.fake_quantize(scaled, low, high, low, high, levels=256)
     return _Quantised(rows.output(0), op.multiply(bound, op.constant(np.float32(1 / _LARGEST))).output(0))
-
-
-def _regrouped(value: ov.Output, inner: int, outer: int) -> ov.Output:
-    """Rows whose channels, in blocks of inner · outer, have these two turned round."""
-    rows, channels = value.shape
-    split = op.reshape(value, op.constant([rows, channels // BLOCK_SIZE, inner, outer]), False)
-    turned = op.transpose(split, op.constant([0, 1, 3, 2]))
-    return op.reshape(turned, op.constant([rows, channels]), False).output(0)

@@ -69,6 +69,7 @@ class OpenVinoWeights:
 
     def _unpack(self, packed: NDArray[Any], scales: NDArray[np.float32], out: NDArray[Any]) -> None:
         rows, blocks = scales.shape
+        packed, scales = (np.ascontiguousarray(array) for array in (packed, scales))
         key = (rows, blocks, out.dtype)
         if key not in self._unpackers:
             self._unpackers[key] = self._compile(_unpack_model(rows, blocks, out.dtype)).create_infer_request()

@@ -43,7 +43,7 @@ class Requantiser:
             # An int4 weight is never larger than 8 scales, whose columns are blocks.
             steps = np.maximum(largest * (_LARGEST_INT4 / _LARGEST_INT8), _SMALLEST)
             rows = np.arange(len(block.values), dtype=np.int64)
-            inputs = {"packed": block.values, "rows": rows, "scales": block.scales / steps}
+            inputs = {"packed": np.ascontiguousarray(block.values), "rows": rows, "scales": block.scales / steps}
             self._graphs[form].run(inputs, {"weight": weight})
         per_column = form == BACKWARD and block.scales is not None
         scales[...] = np.repeat(steps, BLOCK_SIZE) if per_column else steps.ravel()

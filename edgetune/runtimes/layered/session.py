@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,12 @@ class LayeredSession:
     ) -> None:
         architecture = bundle.manifest.architecture
         layers = architecture.num_hidden_layers
-        self._backend = backend
+        self._backend, self._architecture = backend, architecture
         self._first_kept, self._lean = layers - plan.kept_layers, plan.lean
         self._frozen = FrozenWeights(bundle.path)
         linear = LinearWeights(self._frozen, backend, plan.resident)
-        self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), parameters, optimizer)
+        ordered = {name: backend.channels.put_adapter(name, parameters[name], architecture) for name in parameters}
+        self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), ordered, optimizer)
         self._names = list(parameters)
         self._workspace = Workspace(backend.storage)
         self._states = HiddenStates(self._workspace, plan.lean)
@@ -69,11 +70,16 @@ class LayeredSession:
 
     def adapter(self) -> Parameters:
         """See `edgetune.runtimes.Session.adapter`."""
-        return {name: self._optimizer.parameter(name).copy() for name in self._names}
+        return self._restored(self._optimizer.parameter)
 
     def gradients(self) -> Parameters:
         """A copy of the last step's gradients, before clipping."""
-        return {name: self._optimizer.gradient(name).copy() for name in self._names}
+        return self._restored(self._optimizer.gradient)
+
+    def _restored(self, of: Callable[[str], NDArray[np.float32]]) -> Parameters:
+        """Copies with the channels where the checkpoint has them."""
+        order = self._backend.channels
+        return {name: order.restore_adapter(name, of(name).copy(), self._architecture) for name in self._names}
 
     def _accumulate(self, batch: Batch, scale: float) -> float:
         """Add the gradient of scale · Σ losses to the optimizer's; returns scale · Σ losses."""
@@ -95,7 +101,8 @@ class LayeredSession:
         shape = (*batch.input_ids.shape, self._frozen.shape(_EMBEDDING)[1])
         tables = _tables(batch)
         hidden = self._states.array(0, shape, kept=for_backward)
-        self._backend.store(self._frozen.rows(_EMBEDDING, batch.input_ids), hidden)
+        embedded = self._frozen.rows(_EMBEDDING, batch.input_ids)
+        self._backend.store(self._backend.channels.put(embedded, -1), hidden)
         for layer in self._layers:
             kept = layer >= self._first_kept
             for number, runner in ((2 * layer, self._attention), (2 * layer + 1, self._mlp)):

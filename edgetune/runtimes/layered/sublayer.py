@@ -49,6 +49,7 @@ class SublayerRunner:
     ) -> None:
         self.name = name
         self._pieces = pieces
+        self._channels = backend.channels
         self._frozen, self._linear, self._optimizer, self._workspace = frozen, linear, optimizer, workspace
         role = f"{backend.sublayers}/{name}"
         self._forward, self._again, self._from_kept = (
@@ -108,7 +109,7 @@ class SublayerRunner:
         taken = self._linear.take(linear)
         for name in parts.keys() - taken.keys():
             if name == "norm.weight":
-                taken[name] = self._frozen.plain(prefix + parts[name].parameter)
+                taken[name] = self._channels.put(self._frozen.plain(prefix + parts[name].parameter), 0)
             else:
                 taken[name] = np.ascontiguousarray(_part(self._optimizer.parameter, parts[name], layer))
         return taken

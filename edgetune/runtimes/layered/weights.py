@@ -39,19 +39,22 @@ class LinearWeights:
         self._memory.use_again()
         taken = {}
         for name, part in parts.items():
-            for suffix, array in self._arrays(weight_and_form(name)[1], part).items():
+            for suffix, array in self._arrays(name, part).items():
                 taken[name + suffix] = array
         return taken
 
-    def _arrays(self, form: str, part: Part) -> dict[str, NDArray[Any]]:
+    def _arrays(self, name: str, part: Part) -> dict[str, NDArray[Any]]:
+        form = weight_and_form(name)[1]
         if self._resident is None:
-            return self._make(form, part, self._memory.allocate)
+            return self._make(name, part, self._memory.allocate)
         if (form, part) not in self._resident:
-            self._resident[form, part] = self._make(form, part, np.empty)
+            self._resident[form, part] = self._make(name, part, np.empty)
         return self._resident[form, part]
 
-    def _make(self, form: str, part: Part, allocate: Allocate) -> dict[str, NDArray[Any]]:
-        return self._backend.weight(form, self._frozen.linear(part.parameter, part.rows, part.columns), allocate)
+    def _make(self, name: str, part: Part, allocate: Allocate) -> dict[str, NDArray[Any]]:
+        block = self._frozen.linear(part.parameter, part.rows, part.columns)
+        block = self._backend.channels.block(name, block)
+        return self._backend.weight(weight_and_form(name)[1], block, allocate)
 
 
 def weight_and_form(name: str) -> tuple[str, str]:
