@@ -55,6 +55,8 @@ class Block:
     """float32 (rows, in), or uint8 (rows, in / 2): two weights a byte."""
     scales: NDArray[np.float32] | None
     """(rows, in / 32) of int4 weights."""
+    group: int = 0
+    """Of so many columns the even ones are to come first, then the odd ones; 0: they stay where they are."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.frozen import INT8, SCALES, FrozenWeights
 from edgetune.runtimes import find_runtime, openvino
+from edgetune.runtimes.layered.channels import Channels
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
@@ -73,21 +74,23 @@ def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base:
 
 
 @installed
-@pytest.mark.parametrize("evens_first", [False, True], ids=["own order", "evens first"])
+@pytest.mark.parametrize("group", [0, 32, 96], ids=["own order", "groups of 32", "groups of 96"])
 @pytest.mark.parametrize("columns", [None, (64, 160)], ids=["whole", "part"])
 @pytest.mark.parametrize("base", ["int4", "fp32"])
 def test_weights_are_rounded_to_a_step(
-    prepared: Prepared, base: Base, columns: tuple[int, int] | None, evens_first: bool
+    prepared: Prepared, base: Base, columns: tuple[int, int] | None, group: int
 ) -> None:
     bundle = prepared("grouped-query", base)
     block = FrozenWeights(bundle.path).linear(PROJECTION, columns=columns)
     expected = OrtBackend(bundle, "fp32").weight("", block, np.empty)[""]
-    if evens_first:
-        rows, channels = expected.shape
-        expected = expected.reshape(rows, -1, 16, 2).swapaxes(2, 3).reshape(rows, channels)
-    exact = OpenVinoBackend("CPU", None, KEEP, evens_first)
+    if group and base == "int4":
+        block = replace(block, group=group)
+        order = np.arange(expected.shape[1]).reshape(-1, group // 2, 2).swapaxes(1, 2).ravel()
+        expected = expected[:, order]
+    exact = OpenVinoBackend("CPU", None, KEEP, Channels())
     np.testing.assert_allclose(exact.restore(exact.weight("", block, np.empty)[""]), expected, rtol=2**-8)
-    found = OpenVinoBackend("CPU", None, replace(KEEP, products="int8"), evens_first).weight(INT8, block, np.empty)
+    int8 = OpenVinoBackend("CPU", None, replace(KEEP, products="int8"), Channels())
+    found = int8.weight(INT8, block, np.empty)
     weight, scales = found[""], found[SCALES]
     assert (weight.dtype, weight.shape, scales.shape) == (np.int8, expected.shape, expected.shape[:1])
     assert (np.abs(weight * scales[:, None] - expected) <= 0.501 * scales[:, None]).all()

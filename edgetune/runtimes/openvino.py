@@ -18,7 +18,7 @@ from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint
 from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session
-from edgetune.runtimes.layered import channels
+from edgetune.runtimes.layered.channels import Channels, groups_of
 
 if TYPE_CHECKING:
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
@@ -98,8 +98,8 @@ def _backend(bundle: Bundle, plan: ExecutionPlan) -> OpenVinoBackend:
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
     # What is unpacked once and for all is put right.
-    evens_first = not plan.resident and channels.fits(bundle.manifest)
-    return OpenVinoBackend(DEVICE, _cache_of(bundle.path), plan, evens_first)
+    order = Channels(None if plan.resident else groups_of(bundle.manifest))
+    return OpenVinoBackend(DEVICE, _cache_of(bundle.path), plan, order)
 
 
 @cache

@@ -1,9 +1,10 @@
 """The order in which a backend holds channels.
 
-A byte of an int4 block holds an even and an odd weight. What is unpacked fastest is all even ones of a block, then all
-odd ones. Instead of putting them right, everything that meets them can have the same order: hidden states, the values
-of attention, the inner channels of the feed-forward network, and with them norms, adapters and the rows of the weights
-that give them. Sums over channels do not care. Queries and keys, which are rotated, and tokens stay as they are.
+A byte of an int4 weight holds an even and an odd channel. What is unpacked fastest is all even ones of a group, then
+all odd ones. Instead of putting them right, everything that meets them can have the same order: hidden states, the values
+of each head, the inner channels of a piece of the feed-forward network, and with them norms, adapters and the rows of
+the weights that give them. Sums over channels do not care. Queries and keys, which are rotated, and tokens stay as
+they are.
 """
 
 from __future__ import annotations
@@ -15,64 +16,106 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.frozen import BLOCK_SIZE, Block
-from edgetune.manifest import Architecture, BundleManifest
-
-_HALF = BLOCK_SIZE // 2
-_OWN_ROWS = ("q_proj", "k_proj", "lm_head")
-"""Weights whose rows are no channels that have another order."""
+from edgetune.manifest import BundleManifest
+from edgetune.pieces import Part, pieces_of
 
 
 @dataclass(frozen=True)
-class Channels:
-    """The order of the channels, in all axes that have one."""
+class Groups:
+    """How many channels are a group."""
 
-    evens_first: bool
-    """In each block of 32; otherwise channels are where the checkpoint has them."""
+    hidden: int
+    """All hidden channels."""
+    head: int
+    """The values of a head."""
+    inner: int
+    """The inner channels of a piece."""
+    rotated: int
+    """Rows of queries and keys in a packed projection."""
+
+
+class Channels:
+    """The order of the channels in all axes that have one.
+
+    Args:
+        groups: In which even channels come first; without them all are where the checkpoint has them.
+    """
+
+    def __init__(self, groups: Groups | None = None) -> None:
+        self._groups = groups
+        if groups is not None:
+            self._columns = {
+                "qkv_proj": groups.hidden,
+                "o_proj": groups.head,
+                "gate_up_proj": groups.hidden,
+                "down_proj": groups.inner,
+                "lm_head": groups.hidden,
+            }
+            self._rows = {
+                "qkv_proj": groups.head,
+                "o_proj": groups.hidden,
+                "gate_up_proj": groups.inner,
+                "down_proj": groups.hidden,
+            }
 
     def put(self, values: NDArray[Any], axis: int) -> NDArray[Any]:
-        """Values whose channels are where the checkpoint has them, in this order."""
-        return _regrouped(values, axis, _HALF, 2) if self.evens_first else values
+        """Hidden channels of the checkpoint in this order."""
+        return values if self._groups is None else evens_first(values, axis, self._groups.hidden)
 
-    def restore(self, values: NDArray[Any], axis: int) -> NDArray[Any]:
-        """The opposite."""
-        return _regrouped(values, axis, 2, _HALF) if self.evens_first else values
-
-    def block(self, name: str, block: Block) -> Block:
-        """A frozen weight whose rows are in this order; its columns are what unpacking makes of them."""
-        if not self.evens_first or name.startswith(_OWN_ROWS):
+    def block(self, part: Part, block: Block) -> Block:
+        """A part of a frozen weight with its rows in this order, and the groups in which its columns are to be."""
+        if self._groups is None:
             return block
-        scales = None if block.scales is None else self.put(block.scales, 0)
-        return Block(self.put(block.values, 0), scales)
+        module = _module(part.parameter)
+        first = part.rows[0] if part.rows is not None else 0
+        values, scales = block.values, block.scales
+        if module in self._rows and not (module == "qkv_proj" and first < self._groups.rotated):
+            values = evens_first(values, 0, self._rows[module])
+            scales = None if scales is None else evens_first(scales, 0, self._rows[module])
+        return Block(values, scales, self._columns[module])
 
-    def put_adapter(self, name: str, values: NDArray[Any], architecture: Architecture) -> NDArray[Any]:
-        """A LoRA parameter with its channels in this order."""
-        return self._adapter(name, values, architecture, _HALF)
+    def put_adapter(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        """A LoRA parameter of the checkpoint in this order."""
+        return values if self._groups is None else self._adapter(self._groups, name, values, forth=True)
 
-    def restore_adapter(self, name: str, values: NDArray[Any], architecture: Architecture) -> NDArray[Any]:
+    def restore_adapter(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
         """The opposite."""
-        return self._adapter(name, values, architecture, 2)
+        return values if self._groups is None else self._adapter(self._groups, name, values, forth=False)
 
-    def _adapter(self, name: str, values: NDArray[Any], architecture: Architecture, inner: int) -> NDArray[Any]:
-        outer = BLOCK_SIZE // inner
-        if not self.evens_first:
-            return values
+    def _adapter(self, groups: Groups, name: str, values: NDArray[Any], *, forth: bool) -> NDArray[Any]:
+        turn = evens_first if forth else in_turn
+        module = _module(name)
         if ".lora_A." in name:
-            return _regrouped(values, 1, inner, outer)
-        a = architecture
-        own = (a.num_attention_heads + a.num_key_value_heads) * a.head_dim if ".qkv_proj." in name else 0
-        return np.concatenate([values[:own], _regrouped(values[own:], 0, inner, outer)])
+            return turn(values, 1, self._columns[module])
+        own = groups.rotated if module == "qkv_proj" else 0
+        return np.concatenate([values[:own], turn(values[own:], 0, self._rows[module])])
 
 
-def fits(manifest: BundleManifest) -> bool:
-    """Whether a model's int4 blocks can be left as they come out: every head and every axis has whole ones."""
+def groups_of(manifest: BundleManifest) -> Groups | None:
+    """The groups of a model whose int4 weights can be left as they come out: all groups are of whole blocks."""
     a = manifest.architecture
-    sizes = (a.hidden_size, a.intermediate_size, a.head_dim)
-    return manifest.base.weights == "int4" and not any(size % BLOCK_SIZE for size in sizes)
+    rotated = (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
+    groups = Groups(a.hidden_size, a.head_dim, a.intermediate_size // pieces_of(manifest).mlp, rotated)
+    sizes = (groups.hidden, groups.head, groups.inner)
+    return groups if manifest.base.weights == "int4" and not any(size % BLOCK_SIZE for size in sizes) else None
 
 
-def _regrouped(values: NDArray[Any], axis: int, inner: int, outer: int) -> NDArray[Any]:
-    """An axis, in blocks of inner · outer, with these two turned round; contiguous."""
+def evens_first(values: NDArray[Any], axis: int, group: int) -> NDArray[Any]:
+    """In each group of an axis first the even places, then the odd ones; contiguous."""
+    return _regrouped(values, axis, group // 2, 2)
+
+
+def in_turn(values: NDArray[Any], axis: int, group: int) -> NDArray[Any]:
+    """The opposite of `evens_first`."""
+    return _regrouped(values, axis, 2, group // 2)
+
+
+def _regrouped(values: NDArray[Any], axis: int, outer: int, inner: int) -> NDArray[Any]:
     axis %= values.ndim
-    before, after = values.shape[:axis], values.shape[axis + 1 :]
-    split = values.reshape(*before, -1, inner, outer, *after)
+    split = values.reshape(*values.shape[:axis], -1, outer, inner, *values.shape[axis + 1 :])
     return np.ascontiguousarray(split.swapaxes(axis + 1, axis + 2)).reshape(values.shape)
+
+
+def _module(parameter: str) -> str:
+    """`qkv_proj` of `model.layers.0.self_attn.qkv_proj.lora_A.weight`."""
+    return next(part for part in parameter.split(".") if part == "lm_head" or part.endswith("_proj"))

@@ -47,7 +47,7 @@ class OrtBackend:
 
     storage = np.dtype(np.float32)
     fixed_shapes = False
-    channels = Channels(evens_first=False)
+    channels = Channels()
 
     def __init__(self, bundle: Bundle, products: Products) -> None:
         self.sublayers = f"{LAYERS}/{INT8}" if products == "int8" else LAYERS

@@ -100,20 +100,20 @@ class OpenVinoBackend:
         device: Such as `CPU`.
         cache: Folder in which compiled models are kept for the next start; none is kept without it.
         plan: How the step is executed.
-        evens_first: The channels of int4 blocks may stay in the order in which they come out.
+        channels: The order of channels.
     """
 
     fixed_shapes = True
     sublayers = LAYERS
 
-    def __init__(self, device: str, cache: Path | None, plan: ExecutionPlan, evens_first: bool) -> None:
+    def __init__(self, device: str, cache: Path | None, plan: ExecutionPlan, channels: Channels) -> None:
         self._core = ov.Core()
         self._device = device
         self._short = "BF16" in self._core.get_property(device, "OPTIMIZATION_CAPABILITIES")
         self.storage = BFLOAT16 if self._short else np.dtype(np.float32)
-        self.channels = Channels(evens_first)
+        self.channels = channels
         self._products = Products(plan.products == "int8")
-        self._weights = OpenVinoWeights(lambda model: self._compile(model, ov.Type.f32), self.storage, evens_first)
+        self._weights = OpenVinoWeights(lambda model: self._compile(model, ov.Type.f32), self.storage)
         if cache is not None:
             self._core.set_property({"CACHE_DIR": str(cache)})
 

@@ -1,12 +1,8 @@
-"""Frozen weights as OpenVINO's products take them: bfloat16, float32 or int8.
-
-A byte of an int4 block holds an even and an odd weight; what comes out fastest is all even ones, then all odd ones of a
-block.
-"""
+"""Frozen weights as OpenVINO's products take them: bfloat16, float32 or int8."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +12,7 @@ from openvino import opset13 as op
 
 from edgetune.frozen import BLOCK_SIZE, SCALES, Block
 from edgetune.runtimes.layered.backend import Allocate
+from edgetune.runtimes.layered.channels import in_turn
 from edgetune.runtimes.layered.openvino_tensor import BFLOAT16, tensor, to_bfloat16
 
 _HALF = BLOCK_SIZE // 2
@@ -32,86 +29,86 @@ class OpenVinoWeights:
     Args:
         compile_model: Compiles a model that computes in float32.
         storage: The type of weights that are not int8.
-        evens_first: Leave the channels of each block in the order in which they come out; otherwise they are put into
-            their own, which takes longer.
     """
 
-    def __init__(
-        self, compile_model: Callable[[ov.Model], ov.CompiledModel], storage: np.dtype[Any], evens_first: bool
-    ) -> None:
+    def __init__(self, compile_model: Callable[[ov.Model], ov.CompiledModel], storage: np.dtype[Any]) -> None:
         self._compile = compile_model
         self._storage = storage
-        self._evens_first = evens_first
-        self._unpackers: dict[tuple[int, int, np.dtype[Any]], ov.InferRequest] = {}
+        self._unpackers: dict[tuple[int, int, int, np.dtype[Any]], ov.InferRequest] = {}
 
     def exact(self, block: Block, allocate: Allocate) -> NDArray[Any]:
         """The weight (out, in)."""
         out = allocate(block.shape, self._storage)
         if block.scales is not None:
-            self._unpack(block.values, block.scales, out)
-            return out
-        values = self._ordered(block.values)
-        out[...] = to_bfloat16(values) if self._storage == BFLOAT16 else values
+            self._unpack(block.values, block.scales, block.group, [out])
+        else:
+            out[...] = to_bfloat16(block.values) if self._storage == BFLOAT16 else block.values
         return out
 
     def int8(self, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
         """The weight (out, in) as int8, and scales (out)."""
         out, scales = allocate(block.shape, _INT8), allocate(block.shape[:1], _FLOAT)
         if block.scales is not None:
-            # An int4 weight is never larger than 8 scales.
-            steps = _steps(block.scales, _LARGEST_INT8 / _LARGEST_INT4)
-            self._unpack(block.values, block.scales / steps, out)
+            self._unpack(block.values, block.scales, block.group, [out, scales])
         else:
-            steps = _steps(block.values, _LARGEST_INT8)
-            out[...] = np.rint(self._ordered(block.values) / steps)
-        scales[...] = steps.ravel()
+            largest: NDArray[np.float32] = np.abs(block.values).max(axis=1)
+            scales[...] = np.maximum(largest / _LARGEST_INT8, _SMALLEST)
+            out[...] = np.rint(block.values / scales[:, None])
         return {"": out, SCALES: scales}
 
-    def _unpack(self, packed: NDArray[Any], scales: NDArray[np.float32], out: NDArray[Any]) -> None:
-        rows, blocks = scales.shape
-        packed, scales = (np.ascontiguousarray(array) for array in (packed, scales))
-        key = (rows, blocks, out.dtype)
+    def _unpack(
+        self, packed: NDArray[Any], scales: NDArray[np.float32], group: int, outputs: Sequence[NDArray[Any]]
+    ) -> None:
+        """Write the weight, and if it is int8 its scales."""
+        out = outputs[0]
+        rows, columns = out.shape
+        size = group or columns
+        key = (rows, columns, size, out.dtype)
         if key not in self._unpackers:
-            self._unpackers[key] = self._compile(_unpack_model(rows, blocks, out.dtype)).create_infer_request()
+            self._unpackers[key] = self._compile(_unpack_model(*key)).create_infer_request()
         request = self._unpackers[key]
-        arrays = (packed.reshape(rows, blocks, 1, _HALF), scales.reshape(rows, blocks, 1, 1))
-        tensors = [tensor(array) for array in arrays]
-        for place, given in enumerate(tensors):
-            request.set_input_tensor(place, given)
-        halves = out.reshape(rows, blocks, 2, _HALF)
-        result = tensor(halves)
-        request.set_output_tensor(0, result)
+        # A request does not own its tensors.
+        inputs = [tensor(np.ascontiguousarray(array)) for array in (packed, scales)]
+        results = [tensor(array) for array in outputs]
+        for place, each in enumerate(inputs):
+            request.set_input_tensor(place, each)
+        for place, each in enumerate(results):
+            request.set_output_tensor(place, each)
         request.start_async()
         request.wait()
-        if not self._evens_first:
-            out[...] = halves.swapaxes(2, 3).reshape(out.shape)
-
-    def _ordered(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Weights (rows, channels) in the order in which int4 blocks come out, where that is wanted."""
-        rows, channels = values.shape
-        if not self._evens_first or channels % BLOCK_SIZE:
-            return values
-        return np.ascontiguousarray(values).reshape(rows, -1, _HALF, 2).swapaxes(2, 3).reshape(rows, channels)
+        if not group:
+            out[...] = in_turn(out, 1, size)
 
 
-def _steps(values: NDArray[np.float32], most: float) -> NDArray[np.float32]:
-    """What one step of int8 is worth in each row, (rows, 1)."""
-    largest: NDArray[np.float32] = np.abs(values).max(axis=1, keepdims=True)
-    steps: NDArray[np.float32] = np.maximum(largest / np.float32(most), np.float32(_SMALLEST))
-    return steps
+def _unpack_model(rows: int, columns: int, group: int, dtype: np.dtype[Any]) -> ov.Model:
+    """(q − 8) · scale: bytes (rows, columns / 2), scales (rows, columns / 32) to (rows, columns), evens first.
 
-
-def _unpack_model(rows: int, blocks: int, dtype: np.dtype[Any]) -> ov.Model:
-    """(q − 8) · scale: bytes (rows, blocks, 1, 16), scales (rows, blocks, 1, 1) to (rows, blocks, 2, 16).
-
-    With t = ⌊byte · (1, 1/16)⌋ the nibble is t − 16⌊t/16⌋, for the low and the high half at once: one pass over memory.
+    With h = ⌊byte / 16⌋ the nibbles are byte − 16h and h: byte · (1, 0) + h · (−16, 1), both in one pass over memory.
+    Int8 weights are divided by the second output, one step for each row.
     """
-    packed = op.parameter([rows, blocks, 1, _HALF], ov.Type.u8)
-    scales = op.parameter([rows, blocks, 1, 1], ov.Type.f32)
-    shifts = op.constant(np.array([1, 1 / 16], np.float32).reshape(1, 1, 2, 1))
-    shifted = op.floor(op.multiply(op.convert(packed, ov.Type.f32), shifts))
-    above = op.multiply(op.floor(op.multiply(shifted, op.constant(np.float32(1 / 16)))), op.constant(np.float32(16)))
-    value = op.multiply(op.subtract(op.subtract(shifted, above), op.constant(np.float32(8))), scales)
-    if dtype == _INT8:
-        value = op.floor(op.add(value, op.constant(np.float32(0.5))))
-    return ov.Model([op.convert(value, _ELEMENTS[dtype])], [packed, scales], "unpack")
+    groups, blocks = columns // group, group // BLOCK_SIZE
+    packed = op.parameter([rows, columns // 2], ov.Type.u8)
+    scales = op.parameter([rows, columns // BLOCK_SIZE], ov.Type.f32)
+    byte = op.convert(_reshaped(packed, rows, groups, 1, blocks, _HALF), ov.Type.f32)
+    both = (1, 1, 2, 1, 1)
+    high = op.multiply(op.floor(op.multiply(byte, _floats(1 / 16))), _floats([-16, 1], both))
+    value = op.add(high, op.subtract(op.multiply(byte, _floats([1, 0], both)), _floats(8)))
+    factors = _reshaped(scales, rows, groups, 1, blocks, 1)
+    if dtype != _INT8:
+        weight = op.convert(op.multiply(value, factors), _ELEMENTS[dtype])
+        return ov.Model([_reshaped(weight, rows, columns)], [packed, scales], "unpack")
+    # An int4 weight is never larger than 8 scales.
+    largest = op.reduce_max(op.abs(scales), op.constant([1]), True)
+    steps = op.maximum(op.multiply(largest, _floats(_LARGEST_INT4 / _LARGEST_INT8)), _floats(_SMALLEST))
+    factors = op.divide(factors, _reshaped(steps, rows, 1, 1, 1, 1))
+    weight = op.convert(op.floor(op.add(op.multiply(value, factors), _floats(0.5))), ov.Type.i8)
+    outputs = [_reshaped(weight, rows, columns), _reshaped(steps, rows)]
+    return ov.Model(outputs, [packed, scales], "unpack")
+
+
+def _reshaped(value: ov.Node, *shape: int) -> ov.Node:
+    return op.reshape(value, op.constant(list(shape)), False)
+
+
+def _floats(values: float | list[float], shape: tuple[int, ...] = ()) -> ov.Node:
+    return op.constant(np.array(values, np.float32).reshape(shape))

@@ -34,11 +34,11 @@ class LayeredSession:
     ) -> None:
         architecture = bundle.manifest.architecture
         layers = architecture.num_hidden_layers
-        self._backend, self._architecture = backend, architecture
+        self._backend = backend
         self._first_kept, self._lean = layers - plan.kept_layers, plan.lean
         self._frozen = FrozenWeights(bundle.path)
         linear = LinearWeights(self._frozen, backend, plan.resident)
-        ordered = {name: backend.channels.put_adapter(name, parameters[name], architecture) for name in parameters}
+        ordered = {name: backend.channels.put_adapter(name, parameters[name]) for name in parameters}
         self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), ordered, optimizer)
         self._names = list(parameters)
         self._workspace = Workspace(backend.storage)
@@ -79,7 +79,7 @@ class LayeredSession:
     def _restored(self, of: Callable[[str], NDArray[np.float32]]) -> Parameters:
         """Copies with the channels where the checkpoint has them."""
         order = self._backend.channels
-        return {name: order.restore_adapter(name, of(name).copy(), self._architecture) for name in self._names}
+        return {name: order.restore_adapter(name, of(name).copy()) for name in self._names}
 
     def _accumulate(self, batch: Batch, scale: float) -> float:
         """Add the gradient of scale · Σ losses to the optimizer's; returns scale · Σ losses."""

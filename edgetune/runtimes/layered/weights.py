@@ -39,22 +39,21 @@ class LinearWeights:
         self._memory.use_again()
         taken = {}
         for name, part in parts.items():
-            for suffix, array in self._arrays(name, part).items():
+            for suffix, array in self._arrays(weight_and_form(name)[1], part).items():
                 taken[name + suffix] = array
         return taken
 
-    def _arrays(self, name: str, part: Part) -> dict[str, NDArray[Any]]:
-        form = weight_and_form(name)[1]
+    def _arrays(self, form: str, part: Part) -> dict[str, NDArray[Any]]:
         if self._resident is None:
-            return self._make(name, part, self._memory.allocate)
+            return self._make(form, part, self._memory.allocate)
         if (form, part) not in self._resident:
-            self._resident[form, part] = self._make(name, part, np.empty)
+            self._resident[form, part] = self._make(form, part, np.empty)
         return self._resident[form, part]
 
-    def _make(self, name: str, part: Part, allocate: Allocate) -> dict[str, NDArray[Any]]:
+    def _make(self, form: str, part: Part, allocate: Allocate) -> dict[str, NDArray[Any]]:
         block = self._frozen.linear(part.parameter, part.rows, part.columns)
-        block = self._backend.channels.block(name, block)
-        return self._backend.weight(weight_and_form(name)[1], block, allocate)
+        ordered = self._backend.channels.block(part, block)
+        return self._backend.weight(form, ordered, allocate)
 
 
 def weight_and_form(name: str) -> tuple[str, str]:
