@@ -1,10 +1,10 @@
 """The order in which a backend holds channels.
 
 A byte of an int4 weight holds an even and an odd channel. What is unpacked fastest is all even ones of a group, then
-all odd ones. Instead of putting them right, everything that meets them can have the same order: hidden states, the values
-of each head, the inner channels of a piece of the feed-forward network, and with them norms, adapters and the rows of
-the weights that give them. Sums over channels do not care. Queries and keys, which are rotated, and tokens stay as
-they are.
+all odd ones. Instead of putting them right, everything that meets them can have the same order: hidden states, the
+values of each head, the inner channels of a piece of the feed-forward network, and with them norms, adapters and the
+rows of the weights that give them. Sums over channels do not care. Queries and keys, which are rotated, and tokens stay
+as they are.
 """
 
 from __future__ import annotations
