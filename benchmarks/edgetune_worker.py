@@ -63,6 +63,8 @@ def measure_edgetune(experiment: Training, contestant: Edgetune, folder: Path) -
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
     with open_session(contestant, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM), room) as (session, choice):
         opened = perf_counter() - begin
+        # As `train` does: the session has its own.
+        parameters.clear()
         found = time_steps(experiment, lambda: session.step([batch], LEARNING_RATE).loss, opened)
     predicted = choice.predicted_peak_bytes
     return found if predicted is None else {**found, "predicted_peak": float(predicted)}
