@@ -154,7 +154,7 @@ def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
         return max(held)
     # Where some layers are computed again and others are not, there are two graphs for the backward pass.
     both = 0 < plan.kept_layers < s.layers
-    return (1.2 if both else 1.0) * (held[0] + held[1]) + held[2]
+    return (1.4 if both else 1.0) * (held[0] + held[1]) + held[2]
 
 
 def _pages(s: Sizes) -> float:
