@@ -10,6 +10,7 @@ bias) on exactly the bundle's projections, in float32, float16 or bfloat16. Pick
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,14 @@ def initial_parameters(lora: Lora, seed: int) -> dict[str, NDArray[np.float32]]:
         A (rank, in_features) and B (out_features, rank) of every slot, under the names of `Lora.shapes`.
     """
     generator = np.random.default_rng(seed)
-    parameters: dict[str, NDArray[np.float32]] = {}
+    shapes = lora.shapes()
+    # One large array goes back to the system as soon as nobody holds it; many small ones would stay in the heap.
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    pieces = np.split(np.zeros(ends[-1], np.float32), ends[:-1])
+    parameters = {name: piece.reshape(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
     for slot in lora.slots:
         bound = slot.in_features**-0.5
-        parameters[slot.a] = generator.uniform(-bound, bound, (lora.rank, slot.in_features)).astype(np.float32)
-        parameters[slot.b] = np.zeros((slot.out_features, lora.rank), np.float32)
+        parameters[slot.a][...] = generator.uniform(-bound, bound, (lora.rank, slot.in_features))
     return parameters
 
 

@@ -73,7 +73,7 @@ class Planner:
         s = self._sizes
         kept = {"keep": [s.layers], "recompute": [0], "stream": [0]}.get(name, range(s.layers + 1))
         for resident in {"keep": [True], "recompute": [True], "stream": [False]}.get(name, [True, False]):
-            for tokens in [s.vocabulary] if resident else {s.vocabulary, self._fewest_tokens()}:
+            for tokens in [s.vocabulary] if resident else self._head_tokens():
                 rows = max(_FEWEST_HEAD_ROWS, _HEAD_LOGITS // tokens)
                 plan = ExecutionPlan("layered", self._footprint.products, resident=resident, head_rows=rows)
                 plan = replace(plan, head_tokens=tokens if tokens < s.vocabulary else None)
@@ -85,12 +85,12 @@ class Planner:
         exact = self._footprint.storage == _HALF
         return [False, True] if name in ("stream", "int8") or (name == "auto" and exact) else [False]
 
-    def _fewest_tokens(self) -> int:
-        """A piece of the head's weight that is as large as a sublayer's piece."""
+    def _head_tokens(self) -> list[int]:
+        """Tokens of the vocabulary at a time: all, as large as a sublayer's piece is in float32, or in int8."""
         s = self._sizes
-        piece = max(s.weights[name] // s.pieces[name] for name in SUBLAYERS)
-        tokens = piece // s.hidden // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE
-        return min(s.vocabulary, max(_TOKENS_MULTIPLE, tokens))
+        piece = max(s.weights[name] // s.pieces[name] for name in SUBLAYERS) // s.hidden
+        parts = (piece // share // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE for share in (1, 4))
+        return sorted({s.vocabulary, *(min(s.vocabulary, max(_TOKENS_MULTIPLE, part)) for part in parts)}, reverse=True)
 
     def _cost(self, plan: ExecutionPlan) -> float:
         s, positions = self._sizes, self._work.positions

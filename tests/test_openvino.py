@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from prepared_bundles import Prepared
+from prepared_bundles import CONFIG, Prepared, prepare_tiny
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, relative, rows_of
 from tiny_phi3 import checkpoint
 
+from edgetune import pieces
 from edgetune.bundle import open_bundle
 from edgetune.config import Base
 from edgetune.errors import MissingDependencyError, UsageError
-from edgetune.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.execution import WHOLE_STEP, ExecutionPlan, Products
 from edgetune.frozen import INT8, SCALES, FrozenWeights
 from edgetune.runtimes import find_runtime, openvino
-from edgetune.runtimes.layered.channels import Channels
+from edgetune.runtimes.layered.channels import Channels, groups_of
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
@@ -71,6 +72,32 @@ def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base:
         else:
             assert cosine(found[name], expected) >= (INT8_COSINE if int8 else BF16_COSINE), name
             assert np.linalg.norm(found[name]) == pytest.approx(np.linalg.norm(expected), rel=0.03), name
+
+
+@installed
+@pytest.mark.parametrize("products", ["bf16", "int8"])
+def test_pieces_whose_channels_are_not_in_turn_add_up(
+    products: Products, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streamed weights have even channels first, within a piece and within a head."""
+    monkeypatch.setattr(pieces, "MOST_WEIGHTS", 25_000)
+    bundle = prepare_tiny("grouped-query", tmp_path / "bundle", CONFIG)
+    found = pieces.pieces_of(bundle.manifest)
+    assert (found.attention, found.mlp) == (2, 3)
+    groups = groups_of(bundle.manifest)
+    assert groups is not None
+    assert groups.inner < groups.hidden
+    parameters = adapter_of(bundle)
+    rows = rows_of(1, lengths_of("grouped-query", 1))
+    model = oracle.peft_model(checkpoint("grouped-query"), bundle, parameters)
+    oracle.loss(model, rows).backward()
+    with openvino.open_session(bundle, parameters, OPTIMIZER, replace(RECOMPUTE, products=products)) as session:
+        np.testing.assert_equal(session.adapter(), dict(parameters))
+        session.step([batch_of(bundle, rows)], LEARNING_RATE)
+        gradients = session.gradients()  # type: ignore[attr-defined]
+    for name, parameter in oracle.trainable(model).items():
+        assert parameter.grad is not None
+        assert cosine(gradients[name], parameter.grad.numpy()) >= INT8_COSINE, name
 
 
 @installed

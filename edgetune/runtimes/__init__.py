@@ -57,7 +57,7 @@ class Session(Protocol):
         ...
 
     def adapter(self) -> Parameters:
-        """A copy of the LoRA parameters."""
+        """The LoRA parameters; arrays that the next step may change."""
         ...
 
 

@@ -81,8 +81,10 @@ class Head:
     def _padded(self, hidden: Floats, label_weights: Floats) -> tuple[Floats, Floats]:
         """With rows of zeros behind, where graphs are compiled for every number of rows: then few numbers occur."""
         count = len(hidden)
-        rows = min(self._rows, 1 << max(0, count - 1).bit_length())
-        padding = ((0, -count % rows if self._fixed_shapes else 0), (0, 0))
+        missing = -count % min(self._rows, 1 << max(0, count - 1).bit_length())
+        if not self._fixed_shapes or not missing:
+            return hidden, label_weights
+        padding = ((0, missing), (0, 0))
         return np.pad(hidden, padding), np.pad(label_weights, padding)
 
     def _logsumexp(self, hidden: Floats, label_weights: Floats) -> tuple[Floats, Floats]:

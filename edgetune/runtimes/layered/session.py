@@ -73,13 +73,13 @@ class LayeredSession:
         return self._restored(self._optimizer.parameter)
 
     def gradients(self) -> Parameters:
-        """A copy of the last step's gradients, before clipping."""
+        """The last step's gradients, before clipping, until the next step."""
         return self._restored(self._optimizer.gradient)
 
     def _restored(self, of: Callable[[str], NDArray[np.float32]]) -> Parameters:
-        """Copies with the channels where the checkpoint has them."""
+        """With the channels where the checkpoint has them."""
         order = self._backend.channels
-        return {name: order.restore_adapter(name, of(name).copy()) for name in self._names}
+        return {name: order.restore_adapter(name, of(name)) for name in self._names}
 
     def _accumulate(self, batch: Batch, scale: float) -> float:
         """Add the gradient of scale · Σ losses to the optimizer's; returns scale · Σ losses."""
