@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import edgetune
+from edgetune import cli
 from edgetune.byte_size import bytes_text
 from edgetune.cli import VERBS, main
 from edgetune.cli.output import printable
@@ -378,6 +379,16 @@ def script(tmp_path: Path, body: str) -> list[str]:
     path = tmp_path / "script.py"
     path.write_text(f"import sys, time\n{body}\nfrom edgetune.cli import main\nmain(prog_name='edgetune')\n")
     return [sys.executable, str(path)]
+
+
+def test_an_interruption_is_one_even_when_a_library_makes_an_error_of_it() -> None:
+    with pytest.raises(KeyboardInterrupt), cli._termination_interrupts():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise RuntimeError("a graph could not be traced") from None
+    with pytest.raises(RuntimeError), cli._termination_interrupts():
+        raise RuntimeError("something else")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
