@@ -135,8 +135,10 @@ class FrozenWeights:
         else:
             packed = self._read(piece.offset, found, np.dtype(np.uint8), columns // 2)
             scales = self._read(piece.scales, found, np.dtype(np.float32), columns // BLOCK_SIZE)
-            nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1, columns // BLOCK_SIZE, BLOCK_SIZE)
-            rows = ((nibbles.astype(np.float32) - 8) * scales[:, :, None]).reshape(-1, columns)
+            rows = np.empty((len(found), columns), dtype=np.float32)
+            rows[:, 0::2], rows[:, 1::2] = packed & 15, packed >> 4
+            rows -= 8
+            rows.reshape(*scales.shape, BLOCK_SIZE)[...] *= scales[:, :, None]
         return rows[places.reshape(indices.shape)]
 
     def _read(self, offset: int, rows: NDArray[np.int64], dtype: np.dtype[Any], columns: int) -> NDArray[Any]:
