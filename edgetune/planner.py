@@ -14,6 +14,8 @@ from edgetune.manifest import BundleManifest
 _HEAD_LOGITS = 8 << 20
 """Logits that exist at the same time in the head."""
 _FEWEST_HEAD_ROWS = 32
+_MOST_HEAD_ROWS = 256
+"""Of pieces of the vocabulary: more rows are not faster, and take more memory."""
 _HALF = 2
 """Bytes of 16 bits."""
 _TOKENS_MULTIPLE = 64
@@ -75,6 +77,7 @@ class Planner:
         for resident in {"keep": [True], "recompute": [True], "stream": [False]}.get(name, [True, False]):
             for tokens in [s.vocabulary] if resident else self._head_tokens():
                 rows = max(_FEWEST_HEAD_ROWS, _HEAD_LOGITS // tokens)
+                rows = rows if tokens == s.vocabulary else min(rows, _MOST_HEAD_ROWS)
                 plan = ExecutionPlan("layered", self._footprint.products, resident=resident, head_rows=rows)
                 plan = replace(plan, head_tokens=tokens if tokens < s.vocabulary else None)
                 for count, lean in product(kept, self._lean(name)):

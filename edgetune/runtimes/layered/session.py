@@ -135,6 +135,8 @@ class LayeredSession:
             self._attention.backward(layer, tables, hidden, d_middle, d_hidden, of_attention)
             self._release()
             d_output = d_hidden
+        # The head can use their memory.
+        self._workspace.drop(AGAIN)
 
     def _release(self) -> None:
         """The system may take back the weights' pages: streamed weights are read again, resident ones are copied."""

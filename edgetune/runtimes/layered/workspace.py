@@ -32,6 +32,10 @@ class Workspace:
             self._arrays[name] = np.empty(shape, dtype=dtype or self.storage)
         return self._arrays[name]
 
+    def drop(self, part: str) -> None:
+        """Give back the arrays with this part of a name, between dots."""
+        self._arrays = {name: array for name, array in self._arrays.items() if part not in name.split(".")}
+
     def like(self, name: str, other: NDArray[Any]) -> NDArray[Any]:
         """The same of another array's shape."""
         return self.array(name, other.shape)
