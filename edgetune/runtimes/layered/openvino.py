@@ -65,8 +65,8 @@ class OpenVinoGraph:
         # A tensor does not own the array's memory, and the request does not own the tensor.
         tensors = [tensor(array) for array in given]
         results = {place: tensor(outputs[name]) for place, name in enumerate(self.outputs) if name in outputs}
-        for place, given in enumerate(tensors):
-            request.set_input_tensor(place, given)
+        for place, each in enumerate(tensors):
+            request.set_input_tensor(place, each)
         for place, result in results.items():
             request.set_output_tensor(place, result)
         # `infer` would copy every result.

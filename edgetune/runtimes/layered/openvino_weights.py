@@ -14,12 +14,10 @@ from edgetune.frozen import BLOCK_SIZE, SCALES, Block
 from edgetune.runtimes.layered.backend import Allocate
 from edgetune.runtimes.layered.channels import in_turn
 from edgetune.runtimes.layered.openvino_tensor import BFLOAT16, tensor, to_bfloat16
+from edgetune.runtimes.layered.requantise import INT8_STEPS, LARGEST_INT8, SMALLEST
 
 _HALF = BLOCK_SIZE // 2
 _INT8, _FLOAT = np.dtype(np.int8), np.dtype(np.float32)
-_LARGEST_INT4, _LARGEST_INT8 = 8, 127
-_SMALLEST = 1e-30
-"""The least scale, for weights that are all zero."""
 _ELEMENTS = {BFLOAT16: ov.Type.bf16, _FLOAT: ov.Type.f32, _INT8: ov.Type.i8}
 
 
@@ -52,7 +50,7 @@ class OpenVinoWeights:
             self._unpack(block.values, block.scales, block.group, [out, scales])
         else:
             largest: NDArray[np.float32] = np.abs(block.values).max(axis=1)
-            scales[...] = np.maximum(largest / _LARGEST_INT8, _SMALLEST)
+            scales[...] = np.maximum(largest / LARGEST_INT8, SMALLEST)
             out[...] = np.rint(block.values / scales[:, None])
         return {"": out, SCALES: scales}
 
@@ -97,9 +95,8 @@ def _unpack_model(rows: int, columns: int, group: int, dtype: np.dtype[Any]) -> 
     if dtype != _INT8:
         weight = op.convert(op.multiply(value, factors), _ELEMENTS[dtype])
         return ov.Model([_reshaped(weight, rows, columns)], [packed, scales], "unpack")
-    # An int4 weight is never larger than 8 scales.
     largest = op.reduce_max(op.abs(scales), op.constant([1]), True)
-    steps = op.maximum(op.multiply(largest, _floats(_LARGEST_INT4 / _LARGEST_INT8)), _floats(_SMALLEST))
+    steps = op.maximum(op.multiply(largest, _floats(INT8_STEPS)), _floats(SMALLEST))
     factors = op.divide(factors, _reshaped(steps, rows, 1, 1, 1, 1))
     weight = op.convert(op.floor(op.add(op.multiply(value, factors), _floats(0.5))), ov.Type.i8)
     outputs = [_reshaped(weight, rows, columns), _reshaped(steps, rows)]
