@@ -65,12 +65,12 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_sizes(architecture: Architecture, *, int4: bool) -> None:
+def check_sizes(architecture: Architecture, *, blocks: bool) -> None:
     """Refuse sizes that the runtimes cannot take.
 
     Args:
         architecture: The model's sizes.
-        int4: The frozen weights will be quantised in blocks of 32.
+        blocks: The frozen weights will be quantised in blocks of 32.
 
     Raises:
         IncompatibleError: Naming all of them.
@@ -91,9 +91,9 @@ def check_sizes(architecture: Architecture, *, int4: bool) -> None:
         "intermediate_size": architecture.intermediate_size,
         "num_attention_heads · head_dim": architecture.num_attention_heads * architecture.head_dim,
     }
-    if int4:
+    if blocks:
         problems += [
-            f"{name} is {size}, int4 blocks need a multiple of {BLOCK_SIZE} (use --base fp32)"
+            f"{name} is {size}, blocks need a multiple of {BLOCK_SIZE} (use --base fp16 or fp32)"
             for name, size in inputs.items()
             if size % BLOCK_SIZE
         ]

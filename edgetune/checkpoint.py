@@ -70,13 +70,13 @@ class Checkpoint:
         return folder
 
 
-def open_checkpoint(source: str, *, download: bool, int4: bool) -> Checkpoint:
+def open_checkpoint(source: str, *, download: bool, blocks: bool) -> Checkpoint:
     """Find a checkpoint and check that it is of the Phi-3 family and complete.
 
     Args:
         source: A local folder, or a hub id that lies in the local cache.
         download: Fetch a hub id that does not.
-        int4: The frozen weights will be quantised in blocks of 32.
+        blocks: The frozen weights will be quantised in blocks of 32.
 
     Raises:
         UsageError: There is no such folder, or a hub id is not in the cache.
@@ -90,7 +90,7 @@ def open_checkpoint(source: str, *, download: bool, int4: bool) -> Checkpoint:
     weights = _find_weights(path)
     _check_tensors(path, weights, architecture)
     _check_tokenizer(path, config, architecture)
-    check_sizes(architecture, int4=int4)
+    check_sizes(architecture, blocks=blocks)
     name = path.resolve().name if Path(source).is_dir() else source
     return Checkpoint(path, name, config, architecture, weights)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 Targets = Literal["all-linear", "attention"]
-Base = Literal["int4", "fp32"]
+Base = Literal["int4", "int8", "fp16", "fp32"]
+Precision = Literal["int4", "fp32"]
 RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -91,7 +92,7 @@ class ExportConfig:
 
     merge: bool = True
     """Fold the adapter into the weights; otherwise keep it beside the base as an `.onnx_adapter`."""
-    precision: Base = "fp32"
+    precision: Precision = "fp32"
     """Weights of a merged model. A merge into int4 can lose what was learnt: its loss is printed."""
     force: bool = False
     """Replace a model that is already there."""

@@ -12,20 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edgetune.execution import ExecutionPlan, Products
-from edgetune.frozen import BLOCK_SIZE, LAYERS
+from edgetune.frozen import BITS, BLOCK_SIZE, LAYERS
 from edgetune.manifest import BundleManifest, TensorSpec
 from edgetune.pieces import pieces_of
 
 SUBLAYERS = ("attention", "mlp")
 _FLOAT = 4
-_INT4 = 0.5 + _FLOAT / BLOCK_SIZE
-"""Bytes of an int4 weight with its share of a scale."""
 _ADAPTER_COPIES = 5
 """Parameters, gradients, two moments, and the copy that is written at the end."""
 _WITHOUT_FIRST = 0.7
 """About what share of a piece's weights is not the first of its matrices."""
 _HALF = 2
-"""Bytes of a hidden state's number that a lean plan keeps."""
+"""Bytes of a number in 16 bits: of an fp16 base, and of the hidden states that a lean plan keeps."""
 _TURNS = 2
 """Arrays in which a lean plan computes hidden states by turns."""
 _BETWEEN_GRAPHS = 6
@@ -98,13 +96,20 @@ class Sizes:
         """Frozen weights of a layer's sublayers."""
         self.kept = {name: sum(map(_channels, _kept(manifest, name))) for name in SUBLAYERS}
         """What a piece keeps for the backward pass: numbers for each position."""
-        self.stored = _INT4 if manifest.base.weights == "int4" else _FLOAT
-        """Bytes of a weight in the file."""
+        self.stored = stored_bytes(manifest.base.weights)
+        """Of a weight in the file."""
 
     @property
     def head(self) -> int:
         """Weights of the logits."""
         return self.vocabulary * self.hidden
+
+
+def stored_bytes(base: str) -> float:
+    """Of a linear weight in the file, with its share of a scale."""
+    if base in BITS:
+        return BITS[base] / 8 + _FLOAT / BLOCK_SIZE
+    return _HALF if base == "fp16" else _FLOAT
 
 
 def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionPlan) -> int:

@@ -27,9 +27,14 @@ INT8 = "int8"
 FORWARD, BACKWARD, SCALES = "forward", "backward", ".scales"
 """The int8 graphs take `W.forward` and `W.backward`, and `.scales` of each, instead of a weight `W`."""
 BLOCK_SIZE = 32
-"""Neighbouring weights along the input that share a scale in an int4 model."""
-Layout = Literal["plain", "transposed", "int4"]
+"""Neighbouring weights along the input that share a scale in an int4 or int8 model."""
+BITS = {"int4": 4, "int8": 8}
+"""Of a weight that is stored in blocks, by the name of its layout, which is that of the base."""
+Layout = Literal["plain", "transposed", "half", "int4", "int8"]
 Range = tuple[int, int]
+_FLOAT = np.dtype(np.float32)
+_FLOATS: dict[str, np.dtype[Any]] = {"plain": _FLOAT, "transposed": _FLOAT, "half": np.dtype(np.float16)}
+"""Element types of the layouts that are not in blocks."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,19 @@ class Stored:
     """One piece of a tensor, as it lies in the file."""
 
     layout: Layout
-    """`plain`: float32 in the tensor's shape; `transposed`: float32 (in, out); `int4`: uint8 (out, in / 2), the low
-    nibble first, a weight being (q − 8) · scale."""
+    """`plain`: float32 in the tensor's shape; `transposed`: float32 (in, out); `half`: float16 (in, out); `int4`: uint8
+    (out, in / 2), the low nibble first, a weight being (q − 8) · scale; `int8`: uint8 (out, in), (q − 128) · scale."""
     shape: list[int]
     """Of the piece in the checkpoint's orientation: (out, in), or (size,)."""
     offset: int
     """Bytes from the start of the file."""
     scales: int | None = None
-    """Offset of the float32 scales (out, in / 32) of an `int4` piece."""
+    """Offset of the float32 scales (out, in / 32) of an `int4` or `int8` piece."""
+
+    @property
+    def bits(self) -> int:
+        """Of a weight in blocks; 0 of another."""
+        return BITS.get(self.layout, 0)
 
 
 @dataclass(frozen=True)
@@ -52,17 +62,24 @@ class Block:
     """Rows of a linear weight as they are stored: views of the file, not always contiguous."""
 
     values: NDArray[Any]
-    """float32 (rows, in), or uint8 (rows, in / 2): two weights a byte."""
+    """float32 or float16 (rows, in); uint8 (rows, in / 2) with two int4 weights a byte, or (rows, in) of int8."""
     scales: NDArray[np.float32] | None
-    """(rows, in / 32) of int4 weights."""
+    """(rows, in / 32) of weights in blocks."""
     group: int = 0
     """Of so many columns the even ones are to come first, then the odd ones; 0: they stay where they are."""
+    bits: int = 0
+    """Of a weight in blocks."""
+
+    @property
+    def zero_point(self) -> int:
+        """What stands for a weight of zero in blocks."""
+        return 1 << (self.bits - 1)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, in)."""
         rows, columns = self.values.shape
-        return rows, columns if self.scales is None else 2 * columns
+        return rows, 8 * columns // self.bits if self.bits else columns
 
 
 @dataclass(frozen=True)
@@ -117,7 +134,7 @@ class FrozenWeights:
     def plain(self, name: str) -> NDArray[np.float32]:
         """A tensor that is stored in float32 as the checkpoint has it."""
         (piece,) = self.pieces(name)
-        return self._floats(piece.offset, piece.shape)
+        return self._view(piece.offset, piece.shape)
 
     def rows(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows (…, columns) of a tensor (rows, columns).
@@ -128,17 +145,14 @@ class FrozenWeights:
         (piece,) = self.pieces(name)
         columns = piece.shape[1]
         found, places = np.unique(indices, return_inverse=True)
-        if piece.layout == "transposed":
-            rows = self._floats(piece.offset, piece.shape[::-1]).T[found]
-        elif piece.scales is None:
+        if piece.scales is not None:
+            packed = self._read(piece.offset, found, np.dtype(np.uint8), columns * piece.bits // 8)
+            scales = self._read(piece.scales, found, np.dtype(np.float32), columns // BLOCK_SIZE)
+            rows = dequantised(Block(packed, scales, bits=piece.bits))
+        elif piece.layout == "plain":
             rows = self._read(piece.offset, found, np.dtype(np.float32), columns)
         else:
-            packed = self._read(piece.offset, found, np.dtype(np.uint8), columns // 2)
-            scales = self._read(piece.scales, found, np.dtype(np.float32), columns // BLOCK_SIZE)
-            rows = np.empty((len(found), columns), dtype=np.float32)
-            rows[:, 0::2], rows[:, 1::2] = packed & 15, packed >> 4
-            rows -= 8
-            rows.reshape(*scales.shape, BLOCK_SIZE)[...] *= scales[:, :, None]
+            rows = self._block(piece, slice(None), slice(None)).values[found].astype(np.float32)
         return rows[places.reshape(indices.shape)]
 
     def _read(self, offset: int, rows: NDArray[np.int64], dtype: np.dtype[Any], columns: int) -> NDArray[Any]:
@@ -163,17 +177,20 @@ class FrozenWeights:
 
     def _block(self, piece: Stored, rows: slice, columns: slice) -> Block:
         if piece.scales is None:
-            values = self._floats(piece.offset, piece.shape if piece.layout == "plain" else piece.shape[::-1])
-            return Block((values if piece.layout == "plain" else values.T)[rows, columns], None)
+            stored = self._view(piece.offset, piece.shape[::-1], _FLOATS[piece.layout]).T
+            if piece.layout == "plain":
+                stored = self._view(piece.offset, piece.shape)
+            return Block(stored[rows, columns], None)
         high, wide = piece.shape
-        nibbles = self._bytes[piece.offset : piece.offset + high * wide // 2].reshape(high, wide // 2)
-        scales = self._floats(piece.scales, [high, wide // BLOCK_SIZE])
-        halves, blocks = (slice(columns.start // size, columns.stop // size) for size in (2, BLOCK_SIZE))
-        return Block(nibbles[rows, halves], scales[rows, blocks])
+        in_byte = 8 // piece.bits
+        packed = self._view(piece.offset, [high, wide // in_byte], np.dtype(np.uint8))
+        scales = self._view(piece.scales, [high, wide // BLOCK_SIZE])
+        places, blocks = (slice(columns.start // size, columns.stop // size) for size in (in_byte, BLOCK_SIZE))
+        return Block(packed[rows, places], scales[rows, blocks], bits=piece.bits)
 
-    def _floats(self, offset: int, shape: Sequence[int]) -> NDArray[np.float32]:
+    def _view(self, offset: int, shape: Sequence[int], dtype: np.dtype[Any] = _FLOAT) -> NDArray[Any]:
         """A view of the file."""
-        return self._bytes[offset : offset + 4 * math.prod(shape)].view(np.float32).reshape(shape)
+        return self._bytes[offset : offset + dtype.itemsize * math.prod(shape)].view(dtype).reshape(shape)
 
     def forget(self) -> None:
         """Let the system take the file's pages back; they come again from the file."""
@@ -186,6 +203,19 @@ class FrozenWeights:
 
 def _ends(piece: Stored) -> list[int]:
     count = math.prod(piece.shape)
-    if piece.layout != "int4":
-        return [piece.offset + 4 * count]
-    return [piece.offset + count // 2, (piece.scales or 0) + 4 * count // BLOCK_SIZE]
+    if not piece.bits:
+        return [piece.offset + _FLOATS[piece.layout].itemsize * count]
+    return [piece.offset + count * piece.bits // 8, (piece.scales or 0) + 4 * count // BLOCK_SIZE]
+
+
+def dequantised(block: Block) -> NDArray[np.float32]:
+    """A weight in blocks (rows, in): (q − zero point) · scale."""
+    weight = np.empty(block.shape, dtype=np.float32)
+    if block.bits == 4:
+        weight[:, 0::2], weight[:, 1::2] = block.values & 15, block.values >> 4
+    else:
+        weight[...] = block.values
+    weight -= block.zero_point
+    assert block.scales is not None  # for mypy: a weight in blocks has them
+    weight.reshape(*block.scales.shape, BLOCK_SIZE)[...] *= block.scales[:, :, None]
+    return weight

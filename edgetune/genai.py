@@ -18,8 +18,10 @@ WEIGHTS = "model.onnx.data"
 CONFIG = "genai_config.json"
 MANIFEST = "edgetune.json"
 
-QUANTISED = "_Q4"
-"""What the builder adds to the name of a weight that became int4."""
+QUANTISED = {4: "_Q4", 8: "_Q8"}
+"""What the builder adds to the name of a weight that it puts into blocks, by their bits."""
+HALF = ".half"
+"""What the name of a weight that is stored in fp16 has at its end; a `Cast` gives the weight itself."""
 ACCURACY_LEVEL = 1
 """`MatMulNBits` computes in fp32, as the training graphs do (docs/decisions/0003-int4-accuracy-level.md)."""
 
@@ -46,6 +48,13 @@ _KNOWN_KEYS = {
     ("model", "decoder", "session_options"): {"log_id", "provider_options"},
 }  # fmt: skip
 """All that edgetune writes into `genai_config.json`. GenAI knows more, some of it loads libraries."""
+
+
+def weight_name(stored: str) -> str:
+    """The name of a weight, whatever it is stored as."""
+    for suffix in (*QUANTISED.values(), HALF):
+        stored = stored.removesuffix(suffix)
+    return stored
 
 
 @dataclass(frozen=True)

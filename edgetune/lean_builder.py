@@ -13,18 +13,26 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune.config import Base
+from edgetune.frozen import BITS
+from edgetune.genai import HALF
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
 @contextmanager
-def lean_builder() -> Iterator[None]:
-    """Within, the builder maps, casts and quantises weight by weight. Every tensor is the same to the byte."""
+def lean_builder(base: Base) -> Iterator[None]:
+    """Within, the builder maps, casts and quantises weight by weight. Every tensor is the same to the byte.
+
+    Args:
+        base: What becomes of linear layers where the builder would make them int4: that, int8, or fp16.
+    """
     model = import_module("onnxruntime_genai.models.builder").Model
     lean = {
         "load_weights": _map_weights,
         "make_initializer": _cast_once(model.make_initializer),
-        "to_int4": _quantise_one_by_one(model.to_int4),
+        "to_int4": _halve if base == "fp16" else _quantise_one_by_one(model.to_int4, BITS.get(base)),
     }
     original = {name: getattr(model, name) for name in lean}
     for name, method in lean.items():
@@ -79,22 +87,72 @@ def _cast_once(make_initializer: Callable[..., None]) -> Callable[..., None]:
     return make
 
 
-def _quantise_one_by_one(to_int4: Callable[[Any], ir.Model]) -> Callable[[Any], ir.Model]:
+def _quantise_one_by_one(to_int4: Callable[[Any], ir.Model], bits: int | None) -> Callable[[Any], ir.Model]:
     """Let the builder quantise one `MatMul` after the other, each as a model of its own."""
 
     def quantise(builder: Any) -> ir.Model:
+        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig
+
         whole: ir.Model = builder.model
-        for node in whole.graph:
-            activation, weight = node.inputs[:2] if node.op_type == "MatMul" else (None, None)
-            if activation is not None and weight is not None and weight.is_initializer():
-                builder.model = _model_of(node, activation, weight, whole)
-                (quantised,) = to_int4(builder).graph
-                _become(node, quantised, whole.graph)
-                del whole.graph.initializers[str(weight.name)]
+        options = builder.quant_attrs["int4"]
+        options["algo_config"] = DefaultWeightOnlyQuantConfig(
+            block_size=options["qdq_block_size"],
+            is_symmetric=options["is_symmetric"],
+            accuracy_level=options["accuracy_level"],
+            bits=bits,
+        )
+        for node, activation, weight in _products(whole.graph):
+            builder.model = _model_of(node, activation, weight, whole)
+            (quantised,) = to_int4(builder).graph
+            _become(node, quantised, whole.graph)
+            del whole.graph.initializers[str(weight.name)]
         builder.model = whole
         return whole
 
     return quantise
+
+
+def _halve(builder: Any) -> ir.Model:
+    """Store the weight of every `MatMul` in fp16, and cast it where it is used."""
+    import onnx_ir as ir
+
+    whole: ir.Model = builder.model
+    for node, _, weight in list(_products(whole.graph)):
+        name = str(weight.name)
+        del whole.graph.initializers[name]
+        half = ir.Value(name=name + HALF, type=ir.TensorType(ir.DataType.FLOAT16), shape=weight.shape)
+        half.const_value = _as_half(weight, str(half.name))
+        whole.graph.register_initializer(half)
+        cast = ir.node("Cast", [half], attributes={"to": ir.DataType.FLOAT}, name=f"{name}.Cast")
+        cast.outputs[0].name = name
+        whole.graph.insert_before(node, cast)
+        node.replace_input_with(1, cast.outputs[0])
+    return whole
+
+
+def _as_half(weight: ir.Value, name: str) -> ir.LazyTensor:
+    """The weight in fp16, made when it is written."""
+    import numpy as np
+    import onnx_ir as ir
+
+    def half() -> ir.Tensor[Any]:
+        tensor = weight.const_value
+        assert tensor is not None  # for mypy: it is an initializer
+        values = tensor.numpy().astype(np.float16)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{weight.name} has numbers that fp16 cannot hold; use --base fp32 or int8")
+        return ir.Tensor(values, name=name)
+
+    shape = ir.Shape([] if weight.shape is None else weight.shape)
+    return ir.LazyTensor(half, dtype=ir.DataType.FLOAT16, shape=shape, name=name)
+
+
+def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, ir.Value]]:
+    """Every `MatMul` with a weight: node, activation, weight."""
+    for node in graph:
+        activation, weight = node.inputs[:2] if node.op_type == "MatMul" else (None, None)
+        if activation is not None and weight is not None and weight.is_initializer():
+            yield node, activation, weight
 
 
 def _model_of(node: ir.Node, activation: ir.Value, weight: ir.Value, whole: ir.Model) -> ir.Model:

@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Literal
 
+from edgetune.config import Base
 from edgetune.errors import EdgetuneError, MissingDependencyError
 from edgetune.lean_builder import lean_builder
 
@@ -32,7 +33,9 @@ _ENVIRONMENT = {
 _SHOWN_LINES = 5
 
 
-def run_olive_pass(name: PassName, config: Mapping[str, object], source: Path, output: Path) -> None:
+def run_olive_pass(
+    name: PassName, config: Mapping[str, object], source: Path, output: Path, base: Base | None = None
+) -> None:
     """Run a pass; what it prints is shown only when it fails.
 
     Args:
@@ -40,6 +43,7 @@ def run_olive_pass(name: PassName, config: Mapping[str, object], source: Path, o
         config: The pass's own options.
         source: A Hugging Face folder, or an `.onnx` file.
         output: Folder for the result; its parent must exist and lends a scratch folder.
+        base: How `ModelBuilder` is to store linear layers.
 
     Raises:
         MissingDependencyError: Olive is not installed.
@@ -49,7 +53,13 @@ def run_olive_pass(name: PassName, config: Mapping[str, object], source: Path, o
         raise MissingDependencyError('Olive is not installed; this is work for a host: pip install "edgetune[host]"')
     with tempfile.TemporaryDirectory(prefix=".olive-", dir=output.parent) as scratch_name:
         scratch = Path(scratch_name).absolute()
-        request = {"name": name, "config": config, "source": str(source.absolute()), "output": str(output.absolute())}
+        request = {
+            "name": name,
+            "config": config,
+            "source": str(source.absolute()),
+            "output": str(output.absolute()),
+            "base": base,
+        }
         paths = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {**os.environ, **_ENVIRONMENT, "HF_HUB_CACHE": str(scratch), "PYTHONPATH": paths}
         silent, held = os.pipe()  # nothing is written: it closes when this process ends, however that happens
@@ -83,7 +93,7 @@ def _serve(request: str) -> None:
     kind = OlivePackageConfig.load_default_config().import_pass_module(asked["name"])
     olive_pass = create_pass_from_dict(kind, asked["config"], disable_search=True, accelerator_spec=cpu)
     handler = ONNXModelHandler if asked["source"].endswith(".onnx") else HfModelHandler
-    with lean_builder() if asked["name"] == "ModelBuilder" else nullcontext():
+    with lean_builder(asked["base"]) if asked["name"] == "ModelBuilder" else nullcontext():
         olive_pass.run(handler(asked["source"]), asked["output"])
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_phi3 import weights
 from transformers import Phi3ForCausalLM
 
 from edgetune.bundle import Bundle
@@ -22,8 +21,8 @@ Array = NDArray[np.float32]
 def peft_model(checkpoint: Path, bundle: Bundle, parameters: dict[str, Array]) -> PeftModel:
     """The checkpoint with the bundle's frozen weights and LoRA parameters, in float32 on the CPU."""
     model = Phi3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
-    if bundle.manifest.base.weights == "int4":
-        load_dequantised(model, bundle.path / "model.onnx")
+    if bundle.manifest.base.weights != "fp32":
+        load_stored(model, bundle.path)
     lora = bundle.manifest.lora
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
     peft = get_peft_model(model, config).eval()
@@ -41,25 +40,18 @@ def trainable(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def load_dequantised(model: Any, genai_model: Path) -> None:
-    """Replace every linear layer by what the GenAI model's int4 blocks stand for: (q − 8) · scale."""
-    stored = {t.name: t for t in onnx.load(genai_model).graph.initializer}
-
-    def dequantised(name: str) -> torch.Tensor:
-        packed = numpy_helper.to_array(stored[f"{name}_Q4"])
-        scales = numpy_helper.to_array(stored[f"{name}_scales"]).reshape(packed.shape[0], packed.shape[1], 1)
-        values = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1).astype(np.float32)
-        return torch.from_numpy(((values - 8) * scales).reshape(packed.shape[0], -1))
-
+def load_stored(model: Any, genai_model: Path) -> None:
+    """Replace every linear layer by what the GenAI model's stored weights stand for."""
+    stored = {name: torch.from_numpy(value.copy()) for name, value in weights(genai_model).items()}
     # A tied head is quantised apart from the embedding.
-    model.lm_head.weight = torch.nn.Parameter(dequantised("lm_head.MatMul.weight"))
+    model.lm_head.weight = torch.nn.Parameter(stored["lm_head"])
     for number, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{number}"
-        layer.self_attn.qkv_proj.weight.data = dequantised(f"{prefix}.attn.qkv_proj.MatMul.weight")
-        layer.self_attn.o_proj.weight.data = dequantised(f"{prefix}.attn.o_proj.MatMul.weight")
-        halves = [dequantised(f"{prefix}.mlp.{half}_proj.MatMul.weight") for half in ("gate", "up")]
+        layer.self_attn.qkv_proj.weight.data = stored[f"{prefix}.attn.qkv_proj"]
+        layer.self_attn.o_proj.weight.data = stored[f"{prefix}.attn.o_proj"]
+        halves = [stored[f"{prefix}.mlp.{half}_proj"] for half in ("gate", "up")]
         layer.mlp.gate_up_proj.weight.data = torch.cat(halves)
-        layer.mlp.down_proj.weight.data = dequantised(f"{prefix}.mlp.down_proj.MatMul.weight")
+        layer.mlp.down_proj.weight.data = stored[f"{prefix}.mlp.down_proj"]
 
 
 def loss(model: PeftModel, examples: list[Example]) -> torch.Tensor:

@@ -39,15 +39,14 @@ def prepare_standard(variant: str, base: Base, folder: Path) -> Bundle:
     return prepare_tiny(variant, folder, replace(CONFIG, base=base))
 
 
-def _run_olive_here(name: str, config: Mapping[str, object], source: Path, output: Path) -> None:
+def _run_olive_here(name: str, config: Mapping[str, object], source: Path, output: Path, base: Base) -> None:
     from edgetune import olive_pass
 
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     try:
-        olive_pass._serve(
-            json.dumps({"name": name, "config": dict(config), "source": str(source), "output": str(output)})
-        )
+        places = {"source": str(source), "output": str(output)}
+        olive_pass._serve(json.dumps({"name": name, "config": dict(config), **places, "base": base}))
     finally:
         root.setLevel(level)
         root.handlers[:] = handlers

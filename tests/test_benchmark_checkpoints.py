@@ -29,7 +29,7 @@ def test_the_sizes_are_the_ones_that_the_goals_name() -> None:
 
 
 def test_prepare_takes_it(folder: Path) -> None:
-    opened = open_checkpoint(str(folder), download=False, int4=True)
+    opened = open_checkpoint(str(folder), download=False, blocks=True)
     assert opened.architecture.num_hidden_layers == 3
     assert len(opened.weights) == 4
 

@@ -21,8 +21,8 @@ from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 
 
-def opened(folder: Path, *, int4: bool = True) -> Checkpoint:
-    return open_checkpoint(str(folder), download=False, int4=int4)
+def opened(folder: Path, *, blocks: bool = True) -> Checkpoint:
+    return open_checkpoint(str(folder), download=False, blocks=blocks)
 
 
 @pytest.fixture
@@ -66,9 +66,9 @@ def test_shards_are_the_same_model(folder: Path) -> None:
 def test_the_name_is_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     write_checkpoint(tmp_path / "here" / "tiny-phi3")
     monkeypatch.chdir(tmp_path / "here")
-    assert open_checkpoint(source, download=False, int4=True).name == "tiny-phi3"
+    assert open_checkpoint(source, download=False, blocks=True).name == "tiny-phi3"
     monkeypatch.chdir("tiny-phi3")
-    assert open_checkpoint(".", download=False, int4=True).name == "tiny-phi3"
+    assert open_checkpoint(".", download=False, blocks=True).name == "tiny-phi3"
 
 
 def test_a_folder_whose_name_is_not_unicode_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_hub_id_in_the_cache_is_read_from_there(tmp_path: Path, monkeypatch: p
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = open_checkpoint("someone/tiny", download=False, int4=True)
+    found = open_checkpoint("someone/tiny", download=False, blocks=True)
     assert found.name == "someone/tiny"
     view = found.without_code(tmp_path / "view")
     assert load_file(view / "model.safetensors").keys() == SHAPES.keys()
@@ -191,7 +191,7 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"no such folder, and not a hub id|no config\.json"):
-        open_checkpoint(source, download=False, int4=True)
+        open_checkpoint(source, download=False, blocks=True)
 
 
 def test_a_folder_without_config_and_a_file(tmp_path: Path) -> None:
@@ -415,17 +415,23 @@ def test_sizes_that_int4_cannot_take_are_all_named(folder: Path) -> None:
     resized(folder, hidden_size=72, intermediate_size=100, head_dim=48, num_attention_heads=1)
     with pytest.raises(IncompatibleError) as caught:
         opened(folder)
-    for part in ("hidden_size is 72", "intermediate_size is 100", "head_dim is 48", "multiple of 32", "--base fp32"):
+    for part in (
+        "hidden_size is 72",
+        "intermediate_size is 100",
+        "head_dim is 48",
+        "multiple of 32",
+        "--base fp16 or fp32",
+    ):
         assert part in str(caught.value)
-    opened(folder, int4=False)
+    opened(folder, blocks=False)
 
 
 @pytest.mark.parametrize("rotated", [4, 8, 24])
 def test_rotary_widths_that_genai_cannot_take_are_refused(folder: Path, rotated: int) -> None:
     configure(folder, partial_rotary_factor=rotated / 32)
-    for int4 in (True, False):
+    for blocks in (True, False):
         with pytest.raises(IncompatibleError, match=f"{rotated} rotated dimensions a head, .* multiples of 16"):
-            opened(folder, int4=int4)
+            opened(folder, blocks=blocks)
 
 
 def test_heads_that_cannot_be_shared_are_refused(folder: Path) -> None:

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -37,7 +37,8 @@ ROWS = [
     {"prompt": "hello", "completion": " world, what is it? tell me the answer"},
 ]
 BASES: tuple[Base, ...] = ("int4", "fp32")
-EACH = [(variant, base) for variant in VARIANTS for base in BASES]
+OTHERS: list[tuple[str, Base]] = [("grouped-query", "int8"), ("grouped-query", "fp16"), ("partial", "int8")]
+EACH = [*((variant, base) for variant in VARIANTS for base in BASES), *OTHERS]
 
 Exporter = Callable[[str, Base, ExportConfig], Path]
 
@@ -183,14 +184,14 @@ def test_weights_are_merged_piece_by_piece(
     monkeypatch.setattr(merging, "_PIECE", 1)
     monkeypatch.setattr(merging, "_SMALLEST", 64)
     pieces = []
-    original = merging._Weight.rows
+    original = merging._transposed
 
-    def recorded(self: Any, start: int, stop: int) -> Any:
+    def recorded(weight: Any, start: int, stop: int) -> Any:
         pieces.append(stop - start)
-        return original(self, start, stop)
+        return original(weight, start, stop)
 
-    monkeypatch.setattr(merging._Weight, "rows", recorded)
-    for base in BASES:
+    monkeypatch.setattr(merging, "_transposed", recorded)
+    for base in get_args(Base):
         source = bundle("grouped-query", base)
         export(source, adapter(source), tmp_path / base, MERGED, silent)
         whole = (exported("grouped-query", base, MERGED) / "model.onnx.data").read_bytes()

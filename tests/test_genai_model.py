@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def genai_greedy(folder: Path, input_ids: list[int], max_new_tokens: int) -> lis
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG_PROMPT], ids=["short", "long"])
-@pytest.mark.parametrize("base", ["int4", "fp32"])
+@pytest.mark.parametrize("base", get_args(Base))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_answers_as_pytorch_does(variant: str, base: Base, prompt: list[int]) -> None:
     folder = genai_model(variant, base)
@@ -71,6 +72,20 @@ def test_int4_is_the_nearest_of_sixteen_steps(variant: str) -> None:
         error = np.abs(blocks - rounded[name].reshape(blocks.shape))
         # Half a step, but for values next to the end of the side that has only seven steps.
         assert (error <= 1.001 * step).all() and np.mean(error <= 0.501 * step) > 0.95, name
+
+
+@pytest.mark.parametrize(("base", "steps"), [("int8", 128), ("fp16", 2048)])
+def test_int8_and_fp16_are_as_near_as_they_can_be(base: Base, steps: int) -> None:
+    """Of int8 128 steps up to a block's largest; of fp16 2,048 up to the next power of two."""
+    exact, rounded = weights(genai_model("partial", "fp32")), weights(genai_model("partial", base))
+    assert exact.keys() == rounded.keys() and len(exact) == 11
+    for name, values in exact.items():
+        blocks = values.reshape(values.shape[0], -1, 32)
+        largest = np.abs(blocks).max(axis=-1, keepdims=True)
+        error = np.abs(blocks - rounded[name].reshape(blocks.shape))
+        # Half a step, but for values next to the end of the side that has one step less.
+        assert (error <= 1.001 * largest / steps).all() and np.mean(error <= 0.501 * largest / steps) > 0.95, name
+        assert error.max() > 0, "nothing was rounded"
 
 
 def test_int4_computes_in_fp32() -> None:

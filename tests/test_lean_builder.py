@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import get_args
 
 import onnx
 import pytest
@@ -60,11 +61,12 @@ def test_the_builder_is_itself_again_afterwards() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is POSIX's")
-@pytest.mark.parametrize("precision", ["int4", "fp32"])
-def test_memory_is_far_less_than_the_model_in_fp32(precision: Base, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", get_args(Base))
+def test_memory_is_far_less_than_the_model_in_fp32(base: Base, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "checkpoint", WIDE)
+    precision = "fp32" if base == "fp32" else "int4"
     config = {"precision": precision, "extra_options": {"hf_remote": False, "hf_token": "false"}}
-    request = {"name": "ModelBuilder", "config": config, "source": str(tmp_path / "checkpoint")}
+    request = {"name": "ModelBuilder", "config": config, "source": str(tmp_path / "checkpoint"), "base": base}
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, json.dumps(request | {"output": str(tmp_path / "model")})],
         capture_output=True,
@@ -75,4 +77,5 @@ def test_memory_is_far_less_than_the_model_in_fp32(precision: Base, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     unit = 1 if sys.platform == "darwin" else 1024
-    assert int(done.stdout.splitlines()[-1]) * unit < 200e6
+    # What is in blocks is held until it is written: 127 MB of int8, 71 MB of int4.
+    assert int(done.stdout.splitlines()[-1]) * unit < (260e6 if base == "int8" else 200e6)

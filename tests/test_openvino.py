@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import oracle
@@ -103,7 +104,7 @@ def test_pieces_whose_channels_are_not_in_turn_add_up(
 @installed
 @pytest.mark.parametrize("group", [0, 32, 96], ids=["own order", "groups of 32", "groups of 96"])
 @pytest.mark.parametrize("columns", [None, (64, 160)], ids=["whole", "part"])
-@pytest.mark.parametrize("base", ["int4", "fp32"])
+@pytest.mark.parametrize("base", get_args(Base))
 def test_weights_are_rounded_to_a_step(
     prepared: Prepared, base: Base, columns: tuple[int, int] | None, group: int
 ) -> None:

@@ -22,7 +22,8 @@ from edgetune.data.encode import Example
 
 ROLES = ["step", "loss"]
 SIZES = [(1, 8), (3, 40)]
-CASES = [(variant, "int4") for variant in VARIANTS] + [("partial", "fp32")]
+OTHERS = [("partial", "fp32"), ("multi-head", "int8"), ("grouped-query", "fp16")]
+CASES = [*((variant, "int4") for variant in VARIANTS), *OTHERS]
 UNWELCOME = {
     "Trilu", "Erf", "ReduceSumSquare", "ScatterElements", "ScatterND", "IsNaN", "IsInf", "Range", "Sin", "Cos", "Pad",
     "Shape", "Size", "ConstantOfShape", "NonZero", "If", "Loop", "Scan",

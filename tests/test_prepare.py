@@ -34,7 +34,8 @@ LEARNING_RATE = 1e-3
 OPTIMIZER = OptimizerConfig(weight_decay=0.5, max_grad_norm=0.3)
 RUNTIMES = {"onnxruntime": stock, "ort-training": ort_training}
 
-each_bundle = pytest.mark.parametrize(("variant", "base"), [(variant, base) for variant in VARIANTS for base in BASES])
+BUNDLES: list[tuple[str, Base]] = [(variant, base) for variant in VARIANTS for base in BASES]
+each_bundle = pytest.mark.parametrize(("variant", "base"), [*BUNDLES, ("grouped-query", "int8"), ("partial", "fp16")])
 
 
 @pytest.fixture(autouse=True, scope="module")

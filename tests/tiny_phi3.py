@@ -126,8 +126,9 @@ def genai_model(variant: str, base: Base) -> Path:
     from edgetune import olive_pass
     from edgetune.prepare import genai_model
 
-    def run_here(name: str, config: dict[str, object], source: Path, output: Path) -> None:
-        olive_pass._serve(json.dumps({"name": name, "config": config, "source": str(source), "output": str(output)}))
+    def run_here(name: str, config: dict[str, object], source: Path, output: Path, base: Base) -> None:
+        places = {"source": str(source), "output": str(output)}
+        olive_pass._serve(json.dumps({"name": name, "config": config, **places, "base": base}))
 
     folder = _new_folder() / f"{variant}-{base}"
     with pytest.MonkeyPatch.context() as patch:
@@ -209,22 +210,26 @@ def save_adapter(folder: Path, of: Bundle, provenance: dict[str, str] | None = N
 
 
 def weights(folder: Path) -> dict[str, NDArray[np.float32]]:
-    """Every linear weight of a GenAI folder as (out_features, in_features), dequantised where it is int4."""
+    """Every linear weight of a GenAI folder as (out_features, in_features), in float32 whatever it is stored as."""
     import onnx
     from onnx import numpy_helper
 
     model = onnx.load(folder / "model.onnx")
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
     found: dict[str, NDArray[np.float32]] = {}
     for node in model.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in tensors and node.input[1].endswith(".MatMul.weight"):
-            found[node.input[1].removesuffix(".MatMul.weight")] = tensors[node.input[1]].T
+        stored = casts.get(node.input[1], node.input[1]) if len(node.input) > 1 else ""
+        name, is_linear, _ = stored.partition(".MatMul.weight")
+        if node.op_type == "MatMul" and is_linear and stored in tensors:
+            found[name] = tensors[stored].T.astype(np.float32)
         if node.op_type == "MatMulNBits":
-            packed = tensors[node.input[1]]
+            (bits,) = (attribute.i for attribute in node.attribute if attribute.name == "bits")
+            packed = tensors[stored]
             scales = tensors[node.input[2]].reshape(packed.shape[:2])
-            values = np.stack([packed % 16, packed // 16], axis=-1).reshape(*packed.shape[:2], -1)
-            name = node.input[1].removesuffix(".MatMul.weight_Q4")
-            found[name] = ((values.astype(np.float32) - 8) * scales[..., None]).reshape(packed.shape[0], -1)
+            nibbles = np.stack([packed % 16, packed // 16], axis=-1).reshape(*packed.shape[:2], -1)
+            values = {4: nibbles, 8: packed}[bits].astype(np.float32) - 2 ** (bits - 1)
+            found[name] = (values * scales[..., None]).reshape(packed.shape[0], -1)
     return found
 
 

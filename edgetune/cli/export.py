@@ -11,7 +11,7 @@ from edgetune.byte_size import bytes_text
 from edgetune.cli.command import Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, adapter_at, bundle_at
 from edgetune.cli.output import notices, print_json
-from edgetune.config import Base, ExportConfig
+from edgetune.config import ExportConfig, Precision
 
 DEFAULT = ExportConfig()
 
@@ -34,7 +34,7 @@ edgetune export bundle --adapter adapter --output model --keep-adapter
 )
 @click.option(
     "--precision",
-    type=click.Choice(get_args(Base)),
+    type=click.Choice(get_args(Precision)),
     default=DEFAULT.precision,
     show_default=True,
     help="Weights of a merged model.",
@@ -50,7 +50,7 @@ def command(
     adapter: Path,
     output: Path,
     merge: bool,
-    precision: Base,
+    precision: Precision,
     valid: Path | None,
     force: bool,
     quiet: bool,

@@ -15,7 +15,7 @@ from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
 from edgetune.adapter import VALIDATION_DATA, VALIDATION_SHA256, read_adapter
 from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from edgetune.bundle import Bundle, load_manifest
-from edgetune.config import Base, ExportConfig
+from edgetune.config import ExportConfig, Precision
 from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.errors import VerificationError
 from edgetune.export.keep import add_lora_inputs, graph_values, write_onnx_adapter
@@ -131,7 +131,7 @@ def _copy(source: Path, folder: Path, file: File) -> File:
     return file
 
 
-def _write_merged(bundle: Bundle, folder: Path, precision: Base, parameters: Parameters) -> None:
+def _write_merged(bundle: Bundle, folder: Path, precision: Precision, parameters: Parameters) -> None:
     if precision == "fp32":
         merge_adapter(bundle.path, folder, bundle.manifest.lora, parameters)
         return

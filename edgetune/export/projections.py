@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgetune.errors import IncompatibleError
-from edgetune.genai import QUANTISED
+from edgetune.genai import weight_name
 from edgetune.manifest import Lora, Slot
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ def find_parts(graph: onnx.GraphProto, lora: Lora) -> Iterator[list[Part]]:
     Raises:
         IncompatibleError: A slot has no node in the graph.
     """
-    nodes = {node.input[1]: node for node in graph.node if node.op_type in ("MatMul", "MatMulNBits")}
+    nodes = {weight_name(node.input[1]): node for node in graph.node if node.op_type in ("MatMul", "MatMulNBits")}
     for slot in lora.slots:
         layer, _, projection = slot.name.removeprefix("model.layers.").partition(".")
         names = _PARTS.get(projection, ())
         weights = [f"model.layers.{layer}.{name}.MatMul.weight" for name in names]
-        found = [nodes.get(weight) or nodes.get(weight + QUANTISED) for weight in weights]
+        found = [nodes.get(weight) for weight in weights]
         if not found or slot.out_features % len(found):
             raise IncompatibleError(f"{slot.name}: not a projection of Phi-3; prepare the bundle anew")
         rows = slot.out_features // len(found)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune.frozen import BLOCK_SIZE
-from edgetune.genai import ACCURACY_LEVEL, MODEL, QUANTISED, WEIGHTS
+from edgetune.genai import ACCURACY_LEVEL, MODEL, WEIGHTS, weight_name
 from edgetune.olive_pass import run_olive_pass
 
 if TYPE_CHECKING:
@@ -50,6 +50,6 @@ def quantise_layers(source: Path, output: Path) -> None:
 def _restore_outputs(model: onnx.ModelProto) -> None:
     """The pass renames what its layers give, `logits` as well, by which GenAI asks for it."""
     for output in model.graph.output:
-        if output.name.endswith(QUANTISED):
+        if output.name != weight_name(output.name):
             node = next(node for node in model.graph.node if output.name in node.output)
-            output.name = node.output[0] = output.name.removesuffix(QUANTISED)
+            output.name = node.output[0] = weight_name(output.name)

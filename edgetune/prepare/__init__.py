@@ -14,6 +14,7 @@ from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
 from edgetune.config import PrepareConfig
 from edgetune.errors import VerificationError
+from edgetune.frozen import BITS
 from edgetune.manifest import (
     BUNDLE_FORMAT,
     FORMAT_VERSION,
@@ -44,7 +45,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         IncompatibleError: Another family, or an operator without gradient.
         VerificationError: The checkpoint is incomplete or broken, or names no end-of-text token.
     """
-    source = open_checkpoint(checkpoint, download=config.download, int4=config.base == "int4")
+    source = open_checkpoint(checkpoint, download=config.download, blocks=config.base in BITS)
     positions = source.architecture.max_position_embeddings
     if config.max_length > positions:
         say(f"The longest row is {positions} tokens, the model's positions, not {config.max_length}")

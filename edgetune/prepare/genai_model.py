@@ -19,8 +19,8 @@ from edgetune.olive_pass import run_olive_pass
 def build_genai_model(checkpoint: Path, output: Path, base: Base) -> None:
     """Write the GenAI folder of a checkpoint.
 
-    An int4 base has all linear layers and the head rounded to nearest, symmetrically, in blocks of 32; embedding and
-    norms stay fp32. The weights lie in `model.onnx.data`.
+    An int4 or int8 base has all linear layers and the head rounded to nearest, symmetrically, in blocks of 32; an fp16
+    base has them in fp16, and casts them. Embedding and norms stay fp32. The weights lie in `model.onnx.data`.
 
     Args:
         checkpoint: A verified Phi-3 folder with safetensors and a tokenizer.
@@ -30,8 +30,10 @@ def build_genai_model(checkpoint: Path, output: Path, base: Base) -> None:
     Raises:
         EdgetuneError: Olive failed; the message holds the end of what it printed.
     """
-    config: dict[str, object] = {"precision": base, "extra_options": {"hf_remote": False, "hf_token": "false"}}
-    if base == "int4":
+    # For the builder all that is stored shorter than it is computed is int4; `lean_builder` makes the difference.
+    precision = "fp32" if base == "fp32" else "int4"
+    config: dict[str, object] = {"precision": precision, "extra_options": {"hf_remote": False, "hf_token": "false"}}
+    if precision == "int4":
         config |= {
             "int4_block_size": BLOCK_SIZE,
             "int4_is_symmetric": True,
@@ -41,7 +43,7 @@ def build_genai_model(checkpoint: Path, output: Path, base: Base) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".genai-", dir=output) as scratch:
         built = Path(scratch) / "model"
-        run_olive_pass("ModelBuilder", config, checkpoint, built)
+        run_olive_pass("ModelBuilder", config, checkpoint, built, base)
         for name in (MODEL, WEIGHTS, *SIDE_FILES):
             if (built / name).exists():
                 (built / name).replace(output / name)

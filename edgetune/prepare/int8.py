@@ -1,7 +1,7 @@
 """The layered form with int8 products: what multiplies a frozen weight is quantised, row by row, when it is there.
 
 A row of x becomes u = round(x / s) + 128 with s = max|x| / 127, a weight an int8 matrix with a scale for every column
-of the product (edgetune.runtimes.layered.requantise makes both from int4). Products with adapters, attention, norms and
+of the product (edgetune.runtimes.layered.requantise makes both). Products with adapters, attention, norms and
 the head stay float32. ONNX Runtime has fast kernels for unsigned activations only; `MatMulIntegerToFloat` takes the
 scales of columns, and the row's is multiplied afterwards.
 """
@@ -14,8 +14,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from edgetune.frozen import BACKWARD, BLOCK_SIZE, FORWARD, INT8, SCALES
-from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators
+from edgetune.frozen import BACKWARD, FORWARD, INT8, SCALES
+from edgetune.prepare.blocks import build_requantise
+from edgetune.prepare.lowering import Operators
 from edgetune.prepare.shapes import dimensions, fold
 
 _CONTRIB = "com.microsoft"
@@ -25,14 +26,15 @@ _SMALLEST_ROW = 1e-30
 """Instead of the largest magnitude of a row of zeros."""
 
 
-def build_int8(sublayers: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
+def build_int8(sublayers: Mapping[str, ir.Model], bits: int) -> dict[str, ir.Model]:
     """The graphs of the int8 plan by their names: every sublayer's, and those that requantise weights.
 
     Args:
         sublayers: The float32 graphs by their names; they are left as they are.
+        bits: Of weights that are stored in blocks.
     """
     graphs = {name: quantise_products(ir.from_proto(ir.to_proto(graph))) for name, graph in sublayers.items()}
-    graphs |= {form: build_requantise(form) for form in (FORWARD, BACKWARD)}
+    graphs |= {form: build_requantise(form, bits) for form in (FORWARD, BACKWARD)}
     return {f"{INT8}/{name}": graph for name, graph in graphs.items()}
 
 
@@ -73,35 +75,6 @@ def quantise_products(model: ir.Model) -> ir.Model:
             graph.inputs.remove(value)
     fold(model)
     return model
-
-
-def build_requantise(form: str) -> ir.Model:
-    """Int4 blocks to int8: inputs `packed` (out, in / 2) uint8, `scales` (out, in / 32), `rows` (out): 0, 1, 2, ….
-
-    The scales are those of int4 divided by those of int8. Output `weight`: (out, in), or (in, out) for the forward
-    pass.
-    """
-    op = Operators()
-    packed = ir.val("packed", dtype=ir.DataType.UINT8, shape=("out", "packed_in"))
-    rows = ir.val("rows", dtype=ir.DataType.INT64, shape=("out",))
-    scales = ir.val("scales", dtype=ir.DataType.FLOAT, shape=("out", "blocks"))
-    weight = op.op(
-        "GatherBlockQuantized",
-        [packed, rows, scales],
-        attributes={"bits": 4, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1},
-        domain=_CONTRIB,
-    )
-    weight = op.op("QuantizeLinear", [weight, _scalar(op, 1, np.float32), _scalar(op, 0, np.int8)])
-    if form == FORWARD:
-        weight = op.op("Transpose", [weight], attributes={"perm": [1, 0]})
-    weight.name, weight.dtype = "weight", ir.DataType.INT8
-    weight.shape = ir.Shape(["in", "out"] if form == FORWARD else ["out", "in"])
-    for number, node in enumerate(op.nodes):
-        node.name = f"{number}_{node.op_type}"
-    graph = ir.Graph(
-        [packed, rows, scales], [weight], nodes=op.nodes, name=form, opset_imports={"": OPSET, _CONTRIB: 1}
-    )
-    return ir.Model(graph, ir_version=IR_VERSION)
 
 
 def _frozen(node: ir.Node) -> tuple[ir.Value, ir.Value, str] | None:

@@ -16,9 +16,10 @@ from onnx_ir.passes import common as passes
 
 from edgetune.checkpoint import Checkpoint
 from edgetune.config import PrepareConfig
-from edgetune.frozen import BLOCK_SIZE, INDEX, INT8, LAYERS, write_index
+from edgetune.frozen import BITS, INDEX, INT8, LAYERS, write_index
 from edgetune.manifest import Architecture
 from edgetune.prepare.adamw import build_flat_adamw
+from edgetune.prepare.blocks import build_dequantise
 from edgetune.prepare.gradient import ARTIFACTS, differentiate
 from edgetune.prepare.head import build_head
 from edgetune.prepare.int8 import build_int8
@@ -54,42 +55,19 @@ def build_layers(
         IncompatibleError: An operator has no gradient.
     """
     sublayers = build_sublayers(checkpoint, scratch, source.architecture, config, say)
+    bits = BITS.get(config.base, min(BITS.values()))
     graphs = {
         **sublayers,
-        **build_int8(sublayers),
+        **build_int8(sublayers, bits),
         **build_head(source.architecture.hidden_size, skeleton(checkpoint, config, layers=1).config.rms_norm_eps),
         "adamw_flat": build_flat_adamw(),
-        "dequantise": build_dequantise(),
+        "dequantise": build_dequantise(bits),
     }
     (folder / LAYERS / INT8).mkdir(parents=True)
     for name, graph in graphs.items():
         ir.save(graph, folder / LAYERS / f"{name}.onnx")
     (folder / INDEX).write_bytes(write_index(index_weights(folder, source.architecture, config.base)))
     return [f"{LAYERS}/{name}" for name in graphs]
-
-
-def build_dequantise() -> ir.Model:
-    """Int4 blocks to float32: inputs `packed` (out, in / 2) uint8, `scales` (out, in / 32), `rows` (out): 0, 1, 2, ….
-
-    Output `weight` (out, in). ONNX Runtime's `GatherBlockQuantized` is more than twice as fast as `DequantizeLinear`.
-    """
-    packed = ir.val("packed", dtype=ir.DataType.UINT8, shape=("out", "packed_in"))
-    rows = ir.val("rows", dtype=ir.DataType.INT64, shape=("out",))
-    scales = ir.val("scales", dtype=ir.DataType.FLOAT, shape=("out", "blocks"))
-    node = ir.node(
-        "GatherBlockQuantized",
-        [packed, rows, scales],
-        {"bits": 4, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1},
-        domain="com.microsoft",
-        name="dequantise",
-    )
-    (weight,) = node.outputs
-    weight.name, weight.dtype, weight.shape = "weight", ir.DataType.FLOAT, ir.Shape(["out", "in"])
-    graph = ir.Graph(
-        [packed, rows, scales], [weight], nodes=[node], name="dequantise",
-        opset_imports={"": OPSET, "com.microsoft": 1},
-    )  # fmt: skip
-    return ir.Model(graph, ir_version=IR_VERSION)
 
 
 def build_sublayers(

@@ -1,8 +1,9 @@
 """The frozen weights of the training graphs: references into the GenAI model's data file, never a copy.
 
-The GenAI builder stores a linear layer transposed (in, out) in fp32, and as the blocks of `MatMulNBits` in int4: rows
-of the checkpoint's (out, in) matrix, two values a byte, low nibble first, zero point 8. `DequantizeLinear` reads the
-very same bytes as uint4. It splits the packed gate_up projection in two; the training graphs join it again.
+The GenAI builder stores a linear layer transposed (in, out) in fp32 or fp16, and as the blocks of `MatMulNBits` in int4
+and int8: rows of the checkpoint's (out, in) matrix; of int4 two values a byte, low nibble first, zero point 8; of int8
+zero point 128. `DequantizeLinear` reads the very same bytes as uint4 or uint8. The builder splits the packed gate_up
+projection in two; the training graphs join it again.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from onnx_ir.passes import common as passes
 from edgetune.architecture import tensor_shapes
 from edgetune.config import Base
 from edgetune.errors import VerificationError
-from edgetune.frozen import BLOCK_SIZE, FrozenIndex, Stored
-from edgetune.genai import MODEL, QUANTISED, WEIGHTS
+from edgetune.frozen import BITS, BLOCK_SIZE, FrozenIndex, Layout, Stored
+from edgetune.genai import HALF, MODEL, QUANTISED, WEIGHTS
 from edgetune.manifest import Architecture
 from edgetune.prepare.lowering import Operators
 from edgetune.prepare.shapes import fold
 
 ReadLinear = Callable[[str, Sequence[str]], ir.Value]
-_ZERO_POINTS_BYTE = 0x88
-"""Two uint4 zero points of 8."""
+_ZERO_POINTS_BYTE = {4: 0x88, 8: 0x80}
+"""A byte of zero points by their bits: two of 8, or one of 128."""
+_IN_BLOCKS = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+_LAYOUTS: dict[Base, Layout] = {"fp32": "transposed", "fp16": "half", "int4": "int4", "int8": "int8"}
+"""Of a linear layer's tensors."""
 
 
 def attach_weights(model: ir.Model, folder: Path, architecture: Architecture, base: Base) -> None:
@@ -43,8 +47,8 @@ def attach_weights(model: ir.Model, folder: Path, architecture: Architecture, ba
     """
     stored = ir.load(folder / MODEL).graph.initializers
     op = Operators()
-    source = _Source(op, stored, model.graph)
-    read_linear: ReadLinear = source.dequantised if base == "int4" else source.transposed
+    source = _Source(op, stored, model.graph, base)
+    read_linear: ReadLinear = source.dequantised if base in BITS else source.transposed
     for value in list(model.graph.inputs):
         name = str(value.name)
         if not name.endswith(".weight") or ".lora_" in name:
@@ -102,12 +106,13 @@ def _piece(stored: Mapping[str, ir.Value], name: str, base: Base) -> Stored:
     if not name.endswith(_LINEAR):
         tensor = _external(stored, name)
         return Stored("plain", list(tensor.shape.numpy()), tensor.offset or 0)
-    if base == "fp32":
-        tensor = _external(stored, name)
-        return Stored("transposed", list(tensor.shape.numpy())[::-1], tensor.offset or 0)
-    packed, scales = _external(stored, name + QUANTISED), _external(stored, f"{name}_scales")
+    layout = _LAYOUTS[base]
+    if base not in BITS:
+        tensor = _external(stored, name + HALF if base == "fp16" else name)
+        return Stored(layout, list(tensor.shape.numpy())[::-1], tensor.offset or 0)
+    packed, scales = _external(stored, name + QUANTISED[BITS[base]]), _external(stored, f"{name}_scales")
     rows, blocks, _ = packed.shape.numpy()
-    return Stored("int4", [rows, blocks * BLOCK_SIZE], packed.offset or 0, scales.offset or 0)
+    return Stored(layout, [rows, blocks * BLOCK_SIZE], packed.offset or 0, scales.offset or 0)
 
 
 def _external(stored: Mapping[str, ir.Value], name: str) -> ir.ExternalTensor:
@@ -120,24 +125,26 @@ def _external(stored: Mapping[str, ir.Value], name: str) -> ir.ExternalTensor:
 class _Source:
     """Tensors of the GenAI model, added to a training graph when they are first read."""
 
-    def __init__(self, op: Operators, stored: Mapping[str, ir.Value], graph: ir.Graph) -> None:
+    def __init__(self, op: Operators, stored: Mapping[str, ir.Value], graph: ir.Graph, base: Base) -> None:
         self._op = op
         self._stored = stored
         self._graph = graph
+        self._bits = BITS.get(base, 0)
+        self._half = base == "fp16"
 
     def plain(self, name: str) -> ir.Value:
         """A tensor as it is stored."""
         return self._initializer(_external(self._stored, name), name)
 
     def transposed(self, name: str, stored: Sequence[str]) -> ir.Value:
-        """The fp32 linear layer `name`: tensors (in, out) that stand side by side."""
-        joined = self._joined([self.plain(part) for part in stored], axis=1)
+        """The fp32 or fp16 linear layer `name`: tensors (in, out) that stand side by side."""
+        joined = self._joined([self._cast(part) if self._half else self.plain(part) for part in stored], axis=1)
         value = self._op.op("Transpose", [joined], attributes={"perm": [1, 0]})
         value.name = name
         return value
 
     def dequantised(self, name: str, stored: Sequence[str]) -> ir.Value:
-        """The int4 linear layer `name`: tensors (out, in) in blocks along the input, one above the other."""
+        """The linear layer `name` in blocks: tensors (out, in), blocks along the input, one above the other."""
         value = self._joined([self._dequantised(part) for part in stored], axis=0)
         value.name = name
         return value
@@ -149,11 +156,17 @@ class _Source:
         value.name = f"{parts[0].name}.joined"
         return value
 
+    def _cast(self, name: str) -> ir.Value:
+        value = self._op.op("Cast", [self.plain(name + HALF)], attributes={"to": ir.DataType.FLOAT})
+        value.name, value.dtype = name, ir.DataType.FLOAT
+        return value
+
     def _dequantised(self, name: str) -> ir.Value:
-        packed, scales = (_external(self._stored, part) for part in (name + QUANTISED, f"{name}_scales"))
+        quantised = name + QUANTISED[self._bits]
+        packed, scales = (_external(self._stored, part) for part in (quantised, f"{name}_scales"))
         rows, blocks, _ = packed.shape.numpy()
         inputs = [
-            self._initializer(_view(packed, ir.DataType.UINT4, (rows, blocks * BLOCK_SIZE)), name + QUANTISED),
+            self._initializer(_view(packed, _IN_BLOCKS[self._bits], (rows, blocks * BLOCK_SIZE)), quantised),
             self._initializer(_view(scales, scales.dtype, (rows, blocks)), f"{name}_scales"),
             self._zero_points(rows, blocks),
         ]
@@ -164,11 +177,14 @@ class _Source:
     def _zero_points(self, rows: int, blocks: int) -> ir.Value:
         """One tensor for all layers of a shape."""
         name = f"zero_points_{rows}x{blocks}"
-        packed = np.full((rows * blocks + 1) // 2, _ZERO_POINTS_BYTE, dtype=np.uint8)
-        tensor = ir.PackedTensor(packed, ir.DataType.UINT4, shape=ir.Shape((rows, blocks)), name=name)
-        return self._initializer(tensor, name)
+        count = (rows * blocks * self._bits + 7) // 8
+        points = np.full(count, _ZERO_POINTS_BYTE[self._bits], dtype=np.uint8)
+        shape, dtype = ir.Shape((rows, blocks)), _IN_BLOCKS[self._bits]
+        if dtype == ir.DataType.UINT8:
+            return self._initializer(ir.Tensor(points.reshape(rows, blocks), name=name), name)
+        return self._initializer(ir.PackedTensor(points, dtype, shape=shape, name=name), name)
 
-    def _initializer(self, tensor: ir.ExternalTensor | ir.PackedTensor[Any], name: str) -> ir.Value:
+    def _initializer(self, tensor: ir.ExternalTensor | ir.PackedTensor[Any] | ir.Tensor[Any], name: str) -> ir.Value:
         if name not in self._graph.initializers:
             self._graph.initializers[name] = ir.Value(
                 name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor

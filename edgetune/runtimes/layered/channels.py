@@ -9,7 +9,7 @@ as they are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class Channels:
         if module in self._rows and not (module == "qkv_proj" and first < self._groups.rotated):
             values = evens_first(values, 0, self._rows[module])
             scales = None if scales is None else evens_first(scales, 0, self._rows[module])
-        return Block(values, scales, self._columns[module])
+        return replace(block, values=values, scales=scales, group=self._columns[module])
 
     def put_adapter(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
         """A LoRA parameter of the checkpoint in this order."""

@@ -18,9 +18,9 @@ def tensor(array: NDArray[Any]) -> ov.Tensor:
     return ov.Tensor(array, shared_memory=True)
 
 
-def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+def to_bfloat16(values: NDArray[np.floating[Any]]) -> NDArray[np.uint16]:
     """Rounded to the nearest, ties to even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 

@@ -16,8 +16,6 @@ from edgetune.runtimes.layered.backend import Allocate, LayeredGraph
 
 _INT8, _FLOAT = np.dtype(np.int8), np.dtype(np.float32)
 LARGEST_INT8 = 127
-INT8_STEPS = 8 / LARGEST_INT8
-"""Of an int4 weight's scale: it is never larger than 8 scales."""
 SMALLEST = 1e-30
 """The least scale, for weights that are all zero."""
 
@@ -38,11 +36,12 @@ class Requantiser:
         weight, scales = allocate(shape, _INT8), allocate(shape[1:], _FLOAT)
         largest = np.abs(block.values if block.scales is None else block.scales).max(axis, keepdims=True)
         if block.scales is None:
-            steps = np.maximum(largest / LARGEST_INT8, SMALLEST)
+            steps = np.maximum(largest.astype(np.float32) / LARGEST_INT8, SMALLEST)
             rounded = np.rint(block.values / steps)
             weight[...] = rounded.T if form == FORWARD else rounded
         else:
-            steps = np.maximum(largest * INT8_STEPS, SMALLEST)
+            # A weight in blocks is never larger than its zero point times its scale.
+            steps = np.maximum(largest * (block.zero_point / LARGEST_INT8), SMALLEST)
             rows = np.arange(len(block.values), dtype=np.int64)
             inputs = {"packed": np.ascontiguousarray(block.values), "rows": rows, "scales": block.scales / steps}
             self._graphs[form].run(inputs, {"weight": weight})
