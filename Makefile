@@ -1,5 +1,6 @@
 # make setup   .venv with everything (host and device), and the side environment with ONNX Runtime Training
 # make test    setup, then every check and test; the device tests in .venv-device, without the host extras
+# make test-arm   setup, then training with the aarch64 wheels under an emulator (Debian's; skipped where there is no apt)
 # make demo    setup, then the main job on a small model that is built on the spot
 # make lint    setup, then ruff and mypy alone
 # make bench   setup, then edgetune and PyTorch + PEFT in one sitting (BENCH="--cases small-best --runs 3"; docs/benchmarks.md)
@@ -13,7 +14,7 @@ DEVICE = .venv-device/bin/python
 SOURCES = $(shell find edgetune -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint test test-device test-host demo bench
+.PHONY: help setup lint test test-device test-arm test-host demo bench
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -25,10 +26,13 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-test: lint test-device test-host
+test: lint test-device test-arm test-host
 
 test-device: .venv-device/installed
 	.venv-device/bin/pytest --confcutdir tests/device tests/device
+
+test-arm: setup
+	.venv/bin/pytest tests/arm
 
 test-host: setup
 	.venv/bin/pytest -n 2
@@ -45,9 +49,9 @@ bench: setup
 	touch $@
 
 # First what a device gets, in the verified versions; pytest comes on top and is not counted.
-.venv-device/requirements-installed: pyproject.toml requirements/device.txt
+.venv-device/requirements-installed: pyproject.toml edgetune/target/device_requirements.txt
 	$(PYTHON) -m venv .venv-device
-	$(DEVICE) $(PIP_INSTALL) --constraint requirements/device.txt .
+	$(DEVICE) $(PIP_INSTALL) --constraint edgetune/target/device_requirements.txt .
 	$(DEVICE) $(PIP_INSTALL) --constraint requirements/host.txt pytest
 	touch $@
 
