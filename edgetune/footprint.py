@@ -59,6 +59,8 @@ class Footprint:
     """Shapes of a batch for which graphs are held at the same time; each takes memory of its own."""
     shape: int
     """Bytes that a shape takes whatever its size: compiled code."""
+    cache: int
+    """Bytes on the disk for compiled graphs, at most."""
     weight: float
     """Bytes of a sublayer's frozen weight as it is multiplied."""
     dequantise: float

@@ -35,6 +35,7 @@ FOOTPRINT = Footprint(
     together=False,
     shapes=1,
     shape=0,
+    cache=0,
     weight=4.0,
     dequantise=90.0,
 )

@@ -43,6 +43,7 @@ _BF16 = Footprint(
     together=True,
     shapes=MOST_SHAPES,
     shape=27_000_000,
+    cache=_MOST_CACHED,
     weight=2.0,
     dequantise=90.0,
 )

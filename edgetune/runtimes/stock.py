@@ -29,6 +29,7 @@ _FP32 = Footprint(
     together=False,
     shapes=1,
     shape=0,
+    cache=0,
     weight=4.0,
     dequantise=90.0,
 )

@@ -49,7 +49,7 @@ class Calibration:
     start: float
     """Work of a pass without positions."""
     first_seconds: float
-    """Opening the session, and what the first step takes more than another."""
+    """What the first step takes more than another."""
     shape_seconds: float
     """What the first batch of another shape takes more than another of the same."""
     took: float
@@ -92,7 +92,6 @@ class CostModel:
 
 @dataclass(frozen=True)
 class _Timing:
-    open: float
     first: float
     """What the first step took more than the others."""
     step: float
@@ -130,11 +129,10 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
             seconds = max(timing.step, before.step + (timing.step - before.step) * share)
             extra = max(extra, before.first + max(0.0, timing.first - before.first) * share)
         points.append((model.of(batch), seconds))
-    opened = max((timing.open for _, timing in measured), default=0.0)
     return Calibration(
         points=tuple(sorted(points)),
         start=_START * model.work(1, 0, 0),
-        first_seconds=opened + extra,
+        first_seconds=extra,
         shape_seconds=min(timing.first for timing in timings.values()),
         took=perf_counter() - begin,
     )
@@ -163,12 +161,10 @@ class _Sample:
 
     def measure(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, _Timing]]:
         """Each batch and its times; a batch that would take too long is a shorter one, or none."""
-        began = perf_counter()
         parameters = initial_parameters(self._bundle.manifest.lora, 0)
         with self._choice.runtime.open_session(
             self._bundle, parameters, OptimizerConfig(0.0, 1.0), self._choice.plan
         ) as session:
-            opened = perf_counter() - began
             rate = None
             for batch in batches:
                 given = batch if rate is None else self._shortened(batch, rate)
@@ -183,7 +179,7 @@ class _Sample:
                     spent += seconds[-1] if len(seconds) > 1 else 0.0
                 usual = median(seconds[1:])
                 rate = usual / self._model.of(given)
-                yield given, _Timing(opened, max(0.0, seconds[0] - usual), usual)
+                yield given, _Timing(max(0.0, seconds[0] - usual), usual)
 
     def _shortened(self, batch: Batch, rate: float) -> Batch | None:
         """The batch if there is time for it, or a row that there is time for."""
