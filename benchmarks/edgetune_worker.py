@@ -23,6 +23,7 @@ from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.data.packing import Room
 from edgetune.execution import ExecutionPlan
+from edgetune.footprint import Work
 from edgetune.runtimes import OptimizerConfig, Parameters, Session, find_runtime
 from edgetune.train.choice import Choice, choose
 
@@ -42,7 +43,7 @@ def choose_for(contestant: Edgetune, bundle: Bundle, room: Room) -> Choice:
         plan=cast(PlanName, contestant.plan or "auto"),
         memory_budget=contestant.memory_budget,
     )
-    return choose(bundle.manifest, config, [room], lambda notice: print(notice, file=sys.stderr))
+    return choose(bundle.manifest, config, Work(room.positions, room.scores), lambda notice: print(notice, file=sys.stderr))
 
 
 @contextmanager

@@ -47,6 +47,8 @@ class TrainConfig:
 
     runtime: RuntimeName = "auto"
     """What executes the training step."""
+    device: str | None = None
+    """Name of a device profile, or the path of one: its memory, runtimes and limits hold."""
     plan: PlanName = "auto"
     """What is kept in memory and what is computed again; `int8` also says in which precision."""
     memory_budget: str | None = None

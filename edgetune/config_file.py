@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import tomllib
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from edgetune.errors import UsageError
 from edgetune.suggestion import did_you_mean
+from edgetune.toml_file import read_toml
 
 
 @dataclass(frozen=True)
@@ -36,51 +35,18 @@ def read_config(path: Path, kind: type) -> dict[str, Setting]:
     Raises:
         UsageError: No such file, broken TOML (`file:line: reason`), an unknown key, or a value of another type.
     """
-    text = _read(path)
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(_located(path, text, str(error))) from error
-    except RecursionError as error:
-        raise UsageError(f"{path}: nested too deeply") from error
+    file = read_toml(path, "--config")
     hints = get_type_hints(kind)
     settings: dict[str, Setting] = {}
-    for key, value in table.items():
+    for key, value in file.table.items():
         name = key.replace("-", "_")
-        place = f"{path}:{_line_of(key, text)}"
+        place = file.place(key)
         if name not in hints:
             raise UsageError(f"{place}: unknown key '{key}'{did_you_mean(name, hints)}")
         if name in settings:
             raise UsageError(f"{place}: '{key}' is set twice, as {name} and as {name.replace('_', '-')}")
         settings[name] = Setting(_checked(value, hints[name], f"{place}: {key}"), place)
     return settings
-
-
-def _read(path: Path) -> str:
-    if path.is_dir():
-        raise UsageError(f"--config {path} is a folder; expected a TOML file")
-    try:
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except FileNotFoundError as error:
-        raise UsageError(f"--config {path}: no such file") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from error
-
-
-def _located(path: Path, text: str, message: str) -> str:
-    """Put the place, which tomllib names at the end of its message, in front, where editors and people look for it."""
-    found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", message, re.DOTALL)
-    if found is None:
-        return f"{path}: {message}"
-    return f"{path}:{found[2] or text.rstrip().count(chr(10)) + 1}: {found[1]}"
-
-
-def _line_of(key: str, text: str) -> int:
-    """The line that sets `key`; tomllib does not tell. 1 when it is written in a way that this does not see."""
-    quoted = re.escape(key)
-    found = re.search(rf"""^[ \t]*\[?[ \t]*["']?{quoted}["']?[ \t]*[=.\]]""", text, re.MULTILINE)
-    return text.count("\n", 0, found.start()) + 1 if found else 1
 
 
 def _checked(value: object, hint: Any, place: str) -> Any:

@@ -53,6 +53,12 @@ class Footprint:
     """What the head's graphs hold: bytes for each logit."""
     together: bool
     """Each graph has memory of its own; otherwise all share what the largest needs."""
+    shapes: int
+    """Shapes of a batch for which graphs are held at the same time; each takes memory of its own."""
+    shape: int
+    """Bytes that a shape takes whatever its size: compiled code."""
+    cache: int
+    """Bytes on the disk for compiled graphs, at most."""
     weight: float
     """Bytes of a sublayer's frozen weight as it is multiplied."""
     dequantise: float
@@ -67,6 +73,8 @@ class Work:
     """Of all its sequences together."""
     scores: int
     """Attention scores of one head: the squares of the sequences' lengths, added up."""
+    others: tuple[tuple[int, int], ...] = ()
+    """Positions and scores of each other shape that batches have."""
 
 
 class Sizes:
@@ -147,19 +155,22 @@ def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
 def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
     """What graphs hold while they run."""
     rows, tokens = min(plan.head_rows, work.positions), head_tokens(s, plan)
-    states = f.hidden_states * work.positions * s.hidden
-    weights = {name: f.graph_weights * s.weights[name] / s.pieces[name] for name in SUBLAYERS}
-    scores = f.attention_scores * work.scores * s.heads
-    held = (
-        f.attention_states * work.positions * s.queries + scores + states + weights["attention"],
-        f.mlp_states * work.positions * s.inner + states + weights["mlp"],
-        rows * (f.logits * tokens + f.hidden_states * s.hidden) + f.graph_weights * tokens * s.hidden,
-    )
+    head = rows * (f.logits * tokens + f.hidden_states * s.hidden) + f.graph_weights * tokens * s.hidden
     if not f.together:
-        return max(held)
+        return max(*_sublayers(s, f, work.positions, work.scores), head)
     # Where some layers are computed again and others are not, there are two graphs for the backward pass.
     both = 0 < plan.kept_layers < s.layers
-    return (1.4 if both else 1.0) * (held[0] + held[1]) + held[2]
+    shapes = [(work.positions, work.scores), *sorted(work.others, reverse=True)][: f.shapes]
+    held = sum(f.shape + sum(_sublayers(s, f, *shape)) for shape in shapes)
+    return (1.4 if both else 1.0) * held + head
+
+
+def _sublayers(s: Sizes, f: Footprint, positions: int, scores: int) -> tuple[float, float]:
+    """What the graphs of attention and of the feed-forward network hold for batches of one shape."""
+    states = f.hidden_states * positions * s.hidden
+    weights = {name: f.graph_weights * s.weights[name] / s.pieces[name] for name in SUBLAYERS}
+    attention = f.attention_states * positions * s.queries + f.attention_scores * scores * s.heads
+    return attention + states + weights["attention"], f.mlp_states * positions * s.inner + states + weights["mlp"]
 
 
 def _pages(s: Sizes) -> float:

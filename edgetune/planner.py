@@ -8,8 +8,9 @@ from itertools import product
 
 from edgetune.config import PlanName
 from edgetune.execution import ExecutionPlan
-from edgetune.footprint import SUBLAYERS, Footprint, Sizes, Work, head_tokens, peak_memory
+from edgetune.footprint import SUBLAYERS, Footprint, Sizes, Work, peak_memory
 from edgetune.manifest import BundleManifest
+from edgetune.step_cost import step_cost
 
 _HEAD_LOGITS = 8 << 20
 """Logits that exist at the same time in the head."""
@@ -68,7 +69,7 @@ class Planner:
     def predict(self, plan: ExecutionPlan) -> Prediction:
         """Memory and work of a layered plan."""
         peak = peak_memory(self._sizes, self._footprint, self._work, plan)
-        return Prediction(plan, peak, self._cost(plan))
+        return Prediction(plan, peak, step_cost(self._sizes, self._footprint.dequantise, self._work, plan))
 
     def _plans(self, name: PlanName) -> Iterator[ExecutionPlan]:
         """With each number of kept layers, resident and streamed; the head's weight whole and in pieces."""
@@ -94,25 +95,3 @@ class Planner:
         piece = max(s.weights[name] // s.pieces[name] for name in SUBLAYERS) // s.hidden
         parts = (piece // share // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE for share in (1, 4))
         return sorted({s.vocabulary, *(min(s.vocabulary, max(_TOKENS_MULTIPLE, part)) for part in parts)}, reverse=True)
-
-    def _cost(self, plan: ExecutionPlan) -> float:
-        s, positions = self._sizes, self._work.positions
-        # Forward and backward; of what is computed again, the last product of a sublayer is not needed.
-        products = 2.0 * s.layers * sum(s.weights.values())
-        again = sum(s.weights[name] - s.hidden * width for name, width in self._last_products().items())
-        products += again * (s.layers - plan.kept_layers)
-        if plan.lean:
-            products += s.weights["attention"] * (s.layers - plan.kept_layers)
-        passes = 2 if head_tokens(s, plan) == s.vocabulary else 3
-        cost = (products + passes * s.head) * positions
-        if not plan.resident:
-            read = 2 * s.layers * sum(s.weights.values()) + (passes - 1) * s.head
-            read += s.weights["attention"] * (s.layers - plan.kept_layers) if plan.lean else 0
-            cost += self._footprint.dequantise * read
-        return cost
-
-    def _last_products(self) -> dict[str, int]:
-        """Channels that go into the last product of each sublayer."""
-        s = self._sizes
-        widths = s.queries * s.pieces["attention"], s.inner * s.pieces["mlp"]
-        return dict(zip(SUBLAYERS, widths, strict=True))

@@ -14,11 +14,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edgetune"
 
-FOUNDATION: list[set[str]] = [{"errors"}, {"manifest", "config", "storage", "suggestion"}, {"bundle"}]
+FOUNDATION: list[set[str]] = [{"errors"}, {"manifest", "config", "storage", "suggestion", "byte_size", "toml_file", "profile_file", "device"}, {"bundle"}]
 PARTS = len(FOUNDATION)
 """Layer of data, runtimes, adapter, rope, … and of everything that is not named here."""
 STAGES = PARTS + 1
 STAGE_NAMES = {"prepare", "train", "evaluate", "preview", "export", "generate", "target", "describe", "doctor"}
+STAGE_NAMES |= {"device_check"}
 CLI = STAGES + 1
 CLI_NAMES = {"cli", "__main__"}
 LEAST_MODULES = 30

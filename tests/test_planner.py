@@ -14,7 +14,6 @@ from prepared_bundles import Prepared
 
 from edgetune.byte_size import parse_bytes
 from edgetune.config import PlanName, TrainConfig
-from edgetune.data.packing import Room
 from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP
 from edgetune.footprint import Footprint, Sizes, Work, peak_memory
@@ -34,12 +33,14 @@ FOOTPRINT = Footprint(
     graph_weights=0.0,
     logits=12.0,
     together=False,
+    shapes=1,
+    shape=0,
+    cache=0,
     weight=4.0,
     dequantise=90.0,
 )
 INT8 = replace(FOOTPRINT, products="int8", weight=2.0)
 WORK = Work(positions=256, scores=256 * 64)
-ROOMS = [Room(batch_size=4, longest=64, limit=128)]
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ LAYERED_ONLY = FakeRuntime(whole=False, exact=replace(FOOTPRINT, products="bf16"
 
 def chosen(manifest: BundleManifest, config: TrainConfig) -> tuple[str, str]:
     check_plan(config)
-    choice = choose(manifest, config, ROOMS, lambda notice: None)
+    choice = choose(manifest, config, WORK, lambda notice: None)
     assert (choice.predicted_peak_bytes is None) == (choice.plan == WHOLE_STEP)
     return choice.name, choice.plan.products
 
@@ -209,9 +210,9 @@ def test_without_a_budget_the_free_memory_decides(manifest: BundleManifest, monk
     notices: list[str] = []
     with runtimes(stock=STOCK):
         monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: 1_000_000)
-        tight = choose(manifest, TrainConfig(), ROOMS, notices.append)
+        tight = choose(manifest, TrainConfig(), WORK, notices.append)
         assert not tight.plan.resident
         assert "has 1.0 MB of memory free" in notices.pop()
         monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: None)
-        assert choose(manifest, TrainConfig(), ROOMS, notices.append).plan.resident
+        assert choose(manifest, TrainConfig(), WORK, notices.append).plan.resident
         assert not notices

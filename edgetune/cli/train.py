@@ -24,6 +24,7 @@ EXAMPLES = """
 edgetune train bundle --data train.jsonl --output adapter
 edgetune train bundle --data train.jsonl --valid valid.jsonl --output adapter --epochs 5 --learning-rate 5e-4
 edgetune train bundle --data train.jsonl --output adapter --memory-budget 3GB
+edgetune train bundle --data train.jsonl --output adapter --device raspberry-pi-5
 edgetune train bundle --data train.jsonl --output adapter --config train.toml --steps 20
 
 train.toml holds the same options, which flags override:
@@ -45,6 +46,7 @@ train.toml holds the same options, which flags override:
     show_default=True,
     help="What executes the training step.",
 )
+@click.option("--device", default=DEFAULT.device, help="Hold to a device's limits: its name, or a profile's path.")
 @click.option(
     "--plan",
     type=click.Choice(get_args(PlanName)),
@@ -141,6 +143,7 @@ def command(
     output: Path,
     config: Path | None,
     runtime: RuntimeName,
+    device: str | None,
     plan: PlanName,
     memory_budget: str | None,
     steps: int | None,
@@ -168,6 +171,7 @@ def command(
     """
     flags = TrainConfig(
         runtime=runtime,
+        device=device,
         plan=plan,
         memory_budget=memory_budget,
         steps=steps,

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from edgetune.data.batches import Batch, lay_out
 from edgetune.data.encode import Example
-from edgetune.data.packing import Room, attention_share, pack, pad, round_up
+from edgetune.data.packing import Pass, Room, attention_share, pack, pad, round_up
 from edgetune.manifest import BundleManifest
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Sizes of a batch, without the batch."""
+
+    sequences: int
+    length: int
+    """Positions of each sequence."""
+    trained_tokens: int
+    """Labels of all of them."""
+
+    @property
+    def positions(self) -> int:
+        """Of all sequences together."""
+        return self.sequences * self.length
+
+    @property
+    def scores(self) -> int:
+        """Attention scores of one head."""
+        return self.positions * self.length
 
 
 class Batcher:
@@ -43,35 +65,56 @@ class Batcher:
         Args:
             drawn: The step's rows, in groups of `batch_size` at most.
         """
-        rows = [example for group in drawn for example in group]
-        pools = [list(group) for group in drawn] if any(map(self._is_long, rows)) else [rows]
-        return [batch for pool in pools for batch in self._batches(pool)]
+        return [self._lay_out(pool, item) for pool in self._pools(drawn) for item in self._passes(pool)]
+
+    def shapes(self, drawn: Sequence[Sequence[Example]]) -> list[BatchShape]:
+        """What `step` would give, without making it."""
+        return [_shape(pool, item) for pool in self._pools(drawn) for item in self._passes(pool)]
 
     def measure(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """Batches of rows whose order does not matter, every row once; the longest first.
 
         With longrope, each row has the factors that it has on its own.
         """
-        for pool in ([row for row in examples if self._is_long(row) is long] for long in (True, False)):
-            if pool:
-                yield from self._batches(pool)
+        for pool in self._measured(examples):
+            for item in self._passes(pool):
+                yield self._lay_out(pool, item)
 
-    def _batches(self, pool: Sequence[Example]) -> Iterator[Batch]:
+    def measure_shapes(self, examples: Sequence[Example]) -> list[BatchShape]:
+        """What `measure` would give, without making it."""
+        return [_shape(pool, item) for pool in self._measured(examples) for item in self._passes(pool)]
+
+    def _pools(self, drawn: Sequence[Sequence[Example]]) -> list[list[Example]]:
+        """Rows that may be laid out together."""
+        rows = [example for group in drawn for example in group]
+        return [list(group) for group in drawn] if any(map(self._is_long, rows)) else [rows]
+
+    def _measured(self, examples: Sequence[Example]) -> list[list[Example]]:
+        pools = ([row for row in examples if self._is_long(row) is long] for long in (True, False))
+        return [pool for pool in pools if pool]
+
+    def _passes(self, pool: Sequence[Example]) -> list[Pass]:
         lengths = [len(example.input_ids) for example in pool]
         if max(lengths) > self.room.longest:
             raise ValueError(f"a row has {max(lengths)} tokens, but there is room for {self.room.longest}")
-        passes = pack(lengths, self.room, self._attention) if self._packing else pad(lengths, self.room)
-        for item in passes:
-            yield lay_out(
-                [[pool[row] for row in rows] for rows in item.packs],
-                item.length,
-                self._rope,
-                self._pad_token_id,
-                longest=max(lengths),
-                sliding_window=self._sliding_window,
-            )
+        return pack(lengths, self.room, self._attention) if self._packing else pad(lengths, self.room)
+
+    def _lay_out(self, pool: Sequence[Example], item: Pass) -> Batch:
+        return lay_out(
+            [[pool[row] for row in rows] for rows in item.packs],
+            item.length,
+            self._rope,
+            self._pad_token_id,
+            longest=max(len(example.input_ids) for example in pool),
+            sliding_window=self._sliding_window,
+        )
 
     def _is_long(self, example: Example) -> bool:
         """Whether this row alone would have longrope's long factors."""
         rope = self._rope
         return rope.long_factor is not None and len(example.input_ids) > rope.original_max_position_embeddings
+
+
+def _shape(pool: Sequence[Example], item: Pass) -> BatchShape:
+    trained = sum(pool[row].trained_tokens for rows in item.packs for row in rows)
+    return BatchShape(len(item.packs), item.length, trained)

@@ -27,6 +27,9 @@ _FP32 = Footprint(
     graph_weights=0.0,
     logits=14.5,
     together=False,
+    shapes=1,
+    shape=0,
+    cache=0,
     weight=4.0,
     dequantise=90.0,
 )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 from edgetune.byte_size import bytes_text, parse_bytes
 from edgetune.config import PlanName, TrainConfig
-from edgetune.data.packing import Room
+from edgetune.device import Profile
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint, Work
@@ -17,10 +16,12 @@ from edgetune.free_memory import free_memory_bytes
 from edgetune.frozen import INT8, LAYERS
 from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
-from edgetune.runtimes import Abilities, Runtime, find_runtime, preferred_runtimes
+from edgetune.runtimes import RUNTIMES, Abilities, Runtime, find_runtime, preferred_runtimes
 
 _SHARE = 0.85
-"""Of the free memory, which others may need as well, that a plan may take."""
+"""Of the memory that is free, or that a device has, which others need as well, that a plan may take."""
+STOCK = "onnxruntime"
+"""The runtime whose memory does not depend on the processor."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Choice:
     plan: ExecutionPlan
     predicted_peak_bytes: int | None
     """Highest resident memory; none where it is not known."""
+    footprint: Footprint | None = None
+    """The runtime's; none for the whole step."""
 
 
 def check_plan(config: TrainConfig) -> None:
@@ -54,19 +57,27 @@ def check_plan(config: TrainConfig) -> None:
 
 
 def choose(
-    manifest: BundleManifest, config: TrainConfig, rooms: Iterable[Room], notice: Callable[[str], None]
+    manifest: BundleManifest,
+    config: TrainConfig,
+    work: Work,
+    notice: Callable[[str], None],
+    profile: Profile | None = None,
+    *,
+    elsewhere: bool = False,
 ) -> Choice:
-    """The fastest runtime and plan that the configuration, the machine and the bundle allow.
+    """The fastest runtime and plan that the configuration, the device and the bundle allow.
 
     Args:
         manifest: The bundle's.
         config: How to train.
-        rooms: The largest pass of training and of validation.
-        notice: Hears when the machine has too little free memory.
+        work: The largest batch of training and of validation.
+        notice: Hears when the machine has too little free memory, or edgetune not the device's runtime.
+        profile: The device's, where one was given.
+        elsewhere: The device is not this machine: what is free here, and what this processor is good at, do not count.
 
     Raises:
-        IncompatibleError: The bundle does not have the form that was asked for.
-        ResourceError: No plan fits into the memory budget.
+        IncompatibleError: The bundle does not have the form that was asked for, or the device not the runtime.
+        ResourceError: No plan fits into the memory budget, or into the device.
         UsageError: No runtime executes the plan.
     """
     folder = f"{LAYERS}/{INT8}/" if config.plan == "int8" else f"{LAYERS}/"
@@ -77,15 +88,14 @@ def choose(
             "give no --memory-budget"
         )
     plan: PlanName = config.plan if layered else "whole"
-    work = reduce(_larger, rooms, Work(0, 0))
     planned = []
-    for name in [config.runtime] if config.runtime != "auto" else _able(plan):
+    for name in _names(config, plan, profile, notice, elsewhere=elsewhere):
         runtime = find_runtime(name)
         footprint = _check(name, runtime.abilities(), plan)
         if footprint is None:
             return Choice(name, runtime, WHOLE_STEP, None)
-        planned.append(_Planned(name, runtime, Planner(manifest, footprint, work)))
-    return _fitting(planned, config, notice)
+        planned.append(_Planned(name, runtime, Planner(manifest, footprint, work), footprint))
+    return _fitting(planned, config, notice, profile, elsewhere=elsewhere)
 
 
 @dataclass(frozen=True)
@@ -93,12 +103,37 @@ class _Planned:
     name: str
     runtime: Runtime
     planner: Planner
+    footprint: Footprint
 
     def choice(self, prediction: Prediction) -> Choice:
-        return Choice(self.name, self.runtime, prediction.plan, prediction.peak_memory_bytes)
+        return Choice(self.name, self.runtime, prediction.plan, prediction.peak_memory_bytes, self.footprint)
 
     def smallest(self, plan: PlanName) -> Choice:
         return self.choice(self.planner.smallest(plan))
+
+
+def _names(
+    config: TrainConfig, plan: PlanName, profile: Profile | None, notice: Callable[[str], None], *, elsewhere: bool
+) -> list[str]:
+    """The runtimes that may be taken, the preferred first."""
+    if profile is None:
+        return [config.runtime] if config.runtime != "auto" else _able(plan)
+    listed = profile.runtime.names
+    if config.runtime != "auto":
+        if config.runtime not in listed:
+            raise IncompatibleError(
+                f"{profile.name} runs {', '.join(listed)}, not --runtime {config.runtime}; leave it out, or choose one"
+            )
+        return [config.runtime]
+    if absent := [name for name in listed if name not in RUNTIMES]:
+        notice(f"{profile.name}: this edgetune has no runtime {', '.join(absent)}; it has {', '.join(RUNTIMES)}")
+    # What other runtimes take depends on the processor they find.
+    names = [STOCK] if elsewhere else _able(plan)
+    if not (able := [name for name in names if name in listed]):
+        raise IncompatibleError(
+            f"{profile.name} runs {', '.join(listed)}; none of them is here: {profile.install.step}"
+        )
+    return able
 
 
 def _able(plan: PlanName) -> list[str]:
@@ -125,28 +160,52 @@ def _footprint(abilities: Abilities, plan: PlanName) -> Footprint | None:
     return abilities.int8 if plan == "int8" else abilities.exact
 
 
-def _fitting(planned: Sequence[_Planned], config: TrainConfig, notice: Callable[[str], None]) -> Choice:
+def _fitting(
+    planned: Sequence[_Planned],
+    config: TrainConfig,
+    notice: Callable[[str], None],
+    profile: Profile | None,
+    *,
+    elsewhere: bool,
+) -> Choice:
     """Of the fastest runtime that has a plan which fits, the fastest such plan."""
-    budget = None if config.memory_budget is None else parse_bytes(config.memory_budget)
-    free = free_memory_bytes()
-    limit = budget or (None if free is None else int(_SHARE * free))
+    limits = list(_limits(config, profile))
+    free = None if elsewhere else free_memory_bytes()
+    soft = [] if limits and profile is None else [int(_SHARE * free)] if free is not None else []
+    limit = min([size for size, _ in limits] + soft, default=None)
     for each in planned:
         if prediction := each.planner.choose(config.plan, limit):
             return each.choice(prediction)
     smallest = min((each.smallest(config.plan) for each in planned), key=_peak)
-    if budget is None:
+    hard = min(limits, key=lambda each: each[0], default=None)
+    if hard is None or _peak(smallest) <= hard[0]:
         notice(
             f"this machine has {bytes_text(free or 0)} of memory free; the smallest plan is expected to need "
             f"{bytes_text(_peak(smallest))}; it is tried"
         )
         return smallest
     streamed = min((each.smallest("stream") for each in planned), key=_peak)
-    hint = f", or --plan stream and {_budget(streamed)}" if _peak(streamed) < _peak(smallest) else ""
+    less = _peak(streamed) < _peak(smallest)
+    fewer = "have fewer or shorter rows in a batch (--batch-size, --truncate)"
+    if hard[1] is None:
+        hint = f", or --plan stream and {_budget(streamed)}" if less else ""
+        raise ResourceError(
+            f"a memory budget of {config.memory_budget} is too small: the smallest plan for this bundle and these rows "
+            f"needs --memory-budget {_budget(smallest)}; give that{hint}, or {fewer}"
+        )
+    hint = f"use --plan stream, which needs {_budget(streamed)}, or " if less else ""
     raise ResourceError(
-        f"a memory budget of {config.memory_budget} is too small: the smallest plan for this bundle and these rows "
-        f"needs --memory-budget {_budget(smallest)}; give that{hint}, or have fewer or shorter rows in a batch "
-        "(--batch-size, --truncate)"
+        f"{hard[1]} is too small: a run may take {bytes_text(hard[0])}, {_SHARE:.0%} of its memory, and the smallest "
+        f"plan for this bundle and these rows needs {_budget(smallest)}; {hint}{fewer}"
     )
+
+
+def _limits(config: TrainConfig, profile: Profile | None) -> Iterator[tuple[int, str | None]]:
+    """Most memory that a run may take, in bytes, and the device that has no more; none where it is the budget."""
+    if config.memory_budget is not None:
+        yield parse_bytes(config.memory_budget), None
+    if profile is not None and (memory := profile.hardware.memory) is not None:
+        yield int(_SHARE * memory.value), profile.name
 
 
 def _peak(choice: Choice) -> int:
@@ -155,7 +214,3 @@ def _peak(choice: Choice) -> int:
 
 def _budget(choice: Choice) -> str:
     return f"{math.ceil(_peak(choice) / 1e6)}MB"
-
-
-def _larger(work: Work, room: Room) -> Work:
-    return Work(max(work.positions, room.positions), max(work.scores, room.scores))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
@@ -25,16 +23,17 @@ from edgetune.adapter import (
 )
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
-from edgetune.data.batcher import Batcher
-from edgetune.data.batches import epoch_batches
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
+from edgetune.device import load_profile
 from edgetune.errors import EdgetuneError
 from edgetune.runtimes import OptimizerConfig, Parameters, Session, StepResult
 from edgetune.storage import atomic_folder, sha256_of
 from edgetune.train.choice import check_plan, choose
+from edgetune.train.device_limits import require_fit
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.record import RunRecord, peak_memory_bytes
-from edgetune.train.schedule import check_options, learning_rate, schedule_steps
+from edgetune.train.schedule import check_options, learning_rate
+from edgetune.train.workload import Workload
 
 
 def train(
@@ -106,12 +105,14 @@ class _Run:
             rows = load_examples(valid, encoder, manifest.max_length, truncate=config.truncate)
             self._notice_lengths(valid, rows)
             self._valid = rows.examples
-        self._schedule = schedule_steps(len(self._rows.examples), config)
+        self._workload = Workload(manifest, self._rows.examples, self._valid, config)
+        self._schedule = self._workload.schedule
         self._parameters = self._first_parameters()
-        self._drawn = epoch_batches(self._rows.examples, config.batch_size, config.seed, config.shuffle)
-        self._batcher = self._batches_of(self._rows.examples)
-        rooms = [self._batches_of(rows).room for rows in (self._rows.examples, self._valid) if rows]
-        self.choice = choose(manifest, config, rooms, observer.on_notice)
+        work = self._workload.work()
+        profile = None if config.device is None else load_profile(config.device)
+        self.choice = choose(manifest, config, work, observer.on_notice, profile)
+        if profile is not None:
+            require_fit(profile, self.choice, config.batch_size, self._workload.longest())
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
         self.seconds = 0.0
@@ -156,10 +157,11 @@ class _Run:
         schedule, config = self._schedule, self._config
         first_validation = self._validate(session, 0)
         spent = 0.0
+        steps = self._workload.steps()
         for step in range(schedule.total_steps):
             rate = learning_rate(config.schedule, config.learning_rate, step, schedule.total_steps, config.warmup_steps)
             begin = perf_counter()
-            batches = self._batcher.step(list(islice(self._drawn, schedule.batches(step))))
+            batches = next(steps)
             result = session.step(batches, rate)
             seconds = perf_counter() - begin
             if not result.applied:
@@ -192,16 +194,13 @@ class _Run:
         if not self._valid:
             return None
         total, tokens = 0.0, 0
-        for batch in self._batches_of(self._valid).measure(self._valid):
+        for batch in self._workload.validation():
             total += session.evaluate(batch) * batch.trained_tokens
             tokens += batch.trained_tokens
         loss = total / tokens
         self.validation_losses.append(loss)
         self._observer.on_validation(step, loss)
         return loss
-
-    def _batches_of(self, rows: Sequence[Example]) -> Batcher:
-        return Batcher(self._bundle.manifest, rows, self._config.batch_size, packing=self._config.packing)
 
     def _first_parameters(self) -> dict[str, NDArray[np.float32]]:
         manifest = self._bundle.manifest

@@ -22,11 +22,10 @@ from edgetune.runtimes.layered.channels import Channels
 from edgetune.runtimes.layered.openvino_products import Products, is_linear
 from edgetune.runtimes.layered.openvino_tensor import BFLOAT16, from_bfloat16, tensor, to_bfloat16
 from edgetune.runtimes.layered.openvino_weights import OpenVinoWeights
+from edgetune.runtimes.openvino import MOST_SHAPES
 
 _STATES = {"hidden", "residual", "output", "hidden.grad", "output.grad", "carry"}
 _KEPT = {"query", "key", "value", "context", "gate", "up"}
-_MOST_SHAPES = 6
-"""Compiled forms of one graph that are held at a time; a batch of another shape needs another."""
 
 
 class OpenVinoGraph:
@@ -75,7 +74,7 @@ class OpenVinoGraph:
 
     def _request(self, shapes: tuple[tuple[int, ...], ...]) -> ov.InferRequest:
         if shapes not in self._requests:
-            if len(self._requests) == _MOST_SHAPES:
+            if len(self._requests) == MOST_SHAPES:
                 del self._requests[next(iter(self._requests))]
             model = self._model.clone()
             given = dict(zip(self.inputs, shapes, strict=True))

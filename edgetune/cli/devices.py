@@ -1,0 +1,141 @@
+"""`edgetune devices`: the profiles of boards, phones and computers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgetune.byte_size import bytes_text
+from edgetune.cli.command import Command, json_option
+from edgetune.cli.output import console, print_json
+
+if TYPE_CHECKING:
+    from edgetune.device import Profile
+    from edgetune.device_check import Presence
+
+EXAMPLES = """
+edgetune devices list
+edgetune devices show raspberry-pi-5
+edgetune devices check
+edgetune devices check ./my-board.toml --json
+"""
+
+
+class Group(Command, click.Group):
+    """A command with commands."""
+
+
+@click.group(cls=Group, epilog=EXAMPLES)
+def command() -> None:
+    """List, show and check device profiles: what a device has, and what may run where on it.
+
+    A profile is a TOML file. Those of edgetune have names; everywhere a name is taken, the path of one will do.
+    """
+
+
+@command.command("list", cls=Command)
+@json_option
+def list_devices(as_json: bool) -> None:
+    """List the devices that edgetune knows."""
+    from edgetune.device import load_profiles
+
+    profiles = load_profiles()
+    if as_json:
+        print_json([_plain(profile) for profile in profiles])
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("name", "class", "processor", "memory", "runtimes", "whole step", "layered", "forward only")
+    for each in profiles:
+        memory = each.hardware.memory
+        places = (each.placement.whole_step, each.placement.layered, each.placement.forward_only)
+        table.add_row(
+            Text(each.name, style="bold"),
+            each.kind,
+            each.hardware.architecture,
+            "" if memory is None else bytes_text(memory.value),
+            Text(", ".join(each.runtime.names)),
+            *places,
+        )
+    console().print(table)
+
+
+@command.command("show", cls=Command)
+@click.argument("device")
+@json_option
+def show(device: str, as_json: bool) -> None:
+    """Show all that a profile says, with the source of each figure."""
+    from edgetune.device import load_profile
+
+    profile = load_profile(device)
+    if as_json:
+        print_json(_plain(profile))
+    else:
+        _show_table(_plain(profile), "")
+
+
+@command.command("check", cls=Command)
+@click.argument("device", required=False)
+@json_option
+def check(device: str | None, as_json: bool) -> None:
+    """Check profiles: is each right, is this machine that hardware, is its provider here?
+
+    Ends with exit code 0 when the profiles are right, wherever the hardware is.
+    """
+    from edgetune.device import load_profile, load_profiles
+    from edgetune.device_check import check as check_profile
+
+    profiles = load_profiles() if device is None else [load_profile(device)]
+    found = [check_profile(profile) for profile in profiles]
+    if as_json:
+        print_json([asdict(presence) for presence in found])
+        return
+    for presence in found:
+        _show_presence(presence)
+
+
+def _show_presence(presence: Presence) -> None:
+    mark, colour = ("✓", "green") if presence.here else ("–", "yellow")
+    where = "this machine" if presence.here else "not this machine"
+    click.echo(f"{click.style(mark, fg=colour)} {presence.name}: {where} ({presence.why})")
+    if presence.unknown_runtimes:
+        click.echo(f"    runtime {', '.join(presence.unknown_runtimes)}: not in this edgetune")
+    if presence.packages_missing:
+        click.echo(f"    missing: {', '.join(presence.packages_missing)}")
+    click.echo(f"    {presence.provider}: {'here' if presence.provider_found else 'not here'}")
+    if presence.install is not None:
+        click.echo(f"    to install: {presence.install}")
+
+
+def _plain(profile: Profile) -> dict[str, Any]:
+    return asdict(profile)
+
+
+def _show_table(table: dict[str, Any], indent: str) -> None:
+    for key, value in table.items():
+        name = "class" if key == "kind" else key.replace("_", "-")
+        if value is None or value in ({}, ()):
+            continue
+        if isinstance(value, dict) and "source" in value and len(value) == 2:
+            figure = value.get("value", value.get("text"))
+            size = key in ("memory", "flash", "largest_file")
+            click.echo(f"{indent}{click.style(name, bold=True)}: {bytes_text(figure) if size else figure}")
+            click.echo(f"{indent}  {value['source']}")
+        elif isinstance(value, dict):
+            click.echo(f"{indent}{click.style(name, bold=True)}")
+            _show_table(value, f"{indent}  ")
+        elif name == "notes":
+            for note in value:
+                click.echo(f"{indent}{note['text']}")
+                click.echo(f"{indent}  {note['source']}")
+        else:
+            click.echo(f"{indent}{click.style(name, bold=True)}: {_text(value)}")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(" × ".join(map(str, each)) if isinstance(each, tuple) else str(each) for each in value)
+    return str(value)

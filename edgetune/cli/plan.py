@@ -1,0 +1,175 @@
+"""`edgetune plan`: what a training run will need."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import click
+
+from edgetune.byte_size import bytes_text
+from edgetune.cli.command import COUNT, POSITIVE, SIZE, Command, json_option
+from edgetune.cli.inputs import PATH, bundle_folder, rows_file
+from edgetune.cli.output import console, print_json
+from edgetune.cli.progress import duration_text
+from edgetune.config import DEFAULT_EPOCHS, PlanName, RuntimeName, TrainConfig
+
+if TYPE_CHECKING:
+    from edgetune.train.preflight import Preflight
+
+DEFAULT = TrainConfig()
+
+EXAMPLES = """
+edgetune plan bundle --data train.jsonl
+edgetune plan bundle --data train.jsonl --device raspberry-pi-5
+edgetune plan bundle --device ./my-board.toml --length 256 --batch-size 2 --steps 100 --json
+"""
+
+
+@click.command(cls=Command, epilog=EXAMPLES)
+@click.argument("bundle", type=PATH)
+@click.option("--device", help="A device's name, or a profile's path; without it, this machine.")
+@click.option("--data", type=PATH, help="JSONL rows that would be trained on.")
+@click.option("--valid", type=PATH, help="JSONL rows that the loss would be measured on.")
+@click.option("--length", type=COUNT, help="Without --data: tokens of each row; the bundle's longest by default.")
+@click.option(
+    "--runtime",
+    type=click.Choice(get_args(RuntimeName)),
+    default=DEFAULT.runtime,
+    show_default=True,
+    help="What executes the training step.",
+)
+@click.option(
+    "--plan",
+    "plan_name",
+    type=click.Choice(get_args(PlanName)),
+    default=DEFAULT.plan,
+    show_default=True,
+    help="What is kept in memory and what is computed again.",
+)
+@click.option("--memory-budget", type=SIZE, default=DEFAULT.memory_budget, help="Most memory of the process.")
+@click.option("--steps", type=COUNT, default=DEFAULT.steps, help="Optimizer steps.")
+@click.option(
+    "--epochs", type=POSITIVE, default=DEFAULT.epochs, help=f"Passes over the rows; {DEFAULT_EPOCHS:g} by default."
+)
+@click.option(
+    "--batch-size",
+    type=COUNT,
+    help=f"Rows of a batch; without it {DEFAULT.batch_size}, or as many of them as fit.",
+)
+@click.option(
+    "--gradient-accumulation-steps",
+    type=COUNT,
+    default=DEFAULT.gradient_accumulation_steps,
+    show_default=True,
+    help="Batches of one optimizer step.",
+)
+@click.option("--packing/--no-packing", default=DEFAULT.packing, show_default=True, help="Put short rows together.")
+@click.option("--truncate", is_flag=True, default=DEFAULT.truncate, help="Cut rows that are too long.")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    bundle: Path,
+    device: str | None,
+    data: Path | None,
+    valid: Path | None,
+    length: int | None,
+    runtime: RuntimeName,
+    plan_name: PlanName,
+    memory_budget: str | None,
+    steps: int | None,
+    epochs: float | None,
+    batch_size: int | None,
+    gradient_accumulation_steps: int,
+    packing: bool,
+    truncate: bool,
+    as_json: bool,
+) -> None:
+    """Predict peak memory, flash and time of a training run, on this machine or on another device.
+
+    On this machine a few steps are timed, for at most 10 seconds; nothing is trained. For another device times are
+    estimates from its profile, where it has the figures. What does not fit ends with exit code 6 and says what would.
+    """
+    if steps is not None and epochs is not None:
+        raise click.UsageError("--steps and --epochs exclude each other; give one of them", ctx)
+    if data is not None and length is not None:
+        raise click.UsageError("--data and --length exclude each other; give one of them", ctx)
+    for path, option in ((data, "--data"), (valid, "--valid")):
+        if path is not None:
+            rows_file(path, option)
+    bundle_folder(bundle)
+    from edgetune.device import load_profile
+    from edgetune.device_check import check, generic_profile
+    from edgetune.train.preflight import preflight
+
+    profile = generic_profile() if device is None else load_profile(device)
+    config = TrainConfig(
+        runtime=runtime,
+        device=device,
+        plan=plan_name,
+        memory_budget=memory_budget,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size or DEFAULT.batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        packing=packing,
+        truncate=truncate,
+    )
+    found = preflight(
+        bundle,
+        data,
+        valid,
+        config,
+        profile,
+        here=check(profile).here,
+        length=length,
+        pick_batch=batch_size is None,
+    )
+    if as_json:
+        print_json(asdict(found))
+    else:
+        _show(found)
+
+
+def _show(found: Preflight) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table.grid(padding=(0, 2))
+    rows = {
+        "device": f"{found.device}, {'this machine' if found.here else 'not this machine'}",
+        "runtime": f"{found.runtime}, on the {'accelerator' if found.on_accelerator else 'CPU'}",
+        "plan": found.plan,
+        "batch": _batch(found),
+        "shapes": ", ".join(f"{each.sequences} × {each.length} ({each.batches}×)" for each in found.shapes[:6]),
+        "peak memory": _size(found.peak_memory_bytes) + (f" of {_size(found.memory_bytes)}" if found.memory_bytes else ""),
+        "flash": f"{bytes_text(found.flash_bytes)}: bundle {bytes_text(found.flash.bundle)}, adapter "
+        f"{bytes_text(found.flash.adapter)}, cache at most {bytes_text(found.flash.cache)}",
+        "time of a step": _seconds(found.step_seconds),
+        "time of the run": f"{_duration(found.run_seconds)}, {found.steps:,} steps",
+        "times are": found.time_from,
+    }
+    for name, value in rows.items():
+        facts.add_row(Text(name, style="bold"), Text(value))
+    for note in found.notes:
+        facts.add_row(Text("note", style="bold"), Text(note))
+    console().print(facts)
+
+
+def _batch(found: Preflight) -> str:
+    several = found.gradient_accumulation_steps
+    return f"{found.batch_size} rows of at most {found.longest_row:,} tokens" + (f", {several} a step" if several > 1 else "")
+
+
+def _size(size: int | None) -> str:
+    return "not known" if size is None else bytes_text(size)
+
+
+def _seconds(seconds: float | None) -> str:
+    return "not known" if seconds is None else f"{seconds:.3g} s"
+
+
+def _duration(seconds: float | None) -> str:
+    return "not known" if seconds is None else duration_text(seconds)

@@ -1,0 +1,47 @@
+"""How much work a training step is, from the sizes in the manifest: products of one number with another, added up."""
+
+from __future__ import annotations
+
+from edgetune.execution import ExecutionPlan
+from edgetune.footprint import SUBLAYERS, Sizes, Work, head_tokens
+
+_ATTENTION_COST = 2.0
+"""How much longer a product of the attention takes than one with a weight, as measured: there is a softmax."""
+
+
+def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, trained: int | None = None) -> float:
+    """Work of one pass, forward and backward, in products with a frozen weight; each is two operations.
+
+    Args:
+        sizes: Of the bundle.
+        dequantise: Price of a weight that is dequantised, in products.
+        work: The batch.
+        plan: How it is executed.
+        trained: Positions whose logits are computed; all when it is not given.
+    """
+    s, positions = sizes, work.positions
+    kept = s.layers if plan.form == "whole" else plan.kept_layers
+    again = s.layers - kept
+    # Forward and backward; of what is computed again, the last product of a sublayer is not needed.
+    products = 2.0 * s.layers * sum(s.weights.values())
+    products += again * sum(s.weights[name] - s.hidden * width for name, width in _last_products(s).items())
+    # Attention multiplies queries with keys and scores with values: forward, twice in the backward pass, and again.
+    attention = _ATTENTION_COST * 2 * s.queries * s.pieces["attention"] * work.scores
+    passes_of_attention = 3 * s.layers + again
+    if plan.lean:
+        products += s.weights["attention"] * again
+        passes_of_attention += again
+    passes = 2 if plan.form == "whole" or head_tokens(s, plan) == s.vocabulary else 3
+    cost = products * positions + attention * passes_of_attention
+    cost += passes * s.head * (positions if trained is None else trained)
+    if plan.form == "layered" and not plan.resident:
+        read = 2 * s.layers * sum(s.weights.values()) + (passes - 1) * s.head
+        read += s.weights["attention"] * again if plan.lean else 0
+        cost += dequantise * read
+    return cost
+
+
+def _last_products(s: Sizes) -> dict[str, int]:
+    """Channels that go into the last product of each sublayer."""
+    widths = s.queries * s.pieces["attention"], s.inner * s.pieces["mlp"]
+    return dict(zip(SUBLAYERS, widths, strict=True))

@@ -1,0 +1,227 @@
+"""How long a step takes on this machine: a few of the bundle's layers are run by the runtime and plan of the run.
+
+Layers are alike, so that a model that is cut off after a few of them tells what the whole one takes: what does not
+depend on the depth, and what every layer adds. Other shapes follow from the work that the manifest says they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from time import perf_counter
+
+from edgetune.adapter import initial_parameters
+from edgetune.bundle import Bundle
+from edgetune.data.batches import Batch, make_batch
+from edgetune.data.encode import Example
+from edgetune.footprint import Sizes, Work
+from edgetune.pieces import LAYER_PREFIX
+from edgetune.runtimes import OptimizerConfig
+from edgetune.step_cost import step_cost
+from edgetune.train.choice import Choice
+
+LIMIT = 10.0
+"""Seconds that a calibration takes, at most about."""
+_AIM = 7.0
+"""Seconds after which nothing more is begun."""
+_SLOW = 5e9
+"""Products a second that every processor reaches: what takes long even so is measured on a few positions first."""
+_LONG = 0.5
+"""Seconds of such a step."""
+_FEW = 64
+"""Positions of that first batch."""
+_ENOUGH = 0.4
+"""Seconds of steps of one shape, unless they are few or many."""
+_LEAST_STEPS, _MOST_STEPS = 2, 15
+_START = 32
+"""What a pass costs beside its positions, in positions."""
+_RATE = 1e-6
+"""Learning rate of the steps that are timed; nothing of them is kept."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, and how to predict from it."""
+
+    points: tuple[tuple[float, float], ...]
+    """Work of a pass and its seconds, in the order of the work; at least one."""
+    start: float
+    """Work of a pass without positions."""
+    first_seconds: float
+    """What the first step takes more than another."""
+    shape_seconds: float
+    """What the first batch of another shape takes more than another of the same."""
+    took: float
+    """Seconds."""
+
+    def seconds(self, work: float) -> float:
+        """Of a pass with so much work: on the line between the nearest that were measured, or in proportion."""
+        below = [point for point in self.points if point[0] <= work]
+        above = [point for point in self.points if point[0] > work]
+        if below and above:
+            (less, short), (more, long) = below[-1], above[0]
+            return short + (long - short) * (work - less) / (more - less)
+        near, seconds = below[-1] if below else above[0]
+        return seconds * (work + self.start) / (near + self.start)
+
+
+class CostModel:
+    """Work of a pass by the manifest's sizes.
+
+    Args:
+        bundle: What is trained.
+        choice: By which plan.
+    """
+
+    def __init__(self, bundle: Bundle, choice: Choice) -> None:
+        self._sizes = Sizes(bundle.manifest)
+        self._plan = choice.plan
+        self._dequantise = choice.footprint.dequantise if choice.footprint else 0.0
+        self.layers = self._sizes.layers
+
+    def work(self, positions: int, scores: int, trained: int) -> float:
+        """Work of a pass; see `step_cost`."""
+        return step_cost(self._sizes, self._dequantise, Work(positions, scores), self._plan, trained)
+
+    def of(self, batch: Batch) -> float:
+        """Work of a batch."""
+        sequences, length = batch.input_ids.shape
+        return self.work(sequences * length, sequences * length**2, batch.trained_tokens)
+
+
+@dataclass(frozen=True)
+class _Timing:
+    first: float
+    """What the first step took more than the others."""
+    step: float
+
+
+def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calibration:
+    """Time a few steps.
+
+    Args:
+        bundle: What is trained.
+        choice: Runtime and plan.
+        batches: Of the run, one of each shape that shall be measured.
+    """
+    begin = perf_counter()
+    model = CostModel(bundle, choice)
+    layered = choice.plan.form == "layered"
+    shallow = _cut(bundle, choice, 1) if layered else (bundle, choice)
+    sample = _Sample(*shallow, begin)
+    measured = list(sample.measure(_affordable(bundle, CostModel(*shallow), batches)))
+    timings = {id(batch): timing for batch, timing in measured}
+    deep = None
+    if layered and (depth := _depth(CostModel(*shallow), measured, model.layers, _AIM - (perf_counter() - begin))) > 1:
+        deep = _cut(bundle, choice, depth)
+        # A short row that was measured to be on the safe side is no shape of the run.
+        wanted = [batch for batch, _ in measured if any(batch is each for each in batches)]
+        found = _Sample(*deep, begin).measure(iter(wanted or [batch for batch, _ in measured]))
+        measured = [(batch, timing) for batch, timing in found if id(batch) in timings]
+    points, extra = [], 0.0
+    for batch, timing in measured:
+        seconds, extra = timing.step, max(extra, timing.first)
+        if deep is not None:
+            below, above, whole = (each.of(batch) for each in (CostModel(*shallow), CostModel(*deep), model))
+            share = (whole - below) / (above - below)
+            before = timings[id(batch)]
+            seconds = max(timing.step, before.step + (timing.step - before.step) * share)
+            extra = max(extra, before.first + max(0.0, timing.first - before.first) * share)
+        points.append((model.of(batch), seconds))
+    return Calibration(
+        points=tuple(sorted(points)),
+        start=_START * model.work(1, 0, 0),
+        first_seconds=extra,
+        shape_seconds=min(timing.first for timing in timings.values()),
+        took=perf_counter() - begin,
+    )
+
+
+def _affordable(bundle: Bundle, model: CostModel, batches: Sequence[Batch]) -> Iterator[Batch]:
+    """The batches with less work first; where a step may take long, a short one before them."""
+    ordered = sorted(batches, key=model.of)
+    if model.of(ordered[0]) / _SLOW > _LONG:
+        yield _row(bundle, _FEW)
+    yield from ordered
+
+
+class _Sample:
+    """A session on the bundle, or the beginning of it, for as long as there is time.
+
+    Args:
+        bundle: What is run.
+        choice: How.
+        begin: When the calibration began.
+    """
+
+    def __init__(self, bundle: Bundle, choice: Choice, begin: float) -> None:
+        self._bundle, self._choice, self._begin = bundle, choice, begin
+        self._model = CostModel(bundle, choice)
+
+    def measure(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, _Timing]]:
+        """Each batch and its times; a batch that would take too long is a shorter one, or none."""
+        parameters = initial_parameters(self._bundle.manifest.lora, 0)
+        with self._choice.runtime.open_session(
+            self._bundle, parameters, OptimizerConfig(0.0, 1.0), self._choice.plan
+        ) as session:
+            rate = None
+            for batch in batches:
+                given = batch if rate is None else self._shortened(batch, rate)
+                if given is None:
+                    return
+                seconds = []
+                spent = 0.0
+                while len(seconds) <= _LEAST_STEPS or (spent < _ENOUGH and len(seconds) <= _MOST_STEPS):
+                    start = perf_counter()
+                    session.step([given], _RATE)
+                    seconds.append(perf_counter() - start)
+                    spent += seconds[-1] if len(seconds) > 1 else 0.0
+                usual = median(seconds[1:])
+                rate = usual / self._model.of(given)
+                yield given, _Timing(max(0.0, seconds[0] - usual), usual)
+
+    def _shortened(self, batch: Batch, rate: float) -> Batch | None:
+        """The batch if there is time for it, or a row that there is time for."""
+        left = (_AIM - (perf_counter() - self._begin)) / 2
+        steps = _LEAST_STEPS + 2
+        if steps * rate * self._model.of(batch) <= left:
+            return batch
+        length = 2 * _FEW
+        while (work := self._model.work(2 * length, 4 * length**2, 2 * length)) * rate * steps <= left:
+            length *= 2
+            if work >= self._model.of(batch):
+                break
+        row = _row(self._bundle, length)
+        return row if steps * rate * self._model.of(row) <= left else None
+
+
+def _depth(model: CostModel, measured: Sequence[tuple[Batch, _Timing]], layers: int, left: float) -> int:
+    """How many layers there is time for."""
+    once = sum((_LEAST_STEPS + 1) * timing.step + timing.first for _, timing in measured)
+    return 1 if layers == 1 or not measured else max(2, min(layers, int(left / max(once, 1e-3))))
+
+
+def _cut(bundle: Bundle, choice: Choice, layers: int) -> tuple[Bundle, Choice]:
+    """The bundle as if it had only its first layers, and the plan in proportion."""
+    manifest = bundle.manifest
+    share = layers / manifest.architecture.num_hidden_layers
+    prefixes = tuple(LAYER_PREFIX.format(layer) for layer in range(layers))
+    slots = [slot for slot in manifest.lora.slots if slot.name.startswith(prefixes)]
+    cut = replace(
+        manifest,
+        architecture=replace(manifest.architecture, num_hidden_layers=layers),
+        lora=replace(manifest.lora, slots=slots),
+    )
+    plan = replace(choice.plan, kept_layers=round(share * choice.plan.kept_layers))
+    return Bundle(bundle.path, cut), replace(choice, plan=plan)
+
+
+def _row(bundle: Bundle, length: int) -> Batch:
+    """One row of so many tokens, all trained."""
+    manifest = bundle.manifest
+    ids = [number % manifest.architecture.vocab_size for number in range(length)]
+    window = manifest.architecture.sliding_window
+    return make_batch(
+        [Example(1, ids, ids)], manifest.architecture.rope, manifest.tokenizer.pad_token_id, sliding_window=window
+    )

@@ -1,0 +1,325 @@
+"""`edgetune plan`: what a training run will need on a device, before anything is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, median
+
+from edgetune.bundle import MANIFEST, Bundle, open_bundle
+from edgetune.byte_size import bytes_text
+from edgetune.config import TrainConfig
+from edgetune.data.batcher import BatchShape
+from edgetune.data.batches import Batch
+from edgetune.data.encode import Example, load_encoder, load_examples
+from edgetune.device import Profile
+from edgetune.errors import ResourceError
+from edgetune.footprint import Work
+from edgetune.train.calibration import Calibration, CostModel, calibrate
+from edgetune.train.choice import Choice, check_plan, choose
+from edgetune.train.device_limits import Bucket, bucket, on_accelerator, require_fit
+from edgetune.train.schedule import check_options
+from edgetune.train.workload import Workload
+
+_OPERATIONS = 2
+"""Floating-point operations of a product: a multiplication and an addition."""
+_SHAPES = 2
+"""Shapes of a run that are measured."""
+_ADAPTER_FILES = 1 << 15
+"""Bytes of an adapter beside its parameters, and of the record of a step."""
+_RECORD_LINE = 300
+_FORWARD = 1 / 2.5
+"""Share of a pass that is forward only, as validation is."""
+
+
+@dataclass(frozen=True)
+class Flash:
+    """Bytes on the disk."""
+
+    bundle: int
+    adapter: int
+    cache: int
+    """Compiled models, at most."""
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.bundle + self.adapter + self.cache
+
+
+@dataclass(frozen=True)
+class ShapeUse:
+    """How many batches of the run have a shape."""
+
+    sequences: int
+    length: int
+    batches: int
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a run will need."""
+
+    device: str
+    here: bool
+    """Whether the device is this machine."""
+    runtime: str
+    plan: str
+    on_accelerator: bool
+    batch_size: int
+    gradient_accumulation_steps: int
+    longest_row: int
+    shapes: list[ShapeUse]
+    """Of the batches of an epoch, the most frequent first; fixed shapes where the device takes no others."""
+    steps: int
+    peak_memory_bytes: int | None
+    """Highest resident memory; none where it is not known."""
+    memory_bytes: int | None
+    """That the device has; none where it is not known."""
+    flash: Flash
+    flash_bytes: int
+    """`flash`, all together."""
+    step_seconds: float | None
+    """Of a usual step: the median."""
+    start_seconds: float | None
+    """What first batches take more than others: weights are unpacked, graphs compiled."""
+    run_seconds: float | None
+    """All steps and validations, from the first on; the bundle has been opened and verified before."""
+    time_from: str
+    """Where the times come from, or why there are none."""
+    notes: list[str]
+
+
+def preflight(
+    bundle: Path,
+    data: Path | None,
+    valid: Path | None,
+    config: TrainConfig,
+    profile: Profile,
+    *,
+    here: bool,
+    length: int | None = None,
+    pick_batch: bool = False,
+) -> Preflight:
+    """Predict a run.
+
+    Args:
+        bundle: What would be trained.
+        data: JSONL rows; without them all rows are taken to be as long as `length` says.
+        valid: JSONL rows that would be measured on.
+        config: How to train.
+        profile: Of the device.
+        here: The device is this machine: a few steps are timed, and what is free counts.
+        length: Tokens of a row; the bundle's longest when it is not given.
+        pick_batch: Where the batch does not fit, take the largest that does, and accumulate gradients.
+
+    Raises:
+        UsageError: Options that cannot be meant.
+        DataError: Rows that cannot be trained on.
+        IncompatibleError: The device does not run what was asked for, or the bundle lacks it.
+        ResourceError: Nothing fits; the message says what would.
+    """
+    check_options(config)
+    if here:
+        check_plan(config)
+    opened = open_bundle(bundle)
+    notes: list[str] = []
+    rows = _rows(opened, data, config, length, notes)
+    measured = _rows(opened, valid, config, length, notes) if valid is not None else []
+    planned = _Planned(opened, rows, measured, profile, here)
+    config, choice, notices = planned.fitting(config, pick_batch)
+    notes += notices
+    workload = planned.workload(config)
+    flash = _flash(opened, choice, workload.schedule.total_steps)
+    if (limit := profile.hardware.flash) is not None and flash.total > limit.value:
+        raise ResourceError(
+            f"{profile.name} has {bytes_text(limit.value)} of flash, the run needs {bytes_text(flash.total)}: bundle "
+            f"{bytes_text(flash.bundle)}, adapter {bytes_text(flash.adapter)}, cache {bytes_text(flash.cache)}; use a "
+            "smaller model, or prepare it with --base int4"
+        )
+    times = _times(opened, workload, choice, profile, here)
+    return Preflight(
+        device=profile.name,
+        here=here,
+        runtime=choice.name,
+        plan=str(choice.plan),
+        on_accelerator=on_accelerator(profile, choice),
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        longest_row=workload.longest(),
+        shapes=_uses(workload, profile, choice),
+        steps=workload.schedule.total_steps,
+        peak_memory_bytes=choice.predicted_peak_bytes,
+        memory_bytes=None if profile.hardware.memory is None else profile.hardware.memory.value,
+        flash=flash,
+        flash_bytes=flash.total,
+        step_seconds=times.step,
+        start_seconds=times.start,
+        run_seconds=times.run,
+        time_from=times.source,
+        notes=notes,
+    )
+
+
+class _Planned:
+    """Which batch and plan fit a device."""
+
+    def __init__(
+        self, bundle: Bundle, rows: Sequence[Example], valid: Sequence[Example], profile: Profile, here: bool
+    ) -> None:
+        self._bundle, self._rows, self._valid, self._profile, self._here = bundle, rows, valid, profile, here
+
+    def workload(self, config: TrainConfig) -> Workload:
+        return Workload(self._bundle.manifest, self._rows, self._valid, config)
+
+    def fitting(self, config: TrainConfig, pick_batch: bool) -> tuple[TrainConfig, Choice, list[str]]:
+        """The configuration with a batch that fits, what executes it, and what is to be said of that."""
+        try:
+            return config, *self._choose(config)
+        except ResourceError as error:
+            smaller = next(self._smaller(config), None)
+            if pick_batch and smaller is not None:
+                return smaller
+            raise ResourceError(f"{error}\nwhat would fit: {self._advice(config, smaller)}") from error
+
+    def _choose(self, config: TrainConfig) -> tuple[Choice, list[str]]:
+        notes: list[str] = []
+        workload = self.workload(config)
+        manifest = self._bundle.manifest
+        choice = choose(manifest, config, workload.work(), notes.append, self._profile, elsewhere=not self._here)
+        require_fit(self._profile, choice, config.batch_size, workload.longest())
+        return choice, notes
+
+    def _smaller(self, config: TrainConfig) -> Iterator[tuple[TrainConfig, Choice, list[str]]]:
+        """Smaller batches that fit, the largest first, with as many rows a step."""
+        for size in range(config.batch_size - 1, 0, -1):
+            if config.batch_size % size:
+                continue
+            share = config.batch_size // size
+            accumulated = config.gradient_accumulation_steps * share
+            smaller = replace(config, batch_size=size, gradient_accumulation_steps=accumulated)
+            try:
+                choice, notes = self._choose(smaller)
+            except ResourceError:
+                continue
+            yield smaller, choice, [*notes, f"{size} rows a batch instead of {config.batch_size}, {share} batches a step"]
+
+    def _advice(self, config: TrainConfig, smaller: tuple[TrainConfig, Choice, list[str]] | None) -> str:
+        if smaller is not None:
+            fitting, choice, _ = smaller
+            return (
+                f"--batch-size {fitting.batch_size} --gradient-accumulation-steps "
+                f"{fitting.gradient_accumulation_steps} ({choice.plan}{_memory(choice)})"
+            )
+        single = replace(config, batch_size=1)
+        for length in self._shorter():
+            try:
+                choice = self._choose_length(single, length)
+            except ResourceError:
+                continue
+            return f"rows of at most {length:,} tokens with --batch-size 1 ({choice.plan}{_memory(choice)})"
+        return "nothing of this bundle; use a smaller model, or a device with more memory"
+
+    def _shorter(self) -> Iterator[int]:
+        length = max(len(row.input_ids) for row in self._rows) // 2
+        while length >= 8:
+            yield length
+            length //= 2
+
+    def _choose_length(self, config: TrainConfig, length: int) -> Choice:
+        work = Work(length, length**2)
+        choice = choose(
+            self._bundle.manifest, config, work, lambda text: None, self._profile, elsewhere=not self._here
+        )
+        require_fit(self._profile, choice, 1, length)
+        return choice
+
+
+@dataclass(frozen=True)
+class _Times:
+    step: float | None
+    start: float | None
+    run: float | None
+    source: str
+
+
+def _times(bundle: Bundle, workload: Workload, choice: Choice, profile: Profile, here: bool) -> _Times:
+    steps, validation = workload.step_shapes(), workload.validation_shapes()
+    model = CostModel(bundle, choice)
+    if here:
+        measured = calibrate(bundle, choice, _typical(workload, model))
+        source = f"measured here in {measured.took:.1f} s"
+        seconds: Callable[[float], float] = measured.seconds
+        start = _start(measured, choice, [*(shape for step in steps for shape in step), *validation])
+    elif (products := profile.hardware.products) is not None:
+        source = f"an estimate: {products.value / 1e9:g} GFLOP/s ({products.source})"
+        start = None
+        speed = products.value
+
+        def seconds(work: float) -> float:
+            return _OPERATIONS * work / speed
+    else:
+        return _Times(None, None, None, f"unknown: the profile {profile.name} has no figure hardware.products")
+    works = [[model.work(s.positions, s.scores, s.trained_tokens) for s in step] for step in steps]
+    spent = [sum(map(seconds, each)) for each in works]
+    once = sum(seconds(model.work(s.positions, s.scores, s.trained_tokens)) for s in validation) * _FORWARD
+    run = mean(spent) * workload.schedule.total_steps + once * workload.validations() + (start or 0.0)
+    return _Times(median(spent), start, run, source)
+
+
+def _start(measured: Calibration, choice: Choice, shapes: Sequence[BatchShape]) -> float:
+    """What first batches take more than others."""
+    most = 1 if choice.footprint is None else choice.footprint.shapes
+    different = len({(shape.sequences, shape.length) for shape in shapes}) if most > 1 else 1
+    return measured.first_seconds + (different - 1) * measured.shape_seconds
+
+
+def _typical(workload: Workload, model: CostModel) -> list[Batch]:
+    """The batch with the most work of those that come first, and one in the middle."""
+    batches: dict[tuple[int, ...], Batch] = {}
+    for step, _ in zip(workload.steps(), range(16), strict=False):
+        for batch in step:
+            batches.setdefault(batch.input_ids.shape, batch)
+    ordered = sorted(batches.values(), key=model.of)
+    return list({id(batch): batch for batch in (ordered[-1], ordered[(len(ordered) - 1) // 2])}.values())[:_SHAPES]
+
+
+def _rows(
+    bundle: Bundle, data: Path | None, config: TrainConfig, length: int | None, notes: list[str]
+) -> Sequence[Example]:
+    manifest = bundle.manifest
+    if data is None:
+        tokens = min(length or manifest.max_length, manifest.max_length)
+        ids = [number % manifest.architecture.vocab_size for number in range(tokens)]
+        count = config.batch_size * config.gradient_accumulation_steps
+        notes.append(f"no --data: rows of {tokens:,} tokens, all of them trained, {count} an epoch")
+        return [Example(line, ids, ids) for line in range(1, count + 1)]
+    encoder = load_encoder(bundle.path, manifest.tokenizer)
+    found = load_examples(data, encoder, manifest.max_length, truncate=config.truncate)
+    if found.too_long:
+        notes.append(f"{data}: {len(found.too_long):,} of {found.rows:,} rows are too long and would be left out")
+    return found.examples
+
+
+def _flash(bundle: Bundle, choice: Choice, steps: int) -> Flash:
+    manifest = bundle.manifest
+    files = sum(file.size for file in manifest.files) + (bundle.path / MANIFEST).stat().st_size
+    parameters = sum(rows * columns for rows, columns in manifest.lora.shapes().values())
+    return Flash(files, 4 * parameters + _ADAPTER_FILES + _RECORD_LINE * steps, choice.footprint.cache if choice.footprint else 0)
+
+
+def _uses(workload: Workload, profile: Profile, choice: Choice) -> list[ShapeUse]:
+    fixed = profile.buckets is not None and on_accelerator(profile, choice)
+    counts: Counter[Bucket] = Counter()
+    for step in workload.step_shapes()[: workload.schedule.steps_per_epoch]:
+        for shape in step:
+            whole = bucket(profile, shape.sequences, shape.length) if fixed else None
+            counts[whole or (shape.sequences, shape.length)] += 1
+    return [ShapeUse(*shape, count) for shape, count in counts.most_common()]
+
+
+def _memory(choice: Choice) -> str:
+    peak = choice.predicted_peak_bytes
+    return "" if peak is None else f", about {bytes_text(peak)}"

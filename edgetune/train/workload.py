@@ -1,0 +1,83 @@
+"""What a run puts through the model: which rows, in which batches, how often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from edgetune.config import TrainConfig
+from edgetune.data.batcher import Batcher, BatchShape
+from edgetune.data.batches import Batch, epoch_batches
+from edgetune.data.encode import Example
+from edgetune.footprint import Work
+from edgetune.manifest import BundleManifest
+from edgetune.train.schedule import schedule_steps
+
+_LOOKED_AT = 256
+"""Steps whose batches are looked at before the run: the others are alike."""
+
+
+class Workload:
+    """Rows, schedule and batches of a run.
+
+    Args:
+        manifest: The bundle's.
+        rows: What is trained on, at least one row.
+        valid: What is measured on; may be empty.
+        config: How to train.
+
+    Raises:
+        UsageError: Warm-up takes the whole run.
+    """
+
+    def __init__(
+        self, manifest: BundleManifest, rows: Sequence[Example], valid: Sequence[Example], config: TrainConfig
+    ) -> None:
+        self._manifest, self._rows, self._valid, self._config = manifest, rows, valid, config
+        self.schedule = schedule_steps(len(rows), config)
+        self._batcher = self._batches_of(rows)
+
+    def steps(self) -> Iterator[list[Batch]]:
+        """The batches of every step."""
+        return map(self._batcher.step, self._drawn())
+
+    def validation(self) -> Iterator[Batch]:
+        """The batches of the validation rows."""
+        return self._batches_of(self._valid).measure(self._valid) if self._valid else iter(())
+
+    def step_shapes(self) -> list[list[BatchShape]]:
+        """Shapes of the batches of the first steps, of all of them in a short run."""
+        return [self._batcher.shapes(drawn) for drawn in islice(self._drawn(), _LOOKED_AT)]
+
+    def validation_shapes(self) -> list[BatchShape]:
+        """Shapes of the batches of one validation."""
+        return self._batches_of(self._valid).measure_shapes(self._valid) if self._valid else []
+
+    def validations(self) -> int:
+        """How often the validation rows are measured."""
+        if not self._valid:
+            return 0
+        return 1 + sum(self.schedule.validates_after(step + 1) for step in range(self.schedule.total_steps))
+
+    def work(self) -> Work:
+        """The largest batch, and the other shapes that there are."""
+        shapes = [*(shape for step in self.step_shapes() for shape in step), *self.validation_shapes()]
+        sizes = sorted({(shape.positions, shape.scores) for shape in shapes}, reverse=True)
+        positions, scores = sizes[0][0], max(scores for _, scores in sizes)
+        if self.schedule.total_steps > _LOOKED_AT:
+            # A later step may fill the room there is.
+            positions, scores = self._batcher.room.positions, max(scores, self._batcher.room.scores)
+        return Work(positions, scores, tuple(sizes[1:]))
+
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.input_ids) for row in (*self._rows, *self._valid))
+
+    def _drawn(self) -> Iterator[list[list[Example]]]:
+        """The rows of every step, in groups of the batch size."""
+        drawn = epoch_batches(self._rows, self._config.batch_size, self._config.seed, self._config.shuffle)
+        for step in range(self.schedule.total_steps):
+            yield list(islice(drawn, self.schedule.batches(step)))
+
+    def _batches_of(self, rows: Sequence[Example]) -> Batcher:
+        return Batcher(self._manifest, rows, self._config.batch_size, packing=self._config.packing)
