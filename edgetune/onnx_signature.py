@@ -33,7 +33,9 @@ class Signature:
 
 
 @dataclass(frozen=True)
-class _Field:
+class Field:
+    """A field of a protobuf message."""
+
     number: int
     value: int
     """Of a varint; 0 otherwise."""
@@ -53,11 +55,11 @@ def read_signature(path: Path) -> Signature:
     with path.open("rb") as file:
         size = path.stat().st_size
         try:
-            graphs = [field for field in _fields(file, 0, size) if field.number == 7]
+            graphs = [field for field in fields(file, 0, size) if field.number == 7]
             if len(graphs) != 1:
                 raise ValueError(f"{len(graphs)} graphs in it")
             graph = graphs[0]
-            for field in _fields(file, graph.start, graph.end):
+            for field in fields(file, graph.start, graph.end):
                 if field.number in (11, 12):
                     (inputs if field.number == 11 else outputs).append(_value_info(_payload(file, field)))
         except ValueError as error:
@@ -65,8 +67,12 @@ def read_signature(path: Path) -> Signature:
     return Signature(inputs, outputs)
 
 
-def _fields(file: BinaryIO, start: int, end: int) -> Iterator[_Field]:
-    """The fields of the message in [start, end); the file may be read elsewhere between two of them."""
+def fields(file: BinaryIO, start: int, end: int) -> Iterator[Field]:
+    """The fields of the message in [start, end); the file may be read elsewhere between two of them.
+
+    Raises:
+        ValueError: The message was cut off.
+    """
     position = start
     while position < end:
         file.seek(position)
@@ -75,7 +81,7 @@ def _fields(file: BinaryIO, start: int, end: int) -> Iterator[_Field]:
         if wire == _VARINT:
             value = _varint(file)
             position = file.tell()
-            yield _Field(number, value, position, position)
+            yield Field(number, value, position, position)
             continue
         if wire not in (_FIXED64, _BYTES, _FIXED32):
             raise ValueError(f"wire type {wire} at byte {position:,}")
@@ -84,7 +90,7 @@ def _fields(file: BinaryIO, start: int, end: int) -> Iterator[_Field]:
         position = first + length
         if position > end:
             raise ValueError(f"a field at byte {first:,} leads out of its message")
-        yield _Field(number, 0, first, position)
+        yield Field(number, 0, first, position)
 
 
 def _varint(file: BinaryIO) -> int:
@@ -99,7 +105,7 @@ def _varint(file: BinaryIO) -> int:
     raise ValueError("a number of more than 64 bits")
 
 
-def _payload(file: BinaryIO, field: _Field) -> bytes:
+def _payload(file: BinaryIO, field: Field) -> bytes:
     if field.end - field.start > _VALUE_INFO_LIMIT:
         raise ValueError(f"an input or output description of {field.end - field.start:,} bytes")
     file.seek(field.start)
@@ -107,7 +113,7 @@ def _payload(file: BinaryIO, field: _Field) -> bytes:
 
 
 def _messages(data: bytes, number: int) -> Iterator[bytes]:
-    for field in _fields(BytesIO(data), 0, len(data)):
+    for field in fields(BytesIO(data), 0, len(data)):
         if field.number == number:
             yield data[field.start : field.end]
 
@@ -116,7 +122,7 @@ def _value_info(data: bytes) -> TensorSpec:
     """ValueInfoProto: name = 1, type = 2; TypeProto: tensor_type = 1; Tensor: elem_type = 1, shape = 2."""
     name = _text(next(_messages(data, 1), b""))
     tensor = next((tensor for kind in _messages(data, 2) for tensor in _messages(kind, 1)), b"")
-    codes = [field.value for field in _fields(BytesIO(tensor), 0, len(tensor)) if field.number == 1]
+    codes = [field.value for field in fields(BytesIO(tensor), 0, len(tensor)) if field.number == 1]
     dtype = _DTYPES.get(codes[0], f"type {codes[0]}") if codes else "not a tensor"
     shape = next(_messages(tensor, 2), b"")
     return TensorSpec(name, dtype, [_dimension(item) for item in _messages(shape, 1)])
@@ -124,7 +130,7 @@ def _value_info(data: bytes) -> TensorSpec:
 
 def _dimension(data: bytes) -> int | str:
     """TensorShapeProto.Dimension: dim_value = 1, dim_param = 2; neither is an unknown size, written `?`."""
-    for field in _fields(BytesIO(data), 0, len(data)):
+    for field in fields(BytesIO(data), 0, len(data)):
         if field.number == 1:
             return field.value if field.value < 1 << 63 else "?"
         if field.number == 2:

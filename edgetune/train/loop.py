@@ -27,9 +27,11 @@ from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import epoch_batches
+from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
 from edgetune.errors import EdgetuneError
-from edgetune.runtimes import OptimizerConfig, Parameters, Session, StepResult
+from edgetune.placement import Placement, placement_record
+from edgetune.runtimes import OptimizerConfig, Parameters, Placed, Session, StepResult
 from edgetune.storage import atomic_folder, sha256_of
 from edgetune.train.choice import check_plan, choose
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
@@ -83,6 +85,7 @@ def train(
         plan=str(run.choice.plan),
         predicted_peak_memory_bytes=run.choice.predicted_peak_bytes,
         peak_memory_bytes=peak_memory_bytes(),
+        placement=[placement_record(placement) for placement in run.placements],
     )
 
 
@@ -109,9 +112,14 @@ class _Run:
         self._schedule = schedule_steps(len(self._rows.examples), config)
         self._parameters = self._first_parameters()
         self._drawn = epoch_batches(self._rows.examples, config.batch_size, config.seed, config.shuffle)
-        self._batcher = self._batches_of(self._rows.examples)
+        self._buckets: list[Bucket] | None = None
         rooms = [self._batches_of(rows).room for rows in (self._rows.examples, self._valid) if rows]
         self.choice = choose(manifest, config, rooms, observer.on_notice)
+        if self.choice.plan.accelerator is not None:
+            largest = max(rooms, key=lambda room: room.longest)
+            self._buckets = parse_buckets(config.buckets) if config.buckets else default_buckets(largest)
+        self._batcher = self._batches_of(self._rows.examples)
+        self.placements: list[Placement] = []
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
         self.seconds = 0.0
@@ -178,6 +186,7 @@ class _Run:
                 peak_memory_bytes=peak_memory_bytes(),
                 eta_seconds=spent / (step + 1) * (schedule.total_steps - step - 1),
             )
+            self._notice_placements(session)
             self._observer.on_step(metrics)
             validation = self._validate(session, step + 1) if schedule.validates_after(step + 1) else None
             record.write(
@@ -195,13 +204,23 @@ class _Run:
         for batch in self._batches_of(self._valid).measure(self._valid):
             total += session.evaluate(batch) * batch.trained_tokens
             tokens += batch.trained_tokens
+        self._notice_placements(session)
         loss = total / tokens
         self.validation_losses.append(loss)
         self._observer.on_validation(step, loss)
         return loss
 
     def _batches_of(self, rows: Sequence[Example]) -> Batcher:
-        return Batcher(self._bundle.manifest, rows, self._config.batch_size, packing=self._config.packing)
+        config = self._config
+        return Batcher(self._bundle.manifest, rows, config.batch_size, packing=config.packing, buckets=self._buckets)
+
+    def _notice_placements(self, session: Session) -> None:
+        """Say where each graph runs, once it is compiled."""
+        if isinstance(session, Placed):
+            placements = session.placements()
+            for placement in placements[len(self.placements) :]:
+                self._observer.on_notice(str(placement))
+            self.placements = placements
 
     def _first_parameters(self) -> dict[str, NDArray[np.float32]]:
         manifest = self._bundle.manifest
@@ -258,9 +277,15 @@ class _Run:
             provenance[VALIDATION_SHA256] = sha256_of(self._valid_path)
         if self.validation_losses:
             provenance["validation_loss"] = repr(self.validation_losses[-1])
+        if self.placements:
+            provenance["placement"] = "; ".join(sorted({_place(placement) for placement in self.placements}))
         if self.stopped:
             provenance["stopped"] = self.stopped
         return provenance
+
+
+def _place(placement: Placement) -> str:
+    return f"{placement.provider} ({placement.device}), {len(placement.fallen_back)} nodes on the CPU"
 
 
 def _stopped(step: int, result: StepResult) -> str:
