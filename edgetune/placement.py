@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -13,12 +13,21 @@ _NAMED = 5
 
 
 @dataclass(frozen=True)
+class Node:
+    """One node of a graph, as the runtime has optimised it."""
+
+    operator: str
+    name: str
+    reason: str = ""
+    """Why the accelerator does not take it, in the provider's words; empty where it does, or does not say."""
+
+
+@dataclass(frozen=True)
 class Partition:
     """Nodes that a provider executes as one."""
 
     provider: str
-    nodes: list[tuple[str, str]]
-    """Operator and name of each."""
+    nodes: list[Node]
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,8 @@ class Placement:
         return sum(part.provider == self.provider for part in self.partitions)
 
     @property
-    def fallen_back(self) -> list[tuple[str, str]]:
-        """Operator and name of each node that the accelerator does not execute."""
+    def fallen_back(self) -> list[Node]:
+        """The nodes that the accelerator does not execute."""
         return [node for part in self.partitions if part.provider != self.provider for node in part.nodes]
 
     def __str__(self) -> str:
@@ -65,11 +74,12 @@ class Placement:
         return f"{text}; on the CPU: {named(self.fallen_back)}" if self.fallen_back else text
 
 
-def named(nodes: Sequence[tuple[str, str]]) -> str:
-    """The operators and how often each occurs, and the first nodes' names."""
-    counts = ", ".join(f"{operator} {count}" for operator, count in sorted(Counter(op for op, _ in nodes).items()))
-    names = ", ".join(name for _, name in nodes[:_NAMED])
-    return f"{counts} ({names}{', …' if len(nodes) > _NAMED else ''})"
+def named(nodes: Sequence[Node]) -> str:
+    """The operators and how often each occurs, the first nodes' names, and the reasons."""
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(Counter(node.operator for node in nodes).items()))
+    names = ", ".join(node.name for node in nodes[:_NAMED])
+    reasons = "; ".join(sorted({node.reason for node in nodes if node.reason}))
+    return f"{counts} ({names}{', …' if len(nodes) > _NAMED else ''}){': ' if reasons else ''}{reasons}"
 
 
 def placement_record(placement: Placement) -> dict[str, Any]:
@@ -82,6 +92,6 @@ def placement_record(placement: Placement) -> dict[str, Any]:
         "device": placement.device,
         "accelerated_nodes": placement.accelerated,
         "accelerator_partitions": placement.accelerator_partitions,
-        "fallen_back": [{"operator": operator, "name": name} for operator, name in placement.fallen_back],
+        "fallen_back": [asdict(node) for node in placement.fallen_back],
         "cached": placement.cached,
     }

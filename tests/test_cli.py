@@ -134,7 +134,7 @@ OPTIONS = {
     "eval": "data adapter json",
     "export": "adapter output merge keep-adapter precision valid force quiet json",
     "generate": "prompt system max-new-tokens json",
-    "inspect": "json",
+    "inspect": "placement buckets device-type soc-model require-npu json",
     "doctor": "json",
 }
 

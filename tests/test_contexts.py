@@ -11,13 +11,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgetune.errors import VerificationError
-from edgetune.placement import Partition
+from edgetune.placement import Node, Partition
 from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
 from edgetune.runtimes.accelerator.ep_context import check_ep_context
 
 KEY = ContextKey("runtime 1.0", "device", "ab" * 32, "cd" * 32, 4, 128, {"soc_model": "60"})
 DATA = bytes(range(256)) * 5
-PARTITIONS = [Partition("QNNExecutionProvider", [("MatMul", "a"), ("Add", "b")])]
+PARTITIONS = [Partition("QNNExecutionProvider", [Node("MatMul", "a"), Node("Add", "b", "too odd")])]
 
 
 @pytest.fixture
@@ -35,9 +35,7 @@ def test_what_was_saved_is_loaded(store: ContextStore, tmp_path: Path) -> None:
     found = store.load(KEY)
     assert found is not None
     assert found.data == DATA
-    assert [(part.provider, [tuple(node) for node in part.nodes]) for part in found.partitions] == [
-        ("QNNExecutionProvider", [("MatMul", "a"), ("Add", "b")])
-    ]
+    assert found.partitions == PARTITIONS
     assert [path.name for path in files(tmp_path)] == ["compiled", "record.json"]
 
 

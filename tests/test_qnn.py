@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 from assistant_bundle import ROWS, assistant_bundle
+from click.testing import CliRunner
 from prepared_bundles import Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
 from tiny_phi3 import VARIANTS
 
 from edgetune.bundle import Bundle, open_bundle
+from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
@@ -190,7 +192,10 @@ def test_what_falls_back_is_told_and_can_be_refused(
     with qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, replace(WHOLE_STEP, accelerator=Accelerator())) as s:
         assert s.step([batch], LEARNING_RATE).applied
         placement = placements(s)["step"]
-    assert {operator for operator, _ in placement.fallen_back} == {"DequantizeLinear"}
+    assert {node.operator for node in placement.fallen_back} == {"DequantizeLinear"}
+    assert {node.reason for node in placement.fallen_back} == {
+        "QNN EP does not support a standalone DQ op with per-channel quantization"
+    }
     assert "on the CPU: DequantizeLinear 1" in str(placement)
     assert 0 < placement.accelerated < 400
     with (
@@ -325,3 +330,34 @@ def test_options_of_accelerators_need_one(option: dict[str, Any], tmp_path: Path
     config = replace(TrainConfig(runtime="onnxruntime"), **option)
     with pytest.raises(UsageError, match="needs a runtime with an accelerator"):
         train(tmp_path / "bundle", tmp_path / "rows", None, tmp_path / "adapter", config, Recorder())
+
+
+@installed
+def test_inspect_shows_where_the_nodes_run(prepared: Prepared) -> None:
+    bundle = str(prepared("grouped-query", "int4").path)
+    command = ["inspect", bundle, "--placement", "qnn", "--buckets", "1x8", "--require-npu"]
+    shown = CliRunner().invoke(main, command)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.count("HTP emulation, soc 60") == 2
+    told = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    assert [(each["graph"], each["accelerator_partitions"], each["fallen_back"]) for each in told] == [
+        ("step", 1, []),
+        ("loss", 1, []),
+    ]
+    assert all(each["cached"] for each in told)
+
+
+@installed
+def test_inspect_ends_with_4_where_a_node_falls_back(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copy_of(prepared("multi-head", "int4"), tmp_path / "bundle")
+    plugin = qnn._plugin(Accelerator())
+    monkeypatch.setattr(qnn, "_plugin", lambda accelerator: replace(plugin, session={}))
+    command = ["inspect", str(bundle.path), "--placement", "qnn", "--buckets", "1x8"]
+    shown = CliRunner().invoke(main, command)
+    assert shown.exit_code == 0, shown.output
+    assert "does not support a standalone DQ op" in shown.stdout
+    refused = CliRunner().invoke(main, [*command, "--require-npu"])
+    assert refused.exit_code == 4
+    assert "DequantizeLinear 17" in refused.stderr

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.errors import MissingDependencyError, UsageError
-from edgetune.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Footprint
 from edgetune.placement import Placement
 
@@ -106,6 +106,20 @@ class Runtime(Protocol):
         self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
     ) -> AbstractContextManager[Session]:
         """Load the bundle's graphs and start from `parameters` with a fresh optimizer."""
+        ...
+
+
+@runtime_checkable
+class PlacingRuntime(Runtime, Protocol):
+    """A runtime with an accelerator."""
+
+    def place(self, bundle: Bundle, accelerator: Accelerator, batch: int, length: int) -> list[Placement]:
+        """Compile the graphs of a step for B sequences of T positions, and say where their nodes run.
+
+        Raises:
+            IncompatibleError: The accelerator does not take them, or not all of a graph where that was asked for.
+            MissingDependencyError: The runtime's package is not installed.
+        """
         ...
 
 

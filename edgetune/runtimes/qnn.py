@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
 from edgetune.bundle import Bundle
 from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.placement import Placement
 from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session
+
+if TYPE_CHECKING:
+    from edgetune.runtimes.accelerator.plugin import Plugin, PluginCompiler
 
 PROVIDER = "QNNExecutionProvider"
 _PACKAGE = "onnxruntime-qnn"
@@ -51,15 +55,25 @@ def open_session(
     if plan.form != "whole":
         raise UsageError("the qnn runtime takes no plan but `whole`; use --runtime onnxruntime for the others")
     from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
-    from edgetune.runtimes.accelerator.plugin import PluginCompiler
     from edgetune.runtimes.accelerator.session import AcceleratorSession
 
-    accelerator = plan.accelerator or Accelerator()
-    compiler = PluginCompiler(bundle, _plugin(accelerator), require=accelerator.require)
+    compiler = _compiler(bundle, plan.accelerator or Accelerator())
     yield AcceleratorSession(bundle, parameters, optimizer, AcceleratorGraphs(compiler, "step"))
 
 
-def _plugin(accelerator: Accelerator) -> Any:
+def place(bundle: Bundle, accelerator: Accelerator, batch: int, length: int) -> list[Placement]:
+    """See `edgetune.runtimes.PlacingRuntime.place`."""
+    compiler = _compiler(bundle, accelerator)
+    return [compiler.compile(role, batch, length).placement for role in ("step", "loss")]
+
+
+def _compiler(bundle: Bundle, accelerator: Accelerator) -> PluginCompiler:
+    from edgetune.runtimes.accelerator.plugin import PluginCompiler
+
+    return PluginCompiler(bundle, _plugin(accelerator), require=accelerator.require)
+
+
+def _plugin(accelerator: Accelerator) -> Plugin:
     from edgetune.runtimes.accelerator.plugin import Plugin, provider_devices
 
     package = _package()

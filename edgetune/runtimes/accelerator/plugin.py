@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import onnxruntime as ort
@@ -17,13 +18,15 @@ from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
 from edgetune.errors import EdgetuneError, IncompatibleError
-from edgetune.placement import Partition, Placement, named
+from edgetune.placement import Node, Partition, Placement, named
 from edgetune.runtimes.accelerator.contexts import Context, ContextKey, ContextStore
 from edgetune.runtimes.accelerator.ep_context import check_ep_context
 from edgetune.runtimes.accelerator.graphs import Arrays
 
 _NO_LOG = 4
 """Fatal errors only: what a provider refuses is told by the placement."""
+_ALL = 0
+_REASON = re.compile(r"Node name: (.+?) Node index: \d+\s+REASON : (.+)")
 _RECORD = "session.record_ep_graph_assignment_info"
 _NO_CPU = "session.disable_cpu_ep_fallback"
 
@@ -128,7 +131,24 @@ class PluginCompiler:
             # Nothing is written where the provider took nothing; with weights outside, a context is not kept.
             alone = sorted(Path(scratch).iterdir()) == [compiled]
             data = compiled.read_bytes() if alone else b""
-        return session, Context(data, _partitions(session))
+        partitions = _partitions(session)
+        if any(part.provider != self._plugin.name for part in partitions):
+            reasons = self._reasons(path, batch, length)
+            partitions = [_explained(part, reasons) for part in partitions]
+        return session, Context(data, partitions)
+
+    def _reasons(self, path: Path, batch: int, length: int) -> dict[str, str]:
+        """Why the provider does not take a node, by its name: it says so in its log and nowhere else."""
+        options = self._options(strict=False)
+        options.log_severity_level = _ALL
+        options.add_free_dimension_override_by_name("batch", batch)
+        options.add_free_dimension_override_by_name("sequence", length)
+        with TemporaryFile() as log:
+            with _redirected(log.fileno(), 1, 2):
+                ort.InferenceSession(str(path), options, enable_fallback=0)
+            log.seek(0)
+            text = log.read().decode(errors="replace")
+        return dict(_REASON.findall(text))
 
     def _open(self, context: Context) -> ort.InferenceSession:
         check_ep_context(context.data)
@@ -148,7 +168,8 @@ class PluginCompiler:
     def _session(self, model: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
         try:
             # Without this, a provider that fails is left out and everything runs on the CPU.
-            with _stdout_to_stderr():
+            # Qualcomm's library prints a line when it is loaded; stdout is for results.
+            with _redirected(2, 1):
                 session = ort.InferenceSession(model, options, enable_fallback=0)
         except Exception as error:  # the bindings' own classes, and RuntimeError
             raise IncompatibleError(
@@ -196,21 +217,28 @@ class PluginGraph:
 
 
 @contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """What a vendor's library prints must not mix with results: Qualcomm's says a line on stdout when it is loaded."""
+def _redirected(target: int, *descriptors: int) -> Iterator[None]:
+    """What libraries print to these descriptors goes to another one meanwhile."""
     sys.stdout.flush()
-    own = os.dup(1)
-    os.dup2(2, 1)
+    sys.stderr.flush()
+    own = [os.dup(descriptor) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.dup2(target, descriptor)
     try:
         yield
     finally:
-        os.dup2(own, 1)
-        os.close(own)
+        for saved, descriptor in zip(own, descriptors, strict=True):
+            os.dup2(saved, descriptor)
+            os.close(saved)
+
+
+def _explained(part: Partition, reasons: dict[str, str]) -> Partition:
+    return replace(part, nodes=[replace(node, reason=reasons.get(node.name, "")) for node in part.nodes])
 
 
 def _partitions(session: ort.InferenceSession) -> list[Partition]:
     return [
-        Partition(part.ep_name, [(node.op_type, node.name) for node in part.get_nodes()])
+        Partition(part.ep_name, [Node(node.op_type, node.name) for node in part.get_nodes()])
         for part in session.get_provider_graph_assignment_info()
     ]
 
