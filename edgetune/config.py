@@ -9,8 +9,9 @@ from typing import Literal
 Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "int8", "fp16", "fp32"]
 Precision = Literal["int4", "fp32"]
-RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training"]
+RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8"]
+DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
 Schedule = Literal["constant", "linear", "cosine"]
 TargetName = Literal["android", "ios", "web", "linux-arm64"]
 
@@ -53,6 +54,14 @@ class TrainConfig:
     """What is kept in memory and what is computed again; `int8` also says in which precision."""
     memory_budget: str | None = None
     """Most memory of the process, such as `3GB`; without it, what the machine has free."""
+    device_type: DeviceType = "auto"
+    """Which of a runtime's devices executes the whole step: `qnn` has an NPU, `openvino` all three."""
+    require_npu: bool = False
+    """Refuse to train where a node of the step would fall back to the CPU."""
+    soc_model: int = 60
+    """Qualcomm's number of the chip that `qnn` emulates where it finds no NPU: 60 is Snapdragon X Elite."""
+    buckets: str | None = None
+    """The only shapes of batches on an accelerator, such as `4x128,1x512`; without them a few that suit the rows."""
     steps: int | None = None
     """Optimizer steps; excludes `epochs`."""
     epochs: float | None = None

@@ -5,7 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from edgetune.config import DeviceType, TrainConfig
+
 Products = Literal["fp32", "bf16", "int8"]
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """What executes a whole step whose shapes are static."""
+
+    device_type: DeviceType = TrainConfig.device_type
+    """Which of a runtime's devices."""
+    soc_model: int = TrainConfig.soc_model
+    """Qualcomm's number of the chip that is compiled for where no NPU is found."""
+    require: bool = TrainConfig.require_npu
+    """Refuse a graph of which a node falls back to the CPU."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +41,13 @@ class ExecutionPlan:
     """Trained rows whose logits exist at the same time."""
     head_tokens: int | None = None
     """Tokens of the vocabulary whose logits exist at the same time; all when it is not given."""
+    accelerator: Accelerator | None = None
+    """Of a whole step whose shapes are static; none on a runtime that takes any shape."""
 
     def __str__(self) -> str:
         """In a few words."""
         if self.form == "whole":
-            return "whole step"
+            return "whole step" if self.accelerator is None else "whole step in static shapes"
         kept = f"activations of {self.kept_layers} layers kept" if self.kept_layers else "activations computed again"
         weights = f"weights {'resident' if self.resident else 'streamed'}"
         return ", ".join([self.products, kept, weights, *(["lean"] if self.lean else [])])

@@ -26,13 +26,17 @@ class Prepared(Protocol):
 
 
 def prepare_tiny(variant: str, folder: Path, config: PrepareConfig) -> Bundle:
+    return prepare_checkpoint(checkpoint(variant), folder, config)
+
+
+def prepare_checkpoint(source: Path, folder: Path, config: PrepareConfig) -> Bundle:
     """Prepare with Olive in this process: its imports cost seconds, a build milliseconds."""
     from edgetune.prepare import genai_model, prepare
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OLIVE_DISABLE_TELEMETRY", "1")
         patch.setattr(genai_model, "run_olive_pass", _run_olive_here)
-        return prepare(str(checkpoint(variant)), folder, config, silent)
+        return prepare(str(source), folder, config, silent)
 
 
 def prepare_standard(variant: str, base: Base, folder: Path) -> Bundle:

@@ -126,14 +126,15 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 
 OPTIONS = {
     "prepare": "output rank alpha targets base max-length download force quiet json",
-    "train": "data valid output config runtime plan memory-budget steps epochs batch-size gradient-accumulation-steps "
+    "train": "data valid output config runtime plan memory-budget device-type require-npu soc-model buckets steps "
+    "epochs batch-size gradient-accumulation-steps "
     "packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle "
     "truncate init-adapter force quiet json",
     "preview": "data json",
     "eval": "data adapter json",
     "export": "adapter output merge keep-adapter precision valid force quiet json",
     "generate": "prompt system max-new-tokens json",
-    "inspect": "json",
+    "inspect": "placement buckets device-type soc-model require-npu json",
     "doctor": "json",
 }
 
@@ -585,6 +586,7 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
         "plan": "whole step",
         "predicted_peak_memory_bytes": None,
         "peak_memory_bytes": 2_000_000,
+        "placement": [],
     }
 
 

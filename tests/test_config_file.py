@@ -25,6 +25,10 @@ def test_every_field_can_be_set(tmp_path: Path) -> None:
 runtime = "ort-training"
 plan = "stream"
 memory-budget = "3GB"
+device-type = "NPU"
+require-npu = true
+soc-model = 69
+buckets = "4x64"
 steps = 3
 epochs = 2
 batch-size = 8
@@ -48,6 +52,10 @@ force = true
         runtime="ort-training",
         plan="stream",
         memory_budget="3GB",
+        device_type="NPU",
+        require_npu=True,
+        soc_model=69,
+        buckets="4x64",
         steps=3,
         epochs=2.0,
         batch_size=8,
@@ -66,7 +74,7 @@ force = true
     )
     assert settings.keys() == {field.name for field in fields(TrainConfig)}
     assert isinstance(config.epochs, float)
-    assert settings["batch_size"].place == f"{path}:6"
+    assert settings["batch_size"].place == f"{path}:10"
 
 
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:

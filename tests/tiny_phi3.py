@@ -90,11 +90,12 @@ def checkpoint(variant: str) -> Path:
         elif "embed_tokens" not in name:
             parameter.data.mul_(6)
     model.save_pretrained(folder)
-    _save_tokenizer(folder)
+    save_tokenizer(folder, [_WORDS] * 4, 440)
     return folder
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, text: list[str], vocabulary: int) -> None:
+    """A tokenizer like Phi-3's that knows the words of a text."""
     from tokenizers import Tokenizer as HfTokenizer
     from tokenizers import decoders, models, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -105,8 +106,8 @@ def _save_tokenizer(folder: Path) -> None:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     octets = [f"<0x{value:02X}>" for value in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=440, special_tokens=[*_SPECIAL, *octets], show_progress=False)
-    tokenizer.train_from_iterator([_WORDS] * 4, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[*_SPECIAL, *octets], show_progress=False)
+    tokenizer.train_from_iterator(text, trainer)
     record = json.loads(tokenizer.to_str())
     record["added_tokens"] = [token for token in record["added_tokens"] if token["content"] not in octets]
     saved = PreTrainedTokenizerFast(

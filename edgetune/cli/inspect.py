@@ -6,23 +6,33 @@ import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from edgetune.byte_size import bytes_text
-from edgetune.cli.command import Command, json_option
-from edgetune.cli.inputs import PATH
+from edgetune.cli.command import COUNT, Command, json_option
+from edgetune.cli.inputs import PATH, bundle_at
 from edgetune.cli.output import console, print_json
+from edgetune.config import DeviceType, TrainConfig
+from edgetune.errors import UsageError
+from edgetune.execution import Accelerator
 
 if TYPE_CHECKING:
     from edgetune.describe import Description
     from edgetune.manifest import TensorSpec
+    from edgetune.placement import Placement
+
+DEFAULT = TrainConfig()
+PLACING = ("qnn",)
+"""Runtimes that can say where a graph's nodes run."""
 
 EXAMPLES = """
 edgetune inspect bundle
 edgetune inspect adapter
 edgetune inspect model --json
+edgetune inspect bundle --placement qnn
+edgetune inspect bundle --placement qnn --buckets 4x128,1x512 --require-npu --json
 """
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -31,12 +41,36 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("folder", type=PATH)
+@click.option(
+    "--placement",
+    type=click.Choice(PLACING),
+    help="Compile the training step for this runtime's accelerator and say where each node runs.",
+)
+@click.option("--buckets", help="With --placement: the shapes, such as 4x128; one row of the longest by default.")
+@click.option(
+    "--device-type", type=click.Choice(get_args(DeviceType)), default=DEFAULT.device_type, help="As in `train`."
+)
+@click.option("--soc-model", type=COUNT, default=DEFAULT.soc_model, help="As in `train`.")
+@click.option("--require-npu", is_flag=True, help="With --placement: exit code 4 where a node falls back to the CPU.")
 @json_option
-def command(folder: Path, as_json: bool) -> None:
+def command(
+    folder: Path,
+    placement: str | None,
+    buckets: str | None,
+    device_type: DeviceType,
+    soc_model: int,
+    require_npu: bool,
+    as_json: bool,
+) -> None:
     """Say what FOLDER is: a bundle, an adapter or a model, with sizes, hashes and contracts.
 
     Every byte is compared with the manifest; a folder that is not what it says ends with exit code 5.
     """
+    if placement is not None:
+        _place(folder, placement, buckets, Accelerator(device_type, soc_model, require_npu), as_json=as_json)
+        return
+    if require_npu or buckets is not None:
+        raise UsageError(f"{'--require-npu' if require_npu else '--buckets'} belongs to --placement; give that as well")
     from edgetune.describe import describe
 
     description = describe(folder)
@@ -44,6 +78,46 @@ def command(folder: Path, as_json: bool) -> None:
         print_json(asdict(description))
     else:
         _show(description)
+
+
+def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Accelerator, *, as_json: bool) -> None:
+    from edgetune.data.buckets import parse_buckets
+    from edgetune.placement import placement_record
+    from edgetune.runtimes import PlacingRuntime, find_runtime
+
+    found = find_runtime(runtime)
+    shapes = parse_buckets(buckets) if buckets is not None else None
+    found.abilities()
+    bundle = bundle_at(folder)
+    shapes = shapes or parse_buckets(f"1x{bundle.manifest.max_length}")
+    if not isinstance(found, PlacingRuntime):
+        raise UsageError(f"--runtime {runtime} has no accelerator")
+    placements = [
+        placement for shape in shapes for placement in found.place(bundle, accelerator, shape.batch, shape.length)
+    ]
+    if as_json:
+        print_json([placement_record(placement) for placement in placements])
+    else:
+        _show_placements(placements)
+
+
+def _show_placements(placements: list[Placement]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    runs = Table("graph", "shape", "provider", "device", "partitions", "nodes", "on the CPU")
+    for placement in placements:
+        shape = f"{placement.batch}x{placement.length}"
+        pieces, taken, left = placement.accelerator_partitions, placement.accelerated, len(placement.fallen_back)
+        runs.add_row(placement.graph, shape, placement.provider, placement.device, str(pieces), str(taken), str(left))
+    console().print(runs)
+    if any(placement.fallen_back for placement in placements):
+        left_out = Table("graph", "operator", "node", "why", title="On the CPU", title_justify="left")
+        for placement in placements:
+            for node in placement.fallen_back:
+                why = node.reason or "the provider does not say"
+                left_out.add_row(placement.graph, node.operator, Text(node.name), Text(why))
+        console().print(left_out)
 
 
 def _show(description: Description) -> None:

@@ -13,7 +13,7 @@ from edgetune.cli.command import COUNT, NOT_NEGATIVE, POSITIVE, SIZE, Command, j
 from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, rows_file
 from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
-from edgetune.config import DEFAULT_EPOCHS, PlanName, RuntimeName, Schedule, TrainConfig
+from edgetune.config import DEFAULT_EPOCHS, DeviceType, PlanName, RuntimeName, Schedule, TrainConfig
 from edgetune.errors import UsageError
 
 DEFAULT = TrainConfig()
@@ -25,6 +25,7 @@ edgetune train bundle --data train.jsonl --output adapter
 edgetune train bundle --data train.jsonl --valid valid.jsonl --output adapter --epochs 5 --learning-rate 5e-4
 edgetune train bundle --data train.jsonl --output adapter --memory-budget 3GB
 edgetune train bundle --data train.jsonl --output adapter --device raspberry-pi-5
+edgetune train bundle --data train.jsonl --output adapter --runtime qnn --require-npu
 edgetune train bundle --data train.jsonl --output adapter --config train.toml --steps 20
 
 train.toml holds the same options, which flags override:
@@ -59,6 +60,31 @@ train.toml holds the same options, which flags override:
     type=SIZE,
     default=DEFAULT.memory_budget,
     help="Most memory of the process, such as 3GB; without it, what the machine has free.",
+)
+@click.option(
+    "--device-type",
+    type=click.Choice(get_args(DeviceType)),
+    default=DEFAULT.device_type,
+    show_default=True,
+    help="Which of the runtime's devices executes a whole step.",
+)
+@click.option(
+    "--require-npu",
+    is_flag=True,
+    default=DEFAULT.require_npu,
+    help="End with exit code 4 where a node of the step would run on the CPU instead.",
+)
+@click.option(
+    "--soc-model",
+    type=COUNT,
+    default=DEFAULT.soc_model,
+    show_default=True,
+    help="Chip that --runtime qnn emulates where there is no NPU (60: Snapdragon X Elite, 69: 8 Elite).",
+)
+@click.option(
+    "--buckets",
+    default=DEFAULT.buckets,
+    help="Shapes of batches on an accelerator, such as 4x128,1x512; without it a few that suit the rows.",
 )
 @click.option("--steps", type=COUNT, default=DEFAULT.steps, help="Optimizer steps.")
 @click.option(
@@ -146,6 +172,10 @@ def command(
     device: str | None,
     plan: PlanName,
     memory_budget: str | None,
+    device_type: DeviceType,
+    require_npu: bool,
+    soc_model: int,
+    buckets: str | None,
     steps: int | None,
     epochs: float | None,
     batch_size: int,
@@ -174,6 +204,10 @@ def command(
         device=device,
         plan=plan,
         memory_budget=memory_budget,
+        device_type=device_type,
+        require_npu=require_npu,
+        soc_model=soc_model,
+        buckets=buckets,
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from edgetune.data.batches import Batch, lay_out
+from edgetune.data.buckets import Bucket, check_buckets, pack_into
 from edgetune.data.encode import Example
 from edgetune.data.packing import Pass, Room, attention_share, pack, pad, round_up
 from edgetune.manifest import BundleManifest
@@ -40,17 +41,31 @@ class Batcher:
         examples: All rows that will come, at least one; the longest decides how much room there is.
         batch_size: No batch takes more memory than this many of the longest row.
         packing: Put several rows into one sequence; otherwise each has its own.
+        buckets: The only shapes that batches may have; any shape may come without them.
+
+    Raises:
+        UsageError: A row fits into no bucket.
     """
 
     def __init__(
-        self, manifest: BundleManifest, examples: Sequence[Example], batch_size: int, *, packing: bool
+        self,
+        manifest: BundleManifest,
+        examples: Sequence[Example],
+        batch_size: int,
+        *,
+        packing: bool,
+        buckets: Sequence[Bucket] | None = None,
     ) -> None:
+        self._architecture = manifest.architecture
+        self._buckets = buckets
         self._rope = manifest.architecture.rope
         self._sliding_window = manifest.architecture.sliding_window
         self._pad_token_id = manifest.tokenizer.pad_token_id
         self._attention = attention_share(manifest.architecture)
         self._packing = packing
         longest = max(len(example.input_ids) for example in examples)
+        if buckets is not None:
+            check_buckets(buckets, longest)
         limit = max(longest, manifest.max_length)
         self.room = Room(batch_size, round_up(longest, limit), round_up(limit, limit))
         """No batch has more positions or more attention scores than `batch_size` sequences of `longest` positions."""
@@ -97,6 +112,8 @@ class Batcher:
         lengths = [len(example.input_ids) for example in pool]
         if max(lengths) > self.room.longest:
             raise ValueError(f"a row has {max(lengths)} tokens, but there is room for {self.room.longest}")
+        if self._buckets is not None:
+            return pack_into(lengths, self._buckets, self._architecture, packing=self._packing)
         return pack(lengths, self.room, self._attention) if self._packing else pad(lengths, self.room)
 
     def _lay_out(self, pool: Sequence[Example], item: Pass) -> Batch:

@@ -86,16 +86,22 @@ def pack(lengths: Sequence[int], room: Room, attention: float) -> list[Pass]:
         room: The largest pass.
         attention: What `attention_share` says of the model.
     """
+    return min(_candidates(lengths, room), key=lambda passes: pass_work(passes, attention))
 
-    def work(passes: list[Pass]) -> float:
-        return sum(len(item.packs) * item.length * (1 + attention * item.length) + _PASS_COST for item in passes)
 
-    return min(_candidates(lengths, room), key=work)
+def pass_work(passes: Sequence[Pass], attention: float) -> float:
+    """What passes cost, in positions.
+
+    Args:
+        passes: The passes.
+        attention: What `attention_share` says of the model.
+    """
+    return sum(len(item.packs) * item.length * (1 + attention * item.length) + _PASS_COST for item in passes)
 
 
 def pad(lengths: Sequence[int], room: Room) -> list[Pass]:
     """A sequence for each row; rows of similar length share a pass. The arguments are those of `pack`."""
-    order = _longest_first(lengths)
+    order = longest_first(lengths)
     groups = [order[start : start + room.batch_size] for start in range(0, len(order), room.batch_size)]
     return [Pass(round_up(lengths[group[0]], room.limit), [[row] for row in group]) for group in groups]
 
@@ -108,7 +114,7 @@ def _candidates(lengths: Sequence[int], room: Room) -> Iterator[list[Pass]]:
         sequences = room.sequences(length)
         if not sequences:
             return
-        packs = _best_fit(lengths, length)
+        packs = best_fit(lengths, length)
         passes = -(-len(packs) // sequences)
         # Evenly filled, so that two shapes occur at most.
         yield [Pass(length, packs[index::passes]) for index in range(passes)]
@@ -116,12 +122,12 @@ def _candidates(lengths: Sequence[int], room: Room) -> Iterator[list[Pass]]:
             return
 
 
-def _best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
+def best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
     """Best fit decreasing: the longest row first, each into the sequence that it fills most."""
     packs: list[list[int]] = []
     spaces: list[tuple[int, int]] = []
     """What is left of each sequence, and which one it is; in order."""
-    for row in _longest_first(lengths):
+    for row in longest_first(lengths):
         found = bisect_left(spaces, (lengths[row], 0))
         space, index = spaces.pop(found) if found < len(spaces) else (length, len(packs))
         if index == len(packs):
@@ -131,5 +137,6 @@ def _best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
     return packs
 
 
-def _longest_first(lengths: Sequence[int]) -> list[int]:
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """The rows in the order of their lengths."""
     return sorted(range(len(lengths)), key=lambda row: -lengths[row])

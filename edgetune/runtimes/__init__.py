@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.errors import MissingDependencyError, UsageError
-from edgetune.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Footprint
+from edgetune.placement import Placement
 
 Parameters = Mapping[str, NDArray[np.float32]]
 """LoRA parameters by name, as `Lora.shapes` lists them."""
@@ -61,6 +62,15 @@ class Session(Protocol):
         ...
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """A session whose graphs are divided between an accelerator and the CPU."""
+
+    def placements(self) -> list[Placement]:
+        """Where the graphs run that were compiled so far."""
+        ...
+
+
 @dataclass(frozen=True)
 class Abilities:
     """What a runtime can execute on this machine."""
@@ -73,6 +83,8 @@ class Abilities:
     """The layered form with int8 products."""
     preferred: bool
     """Whether `auto` may take it here."""
+    static_shapes: bool = False
+    """Whether the whole step is compiled for each shape, so that batches should have few of them."""
 
 
 class Runtime(Protocol):
@@ -97,10 +109,25 @@ class Runtime(Protocol):
         ...
 
 
+@runtime_checkable
+class PlacingRuntime(Runtime, Protocol):
+    """A runtime with an accelerator."""
+
+    def place(self, bundle: Bundle, accelerator: Accelerator, batch: int, length: int) -> list[Placement]:
+        """Compile the graphs of a step for B sequences of T positions, and say where their nodes run.
+
+        Raises:
+            IncompatibleError: The accelerator does not take them, or not all of a graph where that was asked for.
+            MissingDependencyError: The runtime's package is not installed.
+        """
+        ...
+
+
 RUNTIMES: dict[str, str] = {
     "openvino": "edgetune.runtimes.openvino",
     "onnxruntime": "edgetune.runtimes.stock",
     "ort-training": "edgetune.runtimes.ort_training",
+    "qnn": "edgetune.runtimes.qnn",
 }
 """Every runtime and the module that implements `Runtime`, the fastest first."""
 

@@ -1,14 +1,16 @@
-"""The portable graphs on stock ONNX Runtime.
+"""Training on the portable graphs, the optimizer on stock ONNX Runtime.
 
 Parameters, gradients and optimizer state stay in buffers that the graphs read and write through I/O binding; none is
 copied, only gradients of further micro-batches are added up. The optimizer writes to a second set of buffers, and the
-two sets change places when the step is good: a step that is not finite leaves everything as it was.
+two sets change places when the step is good: a step that is not finite leaves everything as it was. Who computes the
+gradients is exchangeable: the CPU here, or an accelerator (`edgetune.runtimes.accelerator`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -25,15 +27,64 @@ _STATES = ("", ".exp_avg", ".exp_avg_sq")
 Buffers = dict[str, ort.OrtValue]
 
 
-class PortableSession:
-    """A model in training on the portable graphs."""
+class TrainingGraphs(Protocol):
+    """Loss and gradients of a batch."""
 
-    def __init__(self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig) -> None:
+    def gradients(
+        self, batch: Batch, share: float, parameters: Buffers, sums: Mapping[str, NDArray[np.float32]]
+    ) -> float:
+        """Loss of a batch; the gradient of share · loss is written into `sums`, which has `P.grad` for every P."""
+        ...
+
+    def loss(self, batch: Batch, parameters: Buffers) -> float:
+        """Loss of a batch."""
+        ...
+
+
+class CpuGraphs:
+    """The graphs `step` and `loss` on stock ONNX Runtime.
+
+    Args:
+        bundle: Has the graphs.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._names = list(parameters)
         self._step = open_graph(bundle.file("step"))
-        self._adamw = open_graph(bundle.file("adamw"))
         self._loss: ort.InferenceSession | None = None
+
+    def gradients(
+        self, batch: Batch, share: float, parameters: Buffers, sums: Mapping[str, NDArray[np.float32]]
+    ) -> float:
+        """See `TrainingGraphs.gradients`."""
+        feed = {**_inputs(batch), "loss_scale": _vector(share), **parameters}
+        # An OrtValue on the CPU shares the array's memory.
+        outputs = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in sums.items()}
+        return _run(self._step, feed, outputs, "loss")
+
+    def loss(self, batch: Batch, parameters: Buffers) -> float:
+        """See `TrainingGraphs.loss`."""
+        if self._loss is None:
+            self._loss = open_graph(self._bundle.file("loss"))
+        return _run(self._loss, {**_inputs(batch), **parameters}, {}, "loss")
+
+
+class PortableSession:
+    """A model in training on the portable graphs.
+
+    Args:
+        bundle: Has the graph `adamw`.
+        parameters: First values of the LoRA parameters.
+        optimizer: What AdamW takes.
+        graphs: Compute loss and gradients.
+    """
+
+    def __init__(
+        self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, graphs: TrainingGraphs
+    ) -> None:
+        self._graphs = graphs
+        self._names = list(parameters)
+        self._adamw = open_graph(bundle.file("adamw"))
         self._steps_done = 0
         self._hyperparameters = {
             "weight_decay": _vector(optimizer.weight_decay),
@@ -51,11 +102,7 @@ class PortableSession:
         self._sums, self._micro_sums = (
             {f"{name}.grad": np.zeros_like(array) for name, array in parameters.items()} for _ in range(2)
         )
-        # An OrtValue on the CPU shares the array's memory.
-        self._gradients, self._micro_gradients = (
-            {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in sums.items()}
-            for sums in (self._sums, self._micro_sums)
-        )
+        self._gradients = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._sums.items()}
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """See `edgetune.runtimes.Session.step`."""
@@ -73,10 +120,11 @@ class PortableSession:
 
     def evaluate(self, batch: Batch) -> float:
         """See `edgetune.runtimes.Session.evaluate`."""
-        if self._loss is None:
-            self._loss = open_graph(self._bundle.file("loss"))
-        feed = {**_inputs(batch), **self._parameters()}
-        return _run(self._loss, feed, {}, "loss")
+        return self._graphs.loss(batch, self._parameters())
+
+    def gradients(self) -> Parameters:
+        """The last step's gradients, before clipping, until the next step."""
+        return {name: self._sums[f"{name}.grad"] for name in self._names}
 
     def adapter(self) -> Parameters:
         """See `edgetune.runtimes.Session.adapter`."""
@@ -91,8 +139,8 @@ class PortableSession:
         loss = 0.0
         for index, batch in enumerate(batches):
             share = batch.trained_tokens / total
-            feed = {**_inputs(batch), "loss_scale": _vector(share), **self._parameters()}
-            loss += share * _run(self._step, feed, self._micro_gradients if index else self._gradients, "loss")
+            sums = self._micro_sums if index else self._sums
+            loss += share * self._graphs.gradients(batch, share, self._parameters(), sums)
             if index:
                 for name, array in self._sums.items():
                     array += self._micro_sums[name]

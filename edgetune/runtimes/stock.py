@@ -14,7 +14,7 @@ from edgetune.footprint import Footprint
 from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
-from edgetune.runtimes.portable import PortableSession
+from edgetune.runtimes.portable import CpuGraphs, PortableSession
 
 _FP32 = Footprint(
     products="fp32",
@@ -52,6 +52,6 @@ def open_session(
 ) -> Iterator[Session]:
     """Load what the plan runs; see `edgetune.runtimes.Runtime`."""
     if plan.form == "whole":
-        yield PortableSession(bundle, parameters, optimizer)
+        yield PortableSession(bundle, parameters, optimizer, CpuGraphs(bundle))
     else:
         yield LayeredSession(bundle, parameters, optimizer, plan, OrtBackend(bundle, plan.products))

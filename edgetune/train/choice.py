@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgetune.byte_size import bytes_text, parse_bytes
 from edgetune.config import PlanName, TrainConfig
+from edgetune.data.buckets import parse_buckets
 from edgetune.device import Profile
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
-from edgetune.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Footprint, Work
 from edgetune.free_memory import free_memory_bytes
 from edgetune.frozen import INT8, LAYERS
@@ -18,6 +19,8 @@ from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import RUNTIMES, Abilities, Runtime, find_runtime, preferred_runtimes
 
+ACCELERATED = ("qnn",)
+"""Runtimes that compile the whole step for static shapes."""
 _SHARE = 0.85
 """Of the memory that is free, or that a device has, which others need as well, that a plan may take."""
 STOCK = "onnxruntime"
@@ -45,9 +48,14 @@ def check_plan(config: TrainConfig) -> None:
         UsageError: An unknown runtime, a budget that is no size, or one for a plan whose memory is not known.
         MissingDependencyError: The runtime's package is not installed.
     """
+    if (config.require_npu or config.buckets) and config.runtime not in ACCELERATED:
+        option = "--require-npu" if config.require_npu else "--buckets"
+        raise UsageError(f"{option} needs a runtime with an accelerator; use --runtime {' or '.join(ACCELERATED)}")
+    if config.buckets is not None:
+        parse_buckets(config.buckets)
     if config.memory_budget is not None:
         parse_bytes(config.memory_budget)
-        if config.plan == "whole" or config.runtime == "ort-training":
+        if config.plan == "whole" or config.runtime in ("ort-training", *ACCELERATED):
             raise UsageError(
                 "the whole step as one graph keeps all activations and takes no --memory-budget; "
                 "use --plan auto with --runtime auto"
@@ -93,7 +101,7 @@ def choose(
         runtime = find_runtime(name)
         footprint = _check(name, runtime.abilities(), plan)
         if footprint is None:
-            return Choice(name, runtime, WHOLE_STEP, None)
+            return Choice(name, runtime, _whole_step(runtime.abilities(), config), None)
         planned.append(_Planned(name, runtime, Planner(manifest, footprint, work), footprint))
     return _fitting(planned, config, notice, profile, elsewhere=elsewhere)
 
@@ -134,6 +142,12 @@ def _names(
             f"{profile.name} runs {', '.join(listed)}; none of them is here: {profile.install.step}"
         )
     return able
+
+
+def _whole_step(abilities: Abilities, config: TrainConfig) -> ExecutionPlan:
+    if not abilities.static_shapes:
+        return WHOLE_STEP
+    return replace(WHOLE_STEP, accelerator=Accelerator(config.device_type, config.soc_model, config.require_npu))
 
 
 def _able(plan: PlanName) -> list[str]:

@@ -23,10 +23,12 @@ from edgetune.adapter import (
 )
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
+from edgetune.data.buckets import default_buckets, parse_buckets
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
 from edgetune.device import load_profile
 from edgetune.errors import EdgetuneError
-from edgetune.runtimes import OptimizerConfig, Parameters, Session, StepResult
+from edgetune.placement import Placement, placement_record
+from edgetune.runtimes import OptimizerConfig, Parameters, Placed, Session, StepResult
 from edgetune.storage import atomic_folder, sha256_of
 from edgetune.train.choice import check_plan, choose
 from edgetune.train.device_limits import require_fit
@@ -82,6 +84,7 @@ def train(
         plan=str(run.choice.plan),
         predicted_peak_memory_bytes=run.choice.predicted_peak_bytes,
         peak_memory_bytes=peak_memory_bytes(),
+        placement=[placement_record(placement) for placement in run.placements],
     )
 
 
@@ -108,11 +111,14 @@ class _Run:
         self._workload = Workload(manifest, self._rows.examples, self._valid, config)
         self._schedule = self._workload.schedule
         self._parameters = self._first_parameters()
-        work = self._workload.work()
         profile = None if config.device is None else load_profile(config.device)
-        self.choice = choose(manifest, config, work, observer.on_notice, profile)
+        self.choice = choose(manifest, config, self._workload.work(), observer.on_notice, profile)
         if profile is not None:
             require_fit(profile, self.choice, config.batch_size, self._workload.longest())
+        if self.choice.plan.accelerator is not None:
+            buckets = parse_buckets(config.buckets) if config.buckets else default_buckets(self._workload.room())
+            self._workload = Workload(manifest, self._rows.examples, self._valid, config, buckets)
+        self.placements: list[Placement] = []
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
         self.seconds = 0.0
@@ -180,6 +186,7 @@ class _Run:
                 peak_memory_bytes=peak_memory_bytes(),
                 eta_seconds=spent / (step + 1) * (schedule.total_steps - step - 1),
             )
+            self._notice_placements(session)
             self._observer.on_step(metrics)
             validation = self._validate(session, step + 1) if schedule.validates_after(step + 1) else None
             record.write(
@@ -197,10 +204,19 @@ class _Run:
         for batch in self._workload.validation():
             total += session.evaluate(batch) * batch.trained_tokens
             tokens += batch.trained_tokens
+        self._notice_placements(session)
         loss = total / tokens
         self.validation_losses.append(loss)
         self._observer.on_validation(step, loss)
         return loss
+
+    def _notice_placements(self, session: Session) -> None:
+        """Say where each graph runs, once it is compiled."""
+        if isinstance(session, Placed):
+            placements = session.placements()
+            for placement in placements[len(self.placements) :]:
+                self._observer.on_notice(str(placement))
+            self.placements = placements
 
     def _first_parameters(self) -> dict[str, NDArray[np.float32]]:
         manifest = self._bundle.manifest
@@ -257,9 +273,15 @@ class _Run:
             provenance[VALIDATION_SHA256] = sha256_of(self._valid_path)
         if self.validation_losses:
             provenance["validation_loss"] = repr(self.validation_losses[-1])
+        if self.placements:
+            provenance["placement"] = "; ".join(sorted({_place(placement) for placement in self.placements}))
         if self.stopped:
             provenance["stopped"] = self.stopped
         return provenance
+
+
+def _place(placement: Placement) -> str:
+    return f"{placement.provider} ({placement.device}), {len(placement.fallen_back)} nodes on the CPU"
 
 
 def _stopped(step: int, result: StepResult) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class TrainResult:
     """Highest resident memory that was expected; none where it was not known."""
     peak_memory_bytes: int | None
     """Highest resident memory; none where the system does not tell."""
+    placement: list[dict[str, Any]] = field(default_factory=list)
+    """Of each compiled graph on an accelerator: its shape, what runs where, and what fell back to the CPU."""
 
 
 class Observer(Protocol):

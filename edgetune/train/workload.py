@@ -8,7 +8,9 @@ from itertools import islice
 from edgetune.config import TrainConfig
 from edgetune.data.batcher import Batcher, BatchShape
 from edgetune.data.batches import Batch, epoch_batches
+from edgetune.data.buckets import Bucket
 from edgetune.data.encode import Example
+from edgetune.data.packing import Room
 from edgetune.footprint import Work
 from edgetune.manifest import BundleManifest
 from edgetune.train.schedule import schedule_steps
@@ -25,15 +27,22 @@ class Workload:
         rows: What is trained on, at least one row.
         valid: What is measured on; may be empty.
         config: How to train.
+        buckets: The only shapes of batches, where graphs are compiled for each.
 
     Raises:
-        UsageError: Warm-up takes the whole run.
+        UsageError: Warm-up takes the whole run, or a row fits into no bucket.
     """
 
     def __init__(
-        self, manifest: BundleManifest, rows: Sequence[Example], valid: Sequence[Example], config: TrainConfig
+        self,
+        manifest: BundleManifest,
+        rows: Sequence[Example],
+        valid: Sequence[Example],
+        config: TrainConfig,
+        buckets: Sequence[Bucket] | None = None,
     ) -> None:
         self._manifest, self._rows, self._valid, self._config = manifest, rows, valid, config
+        self._buckets = buckets
         self.schedule = schedule_steps(len(rows), config)
         self._batcher = self._batches_of(rows)
 
@@ -69,6 +78,11 @@ class Workload:
             positions, scores = self._batcher.room.positions, max(scores, self._batcher.room.scores)
         return Work(positions, scores, tuple(sizes[1:]))
 
+    def room(self) -> Room:
+        """The largest pass of training and validation."""
+        rooms = [self._batches_of(rows).room for rows in (self._rows, self._valid) if rows]
+        return max(rooms, key=lambda room: room.longest)
+
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(len(row.input_ids) for row in (*self._rows, *self._valid))
@@ -80,4 +94,5 @@ class Workload:
             yield list(islice(drawn, self.schedule.batches(step)))
 
     def _batches_of(self, rows: Sequence[Example]) -> Batcher:
-        return Batcher(self._manifest, rows, self._config.batch_size, packing=self._config.packing)
+        config = self._config
+        return Batcher(self._manifest, rows, config.batch_size, packing=config.packing, buckets=self._buckets)

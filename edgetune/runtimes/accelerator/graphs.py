@@ -1,0 +1,108 @@
+"""A bundle's graphs on an accelerator, compiled for every shape that occurs, with loss scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgetune.data.batches import Batch
+from edgetune.placement import Placement
+from edgetune.runtimes.accelerator.loss_scale import LossScale
+
+Arrays = Mapping[str, NDArray[Any]]
+_MOST_GRAPHS = 8
+"""Compiled graphs that are held at a time: each has the frozen weights."""
+_LARGEST_HALF = 65504.0
+"""Of float16; an accelerator that saturates instead of overflowing gives it."""
+
+
+class CompiledGraph(Protocol):
+    """A graph whose shapes are fixed."""
+
+    @property
+    def placement(self) -> Placement:
+        """Where its nodes run."""
+        ...
+
+    def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """Compute the named outputs.
+
+        Raises:
+            EdgetuneError: The accelerator failed; nothing else is tried in its place.
+        """
+        ...
+
+
+class Compiler(Protocol):
+    """Compiles the graphs of one bundle for one accelerator."""
+
+    def compile(self, role: str, batch: int, length: int) -> CompiledGraph:
+        """Compile a graph for B sequences of T positions.
+
+        Raises:
+            IncompatibleError: The accelerator does not take it, or not all of it where all was asked for.
+        """
+        ...
+
+
+class AcceleratorGraphs:
+    """See `edgetune.runtimes.portable.TrainingGraphs`.
+
+    Args:
+        compiler: Of the accelerator.
+        step: Role of the graph that gives loss and gradients.
+    """
+
+    def __init__(self, compiler: Compiler, step: str) -> None:
+        self._compiler = compiler
+        self._step = step
+        self._graphs: dict[tuple[str, int, int], CompiledGraph] = {}
+        self._scale = LossScale()
+        self.placements: dict[tuple[str, int, int], Placement] = {}
+        """Of every graph that was compiled."""
+
+    def gradients(
+        self, batch: Batch, share: float, parameters: Mapping[str, ort.OrtValue], sums: Mapping[str, NDArray[Any]]
+    ) -> float:
+        """Loss of a batch; the gradient of share · loss is written into `sums`."""
+        graph = self._graph(self._step, batch)
+        feed = {**batch.tensors(), **_arrays(parameters)}
+        while True:
+            scale = self._scale.of(batch.trained_tokens)
+            loss, *found = graph.run({**feed, "loss_scale": np.array([scale], np.float32)}, ["loss", *sums])
+            if not np.isfinite(loss).all() or all(_fits(array) for array in found):
+                self._scale.fitted()
+                break
+            if not self._scale.overflowed():
+                # The caller sees what is not finite and drops the step; a saturated number would pass for a gradient.
+                found = [np.where(np.abs(array) < _LARGEST_HALF, array, np.inf) for array in found]
+                break
+        for out, array in zip(sums.values(), found, strict=True):
+            np.multiply(array, np.float32(share / scale), out=out)
+        return float(loss.reshape(-1)[0])
+
+    def loss(self, batch: Batch, parameters: Mapping[str, ort.OrtValue]) -> float:
+        """Loss of a batch."""
+        (loss,) = self._graph("loss", batch).run({**batch.tensors(), **_arrays(parameters)}, ["loss"])
+        return float(loss.reshape(-1)[0])
+
+    def _graph(self, role: str, batch: Batch) -> CompiledGraph:
+        key = (role, *batch.input_ids.shape)
+        if key not in self._graphs:
+            if len(self._graphs) == _MOST_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[key] = self._compiler.compile(*key)
+            self.placements[key] = self._graphs[key].placement
+        return self._graphs[key]
+
+
+def _arrays(values: Mapping[str, ort.OrtValue]) -> dict[str, NDArray[Any]]:
+    return {name: value.numpy() for name, value in values.items()}
+
+
+def _fits(array: NDArray[Any]) -> bool:
+    return bool((np.abs(array) < _LARGEST_HALF).all())

@@ -1,0 +1,248 @@
+"""Graphs on an execution provider that is a plugin of stock ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any
+
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgetune.bundle import Bundle
+from edgetune.errors import EdgetuneError, IncompatibleError
+from edgetune.placement import Node, Partition, Placement, named
+from edgetune.runtimes.accelerator.contexts import Context, ContextKey, ContextStore
+from edgetune.runtimes.accelerator.ep_context import check_ep_context
+from edgetune.runtimes.accelerator.graphs import Arrays
+
+_NO_LOG = 4
+"""Fatal errors only: what a provider refuses is told by the placement."""
+_ALL = 0
+_REASON = re.compile(r"Node name: (.+?) Node index: \d+\s+REASON : (.+)")
+_RECORD = "session.record_ep_graph_assignment_info"
+_NO_CPU = "session.disable_cpu_ep_fallback"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An execution provider in a library of its own."""
+
+    name: str
+    """Such as `QNNExecutionProvider`."""
+    library: str
+    """Path of the library."""
+    version: str
+    """Package and version."""
+    device: str
+    """What it compiles for, in words."""
+    options: dict[str, str]
+    """The provider's."""
+    session: dict[str, str]
+    """Entries of the session's configuration, beside those that every accelerator gets."""
+
+
+def provider_devices(name: str, library: str) -> list[Any]:
+    """The `OrtEpDevice`s of a provider, the NPU first.
+
+    Raises:
+        EdgetuneError: The library cannot be loaded.
+    """
+    _register(name, library)
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
+    return sorted(devices, key=lambda device: device.device.type != ort.OrtHardwareDeviceType.NPU)
+
+
+@cache
+def _register(name: str, library: str) -> None:
+    """Load a provider's library into the process; it stays."""
+    ort.disable_telemetry_events()
+    try:
+        ort.register_execution_provider_library(name, library)
+    except Exception as error:  # the bindings raise what they like, RuntimeError mostly
+        raise EdgetuneError(f"{library} cannot be loaded ({_line(error)}); install its package again") from error
+
+
+class PluginCompiler:
+    """See `edgetune.runtimes.accelerator.graphs.Compiler`.
+
+    Args:
+        bundle: Has the graphs.
+        plugin: The provider.
+        require: Refuse a graph of which a node falls back to the CPU.
+    """
+
+    def __init__(self, bundle: Bundle, plugin: Plugin, *, require: bool) -> None:
+        self._bundle, self._plugin, self._require = bundle, plugin, require
+        self._store = ContextStore(bundle.path)
+        self._hashes = {file.path: file.sha256 for file in bundle.manifest.files}
+
+    def compile(self, role: str, batch: int, length: int) -> PluginGraph:
+        """See `Compiler.compile`. A compiled context is taken where there is one, and kept where there was none.
+
+        Raises:
+            IncompatibleError: The provider takes none of the nodes, or not all where that was asked for.
+            VerificationError: The compiled context would read another file.
+        """
+        graph = self._bundle.manifest.graph(role)
+        key = ContextKey(
+            runtime=f"onnxruntime {ort.__version__}, {self._plugin.version}",
+            device=self._plugin.device,
+            graph=self._hashes[graph.file],
+            weights=",".join(digest for name, digest in sorted(self._hashes.items()) if name.endswith(".data")),
+            batch=batch,
+            length=length,
+            options={**self._plugin.options, **self._plugin.session, "provider": self._plugin.name},
+        )
+        kept = self._store.load(key)
+        if kept is not None:
+            placement = self._placement(role, batch, length, kept, cached=True)
+            return PluginGraph(self._open(kept), placement)
+        session, context = self._build(self._bundle.file(role), batch, length, strict=self._require)
+        placement = self._placement(role, batch, length, context, cached=False)
+        if context.data:
+            self._store.save(key, context.data, context.partitions)
+        return PluginGraph(session, placement)
+
+    def _build(self, path: Path, batch: int, length: int, *, strict: bool) -> tuple[ort.InferenceSession, Context]:
+        options = self._options(strict=strict)
+        options.add_free_dimension_override_by_name("batch", batch)
+        options.add_free_dimension_override_by_name("sequence", length)
+        with TemporaryDirectory() as scratch:
+            compiled = Path(scratch) / "context.onnx"
+            options.add_session_config_entry(_RECORD, "1")
+            options.add_session_config_entry("ep.context_enable", "1")
+            options.add_session_config_entry("ep.context_embed_mode", "1")
+            options.add_session_config_entry("ep.context_file_path", str(compiled))
+            try:
+                session = self._session(str(path), options)
+            except IncompatibleError:
+                if not strict:
+                    raise
+                # Once more with the CPU's help, to see which nodes it is that need it.
+                return self._build(path, batch, length, strict=False)
+            # Nothing is written where the provider took nothing; with weights outside, a context is not kept.
+            alone = sorted(Path(scratch).iterdir()) == [compiled]
+            data = compiled.read_bytes() if alone else b""
+        partitions = _partitions(session)
+        if any(part.provider != self._plugin.name for part in partitions):
+            reasons = self._reasons(path, batch, length)
+            partitions = [_explained(part, reasons) for part in partitions]
+        return session, Context(data, partitions)
+
+    def _reasons(self, path: Path, batch: int, length: int) -> dict[str, str]:
+        """Why the provider does not take a node, by its name: it says so in its log and nowhere else."""
+        options = self._options(strict=False)
+        options.log_severity_level = _ALL
+        options.add_free_dimension_override_by_name("batch", batch)
+        options.add_free_dimension_override_by_name("sequence", length)
+        with TemporaryFile() as log:
+            with _redirected(log.fileno(), 1, 2):
+                ort.InferenceSession(str(path), options, enable_fallback=0)
+            log.seek(0)
+            text = log.read().decode(errors="replace")
+        return dict(_REASON.findall(text))
+
+    def _open(self, context: Context) -> ort.InferenceSession:
+        check_ep_context(context.data)
+        return self._session(context.data, self._options(strict=self._require))
+
+    def _options(self, *, strict: bool) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.add_session_config_entry(_NO_CPU, "1" if strict else "0")
+        options.log_severity_level = _NO_LOG
+        for name, value in self._plugin.session.items():
+            options.add_session_config_entry(name, value)
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        devices = provider_devices(self._plugin.name, self._plugin.library)
+        options.add_provider_for_devices(devices[:1], self._plugin.options)
+        return options
+
+    def _session(self, model: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+        try:
+            # Without this, a provider that fails is left out and everything runs on the CPU.
+            # Qualcomm's library prints a line when it is loaded; stdout is for results.
+            with _redirected(2, 1):
+                session = ort.InferenceSession(model, options, enable_fallback=0)
+        except Exception as error:  # the bindings' own classes, and RuntimeError
+            raise IncompatibleError(
+                f"{self._plugin.name} cannot compile the graph ({_line(error)}); train with --runtime onnxruntime"
+            ) from error
+        session.disable_fallback()
+        return session
+
+    def _placement(self, role: str, batch: int, length: int, context: Context, *, cached: bool) -> Placement:
+        name, device = self._plugin.name, self._plugin.device
+        placement = Placement(role, batch, length, name, device, context.partitions, cached=cached)
+        if not placement.accelerated:
+            raise IncompatibleError(
+                f"{name} takes none of the {len(placement.fallen_back)} nodes of the graph {role!r} for "
+                f"{batch}x{length}; train with --runtime onnxruntime"
+            )
+        if self._require and placement.fallen_back:
+            raise IncompatibleError(
+                f"{len(placement.fallen_back)} nodes of the graph {role!r} fall back to the CPU, and --require-npu "
+                f"allows none: {named(placement.fallen_back)}; leave it away to train with the CPU's help"
+            )
+        return placement
+
+
+class PluginGraph:
+    """See `edgetune.runtimes.accelerator.graphs.CompiledGraph`."""
+
+    def __init__(self, session: ort.InferenceSession, placement: Placement) -> None:
+        self._session = session
+        self._providers = session.get_providers()
+        self.placement = placement
+
+    def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """See `CompiledGraph.run`."""
+        try:
+            results: list[NDArray[Any]] = self._session.run(list(outputs), dict(inputs))
+        except Exception as error:  # the bindings' own classes, and RuntimeError
+            raise EdgetuneError(
+                f"{self.placement.provider} failed in the graph {self.placement.graph!r} ({_line(error)}); the step "
+                "was not applied, and the CPU did not take its place; train with --runtime onnxruntime"
+            ) from error
+        if self._session.get_providers() != self._providers:
+            raise EdgetuneError(f"ONNX Runtime left {self.placement.provider} for {self._session.get_providers()}")
+        return results
+
+
+@contextmanager
+def _redirected(target: int, *descriptors: int) -> Iterator[None]:
+    """What libraries print to these descriptors goes to another one meanwhile."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    own = [os.dup(descriptor) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.dup2(target, descriptor)
+    try:
+        yield
+    finally:
+        for saved, descriptor in zip(own, descriptors, strict=True):
+            os.dup2(saved, descriptor)
+            os.close(saved)
+
+
+def _explained(part: Partition, reasons: dict[str, str]) -> Partition:
+    return replace(part, nodes=[replace(node, reason=reasons.get(node.name, "")) for node in part.nodes])
+
+
+def _partitions(session: ort.InferenceSession) -> list[Partition]:
+    return [
+        Partition(part.ep_name, [Node(node.op_type, node.name) for node in part.get_nodes()])
+        for part in session.get_provider_graph_assignment_info()
+    ]
+
+
+def _line(error: Exception) -> str:
+    """The first line of what the bindings say."""
+    return str(error).strip().partition("\n")[0][:300]

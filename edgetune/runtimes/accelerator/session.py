@@ -1,0 +1,27 @@
+"""Training on an accelerator."""
+
+from __future__ import annotations
+
+from edgetune.bundle import Bundle
+from edgetune.placement import Placement
+from edgetune.runtimes import OptimizerConfig, Parameters
+from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
+from edgetune.runtimes.portable import PortableSession
+
+
+class AcceleratorSession(PortableSession):
+    """A model in training whose loss and gradients an accelerator computes.
+
+    AdamW, its moments and the parameters stay in float32 on the CPU. The parameters are inputs of the compiled graph,
+    so that a step changes values only.
+    """
+
+    def __init__(
+        self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, graphs: AcceleratorGraphs
+    ) -> None:
+        super().__init__(bundle, parameters, optimizer, graphs)
+        self._placements = graphs.placements
+
+    def placements(self) -> list[Placement]:
+        """Where the graphs run that were compiled so far."""
+        return list(self._placements.values())

@@ -1,0 +1,106 @@
+"""Qualcomm's Hexagon NPU: the whole step through the `onnxruntime-qnn` plugin, in float16.
+
+Where there is no such NPU, the plugin's Linux x86-64 wheel compiles for one and emulates it: the same compiler and the
+same numbers, at the speed of an emulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import onnxruntime as ort
+
+from edgetune.bundle import Bundle
+from edgetune.errors import MissingDependencyError, UsageError
+from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.placement import Placement
+from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session
+
+if TYPE_CHECKING:
+    from edgetune.runtimes.accelerator.plugin import Plugin, PluginCompiler
+
+PROVIDER = "QNNExecutionProvider"
+_PACKAGE = "onnxruntime-qnn"
+
+
+def abilities() -> Abilities:
+    """See `edgetune.runtimes.Runtime.abilities`.
+
+    Raises:
+        MissingDependencyError: The package `onnxruntime-qnn` is not installed.
+    """
+    _package()
+    return Abilities(whole=True, exact=None, int8=None, preferred=False, static_shapes=True)
+
+
+def version() -> str:
+    """See `edgetune.runtimes.Runtime.version`."""
+    return f"onnxruntime {ort.__version__}, {_package_version()}"
+
+
+@contextmanager
+def open_session(
+    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
+) -> Iterator[Session]:
+    """Load the plugin; see `edgetune.runtimes.Runtime`. Each shape is compiled when its first batch comes.
+
+    Raises:
+        MissingDependencyError: The package `onnxruntime-qnn` is not installed.
+        UsageError: The plan is not the whole step.
+    """
+    if plan.form != "whole":
+        raise UsageError("the qnn runtime takes no plan but `whole`; use --runtime onnxruntime for the others")
+    from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
+    from edgetune.runtimes.accelerator.session import AcceleratorSession
+
+    compiler = _compiler(bundle, plan.accelerator or Accelerator())
+    yield AcceleratorSession(bundle, parameters, optimizer, AcceleratorGraphs(compiler, "step"))
+
+
+def place(bundle: Bundle, accelerator: Accelerator, batch: int, length: int) -> list[Placement]:
+    """See `edgetune.runtimes.PlacingRuntime.place`."""
+    compiler = _compiler(bundle, accelerator)
+    return [compiler.compile(role, batch, length).placement for role in ("step", "loss")]
+
+
+def _compiler(bundle: Bundle, accelerator: Accelerator) -> PluginCompiler:
+    from edgetune.runtimes.accelerator.plugin import PluginCompiler
+
+    return PluginCompiler(bundle, _plugin(accelerator), require=accelerator.require)
+
+
+def _plugin(accelerator: Accelerator) -> Plugin:
+    from edgetune.runtimes.accelerator.plugin import Plugin, provider_devices
+
+    package = _package()
+    options = {"backend_path": package.get_qnn_htp_path()}
+    (first, *_) = provider_devices(PROVIDER, package.get_library_path())
+    device = "HTP"
+    if first.device.type != ort.OrtHardwareDeviceType.NPU:
+        # Without a model to emulate, the compiler makes float32 code, which lacks Gather and Where.
+        options["soc_model"] = str(accelerator.soc_model)
+        device = f"HTP emulation, soc {accelerator.soc_model}"
+    # The int4 weights of a bundle are unpacked before the graph is divided: the HTP has no DequantizeLinear in blocks.
+    session = {"session.disable_quant_qdq": "1"}
+    return Plugin(PROVIDER, package.get_library_path(), _package_version(), device, options, session)
+
+
+def _package() -> Any:
+    """The plugin's Python package: it knows where its libraries are.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    if find_spec("onnxruntime_qnn") is None:
+        raise MissingDependencyError(f'{_PACKAGE} is not installed; pip install "edgetune[qnn]"')
+    import onnxruntime_qnn
+
+    return onnxruntime_qnn
+
+
+def _package_version() -> str:
+    return f"{_PACKAGE} {metadata.version(_PACKAGE)}"
