@@ -31,12 +31,14 @@ class Verb:
 
 VERBS = {
     "prepare": Verb("edgetune.cli.prepare", "Turn a Phi-3 checkpoint into a bundle that a device can train (host)."),
+    "split": Verb("edgetune.cli.split", "Make an int8 graph of a bundle's lower layers, for an accelerator (host)."),
     "train": Verb("edgetune.cli.train", "Train a LoRA adapter on rows of JSONL."),
     "preview": Verb("edgetune.cli.preview", "Show the token ids and labels that each row becomes."),
     "eval": Verb("edgetune.cli.eval", "Measure loss and perplexity of the answers."),
     "export": Verb("edgetune.cli.export", "Write a model folder for ONNX Runtime GenAI (host)."),
     "generate": Verb("edgetune.cli.generate", "Let an exported model answer a prompt."),
     "inspect": Verb("edgetune.cli.inspect", "Say what a bundle, adapter or model is, and verify it."),
+    "conformance": Verb("edgetune.cli.conformance", "List what breaks the rules of Vitis AI in a graph (host)."),
     "doctor": Verb("edgetune.cli.doctor", "Say what is installed, what is missing, and how to get it."),
 }
 """Every command, in the order of the work."""

@@ -24,6 +24,7 @@ EXAMPLES = """
 edgetune train bundle --data train.jsonl --output adapter
 edgetune train bundle --data train.jsonl --valid valid.jsonl --output adapter --epochs 5 --learning-rate 5e-4
 edgetune train bundle --data train.jsonl --output adapter --memory-budget 3GB
+edgetune train split --data train.jsonl --output adapter --plan split
 edgetune train bundle --data train.jsonl --output adapter --config train.toml --steps 20
 
 train.toml holds the same options, which flags override:
@@ -50,7 +51,20 @@ train.toml holds the same options, which flags override:
     type=click.Choice(get_args(PlanName)),
     default=DEFAULT.plan,
     show_default=True,
-    help="What is kept in memory and what is computed again; int8 also says in which precision.",
+    help="What is kept in memory and what is computed again; int8 also says in which precision, split where.",
+)
+@click.option(
+    "--trunk-cache",
+    type=SIZE,
+    default=DEFAULT.trunk_cache,
+    show_default=True,
+    help="How much of what a split bundle's trunk computed is kept for the next epoch.",
+)
+@click.option(
+    "--vitisai-config",
+    type=PATH,
+    default=DEFAULT.vitisai_config,
+    help="vaip_config.json of the Vitis AI that runs the trunk, where it wants one.",
 )
 @click.option(
     "--memory-budget",
@@ -142,6 +156,8 @@ def command(
     config: Path | None,
     runtime: RuntimeName,
     plan: PlanName,
+    trunk_cache: str,
+    vitisai_config: Path | None,
     memory_budget: str | None,
     steps: int | None,
     epochs: float | None,
@@ -169,6 +185,8 @@ def command(
     flags = TrainConfig(
         runtime=runtime,
         plan=plan,
+        trunk_cache=trunk_cache,
+        vitisai_config=vitisai_config,
         memory_budget=memory_budget,
         steps=steps,
         epochs=epochs,

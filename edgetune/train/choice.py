@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
+from edgetune.bundle import Bundle
 from edgetune.byte_size import bytes_text, parse_bytes
 from edgetune.config import PlanName, TrainConfig
+from edgetune.data.encode import Example
 from edgetune.data.packing import Room
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
@@ -18,7 +20,9 @@ from edgetune.frozen import INT8, LAYERS
 from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Abilities, Runtime, find_runtime, preferred_runtimes
+from edgetune.trunk import read_trunk_info
 
+_FLOAT = 4
 _SHARE = 0.85
 """Of the free memory, which others may need as well, that a plan may take."""
 
@@ -35,13 +39,17 @@ class Choice:
     """Highest resident memory; none where it is not known."""
 
 
-def check_plan(config: TrainConfig) -> None:
+def check_plan(config: TrainConfig) -> TrainConfig:
     """Refuse what is wrong whatever the bundle.
+
+    Returns:
+        The configuration; with the one plan that the runtime executes, if there is only one.
 
     Raises:
         UsageError: An unknown runtime, a budget that is no size, or one for a plan whose memory is not known.
         MissingDependencyError: The runtime's package is not installed.
     """
+    parse_bytes(config.trunk_cache)
     if config.memory_budget is not None:
         parse_bytes(config.memory_budget)
         if config.plan == "whole" or config.runtime == "ort-training":
@@ -50,11 +58,52 @@ def check_plan(config: TrainConfig) -> None:
                 "use --plan auto with --runtime auto"
             )
     if config.runtime != "auto":
-        _check(config.runtime, find_runtime(config.runtime).abilities(), config.plan)
+        abilities = find_runtime(config.runtime).abilities()
+        if abilities.split_only and config.plan == "auto":
+            config = replace(config, plan="split")
+        _check(config.runtime, abilities, config.plan)
+    if config.vitisai_config is not None and config.plan != "split":
+        raise UsageError("--vitisai-config is for a trunk on Vitis AI; give --plan split as well")
+    return config
+
+
+def plan_of_trunk(bundle: Bundle, config: TrainConfig, examples: Sequence[Example]) -> ExecutionPlan | None:
+    """What the plan says of the trunk; none where it wants no trunk.
+
+    Args:
+        bundle: It was split, if the plan is `split`.
+        config: How to train.
+        examples: All rows that will come.
+
+    Raises:
+        IncompatibleError: The bundle has no trunk, or a row does not fit it.
+        VerificationError: The trunk's description is broken.
+    """
+    if config.plan != "split":
+        return None
+    info = read_trunk_info(bundle)
+    longest = max(len(example.input_ids) for example in examples)
+    if longest > info.length:
+        raise IncompatibleError(
+            f"the longest row has {longest} tokens, the bundle's trunk takes {info.length}; split the bundle again "
+            f"with --length {longest} or more, or leave longer rows out"
+        )
+    tokens = sum(len(example.input_ids) for example in examples)
+    states = _FLOAT * tokens * bundle.manifest.architecture.hidden_size
+    return ExecutionPlan(
+        "layered",
+        trunk_layers=info.layers,
+        trunk_cache_bytes=min(parse_bytes(config.trunk_cache), states),
+        vitisai_config=config.vitisai_config,
+    )
 
 
 def choose(
-    manifest: BundleManifest, config: TrainConfig, rooms: Iterable[Room], notice: Callable[[str], None]
+    manifest: BundleManifest,
+    config: TrainConfig,
+    rooms: Iterable[Room],
+    notice: Callable[[str], None],
+    trunk: ExecutionPlan | None = None,
 ) -> Choice:
     """The fastest runtime and plan that the configuration, the machine and the bundle allow.
 
@@ -63,6 +112,7 @@ def choose(
         config: How to train.
         rooms: The largest pass of training and of validation.
         notice: Hears when the machine has too little free memory.
+        trunk: What `plan_of_trunk` says.
 
     Raises:
         IncompatibleError: The bundle does not have the form that was asked for.
@@ -84,7 +134,7 @@ def choose(
         footprint = _check(name, runtime.abilities(), plan)
         if footprint is None:
             return Choice(name, runtime, WHOLE_STEP, None)
-        planned.append(_Planned(name, runtime, Planner(manifest, footprint, work)))
+        planned.append(_Planned(name, runtime, Planner(manifest, footprint, work, trunk)))
     return _fitting(planned, config, notice)
 
 

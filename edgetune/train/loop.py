@@ -28,10 +28,10 @@ from edgetune.config import TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import epoch_batches
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, IncompatibleError
 from edgetune.runtimes import OptimizerConfig, Parameters, Session, StepResult
 from edgetune.storage import atomic_folder, sha256_of
-from edgetune.train.choice import check_plan, choose
+from edgetune.train.choice import check_plan, choose, plan_of_trunk
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.record import RunRecord, peak_memory_bytes
 from edgetune.train.schedule import check_options, learning_rate, schedule_steps
@@ -65,7 +65,7 @@ def train(
         EdgetuneError: A loss or gradient was not finite.
     """
     check_options(config)
-    check_plan(config)
+    config = check_plan(config)
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
         run = _Run(open_bundle(bundle), data, valid, output, config, observer)
         steps = run.execute(partial)
@@ -107,11 +107,14 @@ class _Run:
             self._notice_lengths(valid, rows)
             self._valid = rows.examples
         self._schedule = schedule_steps(len(self._rows.examples), config)
-        self._parameters = self._first_parameters()
         self._drawn = epoch_batches(self._rows.examples, config.batch_size, config.seed, config.shuffle)
         self._batcher = self._batches_of(self._rows.examples)
         rooms = [self._batches_of(rows).room for rows in (self._rows.examples, self._valid) if rows]
-        self.choice = choose(manifest, config, rooms, observer.on_notice)
+        trunk = plan_of_trunk(bundle, config, [*self._rows.examples, *self._valid])
+        self.choice = choose(manifest, config, rooms, observer.on_notice, trunk)
+        self._lora = manifest.lora.from_layer(self.choice.plan.trunk_layers)
+        """The slots that are trained."""
+        self._parameters = self._first_parameters()
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
         self.seconds = 0.0
@@ -130,7 +133,7 @@ class _Run:
             folder,
             base=manifest.base,
             tokenizer=manifest.tokenizer,
-            lora=manifest.lora,
+            lora=self._lora,
             parameters=parameters,
             provenance=self._provenance(steps),
         )
@@ -204,10 +207,19 @@ class _Run:
         return Batcher(self._bundle.manifest, rows, self._config.batch_size, packing=self._config.packing)
 
     def _first_parameters(self) -> dict[str, NDArray[np.float32]]:
-        manifest = self._bundle.manifest
-        if self._config.init_adapter is None:
-            return initial_parameters(manifest.lora, self._config.seed)
-        return read_adapter(self._config.init_adapter, manifest.lora, manifest.base, manifest.tokenizer)
+        manifest, start = self._bundle.manifest, self._config.init_adapter
+        if start is None:
+            parameters = initial_parameters(manifest.lora, self._config.seed)
+        else:
+            parameters = read_adapter(start, manifest.lora, manifest.base, manifest.tokenizer)
+        trained = self._lora.shapes()
+        lost = [slot for slot in manifest.lora.slots if slot.b not in trained and parameters[slot.b].any()]
+        if lost:
+            raise IncompatibleError(
+                f"{start} changes {len(lost)} projections of the trunk, such as {lost[0].name}, and a trunk has no "
+                "adapters; start from an adapter of the layers above, or train without --plan split"
+            )
+        return {name: parameters[name] for name in trained}
 
     def _notice_lengths(self, path: Path, rows: Examples) -> None:
         limit = f"longer than {self._bundle.manifest.max_length:,} tokens"
@@ -237,7 +249,8 @@ class _Run:
 
     def _provenance(self, steps: int) -> dict[str, str]:
         # Neither how the folder came to its place nor a path of this machine belongs to what was learnt.
-        options = {key: value for key, value in asdict(self._config).items() if key not in ("force", "init_adapter")}
+        private = ("force", "init_adapter", "vitisai_config")
+        options = {key: value for key, value in asdict(self._config).items() if key not in private}
         provenance = {
             "edgetune": edgetune.__version__,
             "runtime": self.choice.name,
