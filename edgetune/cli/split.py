@@ -17,7 +17,6 @@ DEFAULT = SplitConfig()
 EXAMPLES = """
 edgetune split bundle --data train.jsonl --output split
 edgetune split bundle --data train.jsonl --output split --layers 8 --length 256
-edgetune train split --plan split --data train.jsonl --output adapter
 """
 
 
