@@ -8,7 +8,7 @@ from typing import Literal
 
 Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "fp32"]
-RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training"]
+RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "fpga-hls"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8", "split"]
 Schedule = Literal["constant", "linear", "cosine"]
 

@@ -103,6 +103,7 @@ RUNTIMES: dict[str, str] = {
     "openvino": "edgetune.runtimes.openvino",
     "onnxruntime": "edgetune.runtimes.stock",
     "ort-training": "edgetune.runtimes.ort_training",
+    "fpga-hls": "edgetune.runtimes.fpga_hls",
 }
 """Every runtime and the module that implements `Runtime`, the fastest first."""
 
