@@ -13,7 +13,7 @@ DEVICE = .venv-device/bin/python
 SOURCES = $(shell find edgetune -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint test test-device test-host demo bench
+.PHONY: help setup lint test test-device test-host compiler demo bench
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -30,8 +30,12 @@ test: lint test-device test-host
 test-device: .venv-device/installed
 	.venv-device/bin/pytest --confcutdir tests/device tests/device
 
-test-host: setup
+test-host: setup compiler
 	.venv/bin/pytest -n 2
+
+# The C simulation of FPGA cores; where there is no g++ and no way to get it, its tests are skipped and say so.
+compiler:
+	@command -v g++ > /dev/null || { apt-get update -q && apt-get install -qy g++; } || echo "no g++: see docs/fpga.md"
 
 demo: setup
 	$(HOST) examples/demo.py
@@ -41,7 +45,7 @@ bench: setup
 
 .venv/installed: pyproject.toml requirements/host.txt
 	$(PYTHON) -m venv .venv
-	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[host,openvino,test]'
+	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[host,openvino,fpga,test]'
 	touch $@
 
 # First what a device gets, in the verified versions; pytest comes on top and is not counted.

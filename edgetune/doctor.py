@@ -20,7 +20,10 @@ from edgetune.side_environment import REQUIREMENTS, base_interpreter, cache_fold
 Group = Literal["device", "host", "extras", "side environment", "machine"]
 
 _PACKAGE = "edgetune"
-_EXTRAS = {"openvino": "train --runtime openvino, the fastest on Intel CPUs with bfloat16"}
+_EXTRAS = {
+    "openvino": "train --runtime openvino, the fastest on Intel CPUs with bfloat16",
+    "fpga": "train --runtime fpga-hls, an FPGA emulation, which needs g++ as well; bundle --target fpga",
+}
 """Extras that nothing needs, and what they are for."""
 _TRAINING = "onnxruntime-training-cpu"
 _CPU_FEATURES = (

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import os
 import shutil
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,25 +129,39 @@ def write_core(core: Core, folder: Path, fpga: Fpga) -> Path:
     return folder / "firmware" / f"{project}-{graph.config.get_config_value('Stamp')}.so"
 
 
-class Simulation:
-    """A compiled C simulation.
+def simulate(cores: Sequence[Core], folder: Path, fpga: Fpga) -> list[Simulation]:
+    """Write and compile the C simulations of cores, several at the same time.
 
     Args:
-        core: What it computes.
-        folder: An empty folder for its project.
-        fpga: What the project is for.
+        cores: What they compute.
+        folder: An empty folder for their projects.
+        fpga: What the projects are for.
 
     Raises:
         MissingDependencyError: hls4ml or g++ is not installed.
         EdgetuneError: The compiler gave up.
     """
+    require_compiler()
+    libraries = [write_core(core, folder / core.size.name, fpga) for core in cores]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda args: Simulation(*args), zip(cores, libraries, strict=True)))
 
-    def __init__(self, core: Core, folder: Path, fpga: Fpga) -> None:
-        require_compiler()
+
+class Simulation:
+    """A C simulation, compiled where its project lies.
+
+    Args:
+        core: What it computes.
+        library: What `write_core` said.
+
+    Raises:
+        EdgetuneError: The compiler gave up.
+    """
+
+    def __init__(self, core: Core, library: Path) -> None:
         self._outputs = core.size.outputs
-        library = write_core(core, folder, fpga)
         built = subprocess.run(
-            ["bash", "build_lib.sh"], cwd=folder, capture_output=True, text=True, timeout=_LONGEST_BUILD
+            ["bash", "build_lib.sh"], cwd=library.parents[1], capture_output=True, text=True, timeout=_LONGEST_BUILD
         )
         if built.returncode or not library.is_file():
             raise EdgetuneError(f"{core.size.name}: the C simulation does not compile:\n{built.stderr[-_SHOWN:]}")

@@ -30,11 +30,10 @@ def trunk_cores(bundle: Bundle, info: TrunkInfo, fpga: Fpga) -> list[Core]:
     shapes = {name: frozen.shape(f"{name}.weight") for name in info.linear}
     count = sum(outputs * inputs for outputs, inputs in shapes.values())
     if count > fpga.weights():
-        layers = info.layers
         raise IncompatibleError(
-            f"the trunk's {layers} {'layer has' if layers == 1 else 'layers have'} {count:,} weights, the memories of a "
-            f"{fpga.name} hold {fpga.weights():,} of 16 bits; split the bundle with fewer --layers, or use a smaller "
-            "model: this way is for models of about a million weights a layer at most"
+            f"the {info.layers} layers of the trunk have {count:,} weights, the memories of a {fpga.name} hold "
+            f"{fpga.weights():,} of 16 bits; split the bundle with fewer --layers, or use a smaller model: this way is "
+            "for models of about a million weights a layer at most"
         )
     sizes = [(name, inputs, outputs) for name, (outputs, inputs) in shapes.items()]
     cores = []

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from edgetune.bundle import Bundle
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.frozen import FrozenWeights
-from edgetune.hls.core import Simulation, require_compiler, require_hls4ml
+from edgetune.hls.core import require_compiler, require_hls4ml, simulate
 from edgetune.hls.cores import trunk_cores
 from edgetune.hls.resources import KV260
 from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session, stock
@@ -54,7 +54,8 @@ def open_session(
     cores = trunk_cores(bundle, info, KV260)
     # Nothing that was compiled before is loaded: a library runs whatever it holds.
     with TemporaryDirectory(prefix="edgetune-hls-") as folder:
-        products = {core.size.name: Simulation(core, Path(folder) / core.size.name, KV260).run for core in cores}
+        simulations = simulate(cores, Path(folder), KV260)
+        products = {core.size.name: each.run for core, each in zip(cores, simulations, strict=True)}
         layers = DecoderLayers(bundle, info.layers, products)
         trunk = Trunk(FrozenWeights(bundle.path), layers, plan.trunk_cache_bytes)
         yield LayeredSession(bundle, parameters, optimizer, plan, OrtBackend(bundle, "fp32"), trunk)
