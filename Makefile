@@ -14,7 +14,7 @@ DEVICE = .venv-device/bin/python
 SOURCES = $(shell find edgetune -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint test test-device test-arm test-host demo bench
+.PHONY: help setup lint test test-device test-arm test-host compiler demo bench
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -34,8 +34,12 @@ test-device: .venv-device/installed
 test-arm: setup
 	.venv/bin/pytest tests/arm
 
-test-host: setup
+test-host: setup compiler
 	.venv/bin/pytest -n 2
+
+# The C simulation of FPGA cores; where there is no g++ and no way to get it, its tests are skipped and say so.
+compiler:
+	@command -v g++ > /dev/null || { apt-get update -q && apt-get install -qy g++; } || echo "no g++: see docs/fpga.md"
 
 demo: setup
 	$(HOST) examples/demo.py
@@ -45,7 +49,7 @@ bench: setup
 
 .venv/installed: pyproject.toml requirements/host.txt
 	$(PYTHON) -m venv .venv
-	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[host,openvino,qnn,test]'
+	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[host,openvino,qnn,fpga,test]'
 	touch $@
 
 # First what a device gets, in the verified versions; pytest comes on top and is not counted.

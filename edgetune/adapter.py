@@ -94,7 +94,8 @@ def write_adapter(
         folder: A folder under construction (`storage.atomic_folder`).
         base: The base the adapter was trained on.
         tokenizer: The tokenizer its rows went through.
-        lora: Rank, alpha and slots.
+        lora: Rank, alpha and the slots that were trained; where they leave whole layers out, PEFT is told which to take
+            (`layers_to_transform`).
         parameters: The values, of the shapes that `lora` lists; written as float32, bit for bit.
         provenance: How the adapter came to be; for people.
 
@@ -132,7 +133,8 @@ def _peft_config(base: BaseModel, lora: Lora) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
-        "layers_to_transform": None,
+        # None where it goes without saying: the layers begin with the first one.
+        "layers_to_transform": lora.layers() if lora.layers()[0] else None,
         "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
         "lora_dropout": 0.0,
         "modules_to_save": None,
@@ -157,7 +159,8 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
         tokenizer: The bundle's tokenizer.
 
     Returns:
-        float32 values under the names, in the order and of the shapes of `Lora.shapes`.
+        float32 values under the names, in the order and of the shapes of `Lora.shapes`; in layers that the adapter
+        leaves out (`layers_to_transform`) those that change nothing yet.
 
     Raises:
         UsageError: There is no adapter at `path`.
@@ -175,14 +178,24 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
         raise VerificationError(
             f"{path}: no {WEIGHTS}{pickled}; save the adapter with PEFT's save_pretrained(safe_serialization=True)"
         )
-    problems = [*_config_problems(_read_config(path / CONFIG), lora), *_tensor_problems(weights, lora)]
+    config = _read_config(path / CONFIG)
+    trained = _trained(config, lora)
+    problems = [*_config_problems(config, lora), *_tensor_problems(weights, trained)]
     if problems:
         raise IncompatibleError(
             "\n".join([f"{path} does not fit a bundle of {base.name} with {_described(lora)}:", *problems])
         )
-    parameters = _read_tensors(weights, lora)
+    parameters = _read_tensors(weights, trained)
     _require_finite(parameters, str(weights))
-    return parameters
+    return parameters if trained is lora else initial_parameters(lora, seed=0) | parameters
+
+
+def _trained(config: Mapping[str, Any], lora: Lora) -> Lora:
+    """The slots of the layers that PEFT's `layers_to_transform` names: all of them when it names none."""
+    layers = config.get("layers_to_transform")
+    if layers is None:
+        return lora
+    return lora.of_layers(layers if isinstance(layers, list) else [layers])
 
 
 def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) -> None:
@@ -201,7 +214,8 @@ def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenize
     if manifest.tokenizer.chat_template_sha256 != tokenizer.chat_template_sha256:
         theirs, ours = manifest.tokenizer.chat_template_sha256 or "none", tokenizer.chat_template_sha256 or "none"
         problems.append(f"the adapter's chat template is {theirs[:16]}, the bundle's {ours[:16]}")
-    if (manifest.lora.rank, manifest.lora.alpha, manifest.lora.shapes()) != (lora.rank, lora.alpha, lora.shapes()):
+    shapes = lora.of_layers(manifest.lora.layers()).shapes()
+    if (manifest.lora.rank, manifest.lora.alpha, manifest.lora.shapes()) != (lora.rank, lora.alpha, shapes):
         problems.append(f"the adapter has {_described(manifest.lora)}, the bundle {_described(lora)}")
     if problems:
         fix = "use the bundle it was trained with, or train it anew"

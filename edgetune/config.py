@@ -9,8 +9,8 @@ from typing import Literal
 Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "int8", "fp16", "fp32"]
 Precision = Literal["int4", "fp32"]
-RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn"]
-PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8"]
+RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn", "fpga-hls"]
+PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8", "split"]
 DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
 Schedule = Literal["constant", "linear", "cosine"]
 TargetName = Literal["android", "ios", "web", "linux-arm64"]
@@ -43,6 +43,20 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
+class SplitConfig:
+    """What `edgetune split` makes of a bundle."""
+
+    layers: int | None = None
+    """Layers of the trunk, the lowest ones; half of them when it is not given."""
+    length: int | None = None
+    """Positions of the trunk's graph; the bundle's longest row when it is not given."""
+    calibration_rows: int = 32
+    """Rows that the int8 scales are chosen on, drawn evenly from the file."""
+    force: bool = False
+    """Replace a bundle that is already there."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How `edgetune train` runs."""
 
@@ -51,7 +65,11 @@ class TrainConfig:
     device: str | None = None
     """Name of a device profile, or the path of one: its memory, runtimes and limits hold."""
     plan: PlanName = "auto"
-    """What is kept in memory and what is computed again; `int8` also says in which precision."""
+    """What is kept in memory and what is computed again; `int8` also says in which precision, `split` where."""
+    trunk_cache: str = "256MB"
+    """How much of what the trunk of a split bundle computed is kept, so that it computes a row once."""
+    vitisai_config: Path | None = None
+    """`vaip_config.json` of the Vitis AI that runs the trunk, where it wants one."""
     memory_budget: str | None = None
     """Most memory of the process, such as `3GB`; without it, what the machine has free."""
     device_type: DeviceType = "auto"

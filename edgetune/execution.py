@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from edgetune.config import DeviceType, TrainConfig
@@ -43,6 +44,12 @@ class ExecutionPlan:
     """Tokens of the vocabulary whose logits exist at the same time; all when it is not given."""
     accelerator: Accelerator | None = None
     """Of a whole step whose shapes are static; none on a runtime that takes any shape."""
+    trunk_layers: int = 0
+    """Lowest layers that are left to the bundle's trunk and not trained."""
+    trunk_cache_bytes: int = 0
+    """How much to keep of what the trunk computed."""
+    vitisai_config: Path | None = None
+    """`vaip_config.json` of the Vitis AI that runs the trunk."""
 
     def __str__(self) -> str:
         """In a few words."""
@@ -50,7 +57,8 @@ class ExecutionPlan:
             return "whole step" if self.accelerator is None else "whole step in static shapes"
         kept = f"activations of {self.kept_layers} layers kept" if self.kept_layers else "activations computed again"
         weights = f"weights {'resident' if self.resident else 'streamed'}"
-        return ", ".join([self.products, kept, weights, *(["lean"] if self.lean else [])])
+        trunk = [f"split, {self.trunk_layers} layers in the trunk"] if self.trunk_layers else []
+        return ", ".join([*trunk, self.products, kept, weights, *(["lean"] if self.lean else [])])
 
 
 WHOLE_STEP = ExecutionPlan("whole")

@@ -15,6 +15,7 @@ from edgetune.execution import ExecutionPlan, Products
 from edgetune.frozen import BITS, BLOCK_SIZE, LAYERS
 from edgetune.manifest import BundleManifest, TensorSpec
 from edgetune.pieces import pieces_of
+from edgetune.trunk import FOLDER
 
 SUBLAYERS = ("attention", "mlp")
 _FLOAT = 4
@@ -82,19 +83,23 @@ class Sizes:
 
     Args:
         manifest: Of a bundle with the layered form.
+        trunk_layers: Lowest layers that a trunk computes.
     """
 
-    def __init__(self, manifest: BundleManifest) -> None:
+    def __init__(self, manifest: BundleManifest, trunk_layers: int = 0) -> None:
         a = manifest.architecture
         pieces = pieces_of(manifest)
-        self.layers = a.num_hidden_layers
+        self.layers = a.num_hidden_layers - trunk_layers
+        self.trunk_layers = trunk_layers
+        self.trunk = trunk_bytes(manifest) if trunk_layers else 0
+        """What the trunk's graph holds: its weights as they are stored and as they are multiplied."""
         self.hidden = a.hidden_size
         self.heads = a.num_attention_heads // pieces.attention
         self.queries = self.heads * a.head_dim
         """Of a piece, as the number of its heads is."""
         self.inner = a.intermediate_size // pieces.mlp
         self.vocabulary = a.vocab_size
-        self.adapter = sum(math.prod(shape) for shape in manifest.lora.shapes().values())
+        self.adapter = sum(math.prod(shape) for shape in manifest.lora.from_layer(trunk_layers).shapes().values())
         self.pieces = dict(zip(SUBLAYERS, (pieces.attention, pieces.mlp), strict=True))
         queries, keys = (heads * a.head_dim for heads in (a.num_attention_heads, a.num_key_value_heads))
         self.weights = {
@@ -132,7 +137,13 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
         shared += s.pieces["attention"] * s.kept["attention"]
     held = _ADAPTER_COPIES * _FLOAT * s.adapter + positions * s.hidden * _states(s, f, plan)
     held += f.storage * positions * (plan.kept_layers * layer + shared)
+    held += s.trunk + plan.trunk_cache_bytes
     return int(f.base + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
+
+
+def trunk_bytes(manifest: BundleManifest) -> int:
+    """What ONNX Runtime holds of a trunk: its file, and the same weights once more as it multiplies them."""
+    return 2 * sum(file.size for file in manifest.files if file.path.startswith(f"{FOLDER}/"))
 
 
 def _states(s: Sizes, f: Footprint, plan: ExecutionPlan) -> int:

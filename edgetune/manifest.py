@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -25,6 +26,7 @@ TARGET_FORMAT = "edgetune-target"
 FORMAT_VERSION = 1
 _SHOWN = 10
 """Reasons in one message."""
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,12 @@ class Slot:
     out_features: int
 
     @property
+    def layer(self) -> int:
+        """The decoder layer that it belongs to; 0 for a module outside of them."""
+        found = _LAYER.match(self.name)
+        return int(found[1]) if found else 0
+
+    @property
     def a(self) -> str:
         """Name of the A parameter in every graph."""
         return f"{self.name}.lora_A.weight"
@@ -124,6 +132,18 @@ class Lora:
     def scaling(self) -> float:
         """What B·A is multiplied with (Hu et al. 2021): alpha / rank."""
         return self.alpha / self.rank
+
+    def layers(self) -> list[int]:
+        """The decoder layers with slots, in order."""
+        return sorted({slot.layer for slot in self.slots})
+
+    def of_layers(self, layers: Container[int]) -> Lora:
+        """The slots of these decoder layers."""
+        return replace(self, slots=[slot for slot in self.slots if slot.layer in layers])
+
+    def from_layer(self, first: int) -> Lora:
+        """The slots of this decoder layer and those above it."""
+        return self.of_layers([layer for layer in self.layers() if layer >= first])
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Name and shape of every parameter, A before B, slot by slot."""

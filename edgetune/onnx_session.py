@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgetune.errors import MissingDependencyError
+
 if TYPE_CHECKING:
     import onnxruntime
 
@@ -13,12 +15,23 @@ _ERRORS_ONLY = 3
 _AS_REQUESTED = 1
 
 
-def open_graph(model: Path | bytes, weights_folder: Path | None = None) -> onnxruntime.InferenceSession:
+def open_graph(
+    model: Path | bytes,
+    weights_folder: Path | None = None,
+    *,
+    exact_int8: bool = False,
+    provider: tuple[str, dict[str, str]] | None = None,
+) -> onnxruntime.InferenceSession:
     """Load a graph.
 
     Args:
         model: The file, or the graph itself.
         weights_folder: Where the external data of a graph lies that is not beside it.
+        exact_int8: Let no 8-bit product saturate, as it otherwise may on older x86 processors.
+        provider: An execution provider and its options, asked before the CPU.
+
+    Raises:
+        MissingDependencyError: The provider could not be used.
     """
     import onnxruntime
 
@@ -36,7 +49,14 @@ def open_graph(model: Path | bytes, weights_folder: Path | None = None) -> onnxr
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(weights_folder.absolute())
         )
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    if exact_int8:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    asked = [] if provider is None else [provider]
+    session = onnxruntime.InferenceSession(model, options, providers=[*asked, "CPUExecutionProvider"])
+    if provider is not None and provider[0] not in session.get_providers():
+        # onnxruntime falls back without an error.
+        raise MissingDependencyError(f"{provider[0]} is installed but cannot be used with {provider[1]}; see its log")
+    return session
 
 
 @cache

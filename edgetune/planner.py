@@ -41,10 +41,14 @@ class Planner:
         manifest: Of a bundle with the layered form.
         footprint: The runtime's.
         work: The largest batch.
+        trunk: What a plan says of the trunk; without it there is none.
     """
 
-    def __init__(self, manifest: BundleManifest, footprint: Footprint, work: Work) -> None:
-        self._sizes = Sizes(manifest)
+    def __init__(
+        self, manifest: BundleManifest, footprint: Footprint, work: Work, trunk: ExecutionPlan | None = None
+    ) -> None:
+        self._trunk = trunk or ExecutionPlan("layered")
+        self._sizes = Sizes(manifest, self._trunk.trunk_layers)
         self._footprint = footprint
         self._work = work
 
@@ -79,7 +83,7 @@ class Planner:
             for tokens in [s.vocabulary] if resident else self._head_tokens():
                 rows = max(_FEWEST_HEAD_ROWS, _HEAD_LOGITS // tokens)
                 rows = rows if tokens == s.vocabulary else min(rows, _MOST_HEAD_ROWS)
-                plan = ExecutionPlan("layered", self._footprint.products, resident=resident, head_rows=rows)
+                plan = replace(self._trunk, products=self._footprint.products, resident=resident, head_rows=rows)
                 plan = replace(plan, head_tokens=tokens if tokens < s.vocabulary else None)
                 for count, lean in product(kept, self._lean(name)):
                     yield replace(plan, kept_layers=count, lean=lean)

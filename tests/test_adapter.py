@@ -212,6 +212,33 @@ def test_other_ways_to_name_the_same_modules(tmp_path: Path, phi3: Any, targets:
     read(saved(tmp_path / "peft", phi3, target_modules=targets))
 
 
+def test_layers_that_peft_left_out_change_nothing(tmp_path: Path, phi3: Any) -> None:
+    folder = saved(tmp_path / "peft", phi3, layers_to_transform=[1])
+    original = load_file(folder / WEIGHTS)
+    parameters = read(folder)
+    assert parameters.keys() == LORA.shapes().keys()
+    for name, value in parameters.items():
+        if name.startswith("model.layers.1."):
+            np.testing.assert_array_equal(value, original[f"base_model.model.{name}"])
+        elif ".lora_B." in name:
+            assert not value.any()
+        else:
+            assert value.any(), "such an A could never learn"
+    again = write(tmp_path / "again", parameters, LORA.from_layer(1))
+    assert json.loads((again / CONFIG).read_text())["layers_to_transform"] == [1]
+    assert load_file(again / WEIGHTS).keys() == original.keys()
+    assert_same(read(again), parameters)
+
+
+def test_layers_that_should_be_there_are_missed(tmp_path: Path, phi3: Any) -> None:
+    folder = saved(tmp_path / "peft", phi3, layers_to_transform=[0])
+    config = json.loads((folder / CONFIG).read_text())
+    for layers, reason in ([None, "8 tensors are missing: base_model.model.model.layers.1."], [[1], "have no slot"]):
+        (folder / CONFIG).write_text(json.dumps(config | {"layers_to_transform": layers}))
+        with pytest.raises(IncompatibleError, match=reason):
+            read(folder)
+
+
 @pytest.mark.parametrize(
     ("options", "reasons"),
     [
@@ -219,7 +246,6 @@ def test_other_ways_to_name_the_same_modules(tmp_path: Path, phi3: Any, targets:
         ({"lora_alpha": 8}, ["lora_alpha is 8, the bundle's is 6"]),
         ({"target_modules": ["qkv_proj"]}, ["target_modules are ['qkv_proj']", "12 tensors are missing"]),
         ({"target_modules": [*LORA.target_modules, "lm_head"]}, ["3 tensors have no slot", "lm_head.lora_A"]),
-        ({"layers_to_transform": [0]}, ["8 tensors are missing: base_model.model.model.layers.1."]),
         ({"use_dora": True}, ["use_dora is True", "8 tensors have no slot"]),
         ({"use_rslora": True}, ["use_rslora is True"]),
         ({"bias": "lora_only"}, ["bias is 'lora_only'"]),

@@ -25,7 +25,7 @@ from edgetune.byte_size import bytes_text
 from edgetune.cli import VERBS, main
 from edgetune.cli.output import printable
 from edgetune.cli.progress import LineObserver, duration_text
-from edgetune.config import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig
+from edgetune.config import ExportConfig, GenerateConfig, PrepareConfig, SplitConfig, TrainConfig
 from edgetune.doctor import Finding
 from edgetune.errors import (
     DataError,
@@ -108,7 +108,9 @@ def test_help_is_instant_and_imports_no_command() -> None:
 
 
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
-    assert list(VERBS) == ["prepare", "train", "preview", "eval", "export", "generate", "inspect", "doctor"]
+    assert list(VERBS) == [
+        "prepare", "split", "train", "preview", "eval", "export", "generate", "inspect", "conformance", "doctor",
+    ]  # fmt: skip
     stdout = run("--help").stdout
     positions = [stdout.index(f"  {name} ") for name in VERBS]
     assert positions == sorted(positions)
@@ -126,15 +128,16 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 
 OPTIONS = {
     "prepare": "output rank alpha targets base max-length download force quiet json",
-    "train": "data valid output config runtime plan memory-budget device-type require-npu soc-model buckets steps "
-    "epochs batch-size gradient-accumulation-steps "
-    "packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle "
-    "truncate init-adapter force quiet json",
+    "split": "data output layers length calibration-rows force quiet json",
+    "train": "data valid output config runtime plan trunk-cache vitisai-config memory-budget device-type require-npu "
+    "soc-model buckets steps epochs batch-size gradient-accumulation-steps packing no-packing learning-rate schedule "
+    "warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle truncate init-adapter force quiet json",
     "preview": "data json",
     "eval": "data adapter json",
     "export": "adapter output merge keep-adapter precision valid force quiet json",
     "generate": "prompt system max-new-tokens json",
     "inspect": "placement buckets device-type soc-model require-npu json",
+    "conformance": "json",
     "doctor": "json",
 }
 
@@ -171,6 +174,7 @@ def test_the_examples_in_the_help_can_be_parsed(name: str) -> None:
     ("name", "config"),
     [
         ("prepare", PrepareConfig()),
+        ("split", SplitConfig()),
         ("train", TrainConfig()),
         ("export", ExportConfig()),
         ("generate", GenerateConfig()),

@@ -31,6 +31,7 @@ class Verb:
 
 VERBS = {
     "prepare": Verb("edgetune.cli.prepare", "Turn a Phi-3 checkpoint into a bundle that a device can train (host)."),
+    "split": Verb("edgetune.cli.split", "Make an int8 graph of a bundle's lower layers, for an accelerator (host)."),
     "plan": Verb("edgetune.cli.plan", "Predict memory, flash and time of a training run, for any device."),
     "train": Verb("edgetune.cli.train", "Train a LoRA adapter on rows of JSONL."),
     "preview": Verb("edgetune.cli.preview", "Show the token ids and labels that each row becomes."),
@@ -40,6 +41,7 @@ VERBS = {
     "bundle": Verb("edgetune.cli.bundle", "Lay out what an app ships: for a phone, a browser or a board."),
     "inspect": Verb("edgetune.cli.inspect", "Say what a bundle, adapter or model is, and verify it."),
     "devices": Verb("edgetune.cli.devices", "List, show and check device profiles."),
+    "conformance": Verb("edgetune.cli.conformance", "List what breaks the rules of Vitis AI in a graph (host)."),
     "doctor": Verb("edgetune.cli.doctor", "Say what is installed, what is missing, and how to get it."),
 }
 """Every command, in the order of the work."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import click
 
@@ -14,20 +14,24 @@ from edgetune.cli.output import console, notices, print_json
 from edgetune.config import TargetConfig, TargetName
 
 if TYPE_CHECKING:
+    from edgetune.bundle import Bundle
     from edgetune.target.manifest import TargetManifest
 
 DEFAULT = TargetConfig()
+FPGA = "fpga"
+"""No app: an HLS project of a split bundle's trunk."""
 
 EXAMPLES = """
 edgetune bundle bundle --target web --output site/model
 edgetune bundle bundle --target android --output app/model --adapter adapter
 edgetune bundle bundle --target ios --output Model --force --json
+edgetune bundle split --target fpga --output hls
 """
 
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("bundle", type=PATH)
-@click.option("--target", type=click.Choice(get_args(TargetName)), required=True, help="Where the app goes.")
+@click.option("--target", type=click.Choice([*get_args(TargetName), FPGA]), required=True, help="Where the app goes.")
 @click.option("--output", type=PATH, required=True, help="Folder to write.")
 @click.option(
     "--adapter", type=PATH, help="Adapter that the app starts from; without it, one that changes nothing yet."
@@ -36,18 +40,26 @@ edgetune bundle bundle --target ios --output Model --force --json
 @quiet_option
 @json_option
 def command(
-    bundle: Path, target: TargetName, output: Path, adapter: Path | None, force: bool, quiet: bool, as_json: bool
+    bundle: Path, target: str, output: Path, adapter: Path | None, force: bool, quiet: bool, as_json: bool
 ) -> None:
     """Lay out what an app ships: graphs, weights in files that stores take, adapter, tokenizer, and target.json.
 
-    The graphs compute what the bundle's compute, bit for bit. What is too large for the target is refused.
+    The graphs compute what the bundle's compute, bit for bit. What is too large for the target is refused. For `fpga`
+    the trunk of a split bundle becomes an HLS project, which Vitis synthesises.
     """
     if adapter is not None:
         adapter_at(adapter)
     opened = bundle_at(bundle)
+    if target == FPGA:
+        if adapter is not None:
+            raise click.UsageError("--adapter is for an app; an FPGA's trunk has none")
+        _write_hls(opened, output, force=force, quiet=quiet, as_json=as_json)
+        return
     from edgetune.target import lay_out
 
-    made = lay_out(opened, target, output, TargetConfig(adapter=adapter, force=force), notices(quiet=quiet))
+    made = lay_out(
+        opened, cast(TargetName, target), output, TargetConfig(adapter=adapter, force=force), notices(quiet=quiet)
+    )
     if as_json:
         facts = made.manifest
         files = [{"path": file.path, "size": file.size, "pack": file.pack} for file in facts.files]
@@ -55,6 +67,22 @@ def command(
         print_json({"target": made.path, "sizes": facts.sizes, "budgets": budgets, "files": files})
         return
     _show(made.path, made.manifest)
+
+
+def _write_hls(bundle: Bundle, output: Path, *, force: bool, quiet: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from edgetune.hls.project import write_hls_project
+
+    made = write_hls_project(bundle, output, notices(quiet=quiet), force=force)
+    if as_json:
+        print_json({"target": made.path, "layers": made.layers, "estimate": asdict(made.total)})
+        return
+    total, fpga = made.total, made.fpga
+    click.echo(
+        f"{made.path}: {len(made.cores)} cores of {made.layers} layers for the {fpga.name}, not synthesised; estimate: "
+        f"{total.dsp} of {fpga.dsp:,} DSPs, {total.block_ram} of {fpga.block_ram} block RAMs (or UltraRAMs)"
+    )
 
 
 def _show(path: Path, manifest: TargetManifest) -> None:

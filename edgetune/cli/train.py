@@ -26,6 +26,7 @@ edgetune train bundle --data train.jsonl --valid valid.jsonl --output adapter --
 edgetune train bundle --data train.jsonl --output adapter --memory-budget 3GB
 edgetune train bundle --data train.jsonl --output adapter --device raspberry-pi-5
 edgetune train bundle --data train.jsonl --output adapter --runtime qnn --require-npu
+edgetune train split --data train.jsonl --output adapter --plan split
 edgetune train bundle --data train.jsonl --output adapter --config train.toml --steps 20
 
 train.toml holds the same options, which flags override:
@@ -53,7 +54,20 @@ train.toml holds the same options, which flags override:
     type=click.Choice(get_args(PlanName)),
     default=DEFAULT.plan,
     show_default=True,
-    help="What is kept in memory and what is computed again; int8 also says in which precision.",
+    help="What is kept in memory and what is computed again; int8 also says in which precision, split where.",
+)
+@click.option(
+    "--trunk-cache",
+    type=SIZE,
+    default=DEFAULT.trunk_cache,
+    show_default=True,
+    help="How much of what a split bundle's trunk computed is kept for the next epoch.",
+)
+@click.option(
+    "--vitisai-config",
+    type=PATH,
+    default=DEFAULT.vitisai_config,
+    help="vaip_config.json of the Vitis AI that runs the trunk, where it wants one.",
 )
 @click.option(
     "--memory-budget",
@@ -171,6 +185,8 @@ def command(
     runtime: RuntimeName,
     device: str | None,
     plan: PlanName,
+    trunk_cache: str,
+    vitisai_config: Path | None,
     memory_budget: str | None,
     device_type: DeviceType,
     require_npu: bool,
@@ -203,6 +219,8 @@ def command(
         runtime=runtime,
         device=device,
         plan=plan,
+        trunk_cache=trunk_cache,
+        vitisai_config=vitisai_config,
         memory_budget=memory_budget,
         device_type=device_type,
         require_npu=require_npu,

@@ -85,6 +85,8 @@ class Abilities:
     """Whether `auto` may take it here."""
     static_shapes: bool = False
     """Whether the whole step is compiled for each shape, so that batches should have few of them."""
+    split_only: bool = False
+    """Whether it executes `--plan split` and nothing else."""
 
 
 class Runtime(Protocol):
@@ -128,6 +130,7 @@ RUNTIMES: dict[str, str] = {
     "onnxruntime": "edgetune.runtimes.stock",
     "ort-training": "edgetune.runtimes.ort_training",
     "qnn": "edgetune.runtimes.qnn",
+    "fpga-hls": "edgetune.runtimes.fpga_hls",
 }
 """Every runtime and the module that implements `Runtime`, the fastest first."""
 

@@ -41,13 +41,17 @@ class Choice:
     """The runtime's; none for the whole step."""
 
 
-def check_plan(config: TrainConfig) -> None:
+def check_plan(config: TrainConfig) -> TrainConfig:
     """Refuse what is wrong whatever the bundle.
+
+    Returns:
+        The configuration; with the one plan that the runtime executes, if there is only one.
 
     Raises:
         UsageError: An unknown runtime, a budget that is no size, or one for a plan whose memory is not known.
         MissingDependencyError: The runtime's package is not installed.
     """
+    parse_bytes(config.trunk_cache)
     if (config.require_npu or config.buckets) and config.runtime not in ACCELERATED:
         option = "--require-npu" if config.require_npu else "--buckets"
         raise UsageError(f"{option} needs a runtime with an accelerator; use --runtime {' or '.join(ACCELERATED)}")
@@ -61,7 +65,13 @@ def check_plan(config: TrainConfig) -> None:
                 "use --plan auto with --runtime auto"
             )
     if config.runtime != "auto":
-        _check(config.runtime, find_runtime(config.runtime).abilities(), config.plan)
+        abilities = find_runtime(config.runtime).abilities()
+        if abilities.split_only and config.plan == "auto":
+            config = replace(config, plan="split")
+        _check(config.runtime, abilities, config.plan)
+    if config.vitisai_config is not None and config.plan != "split":
+        raise UsageError("--vitisai-config is for a trunk on Vitis AI; give --plan split as well")
+    return config
 
 
 def choose(
@@ -70,6 +80,7 @@ def choose(
     work: Work,
     notice: Callable[[str], None],
     profile: Profile | None = None,
+    trunk: ExecutionPlan | None = None,
     *,
     elsewhere: bool = False,
 ) -> Choice:
@@ -81,6 +92,7 @@ def choose(
         work: The largest batch of training and of validation.
         notice: Hears when the machine has too little free memory, or edgetune not the device's runtime.
         profile: The device's, where one was given.
+        trunk: What `plan_of_trunk` says.
         elsewhere: The device is not this machine: what is free here, and what this processor is good at, do not count.
 
     Raises:
@@ -102,7 +114,7 @@ def choose(
         footprint = _check(name, runtime.abilities(), plan)
         if footprint is None:
             return Choice(name, runtime, _whole_step(runtime.abilities(), config), None)
-        planned.append(_Planned(name, runtime, Planner(manifest, footprint, work), footprint))
+        planned.append(_Planned(name, runtime, Planner(manifest, footprint, work, trunk), footprint))
     return _fitting(planned, config, notice, profile, elsewhere=elsewhere)
 
 

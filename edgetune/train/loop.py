@@ -26,7 +26,7 @@ from edgetune.config import TrainConfig
 from edgetune.data.buckets import default_buckets, parse_buckets
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
 from edgetune.device import load_profile
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, IncompatibleError
 from edgetune.placement import Placement, placement_record
 from edgetune.runtimes import OptimizerConfig, Parameters, Placed, Session, StepResult
 from edgetune.storage import atomic_folder, sha256_of
@@ -35,6 +35,7 @@ from edgetune.train.device_limits import require_fit
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.record import RunRecord, peak_memory_bytes
 from edgetune.train.schedule import check_options, learning_rate
+from edgetune.train.trunk_plan import plan_of_trunk
 from edgetune.train.workload import Workload
 
 
@@ -66,7 +67,7 @@ def train(
         EdgetuneError: A loss or gradient was not finite.
     """
     check_options(config)
-    check_plan(config)
+    config = check_plan(config)
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
         run = _Run(open_bundle(bundle), data, valid, output, config, observer)
         steps = run.execute(partial)
@@ -110,15 +111,18 @@ class _Run:
             self._valid = rows.examples
         self._workload = Workload(manifest, self._rows.examples, self._valid, config)
         self._schedule = self._workload.schedule
-        self._parameters = self._first_parameters()
         profile = None if config.device is None else load_profile(config.device)
-        self.choice = choose(manifest, config, self._workload.work(), observer.on_notice, profile)
+        trunk = plan_of_trunk(bundle, config, [*self._rows.examples, *self._valid])
+        self.choice = choose(manifest, config, self._workload.work(), observer.on_notice, profile, trunk)
         if profile is not None:
             require_fit(profile, self.choice, config.batch_size, self._workload.longest())
         if self.choice.plan.accelerator is not None:
             buckets = parse_buckets(config.buckets) if config.buckets else default_buckets(self._workload.room())
             self._workload = Workload(manifest, self._rows.examples, self._valid, config, buckets)
         self.placements: list[Placement] = []
+        self._lora = manifest.lora.from_layer(self.choice.plan.trunk_layers)
+        """The slots that are trained."""
+        self._parameters = self._first_parameters()
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
         self.seconds = 0.0
@@ -137,7 +141,7 @@ class _Run:
             folder,
             base=manifest.base,
             tokenizer=manifest.tokenizer,
-            lora=manifest.lora,
+            lora=self._lora,
             parameters=parameters,
             provenance=self._provenance(steps),
         )
@@ -219,10 +223,19 @@ class _Run:
             self.placements = placements
 
     def _first_parameters(self) -> dict[str, NDArray[np.float32]]:
-        manifest = self._bundle.manifest
-        if self._config.init_adapter is None:
-            return initial_parameters(manifest.lora, self._config.seed)
-        return read_adapter(self._config.init_adapter, manifest.lora, manifest.base, manifest.tokenizer)
+        manifest, start = self._bundle.manifest, self._config.init_adapter
+        if start is None:
+            parameters = initial_parameters(manifest.lora, self._config.seed)
+        else:
+            parameters = read_adapter(start, manifest.lora, manifest.base, manifest.tokenizer)
+        trained = self._lora.shapes()
+        lost = [slot for slot in manifest.lora.slots if slot.b not in trained and parameters[slot.b].any()]
+        if lost:
+            raise IncompatibleError(
+                f"{start} changes {len(lost)} projections of the trunk, such as {lost[0].name}, and a trunk has no "
+                "adapters; start from an adapter of the layers above, or train without --plan split"
+            )
+        return {name: parameters[name] for name in trained}
 
     def _notice_lengths(self, path: Path, rows: Examples) -> None:
         limit = f"longer than {self._bundle.manifest.max_length:,} tokens"
@@ -252,7 +265,8 @@ class _Run:
 
     def _provenance(self, steps: int) -> dict[str, str]:
         # Neither how the folder came to its place nor a path of this machine belongs to what was learnt.
-        options = {key: value for key, value in asdict(self._config).items() if key not in ("force", "init_adapter")}
+        private = ("force", "init_adapter", "vitisai_config")
+        options = {key: value for key, value in asdict(self._config).items() if key not in private}
         provenance = {
             "edgetune": edgetune.__version__,
             "runtime": self.choice.name,

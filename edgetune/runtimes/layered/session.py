@@ -20,17 +20,31 @@ from edgetune.runtimes.layered.head import Head
 from edgetune.runtimes.layered.optimizer import FlatAdamW
 from edgetune.runtimes.layered.states import HiddenStates
 from edgetune.runtimes.layered.sublayer import AGAIN, SublayerRunner
+from edgetune.runtimes.layered.trunk import EMBEDDING, Trunk, open_trunk
 from edgetune.runtimes.layered.weights import LinearWeights
 from edgetune.runtimes.layered.workspace import Workspace
 
-_EMBEDDING = "model.embed_tokens.weight"
-
 
 class LayeredSession:
-    """Runs a bundle's layered graphs on a backend; see `edgetune.runtimes.Session`."""
+    """Runs a bundle's layered graphs on a backend; see `edgetune.runtimes.Session`.
+
+    Args:
+        bundle: It has the layered form.
+        parameters: LoRA parameters of the layers that are trained.
+        optimizer: Decay and clipping.
+        plan: What is kept, and how many of the lowest layers a trunk computes.
+        backend: Runs the other layers.
+        trunk: Computes the lowest ones; when it is not given, the bundle's int8 graph, if the plan wants a trunk.
+    """
 
     def __init__(
-        self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan, backend: Backend
+        self,
+        bundle: Bundle,
+        parameters: Parameters,
+        optimizer: OptimizerConfig,
+        plan: ExecutionPlan,
+        backend: Backend,
+        trunk: Trunk | None = None,
     ) -> None:
         architecture = bundle.manifest.architecture
         layers = architecture.num_hidden_layers
@@ -51,7 +65,8 @@ class LayeredSession:
                 ("mlp", list(mlp_parts(architecture, pieces.mlp))),
             )
         )
-        self._layers = range(layers)
+        self._layers = range(plan.trunk_layers, layers)
+        self._trunk = trunk or open_trunk(bundle, plan)
         self._head = Head(bundle, backend, self._frozen, linear, plan)
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
@@ -98,11 +113,10 @@ class LayeredSession:
     def _forward(self, batch: Batch, *, for_backward: bool) -> NDArray[Any]:
         """The last hidden state (batch, sequence, hidden_size), in storage."""
         self._workspace.fit(batch.input_ids.shape)
-        shape = (*batch.input_ids.shape, self._frozen.shape(_EMBEDDING)[1])
+        shape = (*batch.input_ids.shape, self._frozen.shape(EMBEDDING)[1])
         tables = _tables(batch)
-        hidden = self._states.array(0, shape, kept=for_backward)
-        embedded = self._frozen.rows(_EMBEDDING, batch.input_ids)
-        self._backend.store(self._backend.channels.put(embedded, -1), hidden)
+        hidden = self._states.array(2 * self._layers.start, shape, kept=for_backward)
+        self._backend.store(self._backend.channels.put(self._entering(batch), -1), hidden)
         for layer in self._layers:
             kept = layer >= self._first_kept
             for number, runner in ((2 * layer, self._attention), (2 * layer + 1, self._mlp)):
@@ -113,6 +127,12 @@ class LayeredSession:
                 self._release()
                 hidden = output
         return hidden
+
+    def _entering(self, batch: Batch) -> NDArray[np.float32]:
+        """What enters the first layer."""
+        if self._trunk is not None:
+            return self._trunk.hidden(batch)
+        return self._frozen.rows(EMBEDDING, batch.input_ids)
 
     def _is_kept(self, number: int) -> bool:
         """Whether the backward pass takes this hidden state; otherwise it computes it again."""

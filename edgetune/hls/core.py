@@ -1,0 +1,179 @@
+"""One frozen projection as an HLS project, and its C simulation."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.errors import EdgetuneError, MissingDependencyError
+from edgetune.hls.fixed_point import FixedPoint, accumulator
+from edgetune.hls.resources import CoreSize, Fpga
+
+COMPILER = "g++"
+_LONGEST_BUILD = 600
+"""Seconds."""
+_SHOWN = 2000
+"""Characters of a compiler's complaint."""
+
+
+@dataclass(frozen=True)
+class Core:
+    """A projection y = W·x in fixed point."""
+
+    size: CoreSize
+    weight: NDArray[np.float32]
+    """(outputs, inputs)."""
+    weight_type: FixedPoint
+    input_type: FixedPoint
+    output_type: FixedPoint
+
+    @property
+    def sum_type(self) -> FixedPoint:
+        """Holds every sum without rounding."""
+        return accumulator(self.weight_type, self.input_type, self.size.inputs)
+
+    def expected(self, vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The same by numpy: the products are whole numbers of steps, so that their sum is exact."""
+        inputs = self.input_type.rounded(vectors.astype(np.float64))
+        return self.output_type.rounded(inputs @ self.weight_type.rounded(self.weight.astype(np.float64)).T)
+
+
+def require_hls4ml() -> None:
+    """Check that projects can be written.
+
+    Raises:
+        MissingDependencyError: hls4ml is not installed.
+    """
+    try:
+        import hls4ml  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'hls4ml cannot be imported ({error}); install it with `pip install "edgetune[fpga]"`'
+        ) from error
+
+
+def require_compiler() -> None:
+    """Check that simulations can be compiled.
+
+    Raises:
+        MissingDependencyError: There is no g++.
+    """
+    if shutil.which(COMPILER) is None:
+        raise MissingDependencyError(
+            f"{COMPILER} is not installed, and the C simulation is C++; install it (Debian: `apt install g++`)"
+        )
+
+
+def write_core(core: Core, folder: Path, fpga: Fpga) -> Path:
+    """Write the HLS project of a core; returns the library that `build_lib.sh` in it will make.
+
+    Args:
+        core: What it computes.
+        folder: Where the project goes; it is made.
+        fpga: What it is for.
+
+    Raises:
+        MissingDependencyError: hls4ml is not installed.
+    """
+    require_hls4ml()
+    from hls4ml.model.graph import ModelGraph
+
+    project = core.size.name.replace(".", "_")
+    layers = [
+        {"class_name": "InputLayer", "name": "x", "input_shape": [core.size.inputs], "data_format": "channels_last"},
+        {
+            "class_name": "Dense",
+            "name": "product",
+            "n_in": core.size.inputs,
+            "n_out": core.size.outputs,
+            "weight_data": np.ascontiguousarray(core.weight.T),
+            "bias_data": np.zeros(core.size.outputs, np.float32),
+            "inputs": ["x"],
+            "outputs": ["product"],
+        },
+    ]
+    precisions = {
+        "weight": str(core.weight_type),
+        "bias": str(core.weight_type),
+        "accum": core.sum_type.exactly(),
+        "result": str(core.output_type),
+    }
+    config = {
+        "OutputDir": str(folder),
+        "ProjectName": project,
+        "Backend": "Vitis",
+        "Part": fpga.part,
+        "ClockPeriod": fpga.clock_ns,
+        "IOType": "io_parallel",
+        "HLSConfig": {
+            "Model": {"Precision": str(core.output_type), "ReuseFactor": core.size.reuse, "Strategy": "Resource"},
+            "LayerName": {"x": {"Precision": {"result": str(core.input_type)}}, "product": {"Precision": precisions}},
+        },
+        "WriterConfig": {"TBOutputStream": "both", "Namespace": None, "WriteWeightsTxt": True, "WriteTar": False},
+    }
+    # It tells on stdout what it thinks of names and factors; ours are chosen so that it changes nothing.
+    with contextlib.redirect_stdout(io.StringIO()):
+        graph = ModelGraph.from_layer_list(config, layers, inputs=["x"], outputs=["product"])
+        graph.write()
+    return folder / "firmware" / f"{project}-{graph.config.get_config_value('Stamp')}.so"
+
+
+def simulate(cores: Sequence[Core], folder: Path, fpga: Fpga) -> list[Simulation]:
+    """Write and compile the C simulations of cores, several at the same time.
+
+    Args:
+        cores: What they compute.
+        folder: An empty folder for their projects.
+        fpga: What the projects are for.
+
+    Raises:
+        MissingDependencyError: hls4ml or g++ is not installed.
+        EdgetuneError: The compiler gave up.
+    """
+    require_compiler()
+    libraries = [write_core(core, folder / core.size.name, fpga) for core in cores]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda args: Simulation(*args), zip(cores, libraries, strict=True)))
+
+
+class Simulation:
+    """A C simulation, compiled where its project lies.
+
+    Args:
+        core: What it computes.
+        library: What `write_core` said.
+
+    Raises:
+        EdgetuneError: The compiler gave up.
+    """
+
+    def __init__(self, core: Core, library: Path) -> None:
+        self._outputs = core.size.outputs
+        built = subprocess.run(
+            ["bash", "build_lib.sh"], cwd=library.parents[1], capture_output=True, text=True, timeout=_LONGEST_BUILD
+        )
+        if built.returncode or not library.is_file():
+            raise EdgetuneError(f"{core.size.name}: the C simulation does not compile:\n{built.stderr[-_SHOWN:]}")
+        name = f"{core.size.name.replace('.', '_')}_float"
+        self._function = getattr(ctypes.CDLL(str(library)), name)
+        self._function.restype = None
+        self._function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+
+    def run(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(count, inputs) → (count, outputs)."""
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        results = np.empty((len(vectors), self._outputs), dtype=np.float32)
+        for vector, result in zip(vectors, results, strict=True):
+            self._function(vector.ctypes.data, result.ctypes.data)
+        return results

@@ -1,0 +1,53 @@
+"""Fixed-point types that hold what was seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+WIDTH = 16
+"""Bits of weights and activations: a DSP48E2 multiplies 27 × 18 (AMD UG579)."""
+_HEADROOM = 1.5
+"""How much larger a value may get than any that was seen on the calibration rows."""
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """A signed `ap_fixed` type: `width` bits, of which `integer` stand before the point, the sign among them."""
+
+    width: int
+    integer: int
+
+    @property
+    def fraction(self) -> int:
+        """Bits behind the point."""
+        return self.width - self.integer
+
+    def __str__(self) -> str:
+        """As HLS C++ writes it: rounded to the nearest, ties to even; saturated."""
+        return f"ap_fixed<{self.width},{self.integer},AP_RND_CONV,AP_SAT>"
+
+    def exactly(self) -> str:
+        """The same for sums of products that fit: nothing is rounded, so no circuit for it is needed."""
+        return f"ap_fixed<{self.width},{self.integer}>"
+
+    def rounded(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What the type makes of values."""
+        steps = np.rint(values * 2.0**self.fraction)
+        return np.clip(steps, -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1) / 2.0**self.fraction
+
+
+def holding(largest: float, headroom: float = _HEADROOM) -> FixedPoint:
+    """The type of `WIDTH` bits with the finest steps that reaches so far."""
+    needed = math.ceil(math.log2(max(largest * headroom, 2.0**-WIDTH))) + 1
+    # One step below the power of two is the largest positive value.
+    return FixedPoint(WIDTH, min(needed, WIDTH))
+
+
+def accumulator(weight: FixedPoint, activation: FixedPoint, terms: int) -> FixedPoint:
+    """A type that holds the exact sum of so many products."""
+    grown = math.ceil(math.log2(terms)) if terms > 1 else 0
+    return FixedPoint(weight.width + activation.width + grown, weight.integer + activation.integer + grown)

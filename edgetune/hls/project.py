@@ -1,0 +1,131 @@
+"""The HLS project of a trunk, for somebody with Vitis to synthesise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from edgetune.bundle import Bundle
+from edgetune.hls.core import Core, write_core
+from edgetune.hls.cores import trunk_cores
+from edgetune.hls.resources import KV260, Estimate, Fpga, estimate
+from edgetune.storage import atomic_folder, write_file
+from edgetune.trunk import read_trunk_info
+
+DESCRIPTION = "hls.json"
+_SCRIPT = """#!/bin/sh
+# Synthesises every core with Vitis HLS, which has to be installed; the reports lie in cores/*/*_prj/solution1.
+set -e
+cd "$(dirname "$0")/cores"
+for core in */; do
+    if command -v vitis-run > /dev/null; then (cd "$core" && vitis-run --mode hls --tcl build_prj.tcl)
+    else (cd "$core" && vitis_hls -f build_prj.tcl); fi
+done
+"""
+
+
+@dataclass(frozen=True)
+class HlsProject:
+    """What was written."""
+
+    path: Path
+    fpga: Fpga
+    layers: int
+    """Decoder layers whose projections are there."""
+    cores: Sequence[Core]
+    total: Estimate
+
+
+def write_hls_project(bundle: Bundle, output: Path, say: Callable[[str], None], *, force: bool = False) -> HlsProject:
+    """Write the HLS projects of a trunk's projections for a Kria KV260.
+
+    Nothing is synthesised, and no FPGA was asked: what the cores take is an estimate.
+
+    Args:
+        bundle: A split bundle.
+        output: The folder to write.
+        say: Hears what happens, a line a stage.
+        force: Replace a project that is already there.
+
+    Raises:
+        UsageError: The output exists.
+        IncompatibleError: The bundle has no trunk, or the FPGA does not hold its weights.
+        MissingDependencyError: hls4ml is not installed.
+    """
+    info = read_trunk_info(bundle)
+    cores = trunk_cores(bundle, info, KV260)
+    total = estimate(core.size for core in cores)
+    project = HlsProject(output, KV260, info.layers, cores, total)
+    with atomic_folder(output, replace=force, marker=DESCRIPTION) as folder:
+        for core in cores:
+            say(f"Writing {core.size.name} (hls4ml) …")
+            place = folder / "cores" / core.size.name
+            write_core(core, place, KV260)
+            _forget_place(place)
+        (folder / "synthesise.sh").write_text(_SCRIPT, encoding="ascii")
+        (folder / "synthesise.sh").chmod(0o755)
+        (folder / "README.md").write_text(_readme(bundle, project), encoding="utf-8")
+        description = json.dumps(_description(bundle, project), indent=1)
+        write_file(folder / DESCRIPTION, f"{description}\n".encode())
+    return project
+
+
+def _forget_place(folder: Path) -> None:
+    """The project can be moved; hls4ml notes where it was written."""
+    path = folder / "hls4ml_config.yml"
+    path.write_text(path.read_text(encoding="utf-8").replace(str(folder), "."), encoding="utf-8")
+
+
+def _description(bundle: Bundle, project: HlsProject) -> dict[str, object]:
+    fpga, total = project.fpga, project.total
+    return {
+        "base": asdict(bundle.manifest.base),
+        "fpga": {"name": fpga.name, "part": fpga.part, "clock_ns": fpga.clock_ns},
+        "layers": project.layers,
+        "estimate": {**asdict(total), "synthesised": False},
+        "cores": [
+            {
+                "name": core.size.name,
+                "folder": f"cores/{core.size.name}",
+                "inputs": core.size.inputs,
+                "outputs": core.size.outputs,
+                "reuse": core.size.reuse,
+                "dsp": core.size.dsp,
+                "block_ram": core.size.block_ram,
+                "weight": str(core.weight_type),
+                "input": str(core.input_type),
+                "sum": core.sum_type.exactly(),
+                "output": str(core.output_type),
+            }
+            for core in project.cores
+        ],
+    }
+
+
+def _readme(bundle: Bundle, project: HlsProject) -> str:
+    fpga, total = project.fpga, project.total
+    rows = "\n".join(
+        f"| {core.size.name} | {core.size.inputs} → {core.size.outputs} | {core.size.reuse} | {core.size.dsp} "
+        f"| {core.size.block_ram} |"
+        for core in project.cores
+    )
+    return f"""# HLS cores of {bundle.manifest.base.name}
+
+The frozen projections of the {project.layers} lowest decoder layers, a core each, for the {fpga.name} ({fpga.part}).
+Attention, norms, adapters and gradients stay on the processor.
+
+Nothing here was synthesised and no FPGA was used: the figures are an estimate by counting. `./synthesise.sh` runs
+Vitis HLS over every core.
+
+| core | size | reuse | DSP | 36 Kb block RAM |
+| --- | --- | --- | --- | --- |
+{rows}
+| together | {total.multiplications:,} multiplications a token | | {total.dsp} | {total.block_ram} |
+| the {fpga.name} has | | | {fpga.dsp:,} | {fpga.block_ram}, and {fpga.ultra_ram} UltraRAM of 288 Kb |
+
+Look-up tables and flip-flops are not estimated; synthesis reports them. A token takes at least {total.cycles:,} cycles
+of {fpga.clock_ns:g} ns through the cores. The weights lie on the FPGA, {fpga.weights():,} of 16 bits at most: this is
+for models of about a million weights a layer, not for Phi-3-mini, which has 113 million.
+"""

@@ -1,0 +1,61 @@
+"""An FPGA emulation: the trunk's frozen projections in hls4ml's C simulation, everything else on the CPU.
+
+What an FPGA would compute, bit for bit, for models that are small enough for one. See `edgetune.hls`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from edgetune.bundle import Bundle
+from edgetune.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.frozen import FrozenWeights
+from edgetune.hls.core import require_compiler, require_hls4ml, simulate
+from edgetune.hls.cores import trunk_cores
+from edgetune.hls.resources import KV260
+from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session, stock
+from edgetune.runtimes.layered.decoder import DecoderLayers
+from edgetune.runtimes.layered.onnxruntime import OrtBackend
+from edgetune.runtimes.layered.session import LayeredSession
+from edgetune.runtimes.layered.trunk import Trunk
+from edgetune.trunk import read_trunk_info
+
+
+def abilities() -> Abilities:
+    """See `edgetune.runtimes.Runtime.abilities`."""
+    require_hls4ml()
+    require_compiler()
+    return replace(stock.abilities(), whole=False, int8=None, preferred=False, split_only=True)
+
+
+def version() -> str:
+    """See `edgetune.runtimes.Runtime.version`."""
+    import hls4ml
+
+    return f"hls4ml {hls4ml.__version__} C simulation, {stock.version()}"
+
+
+@contextmanager
+def open_session(
+    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
+) -> Iterator[Session]:
+    """Write and compile a simulation for each projection; see `edgetune.runtimes.Runtime`.
+
+    Raises:
+        IncompatibleError: The bundle has no trunk, or an FPGA does not hold its weights.
+        MissingDependencyError: hls4ml or g++ is not installed.
+        EdgetuneError: The compiler gave up.
+    """
+    info = read_trunk_info(bundle)
+    cores = trunk_cores(bundle, info, KV260)
+    # Nothing that was compiled before is loaded: a library runs whatever it holds.
+    with TemporaryDirectory(prefix="edgetune-hls-") as folder:
+        simulations = simulate(cores, Path(folder), KV260)
+        products = {core.size.name: each.run for core, each in zip(cores, simulations, strict=True)}
+        layers = DecoderLayers(bundle, info.layers, products)
+        trunk = Trunk(FrozenWeights(bundle.path), layers, plan.trunk_cache_bytes)
+        yield LayeredSession(bundle, parameters, optimizer, plan, OrtBackend(bundle, "fp32"), trunk)

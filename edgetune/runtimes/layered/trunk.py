@@ -1,0 +1,190 @@
+"""The frozen lower layers of a split bundle: what enters the first layer that is trained.
+
+The states of a row depend on the row alone, not on the batch that it lies in and not on the adapters, so they are
+computed row by row and kept for the next epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.bundle import Bundle
+from edgetune.data.batches import MASKED, Batch
+from edgetune.errors import IncompatibleError, MissingDependencyError
+from edgetune.execution import ExecutionPlan
+from edgetune.frozen import FrozenWeights
+from edgetune.onnx_session import open_graph
+from edgetune.trunk import GRAPH, TrunkInfo, read_trunk_info
+
+EMBEDDING = "model.embed_tokens.weight"
+Floats = NDArray[np.float32]
+VITIS_AI = "VitisAIExecutionProvider"
+_CACHE = ".cache/vitisai"
+"""In the bundle, where Vitis AI keeps what it compiled; not part of the bundle and not verified."""
+
+
+class TrunkLayers(Protocol):
+    """What computes the layers for one row."""
+
+    def forward(self, hidden: Floats, rope_cos: Floats, rope_sin: Floats) -> Floats:
+        """(positions, hidden_size) from the embedding to what enters the first layer above the trunk.
+
+        Args:
+            hidden: (positions, hidden_size), the embedded row.
+            rope_cos: (positions, rotated).
+            rope_sin: The same.
+        """
+        ...
+
+
+class Trunk:
+    """Hidden states of batches, from the trunk.
+
+    Args:
+        frozen: Holds the embedding.
+        layers: Computes a row.
+        cache_bytes: How much to keep of rows that were computed; the one that was not used for longest goes first.
+    """
+
+    def __init__(self, frozen: FrozenWeights, layers: TrunkLayers, cache_bytes: int) -> None:
+        self._frozen, self._layers = frozen, layers
+        self._most = cache_bytes
+        self._kept: OrderedDict[bytes, Floats] = OrderedDict()
+        self._used = 0
+        self.computed = 0
+        """Rows that went through the trunk, those that were kept not counted."""
+
+    def hidden(self, batch: Batch) -> Floats:
+        """(batch, sequence, hidden_size); zeros where there is padding."""
+        width = self._frozen.shape(EMBEDDING)[1]
+        states = np.zeros((*batch.input_ids.shape, width), dtype=np.float32)
+        for row in range(len(batch.examples)):
+            places = np.nonzero(batch.rows == row)
+            states[places] = self._row(batch.input_ids[places], batch.rope_cos[places], batch.rope_sin[places])
+        return states
+
+    def _row(self, ids: NDArray[np.int64], cos: Floats, sin: Floats) -> Floats:
+        # With longrope the tables of a row depend on what it is laid out with.
+        key = hashlib.sha256(ids.tobytes() + cos.tobytes()).digest()
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        states = self._layers.forward(self._frozen.rows(EMBEDDING, ids), cos, sin)
+        self.computed += 1
+        self._keep(key, states)
+        return states
+
+    def _keep(self, key: bytes, states: Floats) -> None:
+        if states.nbytes > self._most:
+            return
+        self._kept[key] = states
+        self._used += states.nbytes
+        while self._used > self._most:
+            self._used -= self._kept.popitem(last=False)[1].nbytes
+
+
+class QuantisedLayers:
+    """The bundle's int8 graph on an execution provider.
+
+    Without Vitis AI the CPU provider runs it, with the same integers: every product's sum is exact, every scale a power
+    of two.
+
+    Args:
+        bundle: A split bundle.
+        vitisai_config: The `vaip_config.json` of an installed Vitis AI, where it wants one; then the provider has to
+            be there.
+
+    Raises:
+        IncompatibleError: The bundle has no trunk.
+        MissingDependencyError: There is no Vitis AI.
+    """
+
+    def __init__(self, bundle: Bundle, vitisai_config: Path | None = None) -> None:
+        self._info = read_trunk_info(bundle)
+        self._session = open_trunk_graph(bundle, vitisai_config)
+        length, window = self._info.length, bundle.manifest.architecture.sliding_window
+        place = np.arange(length)
+        visible = place <= place[:, None]
+        if window is not None:
+            visible &= place > place[:, None] - window
+        # Rows lie at the start; what is behind them sees them, but nobody looks at it.
+        self._bias = np.where(visible, np.float32(0), MASKED)[None, None]
+
+    def forward(self, hidden: Floats, rope_cos: Floats, rope_sin: Floats) -> Floats:
+        """See `TrunkLayers.forward`."""
+        count = check_length(self._info, len(hidden))
+        rows = {"hidden": hidden, "rope_cos": rope_cos, "rope_sin": rope_sin}
+        padded = {name: self._padded(array) for name, array in rows.items()}
+        (states,) = self._session.run(["output"], {**padded, "attn_bias": self._bias})
+        return np.ascontiguousarray(states[0, :count])
+
+    def _padded(self, rows: Floats) -> Floats:
+        return np.pad(rows, ((0, self._info.length - len(rows)), (0, 0)))[None]
+
+
+def check_length(info: TrunkInfo, count: int) -> int:
+    """The number of positions of a row, if it fits.
+
+    Raises:
+        IncompatibleError: The row is longer than the trunk takes.
+    """
+    if count > info.length:
+        raise IncompatibleError(
+            f"a row has {count} tokens, the bundle's trunk takes {info.length}; leave it out, or split the bundle "
+            f"again with --length {count} or more"
+        )
+    return count
+
+
+def open_trunk_graph(bundle: Bundle, vitisai_config: Path | None = None) -> Any:
+    """The trunk's graph as an ONNX Runtime session: on Vitis AI where its provider is installed, else on the CPU.
+
+    The options are those that Vitis AI documents for Ryzen AI and for adaptive SoCs: `config_file`, and where what was
+    compiled is kept (`cache_dir`, `cache_key`; releases for Zynq and Versal up to 3.5 call them `cacheDir` and
+    `cacheKey`). What they compile to was not tried: no such device was there.
+
+    Raises:
+        MissingDependencyError: `vitisai_config` is given and there is no such provider, or it gave the graph up.
+    """
+    import onnxruntime
+
+    path = bundle.file(GRAPH)
+    if VITIS_AI not in onnxruntime.get_available_providers():
+        if vitisai_config is not None:
+            raise MissingDependencyError(
+                f"{vitisai_config} configures {VITIS_AI}, which this onnxruntime does not have; install the one of "
+                "Vitis AI (VOE) or Ryzen AI Software, or leave --vitisai-config away to use the CPU"
+            )
+        return open_graph(path, exact_int8=True)
+    (sha256,) = (file.sha256 for file in bundle.manifest.files if file.path == f"{GRAPH}.onnx")
+    return open_graph(path, provider=(VITIS_AI, vitisai_options(bundle.path, sha256, vitisai_config)))
+
+
+def vitisai_options(bundle: Path, sha256: str, config: Path | None) -> dict[str, str]:
+    """Provider options of Vitis AI.
+
+    Args:
+        bundle: Its folder `.cache/vitisai` takes what is compiled.
+        sha256: Of the graph; another graph is compiled anew.
+        config: `vaip_config.json`, if there is one. The older names of the cache's options go with it.
+    """
+    place = {"dir": str((bundle / _CACHE).absolute()), "key": sha256[:32]}
+    options = {f"cache_{name}": value for name, value in place.items()}
+    if config is not None:
+        options |= {f"cache{name.capitalize()}": value for name, value in place.items()}
+        options["config_file"] = str(config.absolute())
+    return options
+
+
+def open_trunk(bundle: Bundle, plan: ExecutionPlan) -> Trunk | None:
+    """The trunk that a plan wants; none where it runs all layers itself."""
+    if not plan.trunk_layers:
+        return None
+    layers = QuantisedLayers(bundle, plan.vitisai_config)
+    return Trunk(FrozenWeights(bundle.path), layers, plan.trunk_cache_bytes)

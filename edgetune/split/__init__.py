@@ -1,0 +1,132 @@
+"""From a bundle to a split one: its lower layers become a quantised graph for an accelerator."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from edgetune.bundle import MANIFEST, Bundle, list_files, open_bundle, seal_bundle
+from edgetune.config import SplitConfig
+from edgetune.data.batches import MASKED, make_batch
+from edgetune.data.encode import Example, load_encoder, load_examples
+from edgetune.errors import DataError, UsageError
+from edgetune.frozen import FrozenWeights
+from edgetune.manifest import BundleManifest, Graph, TensorSpec
+from edgetune.storage import atomic_folder, write_file
+from edgetune.trunk import FOLDER, GRAPH, INDEX, LinearRange, TrunkInfo, has_trunk, write_trunk_info
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Callable[[str], None]) -> Bundle:
+    """Make a bundle with a trunk: everything that `bundle` holds, and its lower layers as an int8 graph.
+
+    Args:
+        bundle: What `edgetune prepare` made.
+        data: JSONL rows that the int8 scales are chosen on, such as the training rows.
+        output: The split bundle to write.
+        config: Where to split, and for which length.
+        say: Hears what happens, a line a stage.
+
+    Raises:
+        UsageError: A path is not there, the output exists, or there is no such split point.
+        DataError: Rows that cannot be read, or none that fits the length.
+        IncompatibleError: The trunk breaks a rule of Vitis AI.
+        ResourceError: The trunk is larger than an ONNX file can be.
+        VerificationError: A file of the bundle was changed.
+    """
+    from edgetune.split.conformance import require_conformance
+    from edgetune.split.graph import build_trunk
+    from edgetune.split.quantise import observe, quantise
+
+    source = open_bundle(bundle)
+    manifest = source.manifest
+    layers, length = _split_point(manifest, config), config.length or manifest.max_length
+    examples = _calibration_rows(source, data, length, config.calibration_rows)
+    say(f"Putting {layers} of {manifest.architecture.num_hidden_layers} layers together …")
+    trunk = build_trunk(source, layers)
+    say(f"Choosing scales on {len(examples)} rows …")
+    seen = observe(trunk, (_feed(source, example) for example in examples))
+    with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
+        for file in manifest.files:
+            if not file.path.startswith(f"{FOLDER}/"):
+                (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source.path / file.path, folder / file.path)
+        (folder / FOLDER).mkdir()
+        say(f"Quantising for {length} positions (ONNX Runtime) …")
+        quantise(trunk, seen, _feed(source, examples[0], length), length, folder / f"{GRAPH}.onnx")
+        require_conformance(folder / f"{GRAPH}.onnx")
+        linear: dict[str, LinearRange] = {}
+        for product, module in trunk.modules.items():
+            known = linear.get(module, LinearRange(0.0, 0.0))
+            linear[module] = LinearRange(
+                max(known.input, seen[trunk.inputs[product]].largest), max(known.output, seen[product].largest)
+            )
+        write_file(folder / INDEX, write_trunk_info(TrunkInfo(layers, length, linear)))
+        say("Hashing …")
+        sealed = seal_bundle(folder, _manifest(manifest, folder, length))
+    return Bundle(output, sealed)
+
+
+def _split_point(manifest: BundleManifest, config: SplitConfig) -> int:
+    layers = manifest.architecture.num_hidden_layers
+    if layers < 2:
+        raise UsageError("a model of one layer cannot be split; use a deeper one")
+    chosen = config.layers or layers // 2
+    if chosen >= layers:
+        raise UsageError(f"--layers {chosen} leaves no layer to train of {layers}; use at most {layers - 1}")
+    if config.length is not None and config.length > manifest.architecture.max_position_embeddings:
+        raise UsageError(
+            f"--length {config.length} is more than the model's {manifest.architecture.max_position_embeddings} "
+            "positions"
+        )
+    return chosen
+
+
+def _calibration_rows(bundle: Bundle, data: Path, length: int, count: int) -> list[Example]:
+    """So many rows, from the whole file."""
+    encoder = load_encoder(bundle.path, bundle.manifest.tokenizer)
+    rows = load_examples(data, encoder, length, truncate=True).examples
+    if not rows:
+        raise DataError([f"{data}: no row to choose int8 scales on"])
+    return rows[:: -(-len(rows) // count)]
+
+
+def _feed(bundle: Bundle, example: Example, length: int | None = None) -> dict[str, np.ndarray]:
+    """The trunk's inputs for one row, as it is or padded to a length."""
+    architecture = bundle.manifest.architecture
+    batch = make_batch(
+        [example], architecture.rope, bundle.manifest.tokenizer.pad_token_id, multiple_of=length or 1,
+        sliding_window=architecture.sliding_window,
+    )  # fmt: skip
+    return {
+        "hidden": FrozenWeights(bundle.path).rows(EMBEDDING, batch.input_ids),
+        "attn_bias": np.maximum(batch.attn_bias, MASKED),
+        "rope_cos": batch.rope_cos,
+        "rope_sin": batch.rope_sin,
+    }
+
+
+def _manifest(manifest: BundleManifest, folder: Path, length: int) -> BundleManifest:
+    graphs = [graph for graph in manifest.graphs if graph.role != GRAPH] if has_trunk(manifest) else manifest.graphs
+    a = manifest.architecture
+    hidden: list[int | str] = [1, length, a.hidden_size]
+    table: list[int | str] = [1, length, a.rope.dim]
+    inputs = [
+        TensorSpec("hidden", "float", hidden),
+        TensorSpec("attn_bias", "float", [1, 1, length, length]),
+        TensorSpec("rope_cos", "float", table),
+        TensorSpec("rope_sin", "float", table),
+    ]
+    graph = Graph(GRAPH, f"{GRAPH}.onnx", inputs, [TensorSpec("output", "float", hidden)])
+    return replace(
+        manifest,
+        graphs=[*graphs, graph],
+        provenance={**manifest.provenance, "trunk": f"onnxruntime {version('onnxruntime')} quantize_static"},
+        files=list_files(folder, without=MANIFEST),
+    )

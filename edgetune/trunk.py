@@ -1,0 +1,83 @@
+"""The trunk of a split bundle: its lower layers, which have no adapter, for an accelerator that has no backward pass.
+
+`trunk/int8.onnx` computes what enters the first layer above it; `trunk/trunk.json` says what it is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import cattrs
+from cattrs.errors import BaseValidationError
+
+from edgetune.bundle import Bundle
+from edgetune.errors import IncompatibleError, VerificationError
+from edgetune.manifest import BundleManifest
+
+FOLDER = "trunk"
+GRAPH = f"{FOLDER}/int8"
+"""Role of the quantised graph."""
+INDEX = f"{FOLDER}/trunk.json"
+
+
+@dataclass(frozen=True)
+class LinearRange:
+    """The largest magnitudes of a frozen projection, found on the calibration rows."""
+
+    input: float
+    output: float
+
+
+@dataclass(frozen=True)
+class TrunkInfo:
+    """`trunk/trunk.json`."""
+
+    layers: int
+    """Decoder layers in the trunk, the lowest ones."""
+    length: int
+    """Positions that its graph takes; it takes one row at a time."""
+    linear: dict[str, LinearRange]
+    """The trunk's projections by their names in the checkpoint, such as `model.layers.0.self_attn.qkv_proj`."""
+
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+
+
+def has_trunk(manifest: BundleManifest) -> bool:
+    """Whether a bundle was split."""
+    return any(graph.role == GRAPH for graph in manifest.graphs)
+
+
+def write_trunk_info(info: TrunkInfo) -> bytes:
+    """The bytes of `trunk/trunk.json`."""
+    return f"{json.dumps(_converter.unstructure(info), indent=1)}\n".encode()
+
+
+def read_trunk_info(bundle: Bundle) -> TrunkInfo:
+    """What the trunk of a verified bundle is.
+
+    Raises:
+        IncompatibleError: The bundle has no trunk.
+        VerificationError: `trunk/trunk.json` cannot be what `edgetune split` wrote.
+    """
+    path = bundle.path / INDEX
+    if not has_trunk(bundle.manifest) or not path.is_file():
+        raise IncompatibleError(
+            f"{bundle.path} has no trunk; make a bundle that has one with "
+            f"`edgetune split {bundle.path} --data ROWS.jsonl --output SPLIT`"
+        )
+    try:
+        raw = json.loads(path.read_bytes())
+        if not isinstance(raw, dict):
+            raise ValueError("not an object")
+        info = _converter.structure(raw, TrunkInfo)
+    except (ValueError, BaseValidationError) as error:
+        raise VerificationError(f"{path}: cannot be read ({error}); split the bundle again") from error
+    most = bundle.manifest.architecture.num_hidden_layers - 1
+    if not 1 <= info.layers <= most or info.length < 1:
+        raise VerificationError(
+            f"{path}: {info.layers} layers of {info.length} positions; expected 1 to {most} layers and at least one "
+            "position; split the bundle again"
+        )
+    return info

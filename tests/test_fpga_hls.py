@@ -1,0 +1,194 @@
+"""The FPGA emulation: fixed point, cores bit for bit, and training over them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from prepared_bundles import Prepared
+from test_prepare import batch_of, each_bundle, lengths_of, rows_of
+from test_split import ROWS, FloatLayers, Silent, options_of
+
+from edgetune.bundle import Bundle, open_bundle
+from edgetune.cli import main
+from edgetune.config import Base, SplitConfig
+from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
+from edgetune.frozen import FrozenWeights
+from edgetune.hls import core as core_module
+from edgetune.hls.core import Core, simulate
+from edgetune.hls.cores import trunk_cores
+from edgetune.hls.fixed_point import FixedPoint, accumulator, holding
+from edgetune.hls.project import write_hls_project
+from edgetune.hls.resources import KV260, CoreSize, estimate, shared
+from edgetune.runtimes import fpga_hls
+from edgetune.runtimes.layered.decoder import DecoderLayers
+from edgetune.runtimes.layered.trunk import Trunk
+from edgetune.split import split
+from edgetune.train import train
+from edgetune.trunk import LinearRange, TrunkInfo, read_trunk_info
+
+installed = pytest.mark.skipif(
+    find_spec("hls4ml") is None, reason='hls4ml is not installed (pip install "edgetune[fpga]")'
+)
+compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed (apt install g++)")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def halves(prepared: Prepared, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    output = tmp_path_factory.mktemp("split") / "bundle"
+    split(prepared("multi-head", "int4").path, data, output, SplitConfig(length=48), lambda _: None)
+    return open_bundle(output)
+
+
+@pytest.mark.parametrize(
+    ("largest", "integer", "top"),
+    [(0.9, 1, 1 - 2**-15), (1.0, 1, 1 - 2**-15), (1.1, 2, 2 - 2**-14), (7.9, 4, 8 - 2**-12), (0.2, -1, 0.25 - 2**-17)],
+)
+def test_types_reach_as_far_as_needed_and_no_farther(largest: float, integer: int, top: float) -> None:
+    kind = holding(largest, headroom=1.0)
+    assert (kind.width, kind.integer) == (16, integer)
+    values = np.array([1e9, -1e9, top])
+    np.testing.assert_array_equal(kind.rounded(values), [top, -(2.0 ** (integer - 1)), top])
+    step = 2.0**-kind.fraction
+    np.testing.assert_array_equal(kind.rounded(np.array([0.5, 1.5, -0.5, 2.6]) * step), np.array([0, 2, 0, 3]) * step)
+    assert str(kind) == f"ap_fixed<16,{integer},AP_RND_CONV,AP_SAT>"
+
+
+def test_sums_are_exact() -> None:
+    weight, activation = FixedPoint(16, 1), FixedPoint(16, 4)
+    total = accumulator(weight, activation, 96)
+    worst = 96 * 2.0 ** (weight.integer - 1) * 2.0 ** (activation.integer - 1)
+    assert worst <= 2.0 ** (total.integer - 1)
+    assert total.fraction == weight.fraction + activation.fraction
+
+
+def test_resources_are_counted() -> None:
+    core = CoreSize("x", 128, 384, reuse=256)
+    assert core.dsp == 192
+    assert core.block_ram == 43, "192 weights of 16 bits are 3,072 bits wide, 43 times 72; 256 deep is less than 512"
+    assert CoreSize("x", 64, 64, reuse=4096).block_ram == 8, "a word of 16 bits, 4,096 deep"
+    cores = shared([("a", 128, 384), ("b", 128, 128), ("c", 128, 384), ("d", 192, 128)], KV260)
+    total = estimate(cores)
+    assert total.multiplications == 128 * 384 * 2 + 128 * 128 + 192 * 128
+    assert total.dsp <= 0.8 * KV260.dsp
+    assert total.cycles == sum(core.reuse for core in cores)
+    assert KV260.weights() == (144 * 36 + 64 * 288) * 64
+
+
+@each_bundle
+def test_decoder_layers_in_numpy_are_the_graphs(prepared: Prepared, variant: str, base: Base) -> None:
+    bundle = prepared(variant, base)
+    names = [slot.name for slot in bundle.manifest.lora.slots if slot.layer == 0]
+    info = TrunkInfo(1, 128, {name: LinearRange(1.0, 1.0) for name in names})
+    products = {core.size.name: lambda x, w=core.weight: x @ w.T for core in trunk_cores(bundle, info, KV260)}
+    frozen, batch = FrozenWeights(bundle.path), batch_of(bundle, rows_of(1, lengths_of(variant, 1)))
+    found = Trunk(frozen, DecoderLayers(bundle, 1, products), 0).hidden(batch)
+    expected = Trunk(frozen, FloatLayers(bundle, 1), 0).hidden(batch)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@installed
+@compiles
+def test_a_simulation_computes_the_cores_bits(tmp_path: Path) -> None:
+    """Against numpy, with values that round, that lie on ties and that saturate."""
+    generator = np.random.default_rng(0)
+    weight = generator.uniform(-0.7, 0.7, (24, 32)).astype(np.float32)
+    (size,) = shared([("model.layers.0.mlp.down_proj", 32, 24)], KV260)
+    core = Core(size, weight, holding(0.7, 1.0), FixedPoint(16, 3), FixedPoint(16, 4))
+    vectors = generator.standard_normal((12, 32)).astype(np.float32)
+    vectors[0] = np.where(weight[0] > 0, -100, 100)
+    vectors[1] = np.float32(1.5 * 2.0**-13)
+    (simulation,) = simulate([core], tmp_path, KV260)
+    found = simulation.run(vectors)
+    expected = core.expected(vectors)
+    assert expected.min() == -8, "nothing saturates"
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(found[2:] - vectors[2:] @ weight.T).max() < 2e-3
+    config = (tmp_path / core.size.name / "firmware" / "parameters.h").read_text()
+    assert f"reuse_factor = {size.reuse};" in config, "hls4ml took another one"
+
+
+@installed
+@compiles
+def test_fifty_steps_on_the_emulation_end_where_the_cpus_do(halves: Bundle, data: Path, tmp_path: Path) -> None:
+    """The goal: within 5 % of the final loss. The CPU trains the same layers over the trunk's int8 graph."""
+    options = replace(options_of(steps=50), learning_rate=5e-3)
+    results = {
+        runtime: train(
+            halves.path, data, None, tmp_path / runtime, replace(options, runtime=runtime, plan=plan), Silent()
+        )
+        for runtime, plan in (("fpga-hls", "auto"), ("onnxruntime", "split"))
+    }
+    emulated, cpu = results["fpga-hls"], results["onnxruntime"]
+    assert emulated.plan == cpu.plan
+    assert cpu.final_loss < 1.0, "nothing was learnt"
+    assert emulated.final_loss == pytest.approx(cpu.final_loss, rel=0.05)
+    assert emulated.final_loss != cpu.final_loss
+    provenance = json.loads((tmp_path / "fpga-hls" / "edgetune.json").read_text())["provenance"]
+    assert provenance["runtime_version"].startswith("hls4ml 1.3")
+    assert "C simulation" in provenance["runtime_version"]
+
+
+@installed
+def test_the_project_says_what_it_is(halves: Bundle, tmp_path: Path) -> None:
+    project = write_hls_project(halves, tmp_path / "fpga", lambda _: None)
+    described = json.loads((tmp_path / "fpga" / "hls.json").read_text())
+    assert described["fpga"]["part"].startswith("xck26")
+    assert described["estimate"]["synthesised"] is False
+    assert described["estimate"]["dsp"] == project.total.dsp <= KV260.dsp
+    assert [core["name"].rpartition(".")[2] for core in described["cores"]] == [
+        "qkv_proj", "o_proj", "gate_up_proj", "down_proj",
+    ]  # fmt: skip
+    for core in described["cores"]:
+        folder = tmp_path / "fpga" / core["folder"]
+        assert (folder / "build_prj.tcl").is_file()
+        assert "xck26-sfvc784-2LV-c" in (folder / "project.tcl").read_text()
+        name = core["name"].replace(".", "_")
+        assert f"void {name}(" in (folder / "firmware" / f"{name}.cpp").read_text()
+    texts = [path.read_text(errors="replace") for path in (tmp_path / "fpga").rglob("*") if path.is_file()]
+    assert not any(str(tmp_path) in text for text in texts), "a path of this machine"
+    readme = (tmp_path / "fpga" / "README.md").read_text()
+    assert "Nothing here was synthesised and no FPGA was used" in readme
+    with pytest.raises(UsageError):
+        write_hls_project(halves, tmp_path / "fpga", lambda _: None)
+    result = CliRunner().invoke(
+        main, ["bundle", str(halves.path), "--target", "fpga", "--output", str(tmp_path / "fpga"), "--force", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["estimate"]["dsp"] == project.total.dsp
+
+
+def test_a_model_that_is_too_large_is_refused(halves: Bundle) -> None:
+    small = replace(KV260, block_ram=10, ultra_ram=1)
+    with pytest.raises(
+        IncompatibleError, match=r"1 layers of the trunk have 139,264 weights, the memories of a Kria KV260"
+    ):
+        trunk_cores(halves, read_trunk_info(halves), small)
+
+
+def test_without_a_compiler_it_is_said_before_anything_is_loaded(
+    halves: Bundle, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_module, "COMPILER", "no-such-compiler")
+    monkeypatch.setattr(fpga_hls, "require_hls4ml", lambda: None)
+    with pytest.raises(MissingDependencyError, match="no-such-compiler is not installed"):
+        train(halves.path, data, None, tmp_path / "o", replace(options_of(steps=1), runtime="fpga-hls"), Silent())
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_bundle_without_a_trunk_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(IncompatibleError, match="edgetune split"):
+        write_hls_project(prepared("multi-head", "int4"), tmp_path / "o", lambda _: None)
