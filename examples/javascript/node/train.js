@@ -8,17 +8,14 @@ import { copyFile, mkdir, readFile, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { parseArgs } from "node:util";
 
-import { Template } from "@huggingface/jinja";
-import { Tokenizer } from "@huggingface/tokenizers";
 import { InferenceSession, Tensor } from "onnxruntime-node";
 
 import { readAdapter, writeAdapter } from "../training/adapter.js";
 import { answer } from "../training/answer.js";
-import { Encoder } from "../training/encoder.js";
+import { openEncoder } from "../training/encoder.js";
 import { parseRows } from "../training/rows.js";
 import { batches, learningRate } from "../training/schedule.js";
 import { graphFile, readTarget, verified } from "../training/target.js";
-import { TokenPlaces } from "../training/tokens.js";
 import { Trainer } from "../training/trainer.js";
 
 /** @import { Graphs, Tensors } from "../training/graphs.js" */
@@ -55,17 +52,6 @@ async function openGraphs(folder, target) {
   return { Tensor, step: await open("step"), loss: await open("loss"), adamw: await open("adamw") };
 }
 
-/**
- * @param {string} folder
- * @param {Target} target
- */
-async function openEncoder(folder, target) {
-  const json = JSON.parse(await readFile(join(folder, target.tokenizer.file), "utf-8"));
-  const { chat_template: file } = target.tokenizer;
-  const template = file === null ? null : new Template(await readFile(join(folder, file), "utf-8"));
-  return new Encoder(new TokenPlaces(new Tokenizer(json, {}), json), template, target.tokenizer);
-}
-
 async function main() {
   const { positionals, values } = parseArgs({
     allowPositionals: true,
@@ -87,7 +73,7 @@ async function main() {
   if (positionals.length !== 1 || !values.data || !values.output) throw new Error(USAGE);
 
   const target = await openTarget(folder);
-  const encoder = await openEncoder(folder, target);
+  const encoder = await openEncoder(target, (path) => readFile(join(folder, path)));
   const examples = parseRows(await readFile(values.data, "utf-8")).map((row) => encoder.encode(row));
   const graphs = await openGraphs(folder, target);
   const first = values["init-adapter"] ?? join(folder, target.adapter.file);

@@ -2,13 +2,29 @@
  * Rows to token ids and labels, as edgetune/data/encode.py does it on a device with Python.
  */
 
-import { IGNORED } from "./batch.js";
+import { Template } from "@huggingface/jinja";
 
-/** @import { Template } from "@huggingface/jinja" */
+import { IGNORED } from "./batch.js";
+import { TokenPlaces } from "./tokens.js";
+
 /** @import { Message, Row } from "./rows.js" */
-/** @import { Token, TokenPlaces } from "./tokens.js" */
+/** @import { Target } from "./target.js" */
+/** @import { Token } from "./tokens.js" */
 
 /** @typedef {{inputIds: number[], labels: number[]}} Example A label is the token itself, or −100: not trained. */
+
+/**
+ * The encoder of a target.
+ *
+ * @param {Target} target
+ * @param {(path: string) => Promise<Uint8Array>} read Gives a file of the target, verified.
+ */
+export async function openEncoder(target, read) {
+  const { file, chat_template } = target.tokenizer;
+  const text = async (/** @type {string} */ path) => new TextDecoder().decode(await read(path));
+  const template = chat_template === null ? null : new Template(await text(chat_template));
+  return new Encoder(new TokenPlaces(JSON.parse(await text(file))), template, target.tokenizer);
+}
 
 export class Encoder {
   #template;

@@ -6,7 +6,7 @@
  * which ▁ stands for a space (Phi-3, Phi-3.5), and BPE over bytes (Phi-4-mini).
  */
 
-/** @import { Tokenizer } from "@huggingface/tokenizers" */
+import { Tokenizer } from "@huggingface/tokenizers";
 
 /**
  * A token and its place: indices into the text. One that is a part of a character has the place of the character.
@@ -28,12 +28,11 @@ export class TokenPlaces {
   #added;
 
   /**
-   * @param {Tokenizer} tokenizer Made from `json`.
    * @param {any} json The parsed `tokenizer.json`.
    * @throws {Error} It is of another kind.
    */
-  constructor(tokenizer, json) {
-    this.#tokenizer = tokenizer;
+  constructor(json) {
+    this.#tokenizer = new Tokenizer(json, {});
     this.#isByteLevel = parts(json.decoder, "decoders").some((part) => part.type === "ByteLevel");
     this.#added = new Map(json.added_tokens.map((/** @type {AddedToken} */ token) => [token.id, token]));
     const kinds = parts(json.normalizer, "normalizers").map((part) => part.type).join();
@@ -86,6 +85,17 @@ export class TokenPlaces {
   decode(ids) {
     if (!ids.length) return "";
     return this.#tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
+  }
+
+  /**
+   * A token as people read it.
+   *
+   * @param {number} id
+   * @returns {string}
+   */
+  shown(id) {
+    if (this.#isByteLevel) return this.#tokenizer.decode([id], { skip_special_tokens: false });
+    return this.#tokenizer.id_to_token(id)?.replaceAll(SPACE, " ") ?? "";
   }
 
   /**
