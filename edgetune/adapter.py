@@ -40,7 +40,7 @@ VALIDATION_DATA = "validation_data"
 VALIDATION_SHA256 = "validation_data_sha256"
 """Provenance key: their SHA-256."""
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 """What PEFT puts before a module's path in the checkpoint."""
 _CONFIG_LIMIT = 1 << 20
 _SHOWN = 5
@@ -104,7 +104,7 @@ def write_adapter(
     from safetensors.numpy import save
 
     _require_finite(parameters, "the trained adapter")
-    tensors = {_PREFIX + name: np.ascontiguousarray(parameters[name], np.float32) for name in lora.shapes()}
+    tensors = {PREFIX + name: np.ascontiguousarray(parameters[name], np.float32) for name in lora.shapes()}
     write_file(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     config = json.dumps(_peft_config(base, lora), indent=2, sort_keys=True, ensure_ascii=False)
     write_file(folder / CONFIG, f"{config}\n".encode())
@@ -269,7 +269,7 @@ def _tensor_problems(weights: Path, lora: Lora) -> list[str]:
     """What the header says against the slots; the file is mapped, so that its size costs nothing."""
     from safetensors import SafetensorError, safe_open
 
-    expected = {_PREFIX + name: shape for name, shape in lora.shapes().items()}
+    expected = {PREFIX + name: shape for name, shape in lora.shapes().items()}
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     try:
         with safe_open(weights, framework="np") as file:
@@ -322,7 +322,7 @@ def _read_tensors(weights: Path, lora: Lora) -> dict[str, NDArray[np.float32]]:
     tensors = dict(deserialize(weights.read_bytes()))  # type: ignore[no-untyped-call]
     values: dict[str, NDArray[np.float32]] = {}
     for name, shape in lora.shapes().items():
-        tensor = tensors[_PREFIX + name]
+        tensor = tensors[PREFIX + name]
         values[name] = _DECODERS[tensor["dtype"]](tensor["data"]).reshape(shape)
     return values
 

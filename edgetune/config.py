@@ -11,6 +11,7 @@ Base = Literal["int4", "fp32"]
 RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8"]
 Schedule = Literal["constant", "linear", "cosine"]
+TargetName = Literal["android", "ios", "web", "linux-arm64"]
 
 MODULES_OF_TARGETS: dict[Targets, tuple[str, ...]] = {
     "all-linear": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
@@ -103,3 +104,13 @@ class GenerateConfig:
 
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """What `edgetune bundle` lays out."""
+
+    adapter: Path | None = None
+    """A PEFT folder that the app starts from; otherwise one that changes nothing yet."""
+    force: bool = False
+    """Replace a target that is already there."""

@@ -95,8 +95,21 @@ def open_model(path: Path) -> GenaiModel:
     if isinstance(manifest, ModelManifest) and manifest.adapter is not None and manifest.adapter not in listed:
         raise VerificationError(f"{path / MANIFEST}: adapter {manifest.adapter!r:.80} is not a listed file")
     config = _check_config(path / CONFIG)["model"]
-    ends = config["eos_token_id"]
-    return GenaiModel(path, manifest, config["context_length"], tuple(ends) if isinstance(ends, list) else (ends,))
+    return GenaiModel(path, manifest, config["context_length"], _ends(config))
+
+
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Ids of the tokens that end an answer, in a folder whose files are verified.
+
+    Raises:
+        VerificationError: The configuration could do harm.
+    """
+    return _ends(_check_config(folder / CONFIG)["model"])
+
+
+def _ends(model: dict[str, Any]) -> tuple[int, ...]:
+    ends = model["eos_token_id"]
+    return tuple(ends) if isinstance(ends, list) else (ends,)
 
 
 def _check_config(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import cattrs
 from cattrs.errors import BaseValidationError
@@ -21,6 +21,7 @@ from edgetune.errors import IncompatibleError, VerificationError
 BUNDLE_FORMAT = "edgetune-bundle"
 ADAPTER_FORMAT = "edgetune-adapter"
 MODEL_FORMAT = "edgetune-model"
+TARGET_FORMAT = "edgetune-target"
 FORMAT_VERSION = 1
 _SHOWN = 10
 """Reasons in one message."""
@@ -165,6 +166,8 @@ class File:
 class BundleManifest:
     """`manifest.json` of a bundle."""
 
+    FORMAT: ClassVar[str] = BUNDLE_FORMAT
+
     format: str
     format_version: int
     base: BaseModel
@@ -197,6 +200,8 @@ class BundleManifest:
 class AdapterManifest:
     """`edgetune.json` of an adapter: the contract with its base, checked before anything is loaded."""
 
+    FORMAT: ClassVar[str] = ADAPTER_FORMAT
+
     format: str
     format_version: int
     base: BaseModel
@@ -210,6 +215,8 @@ class AdapterManifest:
 @dataclass(frozen=True)
 class ModelManifest:
     """`edgetune.json` of an exported GenAI folder."""
+
+    FORMAT: ClassVar[str] = MODEL_FORMAT
 
     format: str
     format_version: int
@@ -228,12 +235,19 @@ class ModelManifest:
     manifest_sha256: str = ""
 
 
-ManifestT = TypeVar("ManifestT", BundleManifest, AdapterManifest, ModelManifest)
-_FORMATS: dict[type, str] = {
-    BundleManifest: BUNDLE_FORMAT,
-    AdapterManifest: ADAPTER_FORMAT,
-    ModelManifest: MODEL_FORMAT,
-}
+class Manifest(Protocol):
+    """What every manifest has; `edgetune.target.manifest` adds another."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    FORMAT: ClassVar[str]
+    """What the key `format` says."""
+
+    @property
+    def manifest_sha256(self) -> str:
+        """SHA-256 of the manifest written with an empty value here."""
+
+
+ManifestT = TypeVar("ManifestT", bound=Manifest)
 _LARGEST = 2**63 - 1
 """No size or count is larger: what takes them is often C."""
 
@@ -275,7 +289,7 @@ def _reason(error: BaseException, kind: type | None) -> str:
     return str(error) if isinstance(error, ValueError) else format_exception(error, kind)
 
 
-def _canonical(manifest: BundleManifest | AdapterManifest | ModelManifest) -> bytes:
+def _canonical(manifest: Manifest) -> bytes:
     try:
         text = json.dumps(_converter.unstructure(manifest), indent=1, ensure_ascii=False, allow_nan=False)
         return f"{text}\n".encode()
@@ -283,7 +297,7 @@ def _canonical(manifest: BundleManifest | AdapterManifest | ModelManifest) -> by
         raise VerificationError(f"the manifest holds what JSON cannot: {error}") from error
 
 
-def write_manifest(manifest: BundleManifest | AdapterManifest | ModelManifest) -> bytes:
+def write_manifest(manifest: Manifest) -> bytes:
     """The manifest's bytes, with its own hash filled in.
 
     Raises:
@@ -310,9 +324,9 @@ def read_manifest(data: bytes, kind: type[ManifestT], source: str) -> ManifestT:
         raw = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise VerificationError(f"{source}: not valid JSON ({error}); copy the folder again from its source") from error
-    if not isinstance(raw, dict) or raw.get("format") != _FORMATS[kind]:
+    if not isinstance(raw, dict) or raw.get("format") != kind.FORMAT:
         found = _shown(raw.get("format") if isinstance(raw, dict) else raw)
-        raise IncompatibleError(f"{source}: format is {found}, expected {_FORMATS[kind]!r}")
+        raise IncompatibleError(f"{source}: format is {found}, expected {kind.FORMAT!r}")
     if raw.get("format_version") != FORMAT_VERSION:
         raise IncompatibleError(
             f"{source}: format version {_shown(raw.get('format_version'))}, this edgetune reads {FORMAT_VERSION}; "

@@ -18,7 +18,7 @@ FOUNDATION: list[set[str]] = [{"errors"}, {"manifest", "config", "storage", "sug
 PARTS = len(FOUNDATION)
 """Layer of data, runtimes, adapter, rope, … and of everything that is not named here."""
 STAGES = PARTS + 1
-STAGE_NAMES = {"prepare", "train", "evaluate", "preview", "export", "generate", "describe", "doctor"}
+STAGE_NAMES = {"prepare", "train", "evaluate", "preview", "export", "generate", "target", "describe", "doctor"}
 CLI = STAGES + 1
 CLI_NAMES = {"cli", "__main__"}
 LEAST_MODULES = 30

@@ -17,7 +17,10 @@ import edgetune
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONSTRAINTS = {"host": ROOT / "requirements" / "host.txt", "device": ROOT / "requirements" / "device.txt"}
+CONSTRAINTS = {
+    "host": ROOT / "requirements" / "host.txt",
+    "device": ROOT / "edgetune" / "target" / "device_requirements.txt",
+}
 
 
 def pins(path: Path) -> dict[str, str]:

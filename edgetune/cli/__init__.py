@@ -36,6 +36,7 @@ VERBS = {
     "eval": Verb("edgetune.cli.eval", "Measure loss and perplexity of the answers."),
     "export": Verb("edgetune.cli.export", "Write a model folder for ONNX Runtime GenAI (host)."),
     "generate": Verb("edgetune.cli.generate", "Let an exported model answer a prompt."),
+    "bundle": Verb("edgetune.cli.bundle", "Lay out what an app ships: for a phone, a browser or a board."),
     "inspect": Verb("edgetune.cli.inspect", "Say what a bundle, adapter or model is, and verify it."),
     "doctor": Verb("edgetune.cli.doctor", "Say what is installed, what is missing, and how to get it."),
 }

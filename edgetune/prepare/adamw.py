@@ -5,13 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from edgetune.adamw import BETA1, BETA2, CLIP_EPSILON, EPSILON
 from edgetune.manifest import Lora
 from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators
-
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-"""torch.optim.AdamW's defaults; ONNX Runtime Training's optimizer is given the same."""
-_CLIP_EPSILON = 1e-6
-"""torch.nn.utils.clip_grad_norm_ adds this to the norm."""
 
 
 def build_adamw(lora: Lora) -> ir.Model:
@@ -114,7 +110,7 @@ def _global_norm(op: Operators, gradients: list[ir.Value]) -> ir.Value:
 
 def _clip_factor(op: Operators, norm: ir.Value, max_norm: ir.Value) -> ir.Value:
     """min(1, max_norm / (norm + 1e-6)), or 1 when max_norm is 0."""
-    factor = op.op("Min", [op.op("Div", [max_norm, op.op("Add", [norm, op.floats(_CLIP_EPSILON)])]), op.floats(1)])
+    factor = op.op("Min", [op.op("Div", [max_norm, op.op("Add", [norm, op.floats(CLIP_EPSILON)])]), op.floats(1)])
     return op.op("Where", [op.op("Greater", [max_norm, op.floats(0)]), factor, op.floats(1)])
 
 

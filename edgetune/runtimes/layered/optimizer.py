@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetune.adamw import CLIP_EPSILON
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes import OptimizerConfig
 
 Array = NDArray[np.float32]
 _SLICE = 1 << 20
 """Elements updated at a time: what lies between the graph's operators stays in the cache."""
-_CLIP_EPSILON = 1e-6
-"""torch.nn.utils.clip_grad_norm_ adds this to the norm."""
 
 
 class FlatAdamW:
@@ -75,7 +74,7 @@ class FlatAdamW:
             "learning_rate": learning_rate,
             "weight_decay": self._config.weight_decay,
             "step": self._steps_done,
-            "clip": min(1.0, most / (norm + _CLIP_EPSILON)) if most else 1.0,
+            "clip": min(1.0, most / (norm + CLIP_EPSILON)) if most else 1.0,
         }
         vectors = {name: np.array([value], dtype=np.float32) for name, value in scalars.items()}
         for start in pieces:

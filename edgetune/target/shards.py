@@ -1,0 +1,90 @@
+"""Cutting the frozen weights into files that a store takes. A tensor never spans two files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetune.errors import VerificationError
+from edgetune.storage import CHUNK
+from edgetune.target.external_data import Span
+
+ALIGNMENT = 64
+"""Bytes: a cache line, and the widest register. Runtimes use mapped weights where they lie."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of weights."""
+
+    name: str
+    places: Mapping[Span, int]
+    """Where each piece of the bundle's files begins in this one."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return max(start + span.length for span, start in self.places.items())
+
+
+def plan_shards(spans: Iterable[Span], limit: int) -> list[Shard]:
+    """Put every byte that a span covers into a file, in the order in which they are stored.
+
+    Args:
+        spans: What the graphs refer to; several may name the same bytes, or overlap.
+        limit: Bytes of a file; a single piece that is larger gets a file of its own.
+    """
+    files: list[dict[Span, int]] = []
+    end = 0
+    for piece in _joined(spans):
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        if not files or start + piece.length > limit:
+            files.append({})
+            start = 0
+        files[-1][piece] = start
+        end = start + piece.length
+    return [Shard(f"weights-{number:02}.bin", places) for number, places in enumerate(files)]
+
+
+def moved(span: Span, shards: Iterable[Shard]) -> Span:
+    """Where the bytes of a span lie now."""
+    for shard in shards:
+        for piece, start in shard.places.items():
+            if piece.file == span.file and piece.offset <= span.offset and span.end <= piece.end:
+                return Span(shard.name, start + span.offset - piece.offset, span.length)
+    raise ValueError(f"{span} is in no file of weights")
+
+
+def write_shard(shard: Shard, source: Path, path: Path) -> None:
+    """Copy the pieces of a shard from the files in `source`.
+
+    Raises:
+        VerificationError: A piece leads out of its file.
+    """
+    with path.open("wb") as target:
+        for piece, start in shard.places.items():
+            target.write(bytes(start - target.tell()))
+            with (source / piece.file).open("rb") as file:
+                file.seek(piece.offset)
+                left = piece.length
+                while left and (data := file.read(min(left, CHUNK))):
+                    target.write(data)
+                    left -= len(data)
+            if left:
+                raise VerificationError(
+                    f"{source / piece.file}: a graph takes bytes {piece.offset:,} to {piece.end:,} from it, which it "
+                    "does not have; make the bundle anew"
+                )
+
+
+def _joined(spans: Iterable[Span]) -> list[Span]:
+    """Spans that share bytes become one."""
+    joined: list[Span] = []
+    for span in sorted(set(spans)):
+        last = joined[-1] if joined else None
+        if last is not None and last.file == span.file and span.offset < last.end:
+            joined[-1] = Span(last.file, last.offset, max(last.end, span.end) - last.offset)
+        else:
+            joined.append(span)
+    return joined
