@@ -23,24 +23,49 @@ export async function openEncoder(target, read) {
   const { file, chat_template } = target.tokenizer;
   const text = async (/** @type {string} */ path) => new TextDecoder().decode(await read(path));
   const template = chat_template === null ? null : new Template(await text(chat_template));
-  return new Encoder(new TokenPlaces(JSON.parse(await text(file))), template, target.tokenizer);
+  return new Encoder(target, new TokenPlaces(JSON.parse(await text(file))), template);
 }
 
+/** Turns rows into token ids and labels. */
 export class Encoder {
   #template;
   #variables;
   #eosTokenId;
+  #maxLength;
 
   /**
+   * @param {Target} target
    * @param {TokenPlaces} tokenizer
    * @param {Template | null} template The model's chat template.
-   * @param {{bos_token: string | null, eos_token: string}} special What the template may name.
    */
-  constructor(tokenizer, template, special) {
+  constructor({ tokenizer: { bos_token, eos_token, eos_token_id }, max_length }, tokenizer, template) {
     this.tokenizer = tokenizer;
     this.#template = template;
-    this.#variables = { eos_token: special.eos_token, ...(special.bos_token && { bos_token: special.bos_token }) };
-    this.#eosTokenId = tokenizer.id(special.eos_token);
+    this.#variables = { eos_token, ...(bos_token === null ? {} : { bos_token }) };
+    this.#eosTokenId = eos_token_id;
+    this.#maxLength = max_length;
+  }
+
+  /**
+   * All rows of a training.
+   *
+   * @param {Row[]} rows
+   * @returns {Example[]}
+   * @throws {Error} Naming every row that cannot be trained on, and why.
+   */
+  encodeAll(rows) {
+    /** @type {string[]} */
+    const problems = rows.length ? [] : ["there are no rows"];
+    const examples = rows.flatMap((row, index) => {
+      try {
+        return [this.encode(row)];
+      } catch (error) {
+        problems.push(`row ${index + 1}: ${error instanceof Error ? error.message : error}`);
+        return [];
+      }
+    });
+    if (problems.length) throw new Error(problems.join("\n"));
+    return examples;
   }
 
   /**
@@ -60,6 +85,9 @@ export class Encoder {
           : this.#encodePlain(row.prompt + row.completion, row.prompt.length);
     if (example.labels.slice(1).every((label) => label === IGNORED)) {
       throw new Error("no token of this row would be trained; give it a longer answer");
+    }
+    if (example.inputIds.length > this.#maxLength) {
+      throw new Error(`this row has ${example.inputIds.length} tokens, at most ${this.#maxLength} are trained; shorten it`);
     }
     return example;
   }

@@ -18,6 +18,7 @@
  * @property {{name: string, sha256: string, weights: string}} base
  * @property {{rope: Rope, sliding_window: number | null, max_position_embeddings: number}} architecture
  * @property {{file: string, chat_template: string | null, bos_token: string | null, eos_token: string,
+ *   eos_token_id: number,
  *   stop_token_ids: number[], pad_token_id: number}} tokenizer
  * @property {Lora} lora
  * @property {number} max_length
@@ -67,12 +68,22 @@ export async function readTarget(bytes) {
  * @throws {Error} They are others.
  */
 export async function verified(target, path, bytes) {
-  const file = target.files.find((candidate) => candidate.path === path);
-  if (!file) throw new Error(`target.json does not list ${path}`);
+  const file = fileOf(target, path);
   if (bytes.length !== file.size || (await sha256(bytes)) !== file.sha256) {
     throw new Error(`${path} is not what target.json says (${bytes.length} of ${file.size} bytes); copy it again`);
   }
   return bytes;
+}
+
+/**
+ * @param {Target} target
+ * @param {string} path
+ * @returns {File}
+ */
+export function fileOf(target, path) {
+  const file = target.files.find((candidate) => candidate.path === path);
+  if (!file) throw new Error(`target.json does not list ${path}`);
+  return file;
 }
 
 /**
@@ -84,6 +95,15 @@ export function graphFile(target, role) {
   const graph = target.graphs.find((candidate) => candidate.role === role);
   if (!graph) throw new Error(`target.json has no graph ${role}`);
   return graph.file;
+}
+
+/**
+ * PEFT's description of the adapter, beside it. It holds for what is trained from the adapter, too.
+ *
+ * @param {Target} target
+ */
+export function configFile(target) {
+  return target.adapter.file.replace(/[^/]*$/, "adapter_config.json");
 }
 
 /**

@@ -24,6 +24,7 @@ const SPACE = "▁";
 export class TokenPlaces {
   #tokenizer;
   #isByteLevel;
+  #trims;
   /** @type {Map<number, AddedToken>} */
   #added;
 
@@ -34,6 +35,8 @@ export class TokenPlaces {
   constructor(json) {
     this.#tokenizer = new Tokenizer(json, {});
     this.#isByteLevel = parts(json.decoder, "decoders").some((part) => part.type === "ByteLevel");
+    const processors = parts(json.post_processor, "processors");
+    this.#trims = processors.some((part) => part.type === "ByteLevel" && part.trim_offsets);
     this.#added = new Map(json.added_tokens.map((/** @type {AddedToken} */ token) => [token.id, token]));
     const kinds = parts(json.normalizer, "normalizers").map((part) => part.type).join();
     if (json.model.type !== "BPE" || kinds !== (this.#isByteLevel ? "" : "Prepend,Replace")) {
@@ -72,7 +75,10 @@ export class TokenPlaces {
       else if (BYTE.test(tokens[index])) reader.skipBytes(1);
       else reader.skipWord(isFirst && tokens[index].startsWith(SPACE) ? tokens[index].slice(1) : tokens[index]);
       isFirst = added !== undefined;
-      return { id, start, end: added ? start + added.content.length : reader.end, isAdded: isFirst };
+      const end = added ? start + added.content.length : reader.end;
+      // As the model's own tokenizer counts: a place may be without the spaces of its token.
+      const [before, after] = this.#trims ? spaces(tokens[index]) : [0, 0];
+      return { id, start: Math.min(start + before, end), end: end - Math.min(after, end - start), isAdded: isFirst };
     });
     if (reader.at !== text.length) throw new Error(`the tokens end at ${reader.at} of ${text.length} characters`);
     return found;
@@ -96,17 +102,6 @@ export class TokenPlaces {
   shown(id) {
     if (this.#isByteLevel) return this.#tokenizer.decode([id], { skip_special_tokens: false });
     return this.#tokenizer.id_to_token(id)?.replaceAll(SPACE, " ") ?? "";
-  }
-
-  /**
-   * @param {string} token
-   * @returns {number}
-   * @throws {Error} There is none.
-   */
-  id(token) {
-    const id = this.#tokenizer.token_to_id(token);
-    if (id === undefined) throw new Error(`tokenizer.json has no token ${token}`);
-    return id;
   }
 }
 
@@ -172,6 +167,15 @@ class Reader {
     if (point === undefined) return 0;
     return point < 0x80 ? 1 : point < 0x800 ? 2 : point < 0x10000 ? 3 : 4;
   }
+}
+
+/**
+ * Spaces at the start and at the end of a byte-level token.
+ *
+ * @param {string} token
+ */
+function spaces(token) {
+  return [token.match(/^[Ġ\s]*/)?.[0].length ?? 0, token.match(/[Ġ\s]*$/)?.[0].length ?? 0];
 }
 
 /**

@@ -14,7 +14,7 @@ import { parseArgs } from "node:util";
 import { build } from "esbuild";
 
 const WEB = fileURLToPath(new URL(".", import.meta.url));
-const PAGE = ["index.html", "style.css", "icon.svg"];
+const PAGE = ["index.html", "style.css", "icon.svg", "offline.js"];
 const RUNTIME = ["ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"];
 
 const { positionals, values } = parseArgs({ allowPositionals: true, options: { rows: { type: "string" } } });

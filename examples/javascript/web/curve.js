@@ -2,11 +2,10 @@
  * The loss, step by step, as a picture.
  */
 
-const WIDTH = 600;
 const HEIGHT = 260;
 const LEFT = 44;
 const RIGHT = 14;
-const TOP = 16;
+const TOP = 26;
 const BOTTOM = 30;
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -20,7 +19,7 @@ export class LossCurve {
   /** @param {SVGSVGElement} svg */
   constructor(svg) {
     this.#svg = svg;
-    this.#draw();
+    new ResizeObserver(() => this.#draw()).observe(svg); // also draws it the first time
   }
 
   /** @param {number} steps Steps of the run that begins. */
@@ -36,21 +35,29 @@ export class LossCurve {
     this.#draw();
   }
 
+  #description() {
+    const { losses } = this;
+    if (!losses.length) return "No training yet";
+    const [first, last] = [losses[0], losses[losses.length - 1]].map((loss) => loss.toFixed(2));
+    return `Loss from ${first} to ${last}, step ${losses.length} of ${this.#steps}`;
+  }
+
   #draw() {
     const { losses } = this;
+    const width = this.#svg.clientWidth;
     const top = ceiling(Math.max(...losses, 0.1));
-    const x = (/** @type {number} */ step) => LEFT + ((step - 1) / Math.max(1, this.#steps - 1)) * (WIDTH - LEFT - RIGHT);
+    const x = (/** @type {number} */ step) => LEFT + ((step - 1) / Math.max(1, this.#steps - 1)) * (width - LEFT - RIGHT);
     const y = (/** @type {number} */ loss) => HEIGHT - BOTTOM - (loss / top) * (HEIGHT - TOP - BOTTOM);
     const parts = [];
     for (let share = 0; share <= 4; share++) {
       const value = (top * share) / 4;
       const classes = share ? "grid" : "axis";
-      parts.push(element("line", { class: classes, x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }));
+      parts.push(element("line", { class: classes, x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) }));
       parts.push(text(String(Number(value.toPrecision(2))), LEFT - 8, y(value) + 4, "end"));
     }
-    parts.push(text("loss", LEFT - 8, TOP - 4, "end"));
+    parts.push(text("loss", LEFT, TOP - 8, "start"));
     parts.push(text("step 1", LEFT, HEIGHT - 8, "start"));
-    parts.push(text(`step ${this.#steps}`, WIDTH - RIGHT, HEIGHT - 8, "end"));
+    parts.push(text(`step ${this.#steps}`, width - RIGHT, HEIGHT - 8, "end"));
     if (losses.length) {
       const points = losses.map((loss, index) => `${x(index + 1).toFixed(1)},${y(loss).toFixed(1)}`);
       const last = { x: x(losses.length), y: y(losses[losses.length - 1]) };
@@ -58,15 +65,13 @@ export class LossCurve {
       parts.push(element("polygon", { class: "area", points: area }));
       parts.push(element("polyline", { class: "line", points: points.join(" ") }));
       parts.push(element("circle", { class: "last", cx: last.x, cy: last.y, r: 5 }));
-      const isFarRight = last.x > WIDTH - 80;
-      const label = text(losses[losses.length - 1].toFixed(3), last.x + (isFarRight ? 0 : 10), last.y - 12, isFarRight ? "end" : "start");
+      const anchor = last.x > width - 80 ? "end" : "middle";
+      const label = text(losses[losses.length - 1].toFixed(3), last.x + (anchor === "end" ? 6 : 0), last.y - 14, anchor);
       label.setAttribute("class", "value");
       parts.push(label);
     }
     this.#svg.replaceChildren(...parts);
-    const first = losses[0]?.toFixed(2);
-    const said = first ? `Loss from ${first} to ${losses[losses.length - 1].toFixed(2)}, step ${losses.length} of ${this.#steps}` : "No training yet";
-    this.#svg.setAttribute("aria-label", said);
+    this.#svg.setAttribute("aria-label", this.#description());
   }
 }
 

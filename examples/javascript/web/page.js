@@ -9,7 +9,8 @@ import { Channel } from "./channel.js";
 import { LossCurve } from "./curve.js";
 import { RowEditor } from "./row-editor.js";
 
-const worker = new Channel(new Worker("worker.js", { type: "module" }));
+/** @type {Channel} */
+let worker;
 const curve = new LossCurve(/** @type {any} */ (document.getElementById("curve")));
 const editor = new RowEditor(find("rows"), () => void refreshTokens());
 
@@ -39,6 +40,18 @@ function complain(error) {
 /** @param {number} bytes */
 function size(bytes) {
   return bytes < 1e6 ? `${(bytes / 1e3).toFixed(0)} kB` : bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
+}
+
+/** From the second visit on, no server is needed: offline.js keeps what was fetched. */
+async function keepForOffline() {
+  if (!navigator.serviceWorker) return;
+  await navigator.serviceWorker.register("offline.js");
+  if (!navigator.serviceWorker.controller) {
+    await new Promise((resolve) => navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
+    // What the page is made of came before anybody kept it.
+    const loaded = performance.getEntriesByType("resource").map((entry) => entry.name);
+    await Promise.all([location.pathname, ...loaded].map((address) => fetch(address)));
+  }
 }
 
 async function open() {
@@ -230,6 +243,9 @@ for (const [name, value] of new URLSearchParams(location.search)) {
 }
 
 try {
+  if (!isSecureContext) throw new Error("A browser verifies files on https pages and on localhost only; open this one there.");
+  await keepForOffline();
+  worker = new Channel(new Worker("worker.js", { type: "module" }));
   await openRows();
   await open();
   setBusy(false);

@@ -9,7 +9,7 @@
 import { createReadStream } from "node:fs";
 import { stat } from "node:fs/promises";
 import { createServer } from "node:http";
-import { extname, join, normalize, sep } from "node:path";
+import { extname, resolve, sep } from "node:path";
 import { parseArgs } from "node:util";
 
 /** @type {Record<string, string>} */
@@ -40,12 +40,25 @@ if (positionals.length !== 1) {
   process.exit(1);
 }
 
+/**
+ * @param {string} url
+ * @returns {string | null} Null: outside of the site.
+ */
+function pathOf(url) {
+  try {
+    const { pathname } = new URL(url, "http://localhost");
+    const path = resolve(root, `.${decodeURIComponent(pathname)}`, pathname.endsWith("/") ? "index.html" : "");
+    return path.startsWith(root + sep) && !path.includes("\0") ? path : null;
+  } catch {
+    return null; // not a URL
+  }
+}
+
+const root = resolve(site);
 const server = createServer(async (request, response) => {
-  const { pathname } = new URL(request.url ?? "/", "http://localhost");
-  // Without its dots, a path cannot leave the folder.
-  const path = join(site, normalize(decodeURIComponent(pathname)), pathname.endsWith("/") ? "index.html" : "");
-  const found = path.startsWith(join(site, sep)) && (await stat(path).catch(() => null));
-  if (!found || !found.isFile()) {
+  const path = pathOf(request.url ?? "/");
+  const found = path === null ? null : await stat(path).catch(() => null);
+  if (path === null || !found?.isFile()) {
     response.writeHead(404).end();
     return;
   }

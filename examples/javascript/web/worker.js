@@ -7,6 +7,7 @@ import { answer } from "../training/answer.js";
 import { IGNORED } from "../training/batch.js";
 import { openEncoder } from "../training/encoder.js";
 import { batches, learningRate } from "../training/schedule.js";
+import { configFile } from "../training/target.js";
 import { Trainer } from "../training/trainer.js";
 import { answerCalls } from "./channel.js";
 import { fetchTarget, openGraphs, threads } from "./environment.js";
@@ -118,7 +119,7 @@ async function answerTo(question, values, progress) {
  */
 async function train({ rows, question, settings }, progress) {
   const { steps, batchSize } = settings;
-  const examples = rows.map((row) => encoder.encode(row));
+  const examples = encoder.encodeAll(rows);
   const trainer = new Trainer(graphs, target, parameters.learnt, {
     weightDecay: target.optimizer.weight_decay,
     maxGradNorm: target.optimizer.max_grad_norm,
@@ -153,7 +154,6 @@ answerCalls({
     await forget(target);
   },
   async adapter() {
-    const config = target.adapter.file.replace(/[^/]*$/, "adapter_config.json");
-    return { weights: writeAdapter(target, parameters.learnt), config: await read(config) };
+    return { weights: writeAdapter(target, parameters.learnt), config: await read(configFile(target)) };
   },
 });
