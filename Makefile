@@ -1,6 +1,7 @@
 # make setup   .venv with everything (host and device), and the side environment with ONNX Runtime Training
 # make test    setup, then every check and test; the device tests in .venv-device, without the host extras
 # make demo    setup, then the main job on a small model that is built on the spot
+# make test-web the JavaScript examples in Node and in a browser; installs npm packages, and as root Debian's Chromium
 # make lint    setup, then ruff and mypy alone
 # make bench   setup, then edgetune and PyTorch + PEFT in one sitting (BENCH="--cases small-best --runs 3"; docs/benchmarks.md)
 
@@ -13,7 +14,7 @@ DEVICE = .venv-device/bin/python
 SOURCES = $(shell find edgetune -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint test test-device test-host demo bench
+.PHONY: help setup lint test test-device test-host test-web web-tools demo bench
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -30,8 +31,14 @@ test: lint test-device test-host
 test-device: .venv-device/installed
 	.venv-device/bin/pytest --confcutdir tests/device tests/device
 
-test-host: setup
+test-host: setup web-tools
 	.venv/bin/pytest -n 2
+
+test-web: setup web-tools
+	.venv/bin/pytest tests/test_javascript.py tests/test_web.py
+
+web-tools:
+	tests/web_tools.sh
 
 demo: setup
 	$(HOST) examples/demo.py

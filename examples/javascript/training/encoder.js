@@ -160,7 +160,10 @@ export class Encoder {
           // What stands between the prompt and the content is the model's to write if it is white space only.
           if (found && !text.slice(prompt.length, found[0]).trim()) span = [prompt.length, found[1]];
         }
-        if (!span) throw new Error(`the chat template changes the content of messages[${index}]`);
+        if (!span) {
+          const isEmpty = !message.content.trim();
+          throw new Error(isEmpty ? "an answer is empty" : `the chat template changes the content of messages[${index}]`);
+        }
         answers.push(span);
       }
       if (span) cursor = span[1];
