@@ -115,9 +115,13 @@ async function refreshTokens() {
 /** @param {boolean} isBusy */
 function setBusy(isBusy) {
   for (const id of ["start", "ask-now", "question", "save", "forget"]) find(id).disabled = isBusy;
+  const wasAtStop = document.activeElement === find("stop");
   find("stop").hidden = !isTraining;
   find("start").hidden = isTraining;
-  document.body.classList.toggle("busy", isBusy);
+  // What was pressed is gone: the keyboard goes on with what stands in its place.
+  if (isTraining) find("stop").focus();
+  else if (wasAtStop) find("start").focus();
+  find("answers").ariaBusy = String(isBusy); // read out whole answers, not every word
 }
 
 async function ask() {
