@@ -2,6 +2,7 @@
 # make test    setup, then every check and test; the device tests in .venv-device, without the host extras
 # make test-arm   setup, then training with the aarch64 wheels under an emulator (Debian's; skipped where there is no apt)
 # make demo    setup, then the main job on a small model that is built on the spot
+# make test-web the JavaScript examples in Node and in a browser; installs npm packages, and as root Debian's Chromium
 # make lint    setup, then ruff and mypy alone
 # make bench   setup, then edgetune and PyTorch + PEFT in one sitting (BENCH="--cases small-best --runs 3"; docs/benchmarks.md)
 
@@ -14,7 +15,7 @@ DEVICE = .venv-device/bin/python
 SOURCES = $(shell find edgetune -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint test test-device test-arm test-host compiler demo bench
+.PHONY: help setup lint test test-device test-arm test-host test-web web-tools compiler demo bench
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -34,12 +35,19 @@ test-device: .venv-device/installed
 test-arm: setup
 	.venv/bin/pytest tests/arm
 
-test-host: setup compiler
+test-host: setup compiler web-tools
 	.venv/bin/pytest -n 2
+
+test-web: setup web-tools
+	.venv/bin/pytest tests/test_javascript.py tests/test_web.py
 
 # The C simulation of FPGA cores; where there is no g++ and no way to get it, its tests are skipped and say so.
 compiler:
 	@command -v g++ > /dev/null || { apt-get update -q && apt-get install -qy g++; } || echo "no g++: see docs/fpga.md"
+
+# Node's packages and a browser for the JavaScript examples.
+web-tools:
+	tests/web_tools.sh
 
 demo: setup
 	$(HOST) examples/demo.py

@@ -56,6 +56,12 @@ TEMPLATES = {
     ),
 }
 
+BARE_TEMPLATES = {
+    name: template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    for name, template in TEMPLATES.items()
+}
+"""As a model has them: only transformers knows the tag that marks answers."""
+
 
 def llama_kind() -> Tokenizer:
     """As Phi-3 has it: `▁` for spaces, bytes for what is unknown, specials that swallow the white space after them."""
@@ -384,6 +390,15 @@ def test_a_token_that_straddles_prompt_and_completion_is_not_trained(model: Mode
     assert len(made.oracle.encode("the answer")) < len(made.oracle.encode("the ans")) + len(made.oracle.encode("wer"))
     example = made.encoder.encode(CompletionRow(1, "the ans", "wer"))
     assert [label for label in example.labels if label != IGNORED] == [made.oracle.eos_token_id]
+
+
+def test_an_answer_ends_with_its_token_where_the_tokenizer_trims_spaces_off() -> None:
+    tokenizer = bytes_kind()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    encoder = Encoder(tokenizer, tokenizer.token_to_id(EOS), ChatTemplate(BARE_TEMPLATES["dense"], None, EOS))
+    example = encoder.encode(ChatRow(1, turns("hello", "yes ")))
+    [run] = trained_runs(example.input_ids, example.labels)
+    assert run[-1] == tokenizer.token_to_id("<|end|>")
 
 
 def test_the_end_of_a_text_is_not_written_twice(model: Models) -> None:

@@ -264,9 +264,12 @@ def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bo
 def _end_of_turn(tokens: Sequence[_Token], starts: Sequence[int], text: str, end: int) -> int:
     """End of the special token that closes an answer; `end` when the next thing after white space is none."""
     if (following := _NO_SPACE.search(text, end)) is not None:
-        index = bisect_left(starts, following.start())
-        if index < len(tokens) and tokens[index].special and tokens[index].start == following.start():
-            return tokens[index].end
+        for token in tokens[bisect_left(starts, following.start()) :]:
+            if token.start != following.start():
+                break
+            # A space before it stands at the same place where the tokenizer trims spaces off.
+            if token.special:
+                return token.end
     return end
 
 
