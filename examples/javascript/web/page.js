@@ -161,10 +161,12 @@ async function train() {
       return show("after", progress.answer);
     }
     curve.add(progress.loss);
-    const left = ((performance.now() - started) / progress.step) * (settings.steps - progress.step);
+    const seconds = (performance.now() - started) / 1000;
+    const left = (seconds / progress.step) * (settings.steps - progress.step);
     find("progress").textContent =
-      `Step ${progress.step} of ${settings.steps}, ${progress.milliseconds.toFixed(0)} ms a step, ` +
-      (progress.step < settings.steps ? `${Math.ceil(left / 1000)} s left` : "done");
+      progress.step < settings.steps
+        ? `Step ${progress.step} of ${settings.steps}, ${progress.milliseconds.toFixed(0)} ms a step, ${Math.ceil(left)} s left`
+        : `${settings.steps} steps in ${seconds.toFixed(0)} s`;
   });
   const done = curve.losses.length;
   show("after", await worker.call("ask", { question, isBase: false }, (growing) => show("after", growing)));
