@@ -44,14 +44,16 @@ function size(bytes) {
 
 /** From the second visit on, no server is needed: offline.js keeps what was fetched. */
 async function keepForOffline() {
-  if (!navigator.serviceWorker) return;
-  await navigator.serviceWorker.register("offline.js");
-  if (!navigator.serviceWorker.controller) {
-    await new Promise((resolve) => navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
-    // What the page is made of came before anybody kept it.
-    const loaded = performance.getEntriesByType("resource").map((entry) => entry.name);
-    await Promise.all([location.pathname, ...loaded].map((address) => fetch(address)));
-  }
+  // Private windows have no service workers.
+  const registration = await navigator.serviceWorker?.register("offline.js").catch(() => null);
+  const first = registration && !registration.active ? (registration.installing ?? registration.waiting) : null;
+  if (!first) return;
+  await new Promise((resolve) => {
+    first.addEventListener("statechange", () => ["activated", "redundant"].includes(first.state) && resolve(null));
+  });
+  // What the page is made of came before anybody kept it.
+  const loaded = performance.getEntriesByType("resource").map((entry) => entry.name);
+  await Promise.all([location.pathname, ...loaded].map((address) => fetch(address)));
 }
 
 async function open() {
@@ -155,7 +157,7 @@ async function train() {
   find("after").textContent = "";
   find("after-heading").textContent = "After";
   show("before", await worker.call("ask", { question, isBase: true }, (growing) => show("before", growing)));
-  await worker.call("train", { rows: editor.rows, question, settings }, (progress) => {
+  const isKept = await worker.call("train", { rows: editor.rows, question, settings }, (progress) => {
     if ("answer" in progress) {
       find("after-heading").textContent = `After ${progress.step} steps`;
       return show("after", progress.answer);
@@ -171,7 +173,9 @@ async function train() {
   const done = curve.losses.length;
   show("after", await worker.call("ask", { question, isBase: false }, (growing) => show("after", growing)));
   find("after-heading").textContent = `After ${done} steps`;
-  say(`Learnt in ${done} steps. Loss ${curve.losses[0].toFixed(3)} → ${curve.losses[done - 1].toFixed(3)}. Kept in this browser.`);
+  const [first, last] = [curve.losses[0], curve.losses[done - 1]].map((loss) => loss.toFixed(3));
+  const kept = isKept ? "Kept in this browser." : "This browser keeps nothing: save the adapter.";
+  say(`Learnt in ${done} steps. Loss ${first} → ${last}. ${kept}`);
 }
 
 /**

@@ -116,6 +116,7 @@ async function answerTo(question, values, progress) {
 /**
  * @param {{rows: Row[], question: string, settings: Settings}} request
  * @param {Progress} progress Hears the loss of every step, and now and then what the answer is by then.
+ * @returns {Promise<boolean>} Whether what was learnt is kept.
  */
 async function train({ rows, question, settings }, progress) {
   const { steps, batchSize } = settings;
@@ -138,7 +139,7 @@ async function train({ rows, question, settings }, progress) {
       progress({ step, answer: await answerTo(question, parameters.learnt, () => {}) });
     }
   }
-  await keep(target, writeAdapter(target, parameters.learnt));
+  return keep(target, writeAdapter(target, parameters.learnt));
 }
 
 answerCalls({
