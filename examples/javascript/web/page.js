@@ -39,7 +39,11 @@ function complain(error) {
 
 /** @param {number} bytes */
 function size(bytes) {
-  return bytes < 1e6 ? `${(bytes / 1e3).toFixed(0)} kB` : bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
+  return bytes < 1e6
+    ? `${(bytes / 1e3).toFixed(0)} kB`
+    : bytes < 1e9
+      ? `${(bytes / 1e6).toFixed(1)} MB`
+      : `${(bytes / 1e9).toFixed(2)} GB`;
 }
 
 /** From the second visit on, no server is needed: offline.js keeps what was fetched. */
@@ -129,7 +133,10 @@ function setBusy(isBusy) {
 async function ask() {
   const question = find("question").value;
   find("before").textContent = find("after").textContent = "";
-  for (const [id, isBase] of /** @type {const} */ ([["before", true], ["after", false]])) {
+  for (const [id, isBase] of /** @type {const} */ ([
+    ["before", true],
+    ["after", false],
+  ])) {
     const text = await worker.call("ask", { question, isBase }, (growing) => show(id, growing));
     show(id, text);
   }
@@ -253,7 +260,8 @@ for (const [name, value] of new URLSearchParams(location.search)) {
 }
 
 try {
-  if (!isSecureContext) throw new Error("A browser verifies files on https pages and on localhost only; open this one there.");
+  if (!isSecureContext)
+    throw new Error("A browser verifies files on https pages and on localhost only; open this one there.");
   await keepForOffline();
   worker = new Channel(new Worker("worker.js", { type: "module" }));
   await openRows();
