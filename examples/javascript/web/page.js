@@ -159,11 +159,11 @@ async function train() {
     shuffle: find("shuffle").checked,
   };
   const question = find("question").value;
-  const started = performance.now();
   curve.start(settings.steps);
   find("after").textContent = "";
   find("after-heading").textContent = "After";
   show("before", await worker.call("ask", { question, isBase: true }, (growing) => show("before", growing)));
+  const started = performance.now();
   const isKept = await worker.call("train", { rows: editor.rows, question, settings }, (progress) => {
     if ("answer" in progress) {
       find("after-heading").textContent = `After ${progress.step} steps`;
@@ -174,10 +174,11 @@ async function train() {
     const left = (seconds / progress.step) * (settings.steps - progress.step);
     find("progress").textContent =
       progress.step < settings.steps
-        ? `Step ${progress.step} of ${settings.steps}, ${progress.milliseconds.toFixed(0)} ms a step, ${Math.ceil(left)} s left`
+        ? `Step ${progress.step} of ${settings.steps}, ${Math.ceil(left)} s left`
         : `${settings.steps} steps in ${seconds.toFixed(0)} s`;
   });
   const done = curve.losses.length;
+  if (!done) return say("Stopped before the first step.");
   show("after", await worker.call("ask", { question, isBase: false }, (growing) => show("after", growing)));
   find("after-heading").textContent = `After ${done} steps`;
   const [first, last] = [curve.losses[0], curve.losses[done - 1]].map((loss) => loss.toFixed(3));
