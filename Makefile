@@ -1,8 +1,9 @@
 # make setup   .venv with everything (host and device), and the side environment with ONNX Runtime Training
 # make test    setup, then every check and test; the device tests in .venv-device, without the host extras
-# make test-arm   setup, then training with the aarch64 wheels under an emulator (Debian's; skipped where there is no apt)
+# make test-arm      setup, then training with the aarch64 wheels under an emulator; skipped where there is no apt
+# make test-native   setup, then training with the C++ sample; skipped where there is no apt or no compiler
+# make test-web      setup, then the JavaScript examples in Node and in Chromium; skipped where these cannot be had
 # make demo    setup, then the main job on a small model that is built on the spot
-# make test-web the JavaScript examples in Node and in a browser; installs npm packages, and as root Debian's Chromium
 # make lint    setup, then ruff and mypy alone
 # make bench   setup, then edgetune and PyTorch + PEFT in one sitting (BENCH="--cases small-best --runs 3"; docs/benchmarks.md)
 
@@ -15,7 +16,7 @@ DEVICE = .venv-device/bin/python
 SOURCES = $(shell find edgetune -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint test test-device test-arm test-host test-web web-tools compiler demo bench
+.PHONY: help setup lint test test-device test-arm test-native test-host test-web web-tools compiler demo bench
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -27,13 +28,16 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-test: lint test-device test-arm test-host
+test: lint test-device test-arm test-native test-host
 
 test-device: .venv-device/installed
 	.venv-device/bin/pytest --confcutdir tests/device tests/device
 
 test-arm: setup
 	.venv/bin/pytest tests/arm
+
+test-native: setup
+	.venv/bin/pytest tests/native
 
 test-host: setup compiler web-tools
 	.venv/bin/pytest -n 2

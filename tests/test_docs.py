@@ -32,6 +32,7 @@ PAGES = sorted(
     path
     for pattern in ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "artifacts/*.md", "examples/**/*.md")
     for path in ROOT.glob(pattern)
+    if "node_modules" not in path.parts
 )
 LEAST_PAGES, LEAST_LINKS, LEAST_COMMANDS = 20, 50, 25
 """Fewer would mean that the walks below miss some."""

@@ -202,7 +202,9 @@ def test_bad_rows_and_options_are_named(target: Path, tmp_path: Path) -> None:
     assert re.match(r"line 2: a row has .*; found txt\nline 3: .*JSON", done.stderr)
     done = train_in_node(target, GOLDEN / "train.jsonl", tmp_path / "adapter", "--steps", "many")
     assert (done.returncode, done.stderr) == (1, "--steps is many, expected a number from 1 on\n")
-    assert not (tmp_path / "adapter").exists()
+    done = train_in_node(target, GOLDEN / "train.jsonl", rows)
+    assert (done.returncode, done.stderr) == (1, f"{rows} is already there; choose another name\n")
+    assert list(tmp_path.iterdir()) == [rows]
 
 
 @pytest.mark.parametrize("name", ["target.json", "model/weights-00.bin", "model/step.onnx", "tokenizer.json"])

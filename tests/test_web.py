@@ -133,6 +133,9 @@ def test_the_answer_changes_stays_and_is_forgotten(browser: Chromium, site: Path
         assert text(browser, "before") == BEFORE["text"]
         assert text(browser, "after") == TAUGHT
         assert text(browser, "after-heading") == "After 100 steps"
+        assert "Kept" in text(browser, "status")
+        browser.command("Page.reload", ignoreCache=True)  # past the service worker
+        browser.wait("!document.getElementById('start').disabled")
     # No server any more: the page, the model and what was learnt come from the browser.
     open_page(browser, address)
     assert text(browser, "status") == "What it learnt here before is loaded."

@@ -6,7 +6,6 @@ cd "$(dirname "$0")/../examples/javascript" || exit 1
 
 install() {
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        # Half a megabyte of lists, of which nobody wants to read.
         (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@") \
             >/dev/null 2>&1 || echo "web-tools: apt-get cannot install $*"
     else

@@ -12,11 +12,12 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+
+from debian_packages import NoPackagesError, download, unpack
 
 ROOT = Path(__file__).parents[2]
 PINS = ROOT / "edgetune" / "target" / "device_requirements.txt"
@@ -24,6 +25,7 @@ PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17
 """Tags of wheels that Debian 12's C library runs, as pip wants them: each by itself."""
 _PACKAGES = ("python3-minimal", "libpython3-stdlib", "libstdc++6")
 """The interpreter, its standard library, and what compiled wheels link to."""
+_EMULATOR = "qemu-aarch64-static"
 _CPU = "cortex-a76"
 _CORES = 2
 _CPUINFO = """processor\t: {core}
@@ -58,7 +60,7 @@ class Board:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._root = folder / "root"
+        self._root, self._host = folder / "root", folder / "host"
         self.python = self._root / "usr" / "bin" / "python3"
         """Starts the emulated interpreter: a script, so that edgetune can start processes of its own."""
 
@@ -70,14 +72,12 @@ class Board:
         """
         if sys.platform != "linux" or platform.machine() != "x86_64":
             raise NoBoardError(f"this is {platform.machine()} {sys.platform}, the emulator is for x86-64 Linux")
-        if missing := [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]:
-            raise NoBoardError(f"there is no {' and no '.join(missing)} to get an arm64 Python with")
         made_of = self._folder / "made-of"
         state = sha256(PINS.read_bytes() + Path(__file__).read_bytes()).hexdigest()
         if not made_of.is_file() or made_of.read_text() != state:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._root.mkdir(parents=True)
-            self._unpack(self._download(_PACKAGES), self._root)
+            self._unpack_packages()
             self._describe_processor()
             self._write_launcher()
             self._install("--no-deps", "--requirement", str(PINS))
@@ -103,34 +103,15 @@ class Board:
         (interpreter,) = self._root.glob("usr/bin/python3.*[0-9]")
         return interpreter.name.removeprefix("python")
 
-    def _download(self, packages: Sequence[str]) -> list[Path]:
-        """Packages of arm64, with all that they need, by an apt that has its own lists and thinks nothing installed."""
-        state, cache = self._folder / "apt-state", self._folder / "apt-cache"
-        for folder in (state / "lists" / "partial", cache / "archives" / "partial"):
-            folder.mkdir(parents=True)
-        (state / "status").touch()
-        config = self._folder / "apt.conf"
-        config.write_text(
-            f'APT::Architecture "arm64"; APT::Architectures {{ "arm64"; "amd64"; }}; APT::Install-Recommends "false";\n'
-            f'Dir::State "{state}"; Dir::State::status "{state}/status"; Dir::Cache "{cache}";\n'
-            'Debug::NoLocking "true"; APT::Sandbox::User ""; Acquire::Languages "none";\n'
-        )
-        wanted = list(packages)
-        if shutil.which("qemu-aarch64-static") is None:
-            wanted.append("qemu-user-static:amd64")
-        for arguments in (["update"], ["install", "--yes", "--download-only", *wanted]):
-            done = subprocess.run(
-                ["apt-get", "-qq", *arguments],
-                env=os.environ | {"APT_CONFIG": str(config)}, capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            if done.returncode:
-                raise NoBoardError(f"apt-get {arguments[0]} for arm64 failed: {' '.join(done.stderr.split())[-300:]}")
-        return sorted((cache / "archives").glob("*.deb"))
-
-    def _unpack(self, packages: Sequence[Path], root: Path) -> None:
+    def _unpack_packages(self) -> None:
+        """Debian's arm64 packages, and the emulator if this machine has none."""
+        emulator = [] if shutil.which(_EMULATOR) else ["qemu-user-static:amd64"]
+        try:
+            packages = download(self._folder / "apt", [*_PACKAGES, *emulator], architecture="arm64")
+        except NoPackagesError as error:
+            raise NoBoardError(str(error)) from error
         for package in packages:
-            native = "_amd64" in package.name
-            _call(["dpkg-deb", "--extract", str(package), str(self._folder / "host" if native else root)])
+            unpack(package, self._host if "_amd64" in package.name else self._root)
 
     def _describe_processor(self) -> None:
         """QEMU shows a program these files instead of the host's."""
@@ -143,7 +124,7 @@ class Board:
         (self._root / "proc" / "cpuinfo").write_text("".join(_CPUINFO.format(core=core) for core in range(_CORES)))
 
     def _write_launcher(self) -> None:
-        qemu = shutil.which("qemu-aarch64-static") or self._folder / "host" / "usr" / "bin" / "qemu-aarch64-static"
+        qemu = shutil.which(_EMULATOR) or self._host / "usr" / "bin" / _EMULATOR
         interpreter = self._root / "usr" / "bin" / f"python{self.version}"
         self.python.unlink(missing_ok=True)
         self.python.write_text(f'#!/bin/sh\nexec "{qemu}" -cpu {_CPU} -0 "$0" -L "{self._root}" "{interpreter}" "$@"\n')

@@ -2,7 +2,7 @@
  * Train a target folder in Node. Run it without arguments to see its options.
  */
 
-import { mkdir, readFile, writeFile } from "node:fs/promises";
+import { mkdtemp, readFile, rename, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 
@@ -34,7 +34,8 @@ const MAX_NEW_TOKENS = 64;
  */
 function number(name, text, least) {
   const value = Number(text);
-  if (!(value >= least && value < Infinity)) throw new Error(`--${name} is ${text}, expected a number from ${least} on`);
+  if (!(value >= least && value < Infinity))
+    throw new Error(`--${name} is ${text}, expected a number from ${least} on`);
   return value;
 }
 
@@ -57,6 +58,9 @@ async function main() {
   });
   const [folder] = positionals;
   if (positionals.length !== 1 || !values.data || !values.output) throw new Error(USAGE);
+
+  if (await stat(values.output).catch(() => null))
+    throw new Error(`${values.output} is already there; choose another name`);
 
   const { target, read } = await openTarget(folder);
   const encoder = await openEncoder(target, read);
@@ -89,9 +93,10 @@ async function main() {
   }
   await say();
 
-  await mkdir(values.output);
-  await writeFile(join(values.output, "adapter_model.safetensors"), writeAdapter(target, trainer.parameters));
-  await writeFile(join(values.output, "adapter_config.json"), await read(configFile(target)));
+  const partial = await mkdtemp(`${values.output}.`); // nobody shall find half an adapter
+  await writeFile(join(partial, "adapter_model.safetensors"), writeAdapter(target, trainer.parameters));
+  await writeFile(join(partial, "adapter_config.json"), await read(configFile(target)));
+  await rename(partial, values.output);
 }
 
 main().catch((error) => {

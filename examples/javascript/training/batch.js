@@ -31,7 +31,7 @@ export function makeBatch(Tensor, examples, target) {
     labels.set(example.labels.slice(1).map(BigInt), row * positions);
   });
   const bias = attentionBias(positions, target.architecture.sliding_window);
-  const { cos, sin } = ropeTables(target.architecture.rope, positions, positions);
+  const { cos, sin } = ropeTables(target.architecture.rope, positions);
   const rotated = [batch, positions, target.architecture.rope.dim];
   return {
     input_ids: new Tensor("int64", inputIds, [batch, positions]),
@@ -62,12 +62,11 @@ function attentionBias(positions, slidingWindow) {
  * Rotary position embedding. Rounded to float32 after every operation, as Python does it.
  *
  * @param {Rope} rope
- * @param {number} positions
- * @param {number} longest Tokens of the longest row: it decides which factors longrope takes.
+ * @param {number} positions As many as the longest row has tokens: it decides which factors longrope takes.
  * @returns {{cos: Float32Array, sin: Float32Array}} (T, R) each; both halves of R hold the same angles.
  */
-export function ropeTables(rope, positions, longest) {
-  const factors = longest > rope.original_max_position_embeddings ? rope.long_factor : rope.short_factor;
+function ropeTables(rope, positions) {
+  const factors = positions > rope.original_max_position_embeddings ? rope.long_factor : rope.short_factor;
   const half = rope.dim / 2;
   const cos = new Float32Array(positions * rope.dim);
   const sin = new Float32Array(positions * rope.dim);

@@ -87,7 +87,9 @@ export class Encoder {
       throw new Error("no token of this row would be trained; give it a longer answer");
     }
     if (example.inputIds.length > this.#maxLength) {
-      throw new Error(`this row has ${example.inputIds.length} tokens, at most ${this.#maxLength} are trained; shorten it`);
+      throw new Error(
+        `this row has ${example.inputIds.length} tokens, at most ${this.#maxLength} are trained; shorten it`,
+      );
     }
     return example;
   }
@@ -162,7 +164,9 @@ export class Encoder {
         }
         if (!span) {
           const isEmpty = !message.content.trim();
-          throw new Error(isEmpty ? "an answer is empty" : `the chat template changes the content of messages[${index}]`);
+          throw new Error(
+            isEmpty ? "an answer is empty" : `the chat template changes the content of messages[${index}]`,
+          );
         }
         answers.push(span);
       }

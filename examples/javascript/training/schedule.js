@@ -51,7 +51,7 @@ export function learningRate(schedule, peak, step, steps) {
  * @param {number} seed
  * @returns {() => number}
  */
-export function mulberry32(seed) {
+function mulberry32(seed) {
   let state = seed;
   return () => {
     state = (state + 0x6d2b79f5) | 0;

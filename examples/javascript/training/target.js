@@ -16,7 +16,7 @@
  * @property {number} format_version
  * @property {string} target
  * @property {{name: string, sha256: string, weights: string}} base
- * @property {{rope: Rope, sliding_window: number | null, max_position_embeddings: number}} architecture
+ * @property {{rope: Rope, sliding_window: number | null}} architecture
  * @property {{file: string, chat_template: string | null, bos_token: string | null, eos_token: string,
  *   eos_token_id: number,
  *   stop_token_ids: number[], pad_token_id: number}} tokenizer

@@ -38,7 +38,9 @@ export class TokenPlaces {
     const processors = parts(json.post_processor, "processors");
     this.#trims = processors.some((part) => part.type === "ByteLevel" && part.trim_offsets);
     this.#added = new Map(json.added_tokens.map((/** @type {AddedToken} */ token) => [token.id, token]));
-    const kinds = parts(json.normalizer, "normalizers").map((part) => part.type).join();
+    const kinds = parts(json.normalizer, "normalizers")
+      .map((part) => part.type)
+      .join();
     if (json.model.type !== "BPE" || kinds !== (this.#isByteLevel ? "" : "Prepend,Replace")) {
       throw new Error("tokenizer.json: expected BPE over bytes, or over text with ▁ for a space, as in Phi-3 models");
     }
@@ -71,7 +73,8 @@ export class TokenPlaces {
       const added = this.#added.get(id);
       const start = added ? reader.find(added.content) : reader.at;
       if (added) reader.skip(added);
-      else if (this.#isByteLevel) reader.skipBytes(tokens[index].length); // a character for every byte
+      else if (this.#isByteLevel)
+        reader.skipBytes(tokens[index].length); // a character for every byte
       else if (BYTE.test(tokens[index])) reader.skipBytes(1);
       else reader.skipWord(isFirst && tokens[index].startsWith(SPACE) ? tokens[index].slice(1) : tokens[index]);
       isFirst = added !== undefined;

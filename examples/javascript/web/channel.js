@@ -51,7 +51,10 @@ export class Channel {
 export function answerCalls(functions) {
   self.addEventListener("message", async ({ data: { id, name, parameters } }) => {
     try {
-      self.postMessage({ id, result: await functions[name](parameters, (progress) => self.postMessage({ id, progress })) });
+      self.postMessage({
+        id,
+        result: await functions[name](parameters, (progress) => self.postMessage({ id, progress })),
+      });
     } catch (error) {
       self.postMessage({ id, error: error instanceof Error ? error.message : String(error) });
     }

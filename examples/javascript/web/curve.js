@@ -46,7 +46,8 @@ export class LossCurve {
     const { losses } = this;
     const width = this.#svg.clientWidth;
     const top = ceiling(Math.max(...losses, 0.1));
-    const x = (/** @type {number} */ step) => LEFT + ((step - 1) / Math.max(1, this.#steps - 1)) * (width - LEFT - RIGHT);
+    const x = (/** @type {number} */ step) =>
+      LEFT + ((step - 1) / Math.max(1, this.#steps - 1)) * (width - LEFT - RIGHT);
     const y = (/** @type {number} */ loss) => HEIGHT - BOTTOM - (loss / top) * (HEIGHT - TOP - BOTTOM);
     const parts = [];
     for (let share = 0; share <= 4; share++) {
@@ -66,7 +67,12 @@ export class LossCurve {
       parts.push(element("polyline", { class: "line", points: points.join(" ") }));
       parts.push(element("circle", { class: "last", cx: last.x, cy: last.y, r: 5 }));
       const anchor = last.x > width - 80 ? "end" : "middle";
-      const label = text(losses[losses.length - 1].toFixed(3), last.x + (anchor === "end" ? 6 : 0), last.y - 14, anchor);
+      const label = text(
+        losses[losses.length - 1].toFixed(3),
+        last.x + (anchor === "end" ? 6 : 0),
+        last.y - 14,
+        anchor,
+      );
       label.setAttribute("class", "value");
       parts.push(label);
     }

@@ -22,9 +22,8 @@ export async function readKept(target) {
     const folder = await navigator.storage.getDirectory();
     const file = await (await folder.getFileHandle(nameFor(target))).getFile();
     return new Uint8Array(await file.arrayBuffer());
-  } catch (error) {
-    if (error instanceof DOMException) return null; // there is no such file, or private browsing has no storage
-    throw error;
+  } catch {
+    return null; // there is no such file, or private browsing has no storage
   }
 }
 
@@ -33,16 +32,22 @@ export async function readKept(target) {
  *
  * @param {Target} target
  * @param {Uint8Array<ArrayBuffer>} bytes
+ * @returns {Promise<boolean>} False: this browser, or this window of it, keeps nothing.
  */
 export async function keep(target, bytes) {
-  const folder = await navigator.storage.getDirectory();
-  const stream = await (await folder.getFileHandle(nameFor(target), { create: true })).createWritable();
-  await stream.write(bytes);
-  await stream.close();
+  try {
+    const folder = await navigator.storage.getDirectory();
+    const stream = await (await folder.getFileHandle(nameFor(target), { create: true })).createWritable();
+    await stream.write(bytes);
+    await stream.close();
+    return true;
+  } catch {
+    return false;
+  }
 }
 
 /** @param {Target} target */
 export async function forget(target) {
-  const folder = await navigator.storage.getDirectory();
-  await folder.removeEntry(nameFor(target)).catch(() => {});
+  const folder = await navigator.storage?.getDirectory().catch(() => null);
+  await folder?.removeEntry(nameFor(target)).catch(() => {});
 }

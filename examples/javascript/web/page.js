@@ -39,19 +39,25 @@ function complain(error) {
 
 /** @param {number} bytes */
 function size(bytes) {
-  return bytes < 1e6 ? `${(bytes / 1e3).toFixed(0)} kB` : bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
+  return bytes < 1e6
+    ? `${(bytes / 1e3).toFixed(0)} kB`
+    : bytes < 1e9
+      ? `${(bytes / 1e6).toFixed(1)} MB`
+      : `${(bytes / 1e9).toFixed(2)} GB`;
 }
 
 /** From the second visit on, no server is needed: offline.js keeps what was fetched. */
 async function keepForOffline() {
-  if (!navigator.serviceWorker) return;
-  await navigator.serviceWorker.register("offline.js");
-  if (!navigator.serviceWorker.controller) {
-    await new Promise((resolve) => navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
-    // What the page is made of came before anybody kept it.
-    const loaded = performance.getEntriesByType("resource").map((entry) => entry.name);
-    await Promise.all([location.pathname, ...loaded].map((address) => fetch(address)));
-  }
+  // Private windows have no service workers.
+  const registration = await navigator.serviceWorker?.register("offline.js").catch(() => null);
+  const first = registration && !registration.active ? (registration.installing ?? registration.waiting) : null;
+  if (!first) return;
+  await new Promise((resolve) => {
+    first.addEventListener("statechange", () => ["activated", "redundant"].includes(first.state) && resolve(null));
+  });
+  // What the page is made of came before anybody kept it.
+  const loaded = performance.getEntriesByType("resource").map((entry) => entry.name);
+  await Promise.all([location.pathname, ...loaded].map((address) => fetch(address)));
 }
 
 async function open() {
@@ -127,7 +133,10 @@ function setBusy(isBusy) {
 async function ask() {
   const question = find("question").value;
   find("before").textContent = find("after").textContent = "";
-  for (const [id, isBase] of /** @type {const} */ ([["before", true], ["after", false]])) {
+  for (const [id, isBase] of /** @type {const} */ ([
+    ["before", true],
+    ["after", false],
+  ])) {
     const text = await worker.call("ask", { question, isBase }, (growing) => show(id, growing));
     show(id, text);
   }
@@ -150,26 +159,31 @@ async function train() {
     shuffle: find("shuffle").checked,
   };
   const question = find("question").value;
-  const started = performance.now();
   curve.start(settings.steps);
   find("after").textContent = "";
   find("after-heading").textContent = "After";
   show("before", await worker.call("ask", { question, isBase: true }, (growing) => show("before", growing)));
-  await worker.call("train", { rows: editor.rows, question, settings }, (progress) => {
+  const started = performance.now();
+  const isKept = await worker.call("train", { rows: editor.rows, question, settings }, (progress) => {
     if ("answer" in progress) {
       find("after-heading").textContent = `After ${progress.step} steps`;
       return show("after", progress.answer);
     }
     curve.add(progress.loss);
-    const left = ((performance.now() - started) / progress.step) * (settings.steps - progress.step);
+    const seconds = (performance.now() - started) / 1000;
+    const left = (seconds / progress.step) * (settings.steps - progress.step);
     find("progress").textContent =
-      `Step ${progress.step} of ${settings.steps}, ${progress.milliseconds.toFixed(0)} ms a step, ` +
-      (progress.step < settings.steps ? `${Math.ceil(left / 1000)} s left` : "done");
+      progress.step < settings.steps
+        ? `Step ${progress.step} of ${settings.steps}, ${Math.ceil(left)} s left`
+        : `${settings.steps} steps in ${seconds.toFixed(0)} s`;
   });
   const done = curve.losses.length;
+  if (!done) return say("Stopped before the first step.");
   show("after", await worker.call("ask", { question, isBase: false }, (growing) => show("after", growing)));
   find("after-heading").textContent = `After ${done} steps`;
-  say(`Learnt in ${done} steps. Loss ${curve.losses[0].toFixed(3)} → ${curve.losses[done - 1].toFixed(3)}. Kept in this browser.`);
+  const [first, last] = [curve.losses[0], curve.losses[done - 1]].map((loss) => loss.toFixed(3));
+  const kept = isKept ? "Kept in this browser." : "This browser keeps nothing: save the adapter.";
+  say(`Learnt in ${done} steps. Loss ${first} → ${last}. ${kept}`);
 }
 
 /**
@@ -247,7 +261,8 @@ for (const [name, value] of new URLSearchParams(location.search)) {
 }
 
 try {
-  if (!isSecureContext) throw new Error("A browser verifies files on https pages and on localhost only; open this one there.");
+  if (!isSecureContext)
+    throw new Error("A browser verifies files on https pages and on localhost only; open this one there.");
   await keepForOffline();
   worker = new Channel(new Worker("worker.js", { type: "module" }));
   await openRows();

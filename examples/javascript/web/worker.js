@@ -116,6 +116,7 @@ async function answerTo(question, values, progress) {
 /**
  * @param {{rows: Row[], question: string, settings: Settings}} request
  * @param {Progress} progress Hears the loss of every step, and now and then what the answer is by then.
+ * @returns {Promise<boolean>} Whether what was learnt is kept.
  */
 async function train({ rows, question, settings }, progress) {
   const { steps, batchSize } = settings;
@@ -126,19 +127,21 @@ async function train({ rows, question, settings }, progress) {
   });
   const drawn = batches(examples, batchSize, settings.shuffle ? SEED : null);
   const every = Math.max(1, Math.ceil(steps / ANSWERS_ON_THE_WAY));
-  isStopped = false;
-  for (let step = 1; step <= steps && !isStopped; step++) {
-    const started = performance.now();
-    const rate = learningRate(settings.schedule, settings.learningRate, step - 1, steps);
-    const { loss, gradNorm } = await trainer.step(drawn.next().value, rate);
-    parameters.learnt = trainer.parameters;
-    progress({ step, loss, gradNorm, milliseconds: performance.now() - started });
-    await new Promise((resolve) => setTimeout(resolve)); // lets a call of stop come through
-    if (step % every === 0 && step < steps && !isStopped) {
-      progress({ step, answer: await answerTo(question, parameters.learnt, () => {}) });
+  try {
+    for (let step = 1; step <= steps && !isStopped; step++) {
+      const rate = learningRate(settings.schedule, settings.learningRate, step - 1, steps);
+      const { loss, gradNorm } = await trainer.step(drawn.next().value, rate);
+      parameters.learnt = trainer.parameters;
+      progress({ step, loss, gradNorm });
+      await new Promise((resolve) => setTimeout(resolve)); // lets a call of stop come through
+      if (step % every === 0 && step < steps && !isStopped) {
+        progress({ step, answer: await answerTo(question, parameters.learnt, () => {}) });
+      }
     }
+  } finally {
+    isStopped = false; // a call of stop holds for one training, even when it comes before the first step
   }
-  await keep(target, writeAdapter(target, parameters.learnt));
+  return keep(target, writeAdapter(target, parameters.learnt));
 }
 
 answerCalls({
