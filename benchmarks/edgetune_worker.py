@@ -43,7 +43,9 @@ def choose_for(contestant: Edgetune, bundle: Bundle, room: Room) -> Choice:
         plan=cast(PlanName, contestant.plan or "auto"),
         memory_budget=contestant.memory_budget,
     )
-    return choose(bundle.manifest, config, Work(room.positions, room.scores), lambda notice: print(notice, file=sys.stderr))
+    return choose(
+        bundle.manifest, config, Work(room.positions, room.scores), lambda notice: print(notice, file=sys.stderr)
+    )
 
 
 @contextmanager
