@@ -97,7 +97,7 @@ def test_flash_is_the_files_and_what_is_written(bundle: Bundle, tmp_path: Path) 
     assert done.exit_code == 0, done.output
     written = sum(path.stat().st_size for path in output.iterdir())
     assert written <= found["flash"]["adapter"] <= written + 50_000
-    small = board(tmp_path, "2GB").replace("", "")
+    small = board(tmp_path, "2GB")
     text = Path(small).read_text().replace("[runtime]", 'flash = { value = "10kB", source = "x" }\n\n[runtime]', 1)
     Path(small).write_text(text)
     refused = run("plan", bundle.path, "--device", small, "--length", "16")
@@ -161,7 +161,8 @@ def test_train_holds_to_the_device(bundle: Bundle, tmp_path: Path) -> None:
     assert wrong.exit_code == 4 and "my-board runs onnxruntime, not --runtime openvino" in wrong.output
     limited = CPU.replace(
         "[[limits.notes]]",
-        '[limits]\nlargest-batch = { value = 2, source = "x" }\nlongest-row = { value = 8, source = "x" }\n\n[[limits.notes]]',
+        '[limits]\nlargest-batch = { value = 2, source = "x" }\n'
+        'longest-row = { value = 8, source = "x" }\n\n[[limits.notes]]',
     )
     both = train(board(tmp_path, "2GB", limited))
     assert both.exit_code == 6
