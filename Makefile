@@ -13,7 +13,7 @@ PYTHON ?= $(firstword $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/n
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 HOST = .venv/bin/python
 DEVICE = .venv-device/bin/python
-SOURCES = $(shell find edgetune -type f -not -name '*.pyc')
+SOURCES = $(shell find edgetune devices -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL = help
 .PHONY: help setup lint test test-device test-arm test-native test-host test-web web-tools compiler demo bench

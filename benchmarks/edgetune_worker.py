@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -43,7 +43,9 @@ def choose_for(contestant: Edgetune, bundle: Bundle, room: Room) -> Choice:
         plan=cast(PlanName, contestant.plan or "auto"),
         memory_budget=contestant.memory_budget,
     )
-    return choose(bundle.manifest, config, Work(room.positions, room.scores), lambda notice: print(notice, file=sys.stderr))
+    return choose(
+        bundle.manifest, config, Work(room.positions, room.scores), lambda notice: print(notice, file=sys.stderr)
+    )
 
 
 @contextmanager
@@ -71,14 +73,15 @@ def measure_edgetune(experiment: Training, contestant: Edgetune, folder: Path) -
     return found if predicted is None else {**found, "predicted_peak": float(predicted)}
 
 
-def step_once(contestant: Edgetune, workload: Workload, folder: Path, plan: ExecutionPlan) -> None:
-    """Run one step by this very plan."""
+def steps_once(contestant: Edgetune, workloads: Sequence[Workload], folder: Path, plan: ExecutionPlan) -> None:
+    """Run one step of each workload by this very plan."""
     bundle = open_bundle(folder)
-    batch, _ = _batch(bundle, workload)
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
     runtime = find_runtime(contestant.runtime)
     with runtime.open_session(bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM), plan) as session:
-        session.step([batch], LEARNING_RATE)
+        for workload in workloads:
+            batch, _ = _batch(bundle, workload)
+            session.step([batch], LEARNING_RATE)
 
 
 def measure_cosine(experiment: GradientCosine, folders: Mapping[Edgetune, Path]) -> dict[str, float]:

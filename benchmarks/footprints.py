@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.cache import Cache
-from benchmarks.edgetune_worker import step_once
+from benchmarks.edgetune_worker import steps_once
 from benchmarks.experiments import Edgetune, Training, Workload
 from benchmarks.models import FULL, SMALL, with_layers
 from benchmarks.process import run_watched
@@ -29,8 +29,13 @@ from edgetune.footprint import Footprint, Sizes, Work, peak_memory
 from edgetune.manifest import BundleManifest
 from edgetune.runtimes import find_runtime
 
-CONSTANTS = ("base", "attention_states", "attention_scores", "mlp_states", "hidden_states", "graph_weights", "logits")
+CONSTANTS = (
+    *("base", "attention_states", "attention_scores", "mlp_states", "hidden_states", "graph_weights", "logits"),
+    "shape",
+)
 """What is fitted; all else of a `Footprint` is known."""
+_LARGE = ("base", "shape")
+"""Those that are whole megabytes."""
 WIDE = with_layers(FULL, 4)
 _STREAM = ExecutionPlan("layered", resident=False, head_rows=1024)
 _PIECES = replace(_STREAM, head_rows=2595, head_tokens=3232)
@@ -42,11 +47,14 @@ GRID: tuple[tuple[Workload, ExecutionPlan], ...] = (
     (Workload(SMALL, 8, 256), _STREAM),
     (Workload(SMALL, 4, 256), replace(_STREAM, head_tokens=1024)),
     (Workload(SMALL, 4, 256), replace(_STREAM, kept_layers=6, resident=True)),
+    (Workload(SMALL, 4, 256), replace(_STREAM, kept_layers=12, resident=True)),
     (Workload(WIDE, 1, 128), _PIECES),
     (Workload(WIDE, 1, 512), _PIECES),
     (Workload(WIDE, 4, 128), _PIECES),
     (Workload(WIDE, 1, 256), replace(_STREAM, head_rows=261)),
 )
+OTHERS: tuple[tuple[int, int], ...] = ((1, 32), (2, 32), (3, 32))
+"""Rows and lengths of more batches after the first: every workload is measured without and with them."""
 _ROUNDS = 30
 
 
@@ -64,14 +72,17 @@ class Sample:
         return peak_memory(Sizes(self.manifest), footprint, self.work, self.plan)
 
 
-def measure(runtime: str, cache: Cache, workload: Workload, plan: ExecutionPlan) -> Sample:
-    """Run a step in a process of its own."""
+def measure(
+    runtime: str, cache: Cache, workload: Workload, plan: ExecutionPlan, others: Sequence[tuple[int, int]]
+) -> Sample:
+    """Run a step, and one of each other shape, in a process of its own."""
     cache.make_bundle(workload.model, "int4", print)
     folder = cache.bundle(workload.model, "int4")
     training = write_experiment(Training(Edgetune(runtime), workload, steps=0))
-    task = json.dumps([training, str(folder), asdict(plan)])
+    task = json.dumps([training, str(folder), asdict(plan), others])
     finished = run_watched([sys.executable, "-m", "benchmarks.footprints", "--task", task])
-    work = Work(workload.tokens, workload.tokens * workload.length)
+    sizes = tuple((rows * length, rows * length**2) for rows, length in others)
+    work = Work(workload.tokens, workload.tokens * workload.length, sizes)
     return Sample(open_bundle(folder).manifest, work, plan, finished.memory.resident)
 
 
@@ -84,7 +95,7 @@ def fit(samples: Sequence[Sample], start: Footprint) -> Footprint:
     peaks = np.array([sample.peak for sample in samples], dtype=float)
     for _ in range(_ROUNDS):
         base = np.array([sample.predict(found) for sample in samples], dtype=float)
-        steps = {name: 1e6 if name == "base" else 1.0 for name in CONSTANTS}
+        steps = {name: 1e6 if name in _LARGE else 1.0 for name in CONSTANTS}
         columns = []
         for name, step in steps.items():
             moved = _with(found, {name: getattr(found, name) + step})
@@ -104,8 +115,10 @@ def _with(footprint: Footprint, values: Mapping[str, Any]) -> Footprint:
 
 def _not_negative(matrix: NDArray[Any], target: NDArray[Any]) -> NDArray[Any]:
     """Least squares; what would be negative is left out."""
-    kept = list(range(matrix.shape[1]))
-    scale = np.linalg.norm(matrix, axis=0) + 1e-30
+    norms = np.linalg.norm(matrix, axis=0)
+    # What nothing depends on is not known.
+    kept = np.flatnonzero(norms).tolist()
+    scale = np.where(norms > 0, norms, 1.0)
     while True:
         solution = np.zeros(matrix.shape[1])
         solution[kept] = np.linalg.lstsq(matrix[:, kept] / scale[kept], target, rcond=None)[0]
@@ -124,9 +137,11 @@ def main() -> None:
     parser.add_argument("--task", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.task:
-        training, folder, plan = json.loads(asked.task)
+        training, folder, plan, others = json.loads(asked.task)
         experiment = cast(Training, read_experiment(training))
-        step_once(cast(Edgetune, experiment.contestant), experiment.workload, Path(folder), ExecutionPlan(**plan))
+        first = experiment.workload
+        workloads = [first, *(replace(first, rows=rows, length=length) for rows, length in others)]
+        steps_once(cast(Edgetune, experiment.contestant), workloads, Path(folder), ExecutionPlan(**plan))
         return
     abilities = find_runtime(asked.runtime).abilities()
     start = abilities.int8 if asked.products == "int8" else abilities.exact
@@ -134,7 +149,9 @@ def main() -> None:
         sys.exit(f"{asked.runtime} does not execute the layered form with {asked.products} products")
     cache = Cache(asked.cache)
     samples = [
-        measure(asked.runtime, cache, workload, replace(plan, products=start.products)) for workload, plan in GRID
+        measure(asked.runtime, cache, workload, replace(plan, products=start.products), others)
+        for workload, plan in GRID
+        for others in ((), OTHERS)
     ]
     found = fit(samples, start)
     print(*(f"{name}={getattr(found, name):,.1f}" for name in CONSTANTS), sep="\n")

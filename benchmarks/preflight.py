@@ -23,7 +23,7 @@ import numpy as np
 
 MEMORY, TIME = 0.15, 0.30
 """How far a prediction may be off."""
-_WORDS = "the lamp in the kitchen is on now turn it off and tell me the answer hello world what is it".split()
+_WORDS = ("lamp", "kitchen", "turn", "it", "off", "and", "tell", "me", "the", "answer", "hello", "world")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def cases(bundles: Sequence[Path], data: Path | None, folder: Path, asked: argpa
         for words in [0] if data else asked.words:
             rows = data or _write_rows(folder / f"{words}.jsonl", words)
             for runtime, plan, batch in product(asked.runtimes, asked.plans, asked.batch_sizes):
-                options = ["--runtime", runtime, "--plan", plan, "--batch-size", str(batch), "--steps", str(asked.steps)]
-                yield Case(bundle, rows, (*options, "--truncate"))
+                options = ["--runtime", runtime, "--plan", plan, "--batch-size", str(batch)]
+                yield Case(bundle, rows, (*options, "--steps", str(asked.steps), "--truncate"))
 
 
 def compare(case: Case, folder: Path) -> tuple[list[Compared], dict[str, Any]]:
@@ -117,7 +117,8 @@ def main() -> None:
             options = " ".join(case.options[1:6:2])
             shapes = " ".join(f"{each['sequences']}×{each['length']}" for each in planned["shapes"][:3])
             said = " | ".join(map(str, compared))
-            print(f"| {case.bundle.parent.name}/{case.bundle.name} {case.data.stem} | {options} | {shapes} | {said} |", flush=True)
+            name_of = f"{case.bundle.parent.name}/{case.bundle.name} {case.data.stem}"
+            print(f"| {name_of} | {options} | {shapes} | {said} |", flush=True)
     print(f"{total - off} of {total} within {MEMORY:.0%} (memory) and {TIME:.0%} (time)")
     sys.exit(1 if off else 0)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from edgetune.execution import ExecutionPlan, Products
 from edgetune.frozen import BITS, BLOCK_SIZE, LAYERS
 from edgetune.manifest import BundleManifest, TensorSpec
-from edgetune.pieces import pieces_of
+from edgetune.pieces import cut, pieces_of
 from edgetune.trunk import FOLDER
 
 SUBLAYERS = ("attention", "mlp")
@@ -82,13 +82,14 @@ class Sizes:
     """What of a bundle decides how much memory and work a step takes.
 
     Args:
-        manifest: Of a bundle with the layered form.
+        manifest: Of a bundle; without the layered form nothing is known of what is kept.
         trunk_layers: Lowest layers that a trunk computes.
     """
 
     def __init__(self, manifest: BundleManifest, trunk_layers: int = 0) -> None:
         a = manifest.architecture
-        pieces = pieces_of(manifest)
+        layered = any(graph.role.startswith(f"{LAYERS}/") for graph in manifest.graphs)
+        pieces = pieces_of(manifest) if layered else cut(a)
         self.layers = a.num_hidden_layers - trunk_layers
         self.trunk_layers = trunk_layers
         self.trunk = trunk_bytes(manifest) if trunk_layers else 0
@@ -107,7 +108,7 @@ class Sizes:
             "mlp": 3 * a.hidden_size * a.intermediate_size,
         }
         """Frozen weights of a layer's sublayers."""
-        self.kept = {name: sum(map(_channels, _kept(manifest, name))) for name in SUBLAYERS}
+        self.kept = {name: sum(map(_channels, _kept(manifest, name))) if layered else 0 for name in SUBLAYERS}
         """What a piece keeps for the backward pass: numbers for each position."""
         self.stored = stored_bytes(manifest.base.weights)
         """Of a weight in the file."""

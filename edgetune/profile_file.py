@@ -24,7 +24,7 @@ _SCALARS: dict[type, tuple[str, tuple[type, ...]]] = {
 """How messages call a type, and what stands for it in TOML."""
 
 
-class _Wrong(Exception):
+class _WrongError(Exception):
     """A value that does not fit; the message says what was expected."""
 
 
@@ -81,7 +81,7 @@ class _Reader:
             return self._list(value, get_args(hint), keys)
         try:
             return _mapping(value) if get_origin(hint) is Mapping else _scalar(value, hint, size=size)
-        except _Wrong as error:
+        except _WrongError as error:
             self._note(keys, f"{_name(keys)} is {value!r:.60}, expected {error}")
             return None
 
@@ -103,24 +103,24 @@ def _scalar(value: Any, hint: Any, *, size: bool) -> object:
         try:
             return parse_bytes(value if isinstance(value, str) else "")
         except UsageError:
-            raise _Wrong("a size in quotes, such as '8GB'") from None
+            raise _WrongError("a size in quotes, such as '8GB'") from None
     if get_origin(hint) is Literal:
         if value not in (choices := get_args(hint)):
-            raise _Wrong(" or ".join(repr(choice) for choice in choices))
+            raise _WrongError(" or ".join(repr(choice) for choice in choices))
         return value
     name, accepted = _SCALARS[hint]
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        raise _Wrong(name)
+        raise _WrongError(name)
     if isinstance(value, str) and not value.strip():
-        raise _Wrong(f"{name}, not an empty one")
-    if hint in (int, float) and not 0 < value < math.inf:
-        raise _Wrong(name)
+        raise _WrongError(f"{name}, not an empty one")
+    if isinstance(value, int | float) and hint is not bool and not 0 < value < math.inf:
+        raise _WrongError(name)
     return hint(value)
 
 
 def _mapping(value: object) -> dict[str, str]:
     if not isinstance(value, Mapping) or not all(isinstance(each, str) for each in value.values()):
-        raise _Wrong("a table of texts in quotes")
+        raise _WrongError("a table of texts in quotes")
     return dict(value)
 
 

@@ -23,6 +23,7 @@ def test_every_field_can_be_set(tmp_path: Path) -> None:
         tmp_path,
         """\
 runtime = "ort-training"
+device = "raspberry-pi-5"
 plan = "stream"
 memory-budget = "3GB"
 device-type = "NPU"
@@ -50,6 +51,7 @@ force = true
     config = TrainConfig(**{name: setting.value for name, setting in settings.items()})
     assert config == TrainConfig(
         runtime="ort-training",
+        device="raspberry-pi-5",
         plan="stream",
         memory_budget="3GB",
         device_type="NPU",
@@ -74,7 +76,7 @@ force = true
     )
     assert settings.keys() == {field.name for field in fields(TrainConfig)}
     assert isinstance(config.epochs, float)
-    assert settings["batch_size"].place == f"{path}:10"
+    assert settings["batch_size"].place == f"{path}:11"
 
 
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:

@@ -8,19 +8,22 @@ import pytest
 from prepared_bundles import Prepared
 from test_planner import FOOTPRINT
 
-from benchmarks.footprints import CONSTANTS, GRID, Sample, fit
+from benchmarks.footprints import CONSTANTS, GRID, OTHERS, Sample, fit
 from edgetune.footprint import Sizes, Work, peak_memory
 
 
 @pytest.mark.parametrize("together", [False, True])
 def test_the_fit_predicts_what_it_was_made_from(prepared: Prepared, together: bool) -> None:
-    truth = replace(FOOTPRINT, together=together, graph_weights=2.0)
+    truth = replace(FOOTPRINT, together=together, graph_weights=2.0, shapes=4 if together else 1, shape=20_000_000)
     samples = []
     for variant in ("multi-head", "grouped-query"):
         manifest = prepared(variant, "int4").manifest
         for workload, plan in GRID:
-            work, plan = Work(workload.tokens, workload.tokens * workload.length), replace(plan, kept_layers=0)
-            samples.append(Sample(manifest, work, plan, peak_memory(Sizes(manifest), truth, work, plan)))
+            for others in ((), OTHERS):
+                sizes = tuple((rows * length, rows * length**2) for rows, length in others)
+                work = Work(workload.tokens, workload.tokens * workload.length, sizes)
+                streamed = replace(plan, kept_layers=0)
+                samples.append(Sample(manifest, work, streamed, peak_memory(Sizes(manifest), truth, work, streamed)))
     found = fit(samples, replace(truth, **dict.fromkeys(CONSTANTS, 1.0)))
     for sample in samples:
         assert sample.predict(found) == pytest.approx(sample.peak, rel=0.03)

@@ -14,7 +14,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edgetune"
 
-FOUNDATION: list[set[str]] = [{"errors"}, {"manifest", "config", "storage", "suggestion", "byte_size", "toml_file", "profile_file", "device"}, {"bundle"}]
+FOUNDATION: list[set[str]] = [
+    {"errors"},
+    {"manifest", "config", "storage", "suggestion", "byte_size", "toml_file", "profile_file", "device"},
+    {"bundle"},
+]
 PARTS = len(FOUNDATION)
 """Layer of data, runtimes, adapter, rope, … and of everything that is not named here."""
 STAGES = PARTS + 1

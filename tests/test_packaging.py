@@ -70,8 +70,18 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: zipfi
         for path in (ROOT / "edgetune").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    package |= {f"edgetune/devices/{path.name}" for path in (ROOT / "devices").glob("*.toml")}
     assert {"edgetune/py.typed", "edgetune/side_environment/requirements.txt"} <= package
+    assert {"edgetune/devices/generic-x86.toml", "edgetune/devices/generic-arm64.toml"} <= package
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == package
+
+
+def test_the_profiles_are_found_where_the_wheel_is_installed(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path)
+    code = "from edgetune.device import __file__, load_profiles; print(__file__, len(load_profiles()))"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout.split()
+    assert said == [str(tmp_path / "edgetune" / "device.py"), str(len(list((ROOT / "devices").glob("*.toml"))))]
 
 
 def test_the_wheel_says_what_the_package_says(wheel: zipfile.ZipFile) -> None:

@@ -111,18 +111,20 @@ def _show_presence(presence: Presence) -> None:
 
 
 def _plain(profile: Profile) -> dict[str, Any]:
-    return asdict(profile)
+    """The keys of the file, in its order."""
+    plain = asdict(profile)
+    return {"class" if key == "kind" else key: value for key, value in plain.items()}
 
 
 def _show_table(table: dict[str, Any], indent: str) -> None:
     for key, value in table.items():
-        name = "class" if key == "kind" else key.replace("_", "-")
+        name = key.replace("_", "-")
         if value is None or value in ({}, ()):
             continue
         if isinstance(value, dict) and "source" in value and len(value) == 2:
             figure = value.get("value", value.get("text"))
-            size = key in ("memory", "flash", "largest_file")
-            click.echo(f"{indent}{click.style(name, bold=True)}: {bytes_text(figure) if size else figure}")
+            text = bytes_text(int(str(figure))) if key in ("memory", "flash", "largest_file") else f"{figure}"
+            click.echo(f"{indent}{click.style(name, bold=True)}: {text}")
             click.echo(f"{indent}  {value['source']}")
         elif isinstance(value, dict):
             click.echo(f"{indent}{click.style(name, bold=True)}")

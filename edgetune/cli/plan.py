@@ -144,7 +144,7 @@ def _show(found: Preflight) -> None:
         "plan": found.plan,
         "batch": _batch(found),
         "shapes": ", ".join(f"{each.sequences} × {each.length} ({each.batches}×)" for each in found.shapes[:6]),
-        "peak memory": _size(found.peak_memory_bytes) + (f" of {_size(found.memory_bytes)}" if found.memory_bytes else ""),
+        "peak memory": _memory(found),
         "flash": f"{bytes_text(found.flash_bytes)}: bundle {bytes_text(found.flash.bundle)}, adapter "
         f"{bytes_text(found.flash.adapter)}, cache at most {bytes_text(found.flash.cache)}",
         "time of a step": _seconds(found.step_seconds),
@@ -160,7 +160,13 @@ def _show(found: Preflight) -> None:
 
 def _batch(found: Preflight) -> str:
     several = found.gradient_accumulation_steps
-    return f"{found.batch_size} rows of at most {found.longest_row:,} tokens" + (f", {several} a step" if several > 1 else "")
+    step = f", {several} batches a step" if several > 1 else ""
+    return f"{found.batch_size} rows of at most {found.longest_row:,} tokens{step}"
+
+
+def _memory(found: Preflight) -> str:
+    of = "" if found.memory_bytes is None else f" of {bytes_text(found.memory_bytes)}"
+    return f"{_size(found.peak_memory_bytes)}{of}"
 
 
 def _size(size: int | None) -> str:

@@ -17,7 +17,7 @@ from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.footprint import Sizes, Work
 from edgetune.pieces import LAYER_PREFIX
-from edgetune.runtimes import OptimizerConfig
+from edgetune.runtimes import OptimizerConfig, Session
 from edgetune.step_cost import step_cost
 from edgetune.train.choice import Choice
 
@@ -31,9 +31,12 @@ _LONG = 0.5
 """Seconds of such a step."""
 _FEW = 64
 """Positions of that first batch."""
-_ENOUGH = 0.4
-"""Seconds of steps of one shape, unless they are few or many."""
-_LEAST_STEPS, _MOST_STEPS = 2, 15
+_ENOUGH = 1.0
+"""Seconds of steps, unless they are few or many."""
+_LEAST_TURNS, _MOST_TURNS = 2, 30
+"""Steps of each shape that count."""
+_STEPS = 4
+"""That are made at least."""
 _START = 32
 """What a pass costs beside its positions, in positions."""
 _RATE = 1e-6
@@ -110,32 +113,45 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
     layered = choice.plan.form == "layered"
     shallow = _cut(bundle, choice, 1) if layered else (bundle, choice)
     sample = _Sample(*shallow, begin)
-    measured = list(sample.measure(_affordable(bundle, CostModel(*shallow), batches)))
+    measured = sample.measure(_affordable(bundle, CostModel(*shallow), batches))
     timings = {id(batch): timing for batch, timing in measured}
-    deep = None
-    if layered and (depth := _depth(CostModel(*shallow), measured, model.layers, _AIM - (perf_counter() - begin))) > 1:
+    deep, depth = None, 1 if layered else model.layers
+    if layered and model.layers > 1:
+        depth = _depth(measured, model.layers, _AIM - (perf_counter() - begin))
         deep = _cut(bundle, choice, depth)
         # A short row that was measured to be on the safe side is no shape of the run.
         wanted = [batch for batch, _ in measured if any(batch is each for each in batches)]
         found = _Sample(*deep, begin).measure(iter(wanted or [batch for batch, _ in measured]))
         measured = [(batch, timing) for batch, timing in found if id(batch) in timings]
-    points, extra = [], 0.0
+    points = []
     for batch, timing in measured:
-        seconds, extra = timing.step, max(extra, timing.first)
+        seconds = timing.step
         if deep is not None:
             below, above, whole = (each.of(batch) for each in (CostModel(*shallow), CostModel(*deep), model))
-            share = (whole - below) / (above - below)
-            before = timings[id(batch)]
-            seconds = max(timing.step, before.step + (timing.step - before.step) * share)
-            extra = max(extra, before.first + max(0.0, timing.first - before.first) * share)
+            before = timings[id(batch)].step
+            seconds = max(seconds, before + (seconds - before) * (whole - below) / (above - below))
         points.append((model.of(batch), seconds))
     return Calibration(
         points=tuple(sorted(points)),
         start=_START * model.work(1, 0, 0),
-        first_seconds=extra,
+        first_seconds=_first_seconds(choice, [timing.first for _, timing in measured], model.layers / depth),
         shape_seconds=min(timing.first for timing in timings.values()),
         took=perf_counter() - begin,
     )
+
+
+def _first_seconds(choice: Choice, firsts: Sequence[float], share: float) -> float:
+    """What the first step of the whole depth takes more than others.
+
+    Args:
+        choice: Runtime and plan.
+        firsts: What the first step of each shape took more, in the order in which they were measured.
+        share: The whole depth by the measured one.
+    """
+    compiles = choice.footprint is not None and choice.footprint.shapes > 1
+    # A later shape compiles as well, but finds the weights unpacked.
+    compiling = min(firsts[1:], default=firsts[0]) if compiles else 0.0
+    return compiling + max(0.0, firsts[0] - compiling) * share
 
 
 def _affordable(bundle: Bundle, model: CostModel, batches: Sequence[Batch]) -> Iterator[Batch]:
@@ -159,47 +175,59 @@ class _Sample:
         self._bundle, self._choice, self._begin = bundle, choice, begin
         self._model = CostModel(bundle, choice)
 
-    def measure(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, _Timing]]:
-        """Each batch and its times; a batch that would take too long is a shorter one, or none."""
+    def measure(self, batches: Iterator[Batch]) -> list[tuple[Batch, _Timing]]:
+        """Each batch and its times; instead of a batch that would take too long a shorter one, or none."""
         parameters = initial_parameters(self._bundle.manifest.lora, 0)
         with self._choice.runtime.open_session(
             self._bundle, parameters, OptimizerConfig(0.0, 1.0), self._choice.plan
         ) as session:
+            taken: list[Batch] = []
+            seconds: list[list[float]] = []
             rate = None
             for batch in batches:
                 given = batch if rate is None else self._shortened(batch, rate)
                 if given is None:
-                    return
-                seconds = []
-                spent = 0.0
-                while len(seconds) <= _LEAST_STEPS or (spent < _ENOUGH and len(seconds) <= _MOST_STEPS):
-                    start = perf_counter()
-                    session.step([given], _RATE)
-                    seconds.append(perf_counter() - start)
-                    spent += seconds[-1] if len(seconds) > 1 else 0.0
-                usual = median(seconds[1:])
-                rate = usual / self._model.of(given)
-                yield given, _Timing(max(0.0, seconds[0] - usual), usual)
+                    break
+                taken.append(given)
+                seconds.append([_timed(session, given), _timed(session, given)])
+                rate = seconds[-1][1] / self._model.of(given)
+            # By turns, as in a run: when the shape changes, memory is given back and taken again.
+            began = perf_counter()
+            for turn in range(_MOST_TURNS):
+                now = perf_counter()
+                if now - self._begin > _AIM or (turn >= _LEAST_TURNS and now - began > _ENOUGH):
+                    break
+                for batch, found in zip(taken, seconds, strict=True):
+                    found.append(_timed(session, batch))
+        usual = [median(found[2:] or found[1:]) for found in seconds]
+        firsts = (max(0.0, found[0] - each) for found, each in zip(seconds, usual, strict=True))
+        return [(batch, _Timing(*times)) for batch, times in zip(taken, zip(firsts, usual, strict=True), strict=True)]
 
     def _shortened(self, batch: Batch, rate: float) -> Batch | None:
         """The batch if there is time for it, or a row that there is time for."""
         left = (_AIM - (perf_counter() - self._begin)) / 2
-        steps = _LEAST_STEPS + 2
-        if steps * rate * self._model.of(batch) <= left:
+        if _STEPS * rate * self._model.of(batch) <= left:
             return batch
         length = 2 * _FEW
-        while (work := self._model.work(2 * length, 4 * length**2, 2 * length)) * rate * steps <= left:
+        while (work := self._model.work(2 * length, 4 * length**2, 2 * length)) * rate * _STEPS <= left:
             length *= 2
             if work >= self._model.of(batch):
                 break
         row = _row(self._bundle, length)
-        return row if steps * rate * self._model.of(row) <= left else None
+        return row if _STEPS * rate * self._model.of(row) <= left else None
 
 
-def _depth(model: CostModel, measured: Sequence[tuple[Batch, _Timing]], layers: int, left: float) -> int:
-    """How many layers there is time for."""
-    once = sum((_LEAST_STEPS + 1) * timing.step + timing.first for _, timing in measured)
-    return 1 if layers == 1 or not measured else max(2, min(layers, int(left / max(once, 1e-3))))
+def _timed(session: Session, batch: Batch) -> float:
+    """Seconds of a step."""
+    begin = perf_counter()
+    session.step([batch], _RATE)
+    return perf_counter() - begin
+
+
+def _depth(measured: Sequence[tuple[Batch, _Timing]], layers: int, left: float) -> int:
+    """How many layers there is time for, two at least."""
+    once = sum(_STEPS * timing.step + timing.first for _, timing in measured)
+    return max(2, min(layers, int(left / max(once, 1e-3))))
 
 
 def _cut(bundle: Bundle, choice: Choice, layers: int) -> tuple[Bundle, Choice]:

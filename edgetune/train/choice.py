@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from edgetune.byte_size import bytes_text, parse_bytes
 from edgetune.config import PlanName, TrainConfig
 from edgetune.data.buckets import parse_buckets
 from edgetune.device import Profile
-from edgetune.errors import IncompatibleError, ResourceError, UsageError
+from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Footprint, Work
 from edgetune.free_memory import free_memory_bytes
@@ -137,22 +138,24 @@ def _names(
 ) -> list[str]:
     """The runtimes that may be taken, the preferred first."""
     if profile is None:
-        return [config.runtime] if config.runtime != "auto" else _able(plan)
-    listed = profile.runtime.names
-    if config.runtime != "auto":
-        if config.runtime not in listed:
-            raise IncompatibleError(
-                f"{profile.name} runs {', '.join(listed)}, not --runtime {config.runtime}; leave it out, or choose one"
-            )
-        return [config.runtime]
-    if absent := [name for name in listed if name not in RUNTIMES]:
-        notice(f"{profile.name}: this edgetune has no runtime {', '.join(absent)}; it has {', '.join(RUNTIMES)}")
-    # What other runtimes take depends on the processor they find.
-    names = [STOCK] if elsewhere else _able(plan)
-    if not (able := [name for name in names if name in listed]):
+        able = list(_able(plan)) if config.runtime == "auto" else [config.runtime]
+        if not able:
+            raise UsageError(f"no runtime that is installed here executes --plan {plan}; see `edgetune doctor`")
+        return able
+    listed = ", ".join(profile.runtime.names)
+    if config.runtime not in ("auto", *profile.runtime.names):
         raise IncompatibleError(
-            f"{profile.name} runs {', '.join(listed)}; none of them is here: {profile.install.step}"
+            f"{profile.name} runs {listed}, not --runtime {config.runtime}; leave it out, or choose one of them"
         )
+    if absent := [name for name in profile.runtime.names if name not in RUNTIMES]:
+        notice(f"{profile.name}: this edgetune has no runtime {', '.join(absent)}; it has {', '.join(RUNTIMES)}")
+    if config.runtime != "auto":
+        return [config.runtime]
+    if elsewhere and profile.runtime.names[0] != STOCK:
+        notice(f"predicted for {STOCK} on the CPU: what others take there depends on what they find")
+    able = [name for name in profile.runtime.names if name == STOCK] if elsewhere else list(_listed(plan, profile))
+    if not able:
+        raise IncompatibleError(f"{profile.name} runs {listed}; none of them is here: {profile.install.step}")
     return able
 
 
@@ -162,16 +165,22 @@ def _whole_step(abilities: Abilities, config: TrainConfig) -> ExecutionPlan:
     return replace(WHOLE_STEP, accelerator=Accelerator(config.device_type, config.soc_model, config.require_npu))
 
 
-def _able(plan: PlanName) -> list[str]:
-    """The runtimes that `auto` may take for a plan, the fastest first."""
-    able = []
-    for name in preferred_runtimes():
+def _able(plan: PlanName, among: Collection[str] | None = None) -> Iterator[str]:
+    """The runtimes, among those or all, that `auto` may take for a plan, the fastest first."""
+    for name in preferred_runtimes(among):
         abilities = find_runtime(name).abilities()
         if abilities.whole if plan == "whole" else _footprint(abilities, plan):
-            able.append(name)
-    if not able:
-        raise UsageError(f"no runtime that is installed here executes --plan {plan}; see `edgetune doctor`")
-    return able
+            yield name
+
+
+def _listed(plan: PlanName, profile: Profile) -> Iterator[str]:
+    """The runtimes of a device that are here: first those that run the whole step on its accelerator."""
+    if profile.placement.whole_step == "accelerator" and plan in ("auto", "whole"):
+        for name in profile.runtime.names:
+            with suppress(MissingDependencyError):
+                if name in RUNTIMES and name != STOCK and find_runtime(name).abilities().whole:
+                    yield name
+    yield from _able(plan, profile.runtime.names)
 
 
 def _check(name: str, abilities: Abilities, plan: PlanName) -> Footprint | None:
@@ -219,7 +228,7 @@ def _fitting(
             f"a memory budget of {config.memory_budget} is too small: the smallest plan for this bundle and these rows "
             f"needs --memory-budget {_budget(smallest)}; give that{hint}, or {fewer}"
         )
-    hint = f"use --plan stream, which needs {_budget(streamed)}, or " if less else ""
+    hint = f"use --plan stream, which needs {_budget(streamed)}, or " if _peak(streamed) <= hard[0] else ""
     raise ResourceError(
         f"{hard[1]} is too small: a run may take {bytes_text(hard[0])}, {_SHARE:.0%} of its memory, and the smallest "
         f"plan for this bundle and these rows needs {_budget(smallest)}; {hint}{fewer}"

@@ -25,13 +25,15 @@ def require_fit(profile: Profile, choice: Choice, batch_size: int, longest: int)
     problems = []
     limits = profile.limits
     if limits.longest_row is not None and longest > limits.longest_row.value:
-        problems.append(f"rows of at most {limits.longest_row.value:,} tokens, the longest has {longest:,} (--truncate)")
+        most = limits.longest_row.value
+        problems.append(f"rows of at most {most:,} tokens, the longest has {longest:,} (--truncate)")
     if limits.largest_batch is not None and batch_size > limits.largest_batch.value:
         problems.append(f"at most {limits.largest_batch.value} rows in a batch, not {batch_size} (--batch-size)")
     bound = profile.buckets is not None and on_accelerator(profile, choice)
     if not problems and bound and bucket(profile, batch_size, longest) is None:
         shapes = ", ".join(f"{rows} × {positions}" for rows, positions in _shapes(profile))
-        problems.append(f"batches of {shapes} positions only, not {batch_size} × {longest:,} (--batch-size, --truncate)")
+        asked = f"{batch_size} × {longest:,}"
+        problems.append(f"batches of {shapes} positions only, not {asked} (--batch-size, --truncate)")
     if problems:
         raise ResourceError(f"{profile.name} takes {'; '.join(problems)}")
 

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, median
 
 from edgetune.bundle import MANIFEST, Bundle, open_bundle
 from edgetune.byte_size import bytes_text
 from edgetune.config import TrainConfig
-from edgetune.data.batcher import BatchShape
-from edgetune.data.batches import Batch
 from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.device import Profile
 from edgetune.errors import ResourceError
 from edgetune.footprint import Work
-from edgetune.train.calibration import Calibration, CostModel, calibrate
 from edgetune.train.choice import Choice, check_plan, choose
 from edgetune.train.device_limits import Bucket, bucket, on_accelerator, require_fit
+from edgetune.train.run_time import predict_times
 from edgetune.train.schedule import check_options
 from edgetune.train.workload import Workload
 
-_OPERATIONS = 2
-"""Floating-point operations of a product: a multiplication and an addition."""
-_SHAPES = 2
-"""Shapes of a run that are measured."""
+_FLOAT = 4
 _ADAPTER_FILES = 1 << 15
 """Bytes of an adapter beside its parameters, and of the record of a step."""
 _RECORD_LINE = 300
-_FORWARD = 1 / 2.5
-"""Share of a pass that is forward only, as validation is."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,7 @@ class Preflight:
     flash_bytes: int
     """`flash`, all together."""
     step_seconds: float | None
-    """Of a usual step: the median."""
+    """Of a usual step: the median over the run."""
     start_seconds: float | None
     """What first batches take more than others: weights are unpacked, graphs compiled."""
     run_seconds: float | None
@@ -139,7 +131,7 @@ def preflight(
             f"{bytes_text(flash.bundle)}, adapter {bytes_text(flash.adapter)}, cache {bytes_text(flash.cache)}; use a "
             "smaller model, or prepare it with --base int4"
         )
-    times = _times(opened, workload, choice, profile, here)
+    times = predict_times(opened, workload, choice, profile, here=here)
     return Preflight(
         device=profile.name,
         here=here,
@@ -204,7 +196,8 @@ class _Planned:
                 choice, notes = self._choose(smaller)
             except ResourceError:
                 continue
-            yield smaller, choice, [*notes, f"{size} rows a batch instead of {config.batch_size}, {share} batches a step"]
+            said = f"{size} rows a batch instead of {config.batch_size}, {share} times as many batches a step"
+            yield smaller, choice, [*notes, said]
 
     def _advice(self, config: TrainConfig, smaller: tuple[TrainConfig, Choice, list[str]] | None) -> str:
         if smaller is not None:
@@ -230,60 +223,9 @@ class _Planned:
 
     def _choose_length(self, config: TrainConfig, length: int) -> Choice:
         work = Work(length, length**2)
-        choice = choose(
-            self._bundle.manifest, config, work, lambda text: None, self._profile, elsewhere=not self._here
-        )
+        choice = choose(self._bundle.manifest, config, work, lambda text: None, self._profile, elsewhere=not self._here)
         require_fit(self._profile, choice, 1, length)
         return choice
-
-
-@dataclass(frozen=True)
-class _Times:
-    step: float | None
-    start: float | None
-    run: float | None
-    source: str
-
-
-def _times(bundle: Bundle, workload: Workload, choice: Choice, profile: Profile, here: bool) -> _Times:
-    steps, validation = workload.step_shapes(), workload.validation_shapes()
-    model = CostModel(bundle, choice)
-    if here:
-        measured = calibrate(bundle, choice, _typical(workload, model))
-        source = f"measured here in {measured.took:.1f} s"
-        seconds: Callable[[float], float] = measured.seconds
-        start = _start(measured, choice, [*(shape for step in steps for shape in step), *validation])
-    elif (products := profile.hardware.products) is not None:
-        source = f"an estimate: {products.value / 1e9:g} GFLOP/s ({products.source})"
-        start = None
-        speed = products.value
-
-        def seconds(work: float) -> float:
-            return _OPERATIONS * work / speed
-    else:
-        return _Times(None, None, None, f"unknown: the profile {profile.name} has no figure hardware.products")
-    works = [[model.work(s.positions, s.scores, s.trained_tokens) for s in step] for step in steps]
-    spent = [sum(map(seconds, each)) for each in works]
-    once = sum(seconds(model.work(s.positions, s.scores, s.trained_tokens)) for s in validation) * _FORWARD
-    run = mean(spent) * workload.schedule.total_steps + once * workload.validations() + (start or 0.0)
-    return _Times(median(spent), start, run, source)
-
-
-def _start(measured: Calibration, choice: Choice, shapes: Sequence[BatchShape]) -> float:
-    """What first batches take more than others."""
-    most = 1 if choice.footprint is None else choice.footprint.shapes
-    different = len({(shape.sequences, shape.length) for shape in shapes}) if most > 1 else 1
-    return measured.first_seconds + (different - 1) * measured.shape_seconds
-
-
-def _typical(workload: Workload, model: CostModel) -> list[Batch]:
-    """The batch with the most work of those that come first, and one in the middle."""
-    batches: dict[tuple[int, ...], Batch] = {}
-    for step, _ in zip(workload.steps(), range(16), strict=False):
-        for batch in step:
-            batches.setdefault(batch.input_ids.shape, batch)
-    ordered = sorted(batches.values(), key=model.of)
-    return list({id(batch): batch for batch in (ordered[-1], ordered[(len(ordered) - 1) // 2])}.values())[:_SHAPES]
 
 
 def _rows(
@@ -307,7 +249,8 @@ def _flash(bundle: Bundle, choice: Choice, steps: int) -> Flash:
     manifest = bundle.manifest
     files = sum(file.size for file in manifest.files) + (bundle.path / MANIFEST).stat().st_size
     parameters = sum(rows * columns for rows, columns in manifest.lora.shapes().values())
-    return Flash(files, 4 * parameters + _ADAPTER_FILES + _RECORD_LINE * steps, choice.footprint.cache if choice.footprint else 0)
+    adapter = _FLOAT * parameters + _ADAPTER_FILES + _RECORD_LINE * steps
+    return Flash(files, adapter, 0 if choice.footprint is None else choice.footprint.cache)
 
 
 def _uses(workload: Workload, profile: Profile, choice: Choice) -> list[ShapeUse]:

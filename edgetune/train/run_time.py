@@ -1,0 +1,101 @@
+"""How long a run takes: a few steps that were timed, or a device's figures, and the work of all its steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from statistics import mean, median
+from time import perf_counter
+
+from edgetune.bundle import Bundle
+from edgetune.data.batcher import BatchShape
+from edgetune.data.batches import Batch
+from edgetune.device import Profile
+from edgetune.train.calibration import Calibration, CostModel, calibrate
+from edgetune.train.choice import Choice
+from edgetune.train.workload import Workload
+
+_OPERATIONS = 2
+"""Floating-point operations of a product: a multiplication and an addition."""
+_TYPICAL_STEPS = 16
+"""Steps whose batches may be measured."""
+_FORWARD = 1 / 2.5
+"""Share of a pass that is forward only, as validation is."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds; none where nothing tells."""
+
+    step: float | None
+    """Of a usual step: the median over the run."""
+    start: float | None
+    """What first batches take more than others."""
+    run: float | None
+    """All steps and validations."""
+    source: str
+    """Where they come from, or why there are none."""
+
+
+def predict_times(bundle: Bundle, workload: Workload, choice: Choice, profile: Profile, *, here: bool) -> Times:
+    """Predict how long steps and the run take.
+
+    Args:
+        bundle: What would be trained.
+        workload: The run.
+        choice: Its runtime and plan.
+        profile: Of the device.
+        here: The device is this machine: a few steps are timed.
+    """
+    steps, validation = workload.step_shapes(), workload.validation_shapes()
+    model = CostModel(bundle, choice)
+
+    def work(shape: BatchShape) -> float:
+        return model.work(shape.positions, shape.scores, shape.trained_tokens)
+
+    if here:
+        batches, layout = _typical(workload, model)
+        measured = calibrate(bundle, choice, batches)
+        source = f"measured here in {measured.took:.1f} s"
+    elif (products := profile.hardware.products) is not None:
+        measured, layout = Calibration(((1.0, _OPERATIONS / products.value),), 0.0, 0.0, 0.0, 0.0), 0.0
+        source = f"an estimate: {products.value / 1e9:g} GFLOP/s ({products.source})"
+    else:
+        return Times(None, None, None, f"unknown: the profile {profile.name} has no figure hardware.products")
+    seconds, starts = measured.seconds, _starts(measured, choice, steps)
+    spent = [
+        start + sum(seconds(work(shape)) + layout for shape in step) for start, step in zip(starts, steps, strict=True)
+    ]
+    once = sum(seconds(work(shape)) for shape in validation) * _FORWARD
+    # What comes later is like the second half of what was looked at: most shapes have occurred by then.
+    rest = workload.schedule.total_steps - len(spent)
+    run = sum(spent) + rest * mean(spent[len(spent) // 2 :]) + once * workload.validations()
+    return Times(median(spent), sum(starts), run, source)
+
+
+def _starts(measured: Calibration, choice: Choice, steps: Sequence[Sequence[BatchShape]]) -> list[float]:
+    """What each step takes more because a graph was not compiled for its shape, or not any more."""
+    most = 1 if choice.footprint is None else choice.footprint.shapes
+    held: deque[tuple[int, int]] = deque(maxlen=most)
+    seconds: list[float] = []
+    for step in steps:
+        new = 0
+        for shape in step:
+            if (key := (shape.sequences, shape.length)) not in held:
+                held.append(key)
+                new += 1
+        first = not seconds
+        seconds.append(measured.first_seconds * first + measured.shape_seconds * (new - first) * (most > 1))
+    return seconds
+
+
+def _typical(workload: Workload, model: CostModel) -> tuple[list[Batch], float]:
+    """Of the first batches the one with the most work, and one in the middle; seconds that making a batch takes."""
+    begin = perf_counter()
+    batches = [batch for step in islice(workload.steps(), _TYPICAL_STEPS) for batch in step]
+    layout = (perf_counter() - begin) / len(batches)
+    ordered = sorted({batch.input_ids.shape: batch for batch in batches}.values(), key=model.of)
+    middle = ordered[(len(ordered) - 1) // 2]
+    return ([middle, ordered[-1]] if len(ordered) > 1 else [middle]), layout

@@ -1,0 +1,234 @@
+"""`edgetune plan`: what it chooses, predicts, refuses and says; and `train --device`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from prepared_bundles import Prepared
+from test_device import VALID
+
+from edgetune.bundle import Bundle
+from edgetune.cli import main
+from edgetune.config import TrainConfig
+from edgetune.data.encode import Example
+from edgetune.device import load_profile
+from edgetune.errors import ResourceError
+from edgetune.execution import WHOLE_STEP
+from edgetune.runtimes import RUNTIMES, find_runtime
+from edgetune.train.calibration import Calibration, CostModel, calibrate
+from edgetune.train.choice import Choice, choose
+from edgetune.train.device_limits import bucket, require_fit
+from edgetune.train.run_time import _typical
+from edgetune.train.workload import Workload
+
+GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden"
+CPU = (
+    VALID.replace('class = "npu"', 'class = "cpu"')
+    .replace('"accelerator"', '"cpu"')
+    .replace('["qnn", "onnxruntime"]', '["onnxruntime"]')
+)
+
+
+@pytest.fixture
+def bundle(prepared: Prepared) -> Bundle:
+    return prepared("grouped-query", "int4")
+
+
+def board(folder: Path, memory: str, text: str = CPU) -> str:
+    path = folder / "my-board.toml"
+    path.write_text(text.replace("2GB", memory))
+    return str(path)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def answer(*arguments: object) -> dict[str, Any]:
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_on_another_device_times_are_estimates(bundle: Bundle) -> None:
+    found = answer("plan", bundle.path, "--device", "raspberry-pi-5", "--steps", "10", "--length", "32")
+    assert not found["here"]
+    assert (found["runtime"], found["batch_size"], found["steps"]) == ("onnxruntime", 4, 10)
+    assert found["shapes"] == [{"sequences": 4, "length": 32, "batches": 1}]
+    assert found["time_from"].startswith("an estimate: 30.249 GFLOP/s")
+    assert found["run_seconds"] == pytest.approx(10 * found["step_seconds"])
+    longer = answer("plan", bundle.path, "--device", "raspberry-pi-5", "--length", "64")
+    assert longer["step_seconds"] > 1.9 * found["step_seconds"]
+    assert longer["peak_memory_bytes"] > found["peak_memory_bytes"]
+
+
+def test_the_estimate_is_the_operations_by_the_speed(bundle: Bundle) -> None:
+    """Forward and backward multiply each weight twice with each position; attention comes on top."""
+    a = bundle.manifest.architecture
+    found = answer("plan", bundle.path, "--device", "raspberry-pi-5", "--length", "8", "--batch-size", "1")
+    heads = 2 * (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
+    weights = a.num_hidden_layers * a.hidden_size * (heads + 3 * a.intermediate_size) + a.vocab_size * a.hidden_size
+    least = 2 * 2 * weights * 7 / 30.249e9
+    assert least < found["step_seconds"] < 1.6 * least
+
+
+def test_without_figures_the_time_is_unknown_and_a_missing_runtime_is_said(bundle: Bundle) -> None:
+    found = answer("plan", bundle.path, "--device", "android-snapdragon-8-elite", "--length", "16")
+    assert found["step_seconds"] is None and found["run_seconds"] is None
+    assert "no figure hardware.products" in found["time_from"]
+    if "qnn" not in RUNTIMES:
+        assert any("this edgetune has no runtime qnn" in note for note in found["notes"])
+
+
+def test_flash_is_the_files_and_what_is_written(bundle: Bundle, tmp_path: Path) -> None:
+    found = answer("plan", bundle.path, "--device", "raspberry-pi-5", "--length", "16", "--steps", "2")
+    files = [bundle.path / file.path for file in bundle.manifest.files] + [bundle.path / "manifest.json"]
+    assert found["flash"]["bundle"] == sum(path.stat().st_size for path in files)
+    output = tmp_path / "adapter"
+    done = run(
+        *("train", bundle.path, "--data", GOLDEN / "text.jsonl", "--output", output),
+        *("--steps", 2, "--runtime", "onnxruntime", "--quiet"),
+    )
+    assert done.exit_code == 0, done.output
+    written = sum(path.stat().st_size for path in output.iterdir())
+    assert written <= found["flash"]["adapter"] <= written + 50_000
+    small = board(tmp_path, "2GB")
+    text = Path(small).read_text().replace("[runtime]", 'flash = { value = "10kB", source = "x" }\n\n[runtime]', 1)
+    Path(small).write_text(text)
+    refused = run("plan", bundle.path, "--device", small, "--length", "16")
+    assert refused.exit_code == 6
+    assert "has 10.0 kB of flash, the run needs" in refused.output
+
+
+def test_a_batch_that_does_not_fit_is_made_smaller_or_refused(bundle: Bundle, tmp_path: Path) -> None:
+    lengths = ("--length", "128")
+    sizes = {
+        batch: answer(
+            "plan", bundle.path, "--device", board(tmp_path, "2GB"), *lengths, "--batch-size", batch, "--plan", "stream"
+        )
+        for batch in (1, 2, 4)
+    }
+    peaks = {batch: found["peak_memory_bytes"] for batch, found in sizes.items()}
+    assert peaks[1] < peaks[2] < peaks[4]
+    device = board(tmp_path, f"{int((peaks[2] + peaks[4]) / 2 / 0.85)}B")
+    picked = answer("plan", bundle.path, "--device", device, *lengths, "--plan", "stream")
+    assert (picked["batch_size"], picked["gradient_accumulation_steps"]) == (2, 2)
+    assert any("2 rows a batch instead of 4" in note for note in picked["notes"])
+    refused = run("plan", bundle.path, "--device", device, *lengths, "--plan", "stream", "--batch-size", "4")
+    assert refused.exit_code == 6
+    assert "my-board is too small" in refused.output
+    assert "what would fit: --batch-size 2 --gradient-accumulation-steps 2" in refused.output
+
+
+def test_rows_that_are_too_long_are_answered_with_a_length_that_fits(bundle: Bundle, tmp_path: Path) -> None:
+    short = answer(
+        "plan",
+        bundle.path,
+        "--device",
+        board(tmp_path, "2GB"),
+        "--length",
+        "32",
+        "--batch-size",
+        "1",
+        "--plan",
+        "stream",
+    )
+    device = board(tmp_path, f"{int(short['peak_memory_bytes'] / 0.85) + 1000}B")
+    refused = run("plan", bundle.path, "--device", device, "--length", "128", "--plan", "stream")
+    assert refused.exit_code == 6
+    assert "what would fit: rows of at most 32 tokens with --batch-size 1" in refused.output
+    nothing = run("plan", bundle.path, "--device", board(tmp_path, "10MB"), "--length", "64")
+    assert nothing.exit_code == 6
+    assert "what would fit: nothing of this bundle" in nothing.output
+
+
+def test_train_holds_to_the_device(bundle: Bundle, tmp_path: Path) -> None:
+    def train(device: str, *options: object) -> Result:
+        rows = ("--data", GOLDEN / "train.jsonl", "--output", tmp_path / "adapter", "--force", "--quiet", "--json")
+        return run("train", bundle.path, *rows, "--steps", 1, "--device", device, *options)
+
+    done = train(board(tmp_path, "2GB"))
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["runtime"] == "onnxruntime"
+    refused = train(board(tmp_path, "20MB"))
+    assert refused.exit_code == 6 and "my-board is too small" in refused.output
+    wrong = train(board(tmp_path, "2GB"), "--runtime", "openvino")
+    assert wrong.exit_code == 4 and "my-board runs onnxruntime, not --runtime openvino" in wrong.output
+    limited = CPU.replace(
+        "[[limits.notes]]",
+        '[limits]\nlargest-batch = { value = 2, source = "x" }\n'
+        'longest-row = { value = 8, source = "x" }\n\n[[limits.notes]]',
+    )
+    both = train(board(tmp_path, "2GB", limited))
+    assert both.exit_code == 6
+    assert "rows of at most 8 tokens" in both.output and "at most 2 rows in a batch, not 4" in both.output
+
+
+def test_fixed_shapes_hold_where_the_accelerator_executes(tmp_path: Path) -> None:
+    profile = load_profile(board(tmp_path, "2GB", VALID))
+    there = Choice("qnn", find_runtime("onnxruntime"), WHOLE_STEP, None)
+    assert bucket(profile, 1, 64) == (1, 64)
+    assert bucket(profile, 1, 65) == (1, 128)
+    require_fit(profile, there, 1, 128)
+    for rows, length in ((2, 64), (1, 129)):
+        with pytest.raises(ResourceError, match=f"batches of 1 × 64, 1 × 128 positions only, not {rows} × {length}"):
+            require_fit(profile, there, rows, length)
+        require_fit(profile, Choice("onnxruntime", there.runtime, WHOLE_STEP, None), rows, length)
+
+
+@pytest.mark.parametrize("plan", ["keep", "stream", "whole"])
+def test_here_a_few_steps_are_timed(bundle: Bundle, plan: str) -> None:
+    data = GOLDEN / "train.jsonl"
+    found = answer("plan", bundle.path, "--data", data, "--runtime", "onnxruntime", "--plan", plan, "--steps", "5")
+    assert found["here"] and found["time_from"].startswith("measured here in ")
+    assert 0 < found["step_seconds"] <= found["run_seconds"]
+    assert (found["peak_memory_bytes"] is None) == (plan == "whole")
+
+
+def test_text_says_what_json_says(bundle: Bundle) -> None:
+    arguments = ("plan", bundle.path, "--device", "raspberry-pi-5", "--length", "16")
+    found, shown = answer(*arguments), run(*arguments).output
+    for text in (found["plan"], found["time_from"][:40], f"{found['steps']} steps", "of 8.0 GB"):
+        assert text in shown
+
+
+def _workload(bundle: Bundle, lengths: list[int], **options: Any) -> Workload:
+    rows = [Example(line, list(range(3, 3 + n)), list(range(3, 3 + n))) for line, n in enumerate(lengths, 1)]
+    return Workload(bundle.manifest, rows, [], TrainConfig(**options))
+
+
+def test_the_workload_knows_every_shape_of_the_run(bundle: Bundle) -> None:
+    workload = _workload(bundle, [9, 30, 60, 17, 44, 8], batch_size=2, epochs=2)
+    made = [[batch.input_ids.shape for batch in step] for step in workload.steps()]
+    known = [[(shape.sequences, shape.length) for shape in step] for step in workload.step_shapes()]
+    assert made == known and len(made) == workload.schedule.total_steps == 6
+    work = workload.work()
+    sizes = {(b * t, b * t * t) for step in made for b, t in step}
+    assert work.positions == max(positions for positions, _ in sizes)
+    assert work.scores == max(scores for _, scores in sizes)
+    assert len(work.others) == len(sizes) - 1
+
+
+def test_a_cut_model_tells_what_the_whole_one_takes(bundle: Bundle) -> None:
+    """The work that is extrapolated is the work of the layers that were left out."""
+    workload = _workload(bundle, [32] * 4, batch_size=4, epochs=1)
+    choice = choose(bundle.manifest, TrainConfig("onnxruntime"), workload.work(), lambda text: None)
+    model = CostModel(bundle, choice)
+    batches, layout = _typical(workload, model)
+    found = calibrate(bundle, choice, batches)
+    assert [work for work, _ in found.points] == [model.of(batch) for batch in batches]
+    assert all(seconds > 0 for _, seconds in found.points) and layout >= 0
+    assert found.took < 10
+
+
+def test_between_measured_shapes_the_time_lies_on_a_line() -> None:
+    found = Calibration(((100.0, 1.0), (300.0, 2.0)), start=50.0, first_seconds=0.0, shape_seconds=0.0, took=0.0)
+    assert found.seconds(100) == 1 and found.seconds(300) == 2
+    assert found.seconds(200) == pytest.approx(1.5)
+    assert found.seconds(50) == pytest.approx(1 * 100 / 150)
+    assert found.seconds(650) == pytest.approx(2 * 700 / 350)
