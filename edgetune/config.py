@@ -10,6 +10,7 @@ Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "fp32"]
 RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8"]
+Method = Literal["backpropagation", "forward-only"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 MODULES_OF_TARGETS: dict[Targets, tuple[str, ...]] = {
@@ -47,6 +48,12 @@ class TrainConfig:
     """What executes the training step."""
     plan: PlanName = "auto"
     """What is kept in memory and what is computed again; `int8` also says in which precision."""
+    method: Method = "backpropagation"
+    """How the gradient is found: `forward-only` estimates it from losses, where a backward pass is out of reach."""
+    queries: int = 8
+    """Perturbations whose losses a forward-only step measures."""
+    perturbation_size: float = 5e-3
+    """By how much forward-only perturbs a parameter to measure the loss."""
     memory_budget: str | None = None
     """Most memory of the process, such as `3GB`; without it, what the machine has free."""
     steps: int | None = None

@@ -27,12 +27,15 @@ class ExecutionPlan:
     """Trained rows whose logits exist at the same time."""
     head_tokens: int | None = None
     """Tokens of the vocabulary whose logits exist at the same time; all when it is not given."""
+    forward_only: bool = False
+    """Run forward alone, and keep nothing for a backward pass."""
 
     def __str__(self) -> str:
         """In a few words."""
         if self.form == "whole":
-            return "whole step"
+            return "whole forward pass" if self.forward_only else "whole step"
         kept = f"activations of {self.kept_layers} layers kept" if self.kept_layers else "activations computed again"
+        kept = "forward only" if self.forward_only else kept
         weights = f"weights {'resident' if self.resident else 'streamed'}"
         return ", ".join([self.products, kept, weights, *(["lean"] if self.lean else [])])
 

@@ -22,6 +22,8 @@ _INT4 = 0.5 + _FLOAT / BLOCK_SIZE
 """Bytes of an int4 weight with its share of a scale."""
 _ADAPTER_COPIES = 5
 """Parameters, gradients, two moments, and the copy that is written at the end."""
+_FORWARD_COPIES = 3
+"""Without a backward pass: parameters, what is measured in their place, and the copy that is written."""
 _WITHOUT_FIRST = 0.7
 """About what share of a piece's weights is not the first of its matrices."""
 _HALF = 2
@@ -30,6 +32,8 @@ _TURNS = 2
 """Arrays in which a lean plan computes hidden states by turns."""
 _BETWEEN_GRAPHS = 6
 """Arrays of hidden states beside those between the sublayers: three gradients, two sums of pieces, one on the way."""
+_BETWEEN_FORWARD = 2
+"""The same without a backward pass: one sum of pieces, one on the way."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Footprint:
     """Each graph has memory of its own; otherwise all share what the largest needs."""
     weight: float
     """Bytes of a sublayer's frozen weight as it is multiplied."""
+    forward: float
+    """Of what all graphs hold: the share of those of the forward pass."""
     dequantise: float
     """Time to dequantise a weight, in the time that a product needs for one weight and position."""
 
@@ -117,13 +123,16 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
     shared = 0 if plan.kept_layers == s.layers else sum(s.kept.values())
     if plan.lean and shared:
         shared += s.pieces["attention"] * s.kept["attention"]
-    held = _ADAPTER_COPIES * _FLOAT * s.adapter + positions * s.hidden * _states(s, f, plan)
+    copies = _FORWARD_COPIES if plan.forward_only else _ADAPTER_COPIES
+    held = copies * _FLOAT * s.adapter + positions * s.hidden * _states(s, f, plan)
     held += f.storage * positions * (plan.kept_layers * layer + shared)
     return int(f.base + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
 
 
 def _states(s: Sizes, f: Footprint, plan: ExecutionPlan) -> int:
     """Bytes of all hidden states for each position and channel."""
+    if plan.forward_only:
+        return f.storage * (_TURNS + _BETWEEN_FORWARD)
     if not plan.lean:
         return f.storage * (2 * s.layers + 1 + _BETWEEN_GRAPHS)
     # What enters a layer; of layers that keep their activations, what enters the feed-forward network as well.
@@ -150,11 +159,12 @@ def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
         f.mlp_states * work.positions * s.inner + states + weights["mlp"],
         rows * (f.logits * tokens + f.hidden_states * s.hidden) + f.graph_weights * tokens * s.hidden,
     )
+    share = f.forward if plan.forward_only else 1.0
     if not f.together:
-        return max(held)
+        return share * max(held)
     # Where some layers are computed again and others are not, there are two graphs for the backward pass.
     both = 0 < plan.kept_layers < s.layers
-    return (1.4 if both else 1.0) * (held[0] + held[1]) + held[2]
+    return share * ((1.4 if both else 1.0) * (held[0] + held[1]) + held[2])
 
 
 def _pages(s: Sizes) -> float:

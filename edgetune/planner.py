@@ -40,9 +40,13 @@ class Planner:
         manifest: Of a bundle with the layered form.
         footprint: The runtime's.
         work: The largest batch.
+        forward_only: Whether the plans run forward alone.
     """
 
-    def __init__(self, manifest: BundleManifest, footprint: Footprint, work: Work) -> None:
+    def __init__(
+        self, manifest: BundleManifest, footprint: Footprint, work: Work, *, forward_only: bool = False
+    ) -> None:
+        self._forward_only = forward_only
         self._sizes = Sizes(manifest)
         self._footprint = footprint
         self._work = work
@@ -74,17 +78,21 @@ class Planner:
         """With each number of kept layers, resident and streamed; the head's weight whole and in pieces."""
         s = self._sizes
         kept = {"keep": [s.layers], "recompute": [0], "stream": [0]}.get(name, range(s.layers + 1))
+        kept = [0] if self._forward_only else kept
         for resident in {"keep": [True], "recompute": [True], "stream": [False]}.get(name, [True, False]):
             for tokens in [s.vocabulary] if resident else self._head_tokens():
                 rows = max(_FEWEST_HEAD_ROWS, _HEAD_LOGITS // tokens)
                 rows = rows if tokens == s.vocabulary else min(rows, _MOST_HEAD_ROWS)
                 plan = ExecutionPlan("layered", self._footprint.products, resident=resident, head_rows=rows)
                 plan = replace(plan, head_tokens=tokens if tokens < s.vocabulary else None)
+                plan = replace(plan, forward_only=self._forward_only)
                 for count, lean in product(kept, self._lean(name)):
                     yield replace(plan, kept_layers=count, lean=lean)
 
     def _lean(self, name: PlanName) -> list[bool]:
         """Whether plans may be lean: those of `auto` only where 16 bits are what there is anyway."""
+        if self._forward_only:
+            return [False]
         exact = self._footprint.storage == _HALF
         return [False, True] if name in ("stream", "int8") or (name == "auto" and exact) else [False]
 
@@ -97,6 +105,9 @@ class Planner:
 
     def _cost(self, plan: ExecutionPlan) -> float:
         s, positions = self._sizes, self._work.positions
+        if plan.forward_only:
+            weights = s.layers * sum(s.weights.values()) + s.head
+            return weights * (positions + (0 if plan.resident else self._footprint.dequantise))
         # Forward and backward; of what is computed again, the last product of a sublayer is not needed.
         products = 2.0 * s.layers * sum(s.weights.values())
         again = sum(s.weights[name] - s.hidden * width for name, width in self._last_products().items())

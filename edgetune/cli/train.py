@@ -13,7 +13,7 @@ from edgetune.cli.command import COUNT, NOT_NEGATIVE, POSITIVE, SIZE, Command, j
 from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, rows_file
 from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
-from edgetune.config import DEFAULT_EPOCHS, PlanName, RuntimeName, Schedule, TrainConfig
+from edgetune.config import DEFAULT_EPOCHS, Method, PlanName, RuntimeName, Schedule, TrainConfig
 from edgetune.errors import UsageError
 
 DEFAULT = TrainConfig()
@@ -24,6 +24,7 @@ EXAMPLES = """
 edgetune train bundle --data train.jsonl --output adapter
 edgetune train bundle --data train.jsonl --valid valid.jsonl --output adapter --epochs 5 --learning-rate 5e-4
 edgetune train bundle --data train.jsonl --output adapter --memory-budget 3GB
+edgetune train bundle --data train.jsonl --output adapter --method forward-only --steps 6000 --learning-rate 3e-3
 edgetune train bundle --data train.jsonl --output adapter --config train.toml --steps 20
 
 train.toml holds the same options, which flags override:
@@ -51,6 +52,27 @@ train.toml holds the same options, which flags override:
     default=DEFAULT.plan,
     show_default=True,
     help="What is kept in memory and what is computed again; int8 also says in which precision.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(get_args(Method)),
+    default=DEFAULT.method,
+    show_default=True,
+    help="How the gradient is found; forward-only estimates it from losses and needs no backward pass.",
+)
+@click.option(
+    "--queries",
+    type=COUNT,
+    default=DEFAULT.queries,
+    show_default=True,
+    help="Perturbations that a forward-only step measures.",
+)
+@click.option(
+    "--perturbation-size",
+    type=POSITIVE,
+    default=DEFAULT.perturbation_size,
+    show_default=True,
+    help="By how much forward-only moves each parameter to measure the loss.",
 )
 @click.option(
     "--memory-budget",
@@ -142,6 +164,9 @@ def command(
     config: Path | None,
     runtime: RuntimeName,
     plan: PlanName,
+    method: Method,
+    queries: int,
+    perturbation_size: float,
     memory_budget: str | None,
     steps: int | None,
     epochs: float | None,
@@ -169,6 +194,9 @@ def command(
     flags = TrainConfig(
         runtime=runtime,
         plan=plan,
+        method=method,
+        queries=queries,
+        perturbation_size=perturbation_size,
         memory_budget=memory_budget,
         steps=steps,
         epochs=epochs,

@@ -61,6 +61,18 @@ class Session(Protocol):
         ...
 
 
+class Forward(Protocol):
+    """A model that runs forward and no other way: all that training with estimated gradients takes."""
+
+    def set_parameter(self, name: str, values: NDArray[np.float32]) -> None:
+        """Give a LoRA parameter other values; they are copied, and hold until they are set again."""
+        ...
+
+    def evaluate(self, batch: Batch) -> float:
+        """Mean loss over the trained tokens of a batch."""
+        ...
+
+
 @dataclass(frozen=True)
 class Abilities:
     """What a runtime can execute on this machine."""
@@ -73,6 +85,8 @@ class Abilities:
     """The layered form with int8 products."""
     preferred: bool
     """Whether `auto` may take it here."""
+    forward: bool = False
+    """Whether it has `open_forward`."""
 
 
 class Runtime(Protocol):
@@ -94,6 +108,12 @@ class Runtime(Protocol):
         self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
     ) -> AbstractContextManager[Session]:
         """Load the bundle's graphs and start from `parameters` with a fresh optimizer."""
+        ...
+
+    def open_forward(
+        self, bundle: Bundle, parameters: Parameters, plan: ExecutionPlan
+    ) -> AbstractContextManager[Forward]:
+        """Load the bundle's forward graphs alone, with these parameters; only where the abilities say so."""
         ...
 
 

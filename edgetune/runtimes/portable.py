@@ -99,6 +99,22 @@ class PortableSession:
         return loss
 
 
+class PortableForward:
+    """The portable graph `loss` alone; see `edgetune.runtimes.Forward`."""
+
+    def __init__(self, bundle: Bundle, parameters: Parameters) -> None:
+        self._loss = open_graph(bundle.file("loss"))
+        self._parameters = {name: _owned(array) for name, array in parameters.items()}
+
+    def set_parameter(self, name: str, values: NDArray[np.float32]) -> None:
+        """See `edgetune.runtimes.Forward.set_parameter`."""
+        self._parameters[name].update_inplace(np.ascontiguousarray(values))
+
+    def evaluate(self, batch: Batch) -> float:
+        """See `edgetune.runtimes.Forward.evaluate`."""
+        return _run(self._loss, {**_inputs(batch), **self._parameters}, {}, "loss")
+
+
 def _inputs(batch: Batch) -> Buffers:
     return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in batch.tensors().items()}
 

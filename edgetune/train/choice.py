@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 from edgetune.byte_size import bytes_text, parse_bytes
-from edgetune.config import PlanName, TrainConfig
+from edgetune.config import Method, PlanName, TrainConfig
 from edgetune.data.packing import Room
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
@@ -19,6 +19,7 @@ from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Abilities, Runtime, find_runtime, preferred_runtimes
 
+_OF_BACKWARD = ("keep", "recompute")
 _SHARE = 0.85
 """Of the free memory, which others may need as well, that a plan may take."""
 
@@ -39,7 +40,8 @@ def check_plan(config: TrainConfig) -> None:
     """Refuse what is wrong whatever the bundle.
 
     Raises:
-        UsageError: An unknown runtime, a budget that is no size, or one for a plan whose memory is not known.
+        UsageError: An unknown runtime, a budget that is no size, or one for a plan whose memory is not known; a plan or
+            runtime that the method cannot have.
         MissingDependencyError: The runtime's package is not installed.
     """
     if config.memory_budget is not None:
@@ -49,8 +51,13 @@ def check_plan(config: TrainConfig) -> None:
                 "the whole step as one graph keeps all activations and takes no --memory-budget; "
                 "use --plan auto with --runtime auto"
             )
+    if config.method == "forward-only" and config.plan in _OF_BACKWARD:
+        raise UsageError(
+            f"--plan {config.plan} says what a backward pass needs, and --method forward-only has none; "
+            "use --plan auto, whole, stream or int8"
+        )
     if config.runtime != "auto":
-        _check(config.runtime, find_runtime(config.runtime).abilities(), config.plan)
+        _check(config.runtime, find_runtime(config.runtime).abilities(), config.plan, config.method)
 
 
 def choose(
@@ -79,12 +86,13 @@ def choose(
     plan: PlanName = config.plan if layered else "whole"
     work = reduce(_larger, rooms, Work(0, 0))
     planned = []
-    for name in [config.runtime] if config.runtime != "auto" else _able(plan):
+    forward_only = config.method == "forward-only"
+    for name in [config.runtime] if config.runtime != "auto" else _able(plan, config.method):
         runtime = find_runtime(name)
-        footprint = _check(name, runtime.abilities(), plan)
+        footprint = _check(name, runtime.abilities(), plan, config.method)
         if footprint is None:
-            return Choice(name, runtime, WHOLE_STEP, None)
-        planned.append(_Planned(name, runtime, Planner(manifest, footprint, work)))
+            return Choice(name, runtime, replace(WHOLE_STEP, forward_only=forward_only), None)
+        planned.append(_Planned(name, runtime, Planner(manifest, footprint, work, forward_only=forward_only)))
     return _fitting(planned, config, notice)
 
 
@@ -101,20 +109,28 @@ class _Planned:
         return self.choice(self.planner.smallest(plan))
 
 
-def _able(plan: PlanName) -> list[str]:
+def _able(plan: PlanName, method: Method) -> list[str]:
     """The runtimes that `auto` may take for a plan, the fastest first."""
     able = []
     for name in preferred_runtimes():
         abilities = find_runtime(name).abilities()
-        if abilities.whole if plan == "whole" else _footprint(abilities, plan):
+        if _has(abilities, method) and (abilities.whole if plan == "whole" else _footprint(abilities, plan)):
             able.append(name)
     if not able:
-        raise UsageError(f"no runtime that is installed here executes --plan {plan}; see `edgetune doctor`")
+        raise UsageError(
+            f"no runtime that is installed here executes --plan {plan} with --method {method}; see `edgetune doctor`"
+        )
     return able
 
 
-def _check(name: str, abilities: Abilities, plan: PlanName) -> Footprint | None:
+def _has(abilities: Abilities, method: Method) -> bool:
+    return abilities.forward or method == "backpropagation"
+
+
+def _check(name: str, abilities: Abilities, plan: PlanName, method: Method) -> Footprint | None:
     """The footprint with which a runtime executes a plan; none for the whole step."""
+    if not _has(abilities, method):
+        raise UsageError(f"--runtime {name} has no --method {method}; use --runtime auto")
     footprint = None if plan == "whole" else _footprint(abilities, plan)
     if footprint is None and not (abilities.whole and plan in ("auto", "whole")):
         raise UsageError(f"--runtime {name} does not execute --plan {plan}; use --runtime auto")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from edgetune.data.batches import epoch_batches
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
 from edgetune.errors import EdgetuneError
 from edgetune.runtimes import OptimizerConfig, Parameters, Session, StepResult
+from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
 from edgetune.storage import atomic_folder, sha256_of
 from edgetune.train.choice import check_plan, choose
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
@@ -138,9 +140,7 @@ class _Run:
 
     def _learn(self, folder: Path) -> tuple[int, Parameters]:
         """Train; returns the number of steps and what was learnt. No session is left when the adapter is written."""
-        config, choice = self._config, self.choice
-        optimizer = OptimizerConfig(config.weight_decay, config.max_grad_norm)
-        with choice.runtime.open_session(self._bundle, self._parameters, optimizer, choice.plan) as session:
+        with self._open_session() as session:
             self._observer.on_start(self._start_info())
             # The session has its own.
             self._parameters.clear()
@@ -151,6 +151,18 @@ class _Run:
             if self.stopped and not steps:
                 raise EdgetuneError(f"{self.stopped}; nothing was learnt, so nothing is written; {_REMEDY}")
             return steps, session.adapter()
+
+    @contextmanager
+    def _open_session(self) -> Iterator[Session]:
+        config, choice = self._config, self.choice
+        optimizer = OptimizerConfig(config.weight_decay, config.max_grad_norm)
+        if choice.plan.forward_only:
+            queries = QueryConfig(config.queries, config.perturbation_size, config.seed)
+            with choice.runtime.open_forward(self._bundle, self._parameters, choice.plan) as forward:
+                yield ForwardOnlySession(forward, self._parameters, optimizer, queries)
+        else:
+            with choice.runtime.open_session(self._bundle, self._parameters, optimizer, choice.plan) as session:
+                yield session
 
     def _train(self, session: Session, record: RunRecord) -> int:
         schedule, config = self._schedule, self._config

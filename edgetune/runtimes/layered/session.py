@@ -1,4 +1,4 @@
-"""A model in training in the layered form."""
+"""A model in the layered form: measured, or in training."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
 from edgetune.runtimes.layered.backend import Arrays, Backend
 from edgetune.runtimes.layered.head import Head
 from edgetune.runtimes.layered.optimizer import FlatAdamW
+from edgetune.runtimes.layered.parameters import FlatParameters
 from edgetune.runtimes.layered.states import HiddenStates
 from edgetune.runtimes.layered.sublayer import AGAIN, SublayerRunner
 from edgetune.runtimes.layered.weights import LinearWeights
@@ -26,26 +27,29 @@ from edgetune.runtimes.layered.workspace import Workspace
 _EMBEDDING = "model.embed_tokens.weight"
 
 
-class LayeredSession:
-    """Runs a bundle's layered graphs on a backend; see `edgetune.runtimes.Session`."""
+class LayeredForward:
+    """Runs a bundle's layered forward graphs on a backend; see `edgetune.runtimes.Forward`.
 
-    def __init__(
-        self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan, backend: Backend
-    ) -> None:
+    Args:
+        bundle: It has the layered form.
+        parameters: Their channels in the backend's order.
+        plan: How it is executed.
+        backend: Runs the graphs.
+    """
+
+    def __init__(self, bundle: Bundle, parameters: FlatParameters, plan: ExecutionPlan, backend: Backend) -> None:
         architecture = bundle.manifest.architecture
         layers = architecture.num_hidden_layers
         self._backend = backend
         self._first_kept, self._lean = layers - plan.kept_layers, plan.lean
         self._frozen = FrozenWeights(bundle.path)
         linear = LinearWeights(self._frozen, backend, plan.resident)
-        ordered = {name: backend.channels.put_adapter(name, parameters[name]) for name in parameters}
-        self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), ordered, optimizer)
-        self._names = list(parameters)
+        self._lora = parameters
         self._workspace = Workspace(backend.storage)
         self._states = HiddenStates(self._workspace, plan.lean)
         pieces = pieces_of(bundle.manifest)
         self._attention, self._mlp = (
-            SublayerRunner(bundle, name, parts, backend, self._frozen, linear, self._optimizer, self._workspace)
+            SublayerRunner(bundle, name, parts, backend, self._frozen, linear, parameters, self._workspace)
             for name, parts in (
                 ("attention", list(attention_parts(architecture, pieces.attention))),
                 ("mlp", list(mlp_parts(architecture, pieces.mlp))),
@@ -54,6 +58,58 @@ class LayeredSession:
         self._layers = range(layers)
         self._head = Head(bundle, backend, self._frozen, linear, plan)
 
+    def evaluate(self, batch: Batch) -> float:
+        """See `edgetune.runtimes.Session.evaluate`."""
+        hidden = self._forward(batch, for_backward=False)
+        rows, labels = _trained(batch)
+        return float(self._head.losses(self._rows(hidden, rows), labels).mean())
+
+    def set_parameter(self, name: str, values: NDArray[np.float32]) -> None:
+        """See `edgetune.runtimes.Forward.set_parameter`."""
+        self._lora.parameter(name)[...] = self._backend.channels.put_adapter(name, values)
+
+    def _forward(self, batch: Batch, *, for_backward: bool) -> NDArray[Any]:
+        """The last hidden state (batch, sequence, hidden_size), in storage."""
+        self._workspace.fit(batch.input_ids.shape)
+        shape = (*batch.input_ids.shape, self._frozen.shape(_EMBEDDING)[1])
+        tables = _tables(batch)
+        hidden = self._states.array(0, shape, kept=for_backward)
+        embedded = self._frozen.rows(_EMBEDDING, batch.input_ids)
+        self._backend.store(self._backend.channels.put(embedded, -1), hidden)
+        for layer in self._layers:
+            kept = layer >= self._first_kept
+            for number, runner in ((2 * layer, self._attention), (2 * layer + 1, self._mlp)):
+                if for_backward and self._is_kept(number):
+                    self._states.keep(number, hidden)
+                output = self._states.array(number + 1, shape, kept=for_backward and self._is_kept(number + 1))
+                runner.forward(layer, tables, hidden, output, str(layer) if for_backward and kept else None)
+                self._release()
+                hidden = output
+        return hidden
+
+    def _is_kept(self, number: int) -> bool:
+        """Whether the backward pass takes this hidden state; otherwise it computes it again."""
+        return not self._lean or number % 2 == 0 or number // 2 >= self._first_kept
+
+    def _release(self) -> None:
+        """The system may take back the weights' pages: streamed weights are read again, resident ones are copied."""
+        self._frozen.forget()
+
+    def _rows(self, hidden: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._backend.restore(hidden.reshape(-1, hidden.shape[-1])[rows])
+
+
+class LayeredSession(LayeredForward):
+    """With the backward pass and AdamW; see `edgetune.runtimes.Session`."""
+
+    def __init__(
+        self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan, backend: Backend
+    ) -> None:
+        self._names = list(parameters)
+        ordered = in_order_of(backend, parameters)
+        self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), ordered, optimizer)
+        super().__init__(bundle, self._optimizer, plan, backend)
+
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """See `edgetune.runtimes.Session.step`."""
         total = sum(batch.trained_tokens for batch in batches)
@@ -61,12 +117,6 @@ class LayeredSession:
         loss = sum(self._accumulate(batch, 1 / total) for batch in batches)
         norm, applied = self._optimizer.step(learning_rate, loss)
         return StepResult(loss, norm, applied)
-
-    def evaluate(self, batch: Batch) -> float:
-        """See `edgetune.runtimes.Session.evaluate`."""
-        hidden = self._forward(batch, for_backward=False)
-        rows, labels = _trained(batch)
-        return float(self._head.losses(self._rows(hidden, rows), labels).mean())
 
     def adapter(self) -> Parameters:
         """See `edgetune.runtimes.Session.adapter`."""
@@ -95,31 +145,8 @@ class LayeredSession:
         self._backward(batch, d_output)
         return scale * float(losses.sum(dtype=np.float64))
 
-    def _forward(self, batch: Batch, *, for_backward: bool) -> NDArray[Any]:
-        """The last hidden state (batch, sequence, hidden_size), in storage."""
-        self._workspace.fit(batch.input_ids.shape)
-        shape = (*batch.input_ids.shape, self._frozen.shape(_EMBEDDING)[1])
-        tables = _tables(batch)
-        hidden = self._states.array(0, shape, kept=for_backward)
-        embedded = self._frozen.rows(_EMBEDDING, batch.input_ids)
-        self._backend.store(self._backend.channels.put(embedded, -1), hidden)
-        for layer in self._layers:
-            kept = layer >= self._first_kept
-            for number, runner in ((2 * layer, self._attention), (2 * layer + 1, self._mlp)):
-                if for_backward and self._is_kept(number):
-                    self._states.keep(number, hidden)
-                output = self._states.array(number + 1, shape, kept=for_backward and self._is_kept(number + 1))
-                runner.forward(layer, tables, hidden, output, str(layer) if for_backward and kept else None)
-                self._release()
-                hidden = output
-        return hidden
-
-    def _is_kept(self, number: int) -> bool:
-        """Whether the backward pass takes this hidden state; otherwise it computes it again."""
-        return not self._lean or number % 2 == 0 or number // 2 >= self._first_kept
-
     def _backward(self, batch: Batch, d_output: NDArray[Any]) -> None:
-        tables, shape = _tables(batch), d_output.shape
+        tables, shape, gradient = _tables(batch), d_output.shape, self._optimizer.gradient
         d_hidden, d_middle = (self._workspace.like(f"d_hidden.{number}", d_output) for number in (0, 1))
         for layer in reversed(self._layers):
             kept = str(layer) if layer >= self._first_kept else None
@@ -130,20 +157,18 @@ class LayeredSession:
             else:
                 middle, of_attention = self._states.array(2 * layer + 1, shape, kept=False), AGAIN
                 self._attention.forward(layer, tables, hidden, middle, of_attention)
-            self._mlp.backward(layer, tables, middle, d_output, d_middle, kept)
+            self._mlp.backward(layer, tables, middle, d_output, d_middle, kept, gradient)
             self._release()
-            self._attention.backward(layer, tables, hidden, d_middle, d_hidden, of_attention)
+            self._attention.backward(layer, tables, hidden, d_middle, d_hidden, of_attention, gradient)
             self._release()
             d_output = d_hidden
         # The head can use their memory.
         self._workspace.drop(AGAIN)
 
-    def _release(self) -> None:
-        """The system may take back the weights' pages: streamed weights are read again, resident ones are copied."""
-        self._frozen.forget()
 
-    def _rows(self, hidden: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._backend.restore(hidden.reshape(-1, hidden.shape[-1])[rows])
+def in_order_of(backend: Backend, parameters: Parameters) -> dict[str, NDArray[np.float32]]:
+    """LoRA parameters with their channels in the backend's order."""
+    return {name: backend.channels.put_adapter(name, values) for name, values in parameters.items()}
 
 
 def _tables(batch: Batch) -> Arrays:
