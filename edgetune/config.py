@@ -50,10 +50,12 @@ class TrainConfig:
     """What is kept in memory and what is computed again; `int8` also says in which precision."""
     method: Method = "backpropagation"
     """How the gradient is found: `forward-only` estimates it from losses, where a backward pass is out of reach."""
-    queries: int = 8
+    queries: int = 16
     """Perturbations whose losses a forward-only step measures."""
-    perturbation_size: float = 5e-3
+    perturbation_size: float = 1e-2
     """By how much forward-only perturbs a parameter to measure the loss."""
+    report_gradient_cosine: bool = False
+    """Compare forward-only's first gradient with the exact one, which takes a backward pass and its memory."""
     memory_budget: str | None = None
     """Most memory of the process, such as `3GB`; without it, what the machine has free."""
     steps: int | None = None

@@ -35,6 +35,7 @@ FOOTPRINT = Footprint(
     logits=12.0,
     together=False,
     weight=4.0,
+    forward=0.5,
     dequantise=90.0,
 )
 INT8 = replace(FOOTPRINT, products="int8", weight=2.0)

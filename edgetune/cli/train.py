@@ -75,6 +75,12 @@ train.toml holds the same options, which flags override:
     help="By how much forward-only moves each parameter to measure the loss.",
 )
 @click.option(
+    "--report-gradient-cosine",
+    is_flag=True,
+    default=DEFAULT.report_gradient_cosine,
+    help="Compare forward-only's first gradient with the exact one; takes the memory of a backward pass.",
+)
+@click.option(
     "--memory-budget",
     type=SIZE,
     default=DEFAULT.memory_budget,
@@ -167,6 +173,7 @@ def command(
     method: Method,
     queries: int,
     perturbation_size: float,
+    report_gradient_cosine: bool,
     memory_budget: str | None,
     steps: int | None,
     epochs: float | None,
@@ -197,6 +204,7 @@ def command(
         method=method,
         queries=queries,
         perturbation_size=perturbation_size,
+        report_gradient_cosine=report_gradient_cosine,
         memory_budget=memory_budget,
         steps=steps,
         epochs=epochs,

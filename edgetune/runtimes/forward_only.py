@@ -1,8 +1,11 @@
 """Training without a backward pass: the gradient is estimated from losses alone.
 
 SPSA (Spall 1992), with perturbations that are regenerated from their seed as in MeZO (Malladi et al. 2023). A query
-adds ε·u to all LoRA parameters at once, u being ±1 at random, and measures the loss; how much it changes says how far
-the gradient points along u. The mean of what the queries say is an unbiased estimate of the gradient, up to ε².
+adds ε·u to all trained parameters at once, u being ±1 at random, and measures the loss; how much it changes says how
+far the gradient points along u. The mean of what the queries say is an unbiased estimate of the gradient, up to ε².
+
+Only the B matrices are trained, as in LoRA-FA (Zhang et al. 2023). Noise is what limits this method: it moves all
+parameters the same, and A's are so small that they would soon be nothing but noise.
 
 Nothing as large as the gradient is kept. AdamW divides every parameter's step by the root mean square of its gradient;
 here noise makes that nearly the same for all parameters, so that one number takes the place of both moments.
@@ -21,6 +24,7 @@ from edgetune.data.batches import Batch
 from edgetune.runtimes import Forward, OptimizerConfig, Parameters, StepResult
 
 Floats = NDArray[np.float32]
+_TRAINED = ".lora_B."
 _BETA = 0.99
 """Of the mean square of the slopes, over steps."""
 _EPSILON = 1e-8
@@ -50,7 +54,7 @@ def signs(seed: int, step: int, query: int, parameter: int, size: int) -> Floats
         seed: The generator's key.
         step: Counted from 1; with `query` and `parameter` it is the counter at which the generator starts.
         query: Counted from 0.
-        parameter: Its place among the LoRA parameters.
+        parameter: Its place among the trained parameters.
         size: How many.
     """
     generator = np.random.Philox(key=seed % (1 << 128), counter=[0, parameter, query, step])
@@ -75,7 +79,7 @@ class ForwardOnlySession:
         self._forward, self._optimizer, self._config = forward, optimizer, config
         # What is measured is always made from this copy, so that nothing drifts.
         self._parameters = {name: array.copy() for name, array in parameters.items()}
-        self._names = list(parameters)
+        self._trained = [name for name in parameters if _TRAINED in name]
         self._steps_done = 0
         self._mean_square = 0.0
 
@@ -90,7 +94,7 @@ class ForwardOnlySession:
         if applied:
             self._update(slopes, norm, learning_rate)
             self._steps_done += 1
-        for name in self._names:
+        for name in self._trained:
             self._forward.set_parameter(name, self._parameters[name])
         return StepResult(loss, norm, applied)
 
@@ -103,9 +107,9 @@ class ForwardOnlySession:
         return self._parameters
 
     def gradient(self, batches: Sequence[Batch]) -> Parameters:
-        """The estimate of the next step's gradient, for every parameter; changes nothing."""
+        """The estimate of the next step's gradient, for every trained parameter; changes nothing."""
         slopes = self._slopes(batches)
-        for name in self._names:
+        for name in self._trained:
             self._forward.set_parameter(name, self._parameters[name])
         return dict(self._combined(slopes / len(slopes)))
 
@@ -119,7 +123,7 @@ class ForwardOnlySession:
         unperturbed = self._loss(batches) if count == 1 else 0.0
         losses = []
         for query in range(count):
-            for place, name in enumerate(self._names):
+            for place, name in enumerate(self._trained):
                 perturbation = np.float32(size) * self._signs(query, place)
                 perturbation += self._parameters[name]
                 self._forward.set_parameter(name, perturbation)
@@ -145,8 +149,8 @@ class ForwardOnlySession:
             parameter -= change
 
     def _combined(self, shares: NDArray[np.float64]) -> Iterator[tuple[str, Floats]]:
-        """Σ share · direction over the queries, for each parameter."""
-        for place, name in enumerate(self._names):
+        """Σ share · direction over the queries, for each trained parameter."""
+        for place, name in enumerate(self._trained):
             total = np.zeros(self._parameters[name].shape, np.float32)
             for query, share in enumerate(shares):
                 total += np.float32(share) * self._signs(query, place)
@@ -154,7 +158,7 @@ class ForwardOnlySession:
 
     def _signs(self, query: int, place: int) -> Floats:
         """The direction of a query of the next step."""
-        shape = self._parameters[self._names[place]].shape
+        shape = self._parameters[self._trained[place]].shape
         return signs(self._config.seed, self._steps_done + 1, query, place, math.prod(shape)).reshape(shape)
 
     def _loss(self, batches: Sequence[Batch]) -> float:

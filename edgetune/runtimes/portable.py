@@ -82,6 +82,10 @@ class PortableSession:
         """See `edgetune.runtimes.Session.adapter`."""
         return {name: value.numpy().copy() for name, value in self._parameters().items()}
 
+    def gradients(self) -> Parameters:
+        """The last step's gradients, before clipping, until the next step."""
+        return {name: self._sums[f"{name}.grad"] for name in self._names}
+
     def _parameters(self) -> Buffers:
         return {name: self._state[name] for name in self._names}
 

@@ -51,6 +51,8 @@ def check_plan(config: TrainConfig) -> None:
                 "the whole step as one graph keeps all activations and takes no --memory-budget; "
                 "use --plan auto with --runtime auto"
             )
+    if config.report_gradient_cosine and config.method != "forward-only":
+        raise UsageError("--report-gradient-cosine is for --method forward-only; other methods have the exact gradient")
     if config.method == "forward-only" and config.plan in _OF_BACKWARD:
         raise UsageError(
             f"--plan {config.plan} says what a backward pass needs, and --method forward-only has none; "

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -29,11 +29,13 @@ from edgetune.config import TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import epoch_batches
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
+from edgetune.data.packing import Room
 from edgetune.errors import EdgetuneError
 from edgetune.runtimes import OptimizerConfig, Parameters, Session, StepResult
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
 from edgetune.storage import atomic_folder, sha256_of
 from edgetune.train.choice import check_plan, choose
+from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.record import RunRecord, peak_memory_bytes
 from edgetune.train.schedule import check_options, learning_rate, schedule_steps
@@ -114,6 +116,10 @@ class _Run:
         self._batcher = self._batches_of(self._rows.examples)
         rooms = [self._batches_of(rows).room for rows in (self._rows.examples, self._valid) if rows]
         self.choice = choose(manifest, config, rooms, observer.on_notice)
+        self._cosine: GradientCosine | None = None
+        if config.report_gradient_cosine:
+            self._cosine = self._measure_cosine(rooms)
+            observer.on_notice(str(self._cosine))
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
         self.seconds = 0.0
@@ -152,14 +158,24 @@ class _Run:
                 raise EdgetuneError(f"{self.stopped}; nothing was learnt, so nothing is written; {_REMEDY}")
             return steps, session.adapter()
 
+    def _measure_cosine(self, rooms: Sequence[Room]) -> GradientCosine:
+        """On rows as a first step would have them, before the run draws its own."""
+        config, manifest = self._config, self._bundle.manifest
+        exact = choose(manifest, replace(config, method="backpropagation"), rooms, self._observer.on_notice)
+        drawn = epoch_batches(self._rows.examples, config.batch_size, config.seed, config.shuffle)
+        batches = self._batcher.step(list(islice(drawn, self._schedule.batches(0))))
+        return measure_gradient_cosine(self._bundle, self._parameters, batches, self._queries(), self.choice, exact)
+
+    def _queries(self) -> QueryConfig:
+        return QueryConfig(self._config.queries, self._config.perturbation_size, self._config.seed)
+
     @contextmanager
     def _open_session(self) -> Iterator[Session]:
         config, choice = self._config, self.choice
         optimizer = OptimizerConfig(config.weight_decay, config.max_grad_norm)
         if choice.plan.forward_only:
-            queries = QueryConfig(config.queries, config.perturbation_size, config.seed)
             with choice.runtime.open_forward(self._bundle, self._parameters, choice.plan) as forward:
-                yield ForwardOnlySession(forward, self._parameters, optimizer, queries)
+                yield ForwardOnlySession(forward, self._parameters, optimizer, self._queries())
         else:
             with choice.runtime.open_session(self._bundle, self._parameters, optimizer, choice.plan) as session:
                 yield session
@@ -270,6 +286,9 @@ class _Run:
             provenance[VALIDATION_SHA256] = sha256_of(self._valid_path)
         if self.validation_losses:
             provenance["validation_loss"] = repr(self.validation_losses[-1])
+        if self._cosine is not None:
+            provenance["gradient_cosine"] = repr(self._cosine.measured)
+            provenance["expected_gradient_cosine"] = repr(self._cosine.expected)
         if self.stopped:
             provenance["stopped"] = self.stopped
         return provenance
