@@ -62,7 +62,7 @@ train.toml holds the same options, which flags override:
 )
 @click.option(
     "--queries",
-    type=COUNT,
+    type=click.IntRange(min=2),
     default=DEFAULT.queries,
     show_default=True,
     help="Perturbations that a forward-only step measures.",

@@ -50,8 +50,7 @@ class GradientCosine:
 
 def expected_cosine(queries: int, parameters: int) -> float:
     """Of an estimate by random directions: √(n / (n + d)); the comparison with the other queries costs one of them."""
-    directions = max(1, queries - 1)
-    return math.sqrt(directions / (directions + parameters))
+    return math.sqrt((queries - 1) / (queries - 1 + parameters))
 
 
 def measure_gradient_cosine(

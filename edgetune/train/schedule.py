@@ -83,6 +83,8 @@ def check_options(config: TrainConfig) -> None:
     for name in at_least_one:
         if getattr(config, name) < 1:
             problems.append(f"{name} is {getattr(config, name)}, expected 1 or more")
+    if config.queries < 2:
+        problems.append(f"queries is {config.queries}, expected 2 or more: they are compared with each other")
     for name in ("learning_rate", "perturbation_size") + (("epochs",) if config.epochs is not None else ()):
         if not 0 < getattr(config, name) < math.inf:
             problems.append(f"{name} is {getattr(config, name)}, expected a number above 0")
