@@ -12,6 +12,7 @@ Precision = Literal["int4", "fp32"]
 RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn", "fpga-hls"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8", "split"]
 DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
+Method = Literal["backpropagation", "forward-only"]
 Schedule = Literal["constant", "linear", "cosine"]
 TargetName = Literal["android", "ios", "web", "linux-arm64"]
 
@@ -70,6 +71,14 @@ class TrainConfig:
     """How much of what the trunk of a split bundle computed is kept, so that it computes a row once."""
     vitisai_config: Path | None = None
     """`vaip_config.json` of the Vitis AI that runs the trunk, where it wants one."""
+    method: Method = "backpropagation"
+    """How the gradient is found: `forward-only` estimates it from losses, where a backward pass is out of reach."""
+    queries: int = 16
+    """Perturbations whose losses a forward-only step measures."""
+    perturbation_size: float = 1e-2
+    """By how much forward-only perturbs a parameter to measure the loss."""
+    report_gradient_cosine: bool = False
+    """Compare forward-only's first gradient with the exact one, which takes a backward pass and its memory."""
     memory_budget: str | None = None
     """Most memory of the process, such as `3GB`; without it, what the machine has free."""
     device_type: DeviceType = "auto"

@@ -50,12 +50,16 @@ class ExecutionPlan:
     """How much to keep of what the trunk computed."""
     vitisai_config: Path | None = None
     """`vaip_config.json` of the Vitis AI that runs the trunk."""
+    forward_only: bool = False
+    """Run forward alone, and keep nothing for a backward pass."""
 
     def __str__(self) -> str:
         """In a few words."""
         if self.form == "whole":
-            return "whole step" if self.accelerator is None else "whole step in static shapes"
+            whole = "whole forward pass" if self.forward_only else "whole step"
+            return whole if self.accelerator is None else f"{whole} in static shapes"
         kept = f"activations of {self.kept_layers} layers kept" if self.kept_layers else "activations computed again"
+        kept = "forward only" if self.forward_only else kept
         weights = f"weights {'resident' if self.resident else 'streamed'}"
         trunk = [f"split, {self.trunk_layers} layers in the trunk"] if self.trunk_layers else []
         return ", ".join([*trunk, self.products, kept, weights, *(["lean"] if self.lean else [])])
@@ -63,3 +67,5 @@ class ExecutionPlan:
 
 WHOLE_STEP = ExecutionPlan("whole")
 """The step as one graph."""
+LAYERED = ExecutionPlan("layered")
+"""Layer by layer, and nothing said of how."""

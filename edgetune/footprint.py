@@ -21,6 +21,8 @@ SUBLAYERS = ("attention", "mlp")
 _FLOAT = 4
 _ADAPTER_COPIES = 5
 """Parameters, gradients, two moments, and the copy that is written at the end."""
+_FORWARD_COPIES = 3
+"""Without a backward pass: parameters, what is measured in their place, and the copy that is written."""
 _WITHOUT_FIRST = 0.7
 """About what share of a piece's weights is not the first of its matrices."""
 _HALF = 2
@@ -29,6 +31,8 @@ _TURNS = 2
 """Arrays in which a lean plan computes hidden states by turns."""
 _BETWEEN_GRAPHS = 6
 """Arrays of hidden states beside those between the sublayers: three gradients, two sums of pieces, one on the way."""
+_BETWEEN_FORWARD = 2
+"""The same without a backward pass: one sum of pieces, one on the way."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Footprint:
     """Bytes on the disk for compiled graphs, at most."""
     weight: float
     """Bytes of a sublayer's frozen weight as it is multiplied."""
+    forward: float
+    """Of what all graphs hold: the share of those of the forward pass."""
     dequantise: float
     """Time to dequantise a weight, in the time that a product needs for one weight and position."""
 
@@ -136,7 +142,8 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
     shared = 0 if plan.kept_layers == s.layers else sum(s.kept.values())
     if plan.lean and shared:
         shared += s.pieces["attention"] * s.kept["attention"]
-    held = _ADAPTER_COPIES * _FLOAT * s.adapter + positions * s.hidden * _states(s, f, plan)
+    copies = _FORWARD_COPIES if plan.forward_only else _ADAPTER_COPIES
+    held = copies * _FLOAT * s.adapter + positions * s.hidden * _states(s, f, plan)
     held += f.storage * positions * (plan.kept_layers * layer + shared)
     held += s.trunk + plan.trunk_cache_bytes
     return int(f.base + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
@@ -149,6 +156,8 @@ def trunk_bytes(manifest: BundleManifest) -> int:
 
 def _states(s: Sizes, f: Footprint, plan: ExecutionPlan) -> int:
     """Bytes of all hidden states for each position and channel."""
+    if plan.forward_only:
+        return f.storage * (_TURNS + _BETWEEN_FORWARD)
     if not plan.lean:
         return f.storage * (2 * s.layers + 1 + _BETWEEN_GRAPHS)
     # What enters a layer; of layers that keep their activations, what enters the feed-forward network as well.
@@ -168,13 +177,14 @@ def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
     """What graphs hold while they run."""
     rows, tokens = min(plan.head_rows, work.positions), head_tokens(s, plan)
     head = rows * (f.logits * tokens + f.hidden_states * s.hidden) + f.graph_weights * tokens * s.hidden
+    share = f.forward if plan.forward_only else 1.0
     if not f.together:
-        return max(*_sublayers(s, f, work.positions, work.scores), head)
+        return share * max(*_sublayers(s, f, work.positions, work.scores), head)
     # Where some layers are computed again and others are not, there are two graphs for the backward pass.
     both = 0 < plan.kept_layers < s.layers
     shapes = [(work.positions, work.scores), *sorted(work.others, reverse=True)][: f.shapes]
     held = sum(f.shape + sum(_sublayers(s, f, *shape)) for shape in shapes)
-    return (1.4 if both else 1.0) * held + head
+    return share * ((1.4 if both else 1.0) * held + head)
 
 
 def _sublayers(s: Sizes, f: Footprint, positions: int, scores: int) -> tuple[float, float]:

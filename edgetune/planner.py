@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from edgetune.config import PlanName
-from edgetune.execution import ExecutionPlan
+from edgetune.execution import LAYERED, ExecutionPlan
 from edgetune.footprint import SUBLAYERS, Footprint, Sizes, Work, peak_memory
 from edgetune.manifest import BundleManifest
 from edgetune.step_cost import step_cost
@@ -41,14 +41,14 @@ class Planner:
         manifest: Of a bundle with the layered form.
         footprint: The runtime's.
         work: The largest batch.
-        trunk: What a plan says of the trunk; without it there is none.
+        given: What every plan has: the trunk, and whether it runs forward alone.
     """
 
     def __init__(
-        self, manifest: BundleManifest, footprint: Footprint, work: Work, trunk: ExecutionPlan | None = None
+        self, manifest: BundleManifest, footprint: Footprint, work: Work, given: ExecutionPlan = LAYERED
     ) -> None:
-        self._trunk = trunk or ExecutionPlan("layered")
-        self._sizes = Sizes(manifest, self._trunk.trunk_layers)
+        self._given = given
+        self._sizes = Sizes(manifest, given.trunk_layers)
         self._footprint = footprint
         self._work = work
 
@@ -79,17 +79,20 @@ class Planner:
         """With each number of kept layers, resident and streamed; the head's weight whole and in pieces."""
         s = self._sizes
         kept = {"keep": [s.layers], "recompute": [0], "stream": [0]}.get(name, range(s.layers + 1))
+        kept = [0] if self._given.forward_only else kept
         for resident in {"keep": [True], "recompute": [True], "stream": [False]}.get(name, [True, False]):
             for tokens in [s.vocabulary] if resident else self._head_tokens():
                 rows = max(_FEWEST_HEAD_ROWS, _HEAD_LOGITS // tokens)
                 rows = rows if tokens == s.vocabulary else min(rows, _MOST_HEAD_ROWS)
-                plan = replace(self._trunk, products=self._footprint.products, resident=resident, head_rows=rows)
+                plan = replace(self._given, products=self._footprint.products, resident=resident, head_rows=rows)
                 plan = replace(plan, head_tokens=tokens if tokens < s.vocabulary else None)
                 for count, lean in product(kept, self._lean(name)):
                     yield replace(plan, kept_layers=count, lean=lean)
 
     def _lean(self, name: PlanName) -> list[bool]:
         """Whether plans may be lean: those of `auto` only where 16 bits are what there is anyway."""
+        if self._given.forward_only:
+            return [False]
         exact = self._footprint.storage == _HALF
         return [False, True] if name in ("stream", "int8") or (name == "auto" and exact) else [False]
 

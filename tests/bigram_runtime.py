@@ -66,12 +66,15 @@ class BigramSession:
     def evaluate(self, batch: Batch) -> float:
         return loss_and_gradient(batch, self.parameters)[0] / batch.trained_tokens
 
+    def set_parameter(self, name: str, values: np.ndarray) -> None:
+        self.parameters[name] = values.copy()
+
     def adapter(self) -> Parameters:
         return {name: value.copy() for name, value in self.parameters.items()}
 
 
 def abilities() -> Abilities:
-    return Abilities(whole=True, exact=None, int8=None, preferred=True)
+    return Abilities(whole=True, exact=None, int8=None, preferred=True, forward=True)
 
 
 def version() -> str:
@@ -86,3 +89,10 @@ def open_session(
     assert bundle.manifest.architecture.vocab_size == VOCABULARY
     BigramSession.opened = BigramSession(parameters, optimizer)
     yield BigramSession.opened
+
+
+@contextmanager
+def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) -> Iterator[BigramSession]:
+    """Follows `edgetune.runtimes.Runtime`."""
+    with open_session(bundle, parameters, OptimizerConfig(0.0, 0.0), plan) as session:
+        yield session

@@ -37,6 +37,7 @@ FOOTPRINT = Footprint(
     shape=0,
     cache=0,
     weight=4.0,
+    forward=0.5,
     dequantise=90.0,
 )
 INT8 = replace(FOOTPRINT, products="int8", weight=2.0)

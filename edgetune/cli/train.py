@@ -13,7 +13,7 @@ from edgetune.cli.command import COUNT, NOT_NEGATIVE, POSITIVE, SIZE, Command, j
 from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, rows_file
 from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
-from edgetune.config import DEFAULT_EPOCHS, DeviceType, PlanName, RuntimeName, Schedule, TrainConfig
+from edgetune.config import DEFAULT_EPOCHS, DeviceType, Method, PlanName, RuntimeName, Schedule, TrainConfig
 from edgetune.errors import UsageError
 
 DEFAULT = TrainConfig()
@@ -27,6 +27,7 @@ edgetune train bundle --data train.jsonl --output adapter --memory-budget 3GB
 edgetune train bundle --data train.jsonl --output adapter --device raspberry-pi-5
 edgetune train bundle --data train.jsonl --output adapter --runtime qnn --require-npu
 edgetune train split --data train.jsonl --output adapter --plan split
+edgetune train bundle --data train.jsonl --output adapter --method forward-only --steps 6000 --learning-rate 3e-3
 edgetune train bundle --data train.jsonl --output adapter --config train.toml --steps 20
 
 train.toml holds the same options, which flags override:
@@ -68,6 +69,33 @@ train.toml holds the same options, which flags override:
     type=PATH,
     default=DEFAULT.vitisai_config,
     help="vaip_config.json of the Vitis AI that runs the trunk, where it wants one.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(get_args(Method)),
+    default=DEFAULT.method,
+    show_default=True,
+    help="How the gradient is found; forward-only estimates it from losses and needs no backward pass.",
+)
+@click.option(
+    "--queries",
+    type=click.IntRange(min=2),
+    default=DEFAULT.queries,
+    show_default=True,
+    help="Perturbations that a forward-only step measures.",
+)
+@click.option(
+    "--perturbation-size",
+    type=POSITIVE,
+    default=DEFAULT.perturbation_size,
+    show_default=True,
+    help="By how much forward-only moves each parameter to measure the loss.",
+)
+@click.option(
+    "--report-gradient-cosine",
+    is_flag=True,
+    default=DEFAULT.report_gradient_cosine,
+    help="Compare forward-only's first gradient with the exact one; takes the memory of a backward pass.",
 )
 @click.option(
     "--memory-budget",
@@ -187,6 +215,10 @@ def command(
     plan: PlanName,
     trunk_cache: str,
     vitisai_config: Path | None,
+    method: Method,
+    queries: int,
+    perturbation_size: float,
+    report_gradient_cosine: bool,
     memory_budget: str | None,
     device_type: DeviceType,
     require_npu: bool,
@@ -221,6 +253,10 @@ def command(
         plan=plan,
         trunk_cache=trunk_cache,
         vitisai_config=vitisai_config,
+        method=method,
+        queries=queries,
+        perturbation_size=perturbation_size,
+        report_gradient_cosine=report_gradient_cosine,
         memory_budget=memory_budget,
         device_type=device_type,
         require_npu=require_npu,

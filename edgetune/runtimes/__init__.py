@@ -62,6 +62,18 @@ class Session(Protocol):
         ...
 
 
+class Forward(Protocol):
+    """A model that runs forward and no other way: all that training with estimated gradients takes."""
+
+    def set_parameter(self, name: str, values: NDArray[np.float32]) -> None:
+        """Give a LoRA parameter other values; they are copied, and hold until they are set again."""
+        ...
+
+    def evaluate(self, batch: Batch) -> float:
+        """Mean loss over the trained tokens of a batch."""
+        ...
+
+
 @runtime_checkable
 class Placed(Protocol):
     """A session whose graphs are divided between an accelerator and the CPU."""
@@ -87,6 +99,8 @@ class Abilities:
     """Whether the whole step is compiled for each shape, so that batches should have few of them."""
     split_only: bool = False
     """Whether it executes `--plan split` and nothing else."""
+    forward: bool = False
+    """Whether it has `open_forward`."""
 
 
 class Runtime(Protocol):
@@ -108,6 +122,12 @@ class Runtime(Protocol):
         self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
     ) -> AbstractContextManager[Session]:
         """Load the bundle's graphs and start from `parameters` with a fresh optimizer."""
+        ...
+
+    def open_forward(
+        self, bundle: Bundle, parameters: Parameters, plan: ExecutionPlan
+    ) -> AbstractContextManager[Forward]:
+        """Load the bundle's forward graphs alone, with these parameters; only where the abilities say so."""
         ...
 
 

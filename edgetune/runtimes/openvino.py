@@ -17,7 +17,7 @@ from edgetune.bundle import Bundle
 from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint
-from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session
+from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
 from edgetune.runtimes.layered.channels import Channels, groups_of
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ _BF16 = Footprint(
     shape=27_000_000,
     cache=_MOST_CACHED,
     weight=2.0,
+    forward=0.5,
     dequantise=90.0,
 )
 _FP32 = replace(
@@ -81,7 +82,8 @@ def abilities() -> Abilities:
     """
     short = "BF16" in _property("OPTIMIZATION_CAPABILITIES")
     # Without bfloat16 there is nothing in which it is ahead of stock ONNX Runtime.
-    return Abilities(whole=False, exact=_BF16 if short else _FP32, int8=_INT8 if short else None, preferred=short)
+    exact, int8 = (_BF16, _INT8) if short else (_FP32, None)
+    return Abilities(whole=False, exact=exact, int8=int8, preferred=short, forward=True)
 
 
 def version() -> str:
@@ -99,15 +101,31 @@ def open_session(
         MissingDependencyError: The package `openvino` is not installed.
         UsageError: The plan is the whole step.
     """
-    if plan.form == "whole":
-        raise UsageError("the openvino runtime does not execute --plan whole; use --runtime onnxruntime")
-    core()
+    backend = _backend(bundle, plan)
     from edgetune.runtimes.layered.session import LayeredSession
 
-    yield LayeredSession(bundle, parameters, optimizer, plan, _backend(bundle, plan))
+    yield LayeredSession(bundle, parameters, optimizer, plan, backend)
+
+
+@contextmanager
+def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) -> Iterator[Forward]:
+    """Load what the plan's forward pass runs; see `edgetune.runtimes.Runtime`.
+
+    Raises:
+        MissingDependencyError: The package `openvino` is not installed.
+        UsageError: The plan is the whole step.
+    """
+    backend = _backend(bundle, plan)
+    from edgetune.runtimes.layered.parameters import FlatParameters
+    from edgetune.runtimes.layered.session import LayeredForward, in_order_of
+
+    yield LayeredForward(bundle, FlatParameters(in_order_of(backend, parameters)), plan, backend)
 
 
 def _backend(bundle: Bundle, plan: ExecutionPlan) -> OpenVinoBackend:
+    if plan.form == "whole":
+        raise UsageError("the openvino runtime does not execute --plan whole; use --runtime onnxruntime")
+    core()
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
     # What is unpacked once and for all is put right.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -45,13 +46,11 @@ class CpuGraphs:
     """The graphs `step` and `loss` on stock ONNX Runtime.
 
     Args:
-        bundle: Has the graphs.
+        bundle: Has the graphs; each is loaded when it is first needed.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._step = open_graph(bundle.file("step"))
-        self._loss: ort.InferenceSession | None = None
 
     def gradients(
         self, batch: Batch, share: float, parameters: Buffers, sums: Mapping[str, NDArray[np.float32]]
@@ -64,9 +63,15 @@ class CpuGraphs:
 
     def loss(self, batch: Batch, parameters: Buffers) -> float:
         """See `TrainingGraphs.loss`."""
-        if self._loss is None:
-            self._loss = open_graph(self._bundle.file("loss"))
         return _run(self._loss, {**_inputs(batch), **parameters}, {}, "loss")
+
+    @cached_property
+    def _step(self) -> ort.InferenceSession:
+        return open_graph(self._bundle.file("step"))
+
+    @cached_property
+    def _loss(self) -> ort.InferenceSession:
+        return open_graph(self._bundle.file("loss"))
 
 
 class PortableSession:
@@ -122,13 +127,13 @@ class PortableSession:
         """See `edgetune.runtimes.Session.evaluate`."""
         return self._graphs.loss(batch, self._parameters())
 
-    def gradients(self) -> Parameters:
-        """The last step's gradients, before clipping, until the next step."""
-        return {name: self._sums[f"{name}.grad"] for name in self._names}
-
     def adapter(self) -> Parameters:
         """See `edgetune.runtimes.Session.adapter`."""
         return {name: value.numpy().copy() for name, value in self._parameters().items()}
+
+    def gradients(self) -> Parameters:
+        """The last step's gradients, before clipping, until the next step."""
+        return {name: self._sums[f"{name}.grad"] for name in self._names}
 
     def _parameters(self) -> Buffers:
         return {name: self._state[name] for name in self._names}
@@ -145,6 +150,27 @@ class PortableSession:
                 for name, array in self._sums.items():
                     array += self._micro_sums[name]
         return loss
+
+
+class PortableForward:
+    """The portable graph `loss` alone; see `edgetune.runtimes.Forward`.
+
+    Args:
+        parameters: First values of the LoRA parameters.
+        graphs: Compute the loss.
+    """
+
+    def __init__(self, parameters: Parameters, graphs: TrainingGraphs) -> None:
+        self._graphs = graphs
+        self._parameters = {name: _owned(array) for name, array in parameters.items()}
+
+    def set_parameter(self, name: str, values: NDArray[np.float32]) -> None:
+        """See `edgetune.runtimes.Forward.set_parameter`."""
+        self._parameters[name].update_inplace(np.ascontiguousarray(values))
+
+    def evaluate(self, batch: Batch) -> float:
+        """See `edgetune.runtimes.Forward.evaluate`."""
+        return self._graphs.loss(batch, self._parameters)
 
 
 def _inputs(batch: Batch) -> Buffers:

@@ -18,9 +18,10 @@ from edgetune.bundle import Bundle
 from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.placement import Placement
-from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session
+from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
 
 if TYPE_CHECKING:
+    from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
     from edgetune.runtimes.accelerator.plugin import Plugin, PluginCompiler
 
 PROVIDER = "QNNExecutionProvider"
@@ -34,7 +35,7 @@ def abilities() -> Abilities:
         MissingDependencyError: The package `onnxruntime-qnn` is not installed.
     """
     _package()
-    return Abilities(whole=True, exact=None, int8=None, preferred=False, static_shapes=True)
+    return Abilities(whole=True, exact=None, int8=None, preferred=False, static_shapes=True, forward=True)
 
 
 def version() -> str:
@@ -52,13 +53,30 @@ def open_session(
         MissingDependencyError: The package `onnxruntime-qnn` is not installed.
         UsageError: The plan is not the whole step.
     """
+    from edgetune.runtimes.accelerator.session import AcceleratorSession
+
+    yield AcceleratorSession(bundle, parameters, optimizer, _graphs(bundle, plan))
+
+
+@contextmanager
+def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) -> Iterator[Forward]:
+    """Load the plugin for the forward pass alone; see `edgetune.runtimes.Runtime`.
+
+    Raises:
+        MissingDependencyError: The package `onnxruntime-qnn` is not installed.
+        UsageError: The plan is not the whole step.
+    """
+    from edgetune.runtimes.portable import PortableForward
+
+    yield PortableForward(parameters, _graphs(bundle, plan))
+
+
+def _graphs(bundle: Bundle, plan: ExecutionPlan) -> AcceleratorGraphs:
     if plan.form != "whole":
         raise UsageError("the qnn runtime takes no plan but `whole`; use --runtime onnxruntime for the others")
     from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
-    from edgetune.runtimes.accelerator.session import AcceleratorSession
 
-    compiler = _compiler(bundle, plan.accelerator or Accelerator())
-    yield AcceleratorSession(bundle, parameters, optimizer, AcceleratorGraphs(compiler, "step"))
+    return AcceleratorGraphs(_compiler(bundle, plan.accelerator or Accelerator()), "step")
 
 
 def place(bundle: Bundle, accelerator: Accelerator, batch: int, length: int) -> list[Placement]:

@@ -11,10 +11,11 @@ import onnxruntime as ort
 from edgetune.bundle import Bundle
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint
-from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session
+from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
-from edgetune.runtimes.layered.session import LayeredSession
-from edgetune.runtimes.portable import CpuGraphs, PortableSession
+from edgetune.runtimes.layered.parameters import FlatParameters
+from edgetune.runtimes.layered.session import LayeredForward, LayeredSession
+from edgetune.runtimes.portable import CpuGraphs, PortableForward, PortableSession
 
 _FP32 = Footprint(
     products="fp32",
@@ -31,6 +32,7 @@ _FP32 = Footprint(
     shape=0,
     cache=0,
     weight=4.0,
+    forward=0.5,
     dequantise=90.0,
 )
 _INT8 = replace(_FP32, products="int8", weight=2.0, dequantise=400.0)
@@ -38,7 +40,7 @@ _INT8 = replace(_FP32, products="int8", weight=2.0, dequantise=400.0)
 
 def abilities() -> Abilities:
     """See `edgetune.runtimes.Runtime.abilities`."""
-    return Abilities(whole=True, exact=_FP32, int8=_INT8, preferred=True)
+    return Abilities(whole=True, exact=_FP32, int8=_INT8, preferred=True, forward=True)
 
 
 def version() -> str:
@@ -55,3 +57,12 @@ def open_session(
         yield PortableSession(bundle, parameters, optimizer, CpuGraphs(bundle))
     else:
         yield LayeredSession(bundle, parameters, optimizer, plan, OrtBackend(bundle, plan.products))
+
+
+@contextmanager
+def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) -> Iterator[Forward]:
+    """Load what the plan's forward pass runs; see `edgetune.runtimes.Runtime`."""
+    if plan.form == "whole":
+        yield PortableForward(parameters, CpuGraphs(bundle))
+    else:
+        yield LayeredForward(bundle, FlatParameters(parameters), plan, OrtBackend(bundle, plan.products))

@@ -1,31 +1,28 @@
-"""Which runtime executes the steps, by which plan."""
+"""By which plan the steps are executed, on which of the runtimes that may do so."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from edgetune.byte_size import bytes_text, parse_bytes
 from edgetune.config import PlanName, TrainConfig
 from edgetune.data.buckets import parse_buckets
 from edgetune.device import Profile
-from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
-from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.errors import IncompatibleError, ResourceError, UsageError
+from edgetune.execution import LAYERED, WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Footprint, Work
 from edgetune.free_memory import free_memory_bytes
 from edgetune.frozen import INT8, LAYERS
 from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
-from edgetune.runtimes import RUNTIMES, Abilities, Runtime, find_runtime, preferred_runtimes
+from edgetune.runtimes import Runtime, find_runtime
+from edgetune.train.candidates import ACCELERATED, candidates, footprint_of
 
-ACCELERATED = ("qnn",)
-"""Runtimes that compile the whole step for static shapes."""
+_OF_BACKWARD = ("keep", "recompute")
 _SHARE = 0.85
 """Of the memory that is free, or that a device has, which others need as well, that a plan may take."""
-STOCK = "onnxruntime"
-"""The runtime whose memory does not depend on the processor."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,8 @@ def check_plan(config: TrainConfig) -> TrainConfig:
         The configuration; with the one plan that the runtime executes, if there is only one.
 
     Raises:
-        UsageError: An unknown runtime, a budget that is no size, or one for a plan whose memory is not known.
+        UsageError: An unknown runtime, a budget that is no size, or one for a plan whose memory is not known; a plan or
+            runtime that the method cannot have.
         MissingDependencyError: The runtime's package is not installed.
     """
     parse_bytes(config.trunk_cache)
@@ -65,11 +63,17 @@ def check_plan(config: TrainConfig) -> TrainConfig:
                 "the whole step as one graph keeps all activations and takes no --memory-budget; "
                 "use --plan auto with --runtime auto"
             )
+    if config.report_gradient_cosine and config.method != "forward-only":
+        raise UsageError("--report-gradient-cosine is for --method forward-only; other methods have the exact gradient")
+    if config.method == "forward-only" and config.plan in _OF_BACKWARD:
+        raise UsageError(
+            f"--plan {config.plan} says what a backward pass needs, and --method forward-only has none; "
+            "use --plan auto, whole, stream or int8"
+        )
     if config.runtime != "auto":
-        abilities = find_runtime(config.runtime).abilities()
-        if abilities.split_only and config.plan == "auto":
+        if find_runtime(config.runtime).abilities().split_only and config.plan == "auto":
             config = replace(config, plan="split")
-        _check(config.runtime, abilities, config.plan)
+        footprint_of(config.runtime, config.plan, config.method)
     if config.vitisai_config is not None and config.plan != "split":
         raise UsageError("--vitisai-config is for a trunk on Vitis AI; give --plan split as well")
     return config
@@ -109,14 +113,23 @@ def choose(
             "give no --memory-budget"
         )
     plan: PlanName = config.plan if layered else "whole"
+    forward_only = config.method == "forward-only"
+    given = replace(trunk or LAYERED, forward_only=forward_only)
     planned = []
-    for name in _names(config, plan, profile, notice, elsewhere=elsewhere):
+    for name in candidates(config, plan, profile, notice, elsewhere=elsewhere):
         runtime = find_runtime(name)
-        footprint = _check(name, runtime.abilities(), plan)
+        footprint = footprint_of(name, plan, config.method)
         if footprint is None:
-            return Choice(name, runtime, _whole_step(runtime.abilities(), config), None)
-        planned.append(_Planned(name, runtime, Planner(manifest, footprint, work, trunk), footprint))
+            whole = replace(WHOLE_STEP, forward_only=forward_only, accelerator=_accelerator(runtime, config))
+            return Choice(name, runtime, whole, None)
+        planned.append(_Planned(name, runtime, Planner(manifest, footprint, work, given), footprint))
     return _fitting(planned, config, notice, profile, elsewhere=elsewhere)
+
+
+def _accelerator(runtime: Runtime, config: TrainConfig) -> Accelerator | None:
+    if not runtime.abilities().static_shapes:
+        return None
+    return Accelerator(config.device_type, config.soc_model, config.require_npu)
 
 
 @dataclass(frozen=True)
@@ -131,68 +144,6 @@ class _Planned:
 
     def smallest(self, plan: PlanName) -> Choice:
         return self.choice(self.planner.smallest(plan))
-
-
-def _names(
-    config: TrainConfig, plan: PlanName, profile: Profile | None, notice: Callable[[str], None], *, elsewhere: bool
-) -> list[str]:
-    """The runtimes that may be taken, the preferred first."""
-    if profile is None:
-        able = list(_able(plan)) if config.runtime == "auto" else [config.runtime]
-        if not able:
-            raise UsageError(f"no runtime that is installed here executes --plan {plan}; see `edgetune doctor`")
-        return able
-    listed = ", ".join(profile.runtime.names)
-    if config.runtime not in ("auto", *profile.runtime.names):
-        raise IncompatibleError(
-            f"{profile.name} runs {listed}, not --runtime {config.runtime}; leave it out, or choose one of them"
-        )
-    if absent := [name for name in profile.runtime.names if name not in RUNTIMES]:
-        notice(f"{profile.name}: this edgetune has no runtime {', '.join(absent)}; it has {', '.join(RUNTIMES)}")
-    if config.runtime != "auto":
-        return [config.runtime]
-    if elsewhere and profile.runtime.names[0] != STOCK:
-        notice(f"predicted for {STOCK} on the CPU: what others take there depends on what they find")
-    able = [name for name in profile.runtime.names if name == STOCK] if elsewhere else list(_listed(plan, profile))
-    if not able:
-        raise IncompatibleError(f"{profile.name} runs {listed}; none of them is here: {profile.install.step}")
-    return able
-
-
-def _whole_step(abilities: Abilities, config: TrainConfig) -> ExecutionPlan:
-    if not abilities.static_shapes:
-        return WHOLE_STEP
-    return replace(WHOLE_STEP, accelerator=Accelerator(config.device_type, config.soc_model, config.require_npu))
-
-
-def _able(plan: PlanName, among: Collection[str] | None = None) -> Iterator[str]:
-    """The runtimes, among those or all, that `auto` may take for a plan, the fastest first."""
-    for name in preferred_runtimes(among):
-        abilities = find_runtime(name).abilities()
-        if abilities.whole if plan == "whole" else _footprint(abilities, plan):
-            yield name
-
-
-def _listed(plan: PlanName, profile: Profile) -> Iterator[str]:
-    """The runtimes of a device that are here: first those that run the whole step on its accelerator."""
-    if profile.placement.whole_step == "accelerator" and plan in ("auto", "whole"):
-        for name in profile.runtime.names:
-            with suppress(MissingDependencyError):
-                if name in RUNTIMES and name != STOCK and find_runtime(name).abilities().whole:
-                    yield name
-    yield from _able(plan, profile.runtime.names)
-
-
-def _check(name: str, abilities: Abilities, plan: PlanName) -> Footprint | None:
-    """The footprint with which a runtime executes a plan; none for the whole step."""
-    footprint = None if plan == "whole" else _footprint(abilities, plan)
-    if footprint is None and not (abilities.whole and plan in ("auto", "whole")):
-        raise UsageError(f"--runtime {name} does not execute --plan {plan}; use --runtime auto")
-    return footprint
-
-
-def _footprint(abilities: Abilities, plan: PlanName) -> Footprint | None:
-    return abilities.int8 if plan == "int8" else abilities.exact
 
 
 def _fitting(

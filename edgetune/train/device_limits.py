@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from edgetune.device import Profile
 from edgetune.errors import ResourceError
-from edgetune.train.choice import STOCK, Choice
+from edgetune.train.candidates import STOCK
+from edgetune.train.choice import Choice
 
 Bucket = tuple[int, int]
 """Rows and positions of a batch whose shape was fixed before."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -23,18 +23,20 @@ from edgetune.adapter import (
 )
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
-from edgetune.data.buckets import default_buckets, parse_buckets
+from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
 from edgetune.device import load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError
 from edgetune.placement import Placement, placement_record
-from edgetune.runtimes import OptimizerConfig, Parameters, Placed, Session, StepResult
+from edgetune.runtimes import Parameters, Placed, Session, StepResult
 from edgetune.storage import atomic_folder, sha256_of
 from edgetune.train.choice import check_plan, choose
 from edgetune.train.device_limits import require_fit
+from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.record import RunRecord, peak_memory_bytes
 from edgetune.train.schedule import check_options, learning_rate
+from edgetune.train.trainer import open_trainer, query_config
 from edgetune.train.trunk_plan import plan_of_trunk
 from edgetune.train.workload import Workload
 
@@ -117,12 +119,22 @@ class _Run:
         if profile is not None:
             require_fit(profile, self.choice, config.batch_size, self._workload.longest())
         if self.choice.plan.accelerator is not None:
-            buckets = parse_buckets(config.buckets) if config.buckets else default_buckets(self._workload.room())
+            own = None if profile is None or profile.buckets is None else profile.buckets.shapes
+            given = [Bucket(positions, rows) for rows, positions in own or ()]
+            given = parse_buckets(config.buckets) if config.buckets else given
+            buckets = given or default_buckets(self._workload.room())
             self._workload = Workload(manifest, self._rows.examples, self._valid, config, buckets)
         self.placements: list[Placement] = []
         self._lora = manifest.lora.from_layer(self.choice.plan.trunk_layers)
         """The slots that are trained."""
         self._parameters = self._first_parameters()
+        self._cosine: GradientCosine | None = None
+        if config.report_gradient_cosine:
+            differentiating = replace(config, method="backpropagation")
+            exact = choose(manifest, differentiating, self._workload.work(), observer.on_notice, profile, trunk)
+            batches, queries = next(self._workload.steps()), query_config(config)
+            self._cosine = measure_gradient_cosine(bundle, self._parameters, batches, queries, self.choice, exact)
+            observer.on_notice(str(self._cosine))
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
         self.seconds = 0.0
@@ -149,9 +161,7 @@ class _Run:
 
     def _learn(self, folder: Path) -> tuple[int, Parameters]:
         """Train; returns the number of steps and what was learnt. No session is left when the adapter is written."""
-        config, choice = self._config, self.choice
-        optimizer = OptimizerConfig(config.weight_decay, config.max_grad_norm)
-        with choice.runtime.open_session(self._bundle, self._parameters, optimizer, choice.plan) as session:
+        with open_trainer(self._bundle, self._parameters, self._config, self.choice) as session:
             self._observer.on_start(self._start_info())
             # The session has its own.
             self._parameters.clear()
@@ -289,6 +299,9 @@ class _Run:
             provenance["validation_loss"] = repr(self.validation_losses[-1])
         if self.placements:
             provenance["placement"] = "; ".join(sorted({_place(placement) for placement in self.placements}))
+        if self._cosine is not None:
+            provenance["gradient_cosine"] = repr(self._cosine.measured)
+            provenance["expected_gradient_cosine"] = repr(self._cosine.expected)
         if self.stopped:
             provenance["stopped"] = self.stopped
         return provenance

@@ -18,6 +18,7 @@ from edgetune.train.choice import Choice, check_plan, choose
 from edgetune.train.device_limits import Bucket, bucket, on_accelerator, require_fit
 from edgetune.train.run_time import predict_times
 from edgetune.train.schedule import check_options
+from edgetune.train.trunk_plan import plan_of_trunk
 from edgetune.train.workload import Workload
 
 _FLOAT = 4
@@ -115,7 +116,7 @@ def preflight(
     """
     check_options(config)
     if here:
-        check_plan(config)
+        config = check_plan(config)
     opened = open_bundle(bundle)
     notes: list[str] = []
     rows = _rows(opened, data, config, length, notes)
@@ -180,7 +181,9 @@ class _Planned:
         notes: list[str] = []
         workload = self.workload(config)
         manifest = self._bundle.manifest
-        choice = choose(manifest, config, workload.work(), notes.append, self._profile, elsewhere=not self._here)
+        trunk = plan_of_trunk(self._bundle, config, [*self._rows, *self._valid])
+        work = workload.work()
+        choice = choose(manifest, config, work, notes.append, self._profile, trunk, elsewhere=not self._here)
         require_fit(self._profile, choice, config.batch_size, workload.longest())
         return choice, notes
 

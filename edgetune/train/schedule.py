@@ -77,11 +77,15 @@ def check_options(config: TrainConfig) -> None:
     problems = []
     if config.steps is not None and config.epochs is not None:
         problems.append(f"steps ({config.steps}) and epochs ({config.epochs:g}) exclude each other; give one of them")
-    at_least_one = ("batch_size", "gradient_accumulation_steps") + (("steps",) if config.steps is not None else ())
+    at_least_one: tuple[str, ...] = ("batch_size", "gradient_accumulation_steps", "queries") + (
+        ("steps",) if config.steps is not None else ()
+    )
     for name in at_least_one:
         if getattr(config, name) < 1:
             problems.append(f"{name} is {getattr(config, name)}, expected 1 or more")
-    for name in ("learning_rate",) + (("epochs",) if config.epochs is not None else ()):
+    if config.queries < 2:
+        problems.append(f"queries is {config.queries}, expected 2 or more: they are compared with each other")
+    for name in ("learning_rate", "perturbation_size") + (("epochs",) if config.epochs is not None else ()):
         if not 0 < getattr(config, name) < math.inf:
             problems.append(f"{name} is {getattr(config, name)}, expected a number above 0")
     for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):

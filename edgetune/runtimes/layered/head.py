@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from edgetune.bundle import Bundle
 from edgetune.execution import ExecutionPlan
 from edgetune.frozen import LAYERS, FrozenWeights
 from edgetune.pieces import Part
-from edgetune.runtimes.layered.backend import Backend
+from edgetune.runtimes.layered.backend import Backend, LayeredGraph
 from edgetune.runtimes.layered.weights import LinearWeights
 
 NORM, WEIGHT = "model.norm.weight", "lm_head.weight"
@@ -27,7 +28,7 @@ class Head:
     adds up logsumexp, the second the gradient.
 
     Args:
-        bundle: Holds the graphs `head`, `head_grad` and `head_step`.
+        bundle: Holds the graphs `head`, `head_grad` and `head_step`; the latter two are loaded when they are needed.
         backend: Runs them.
         frozen: Holds the norm's weight.
         linear: Holds the weight of the logits.
@@ -37,9 +38,8 @@ class Head:
     def __init__(
         self, bundle: Bundle, backend: Backend, frozen: FrozenWeights, linear: LinearWeights, plan: ExecutionPlan
     ) -> None:
-        self._forward, self._gradient, self._whole = (
-            backend.load(bundle.file(f"{LAYERS}/{name}")) for name in ("head", "head_grad", "head_step")
-        )
+        self._bundle, self._backend = bundle, backend
+        self._forward = self._load("head")
         self._fixed_shapes = backend.fixed_shapes
         self._frozen, self._linear = frozen, linear
         self._channels = backend.channels
@@ -47,6 +47,17 @@ class Head:
         self._rows = plan.head_rows
         self._vocabulary = frozen.shape(WEIGHT)[0]
         self._tokens = plan.head_tokens or self._vocabulary
+
+    def _load(self, name: str) -> LayeredGraph:
+        return self._backend.load(self._bundle.file(f"{LAYERS}/{name}"))
+
+    @cached_property
+    def _gradient(self) -> LayeredGraph:
+        return self._load("head_grad")
+
+    @cached_property
+    def _whole(self) -> LayeredGraph:
+        return self._load("head_step")
 
     def losses(self, hidden: Floats, labels: Labels) -> Floats:
         """The loss of each row.

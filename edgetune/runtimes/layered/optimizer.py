@@ -7,18 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgetune.adamw import CLIP_EPSILON
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes import OptimizerConfig
+from edgetune.runtimes.layered.parameters import Array, FlatParameters
 
-Array = NDArray[np.float32]
 _SLICE = 1 << 20
 """Elements updated at a time: what lies between the graph's operators stays in the cache."""
 
 
-class FlatAdamW:
+class FlatAdamW(FlatParameters):
     """The parameters, their gradients and moments.
 
     Args:
@@ -28,23 +27,11 @@ class FlatAdamW:
     """
 
     def __init__(self, graph: Path, parameters: Mapping[str, Array], config: OptimizerConfig) -> None:
+        super().__init__(parameters)
         self._session = open_graph(graph)
         self._config = config
         self._steps_done = 0
-        self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
-        size = 0
-        for name, array in parameters.items():
-            self._places[name] = (size, array.shape)
-            size += array.size
-        self._parameter, self._gradient, self._exp_avg, self._exp_avg_sq = (
-            np.zeros(size, dtype=np.float32) for _ in range(4)
-        )
-        for name, array in parameters.items():
-            self.parameter(name)[...] = array
-
-    def parameter(self, name: str) -> Array:
-        """A parameter, as a view that steps change."""
-        return self._view(self._parameter, name)
+        self._gradient, self._exp_avg, self._exp_avg_sq = (np.zeros(self._size, dtype=np.float32) for _ in range(3))
 
     def gradient(self, name: str) -> Array:
         """Where a parameter's gradient goes."""
@@ -92,10 +79,6 @@ class FlatAdamW:
             _bind(binding.bind_input, name, array[part])
             _bind(binding.bind_output, f"{name}.next", array[part])
         self._session.run_with_iobinding(binding)
-
-    def _view(self, flat: Array, name: str) -> Array:
-        start, shape = self._places[name]
-        return flat[start : start + math.prod(shape)].reshape(shape)
 
 
 def _bind(bind: object, name: str, array: Array) -> None:

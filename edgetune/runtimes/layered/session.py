@@ -1,4 +1,4 @@
-"""A model in training in the layered form."""
+"""A model in the layered form: measured, or in training."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
 from edgetune.runtimes.layered.backend import Arrays, Backend
 from edgetune.runtimes.layered.head import Head
 from edgetune.runtimes.layered.optimizer import FlatAdamW
+from edgetune.runtimes.layered.parameters import FlatParameters
 from edgetune.runtimes.layered.states import HiddenStates
 from edgetune.runtimes.layered.sublayer import AGAIN, SublayerRunner
 from edgetune.runtimes.layered.trunk import EMBEDDING, Trunk, open_trunk
@@ -25,14 +26,13 @@ from edgetune.runtimes.layered.weights import LinearWeights
 from edgetune.runtimes.layered.workspace import Workspace
 
 
-class LayeredSession:
-    """Runs a bundle's layered graphs on a backend; see `edgetune.runtimes.Session`.
+class LayeredForward:
+    """Runs a bundle's layered forward graphs on a backend; see `edgetune.runtimes.Forward`.
 
     Args:
         bundle: It has the layered form.
-        parameters: LoRA parameters of the layers that are trained.
-        optimizer: Decay and clipping.
-        plan: What is kept, and how many of the lowest layers a trunk computes.
+        parameters: LoRA parameters of the layers that are trained, their channels in the backend's order.
+        plan: How it is executed, and how many of the lowest layers a trunk computes.
         backend: Runs the other layers.
         trunk: Computes the lowest ones; when it is not given, the bundle's int8 graph, if the plan wants a trunk.
     """
@@ -40,8 +40,7 @@ class LayeredSession:
     def __init__(
         self,
         bundle: Bundle,
-        parameters: Parameters,
-        optimizer: OptimizerConfig,
+        parameters: FlatParameters,
         plan: ExecutionPlan,
         backend: Backend,
         trunk: Trunk | None = None,
@@ -52,14 +51,12 @@ class LayeredSession:
         self._first_kept, self._lean = layers - plan.kept_layers, plan.lean
         self._frozen = FrozenWeights(bundle.path)
         linear = LinearWeights(self._frozen, backend, plan.resident)
-        ordered = {name: backend.channels.put_adapter(name, parameters[name]) for name in parameters}
-        self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), ordered, optimizer)
-        self._names = list(parameters)
+        self._lora = parameters
         self._workspace = Workspace(backend.storage)
         self._states = HiddenStates(self._workspace, plan.lean)
         pieces = pieces_of(bundle.manifest)
         self._attention, self._mlp = (
-            SublayerRunner(bundle, name, parts, backend, self._frozen, linear, self._optimizer, self._workspace)
+            SublayerRunner(bundle, name, parts, backend, self._frozen, linear, parameters, self._workspace)
             for name, parts in (
                 ("attention", list(attention_parts(architecture, pieces.attention))),
                 ("mlp", list(mlp_parts(architecture, pieces.mlp))),
@@ -69,46 +66,15 @@ class LayeredSession:
         self._trunk = trunk or open_trunk(bundle, plan)
         self._head = Head(bundle, backend, self._frozen, linear, plan)
 
-    def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """See `edgetune.runtimes.Session.step`."""
-        total = sum(batch.trained_tokens for batch in batches)
-        self._optimizer.forget_gradients()
-        loss = sum(self._accumulate(batch, 1 / total) for batch in batches)
-        norm, applied = self._optimizer.step(learning_rate, loss)
-        return StepResult(loss, norm, applied)
-
     def evaluate(self, batch: Batch) -> float:
         """See `edgetune.runtimes.Session.evaluate`."""
         hidden = self._forward(batch, for_backward=False)
         rows, labels = _trained(batch)
         return float(self._head.losses(self._rows(hidden, rows), labels).mean())
 
-    def adapter(self) -> Parameters:
-        """See `edgetune.runtimes.Session.adapter`."""
-        return self._restored(self._optimizer.parameter)
-
-    def gradients(self) -> Parameters:
-        """The last step's gradients, before clipping, until the next step."""
-        return self._restored(self._optimizer.gradient)
-
-    def _restored(self, of: Callable[[str], NDArray[np.float32]]) -> Parameters:
-        """With the channels where the checkpoint has them."""
-        order = self._backend.channels
-        return {name: order.restore_adapter(name, of(name)) for name in self._names}
-
-    def _accumulate(self, batch: Batch, scale: float) -> float:
-        """Add the gradient of scale · Σ losses to the optimizer's; returns scale · Σ losses."""
-        hidden = self._forward(batch, for_backward=True)
-        rows, labels = _trained(batch)
-        losses, d_rows = self._head.step(self._rows(hidden, rows), labels, scale)
-        self._release()
-        d_output = self._workspace.like("d_hidden.0", hidden)
-        d_output.fill(0)
-        stored = np.empty(d_rows.shape, dtype=d_output.dtype)
-        self._backend.store(d_rows, stored)
-        d_output.reshape(-1, hidden.shape[-1])[rows] = stored
-        self._backward(batch, d_output)
-        return scale * float(losses.sum(dtype=np.float64))
+    def set_parameter(self, name: str, values: NDArray[np.float32]) -> None:
+        """See `edgetune.runtimes.Forward.set_parameter`."""
+        self._lora.parameter(name)[...] = self._backend.channels.put_adapter(name, values)
 
     def _forward(self, batch: Batch, *, for_backward: bool) -> NDArray[Any]:
         """The last hidden state (batch, sequence, hidden_size), in storage."""
@@ -138,8 +104,68 @@ class LayeredSession:
         """Whether the backward pass takes this hidden state; otherwise it computes it again."""
         return not self._lean or number % 2 == 0 or number // 2 >= self._first_kept
 
+    def _release(self) -> None:
+        """The system may take back the weights' pages: streamed weights are read again, resident ones are copied."""
+        self._frozen.forget()
+
+    def _rows(self, hidden: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._backend.restore(hidden.reshape(-1, hidden.shape[-1])[rows])
+
+
+class LayeredSession(LayeredForward):
+    """With the backward pass and AdamW; see `edgetune.runtimes.Session`."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        parameters: Parameters,
+        optimizer: OptimizerConfig,
+        plan: ExecutionPlan,
+        backend: Backend,
+        trunk: Trunk | None = None,
+    ) -> None:
+        self._names = list(parameters)
+        ordered = in_order_of(backend, parameters)
+        self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), ordered, optimizer)
+        super().__init__(bundle, self._optimizer, plan, backend, trunk)
+
+    def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """See `edgetune.runtimes.Session.step`."""
+        total = sum(batch.trained_tokens for batch in batches)
+        self._optimizer.forget_gradients()
+        loss = sum(self._accumulate(batch, 1 / total) for batch in batches)
+        norm, applied = self._optimizer.step(learning_rate, loss)
+        return StepResult(loss, norm, applied)
+
+    def adapter(self) -> Parameters:
+        """See `edgetune.runtimes.Session.adapter`."""
+        return self._restored(self._optimizer.parameter)
+
+    def gradients(self) -> Parameters:
+        """The last step's gradients, before clipping, until the next step."""
+        return self._restored(self._optimizer.gradient)
+
+    def _restored(self, of: Callable[[str], NDArray[np.float32]]) -> Parameters:
+        """With the channels where the checkpoint has them."""
+        order = self._backend.channels
+        return {name: order.restore_adapter(name, of(name)) for name in self._names}
+
+    def _accumulate(self, batch: Batch, scale: float) -> float:
+        """Add the gradient of scale · Σ losses to the optimizer's; returns scale · Σ losses."""
+        hidden = self._forward(batch, for_backward=True)
+        rows, labels = _trained(batch)
+        losses, d_rows = self._head.step(self._rows(hidden, rows), labels, scale)
+        self._release()
+        d_output = self._workspace.like("d_hidden.0", hidden)
+        d_output.fill(0)
+        stored = np.empty(d_rows.shape, dtype=d_output.dtype)
+        self._backend.store(d_rows, stored)
+        d_output.reshape(-1, hidden.shape[-1])[rows] = stored
+        self._backward(batch, d_output)
+        return scale * float(losses.sum(dtype=np.float64))
+
     def _backward(self, batch: Batch, d_output: NDArray[Any]) -> None:
-        tables, shape = _tables(batch), d_output.shape
+        tables, shape, gradient = _tables(batch), d_output.shape, self._optimizer.gradient
         d_hidden, d_middle = (self._workspace.like(f"d_hidden.{number}", d_output) for number in (0, 1))
         for layer in reversed(self._layers):
             kept = str(layer) if layer >= self._first_kept else None
@@ -150,20 +176,18 @@ class LayeredSession:
             else:
                 middle, of_attention = self._states.array(2 * layer + 1, shape, kept=False), AGAIN
                 self._attention.forward(layer, tables, hidden, middle, of_attention)
-            self._mlp.backward(layer, tables, middle, d_output, d_middle, kept)
+            self._mlp.backward(layer, tables, middle, d_output, d_middle, kept, gradient)
             self._release()
-            self._attention.backward(layer, tables, hidden, d_middle, d_hidden, of_attention)
+            self._attention.backward(layer, tables, hidden, d_middle, d_hidden, of_attention, gradient)
             self._release()
             d_output = d_hidden
         # The head can use their memory.
         self._workspace.drop(AGAIN)
 
-    def _release(self) -> None:
-        """The system may take back the weights' pages: streamed weights are read again, resident ones are copied."""
-        self._frozen.forget()
 
-    def _rows(self, hidden: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._backend.restore(hidden.reshape(-1, hidden.shape[-1])[rows])
+def in_order_of(backend: Backend, parameters: Parameters) -> dict[str, NDArray[np.float32]]:
+    """LoRA parameters with their channels in the backend's order."""
+    return {name: backend.channels.put_adapter(name, values) for name, values in parameters.items()}
 
 
 def _tables(batch: Batch) -> Arrays:

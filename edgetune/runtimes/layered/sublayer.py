@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from edgetune.frozen import SCALES, FrozenWeights
 from edgetune.manifest import TensorSpec
 from edgetune.pieces import LAYER_PREFIX, Part
 from edgetune.runtimes.layered.backend import Arrays, Backend, LayeredGraph
-from edgetune.runtimes.layered.optimizer import FlatAdamW
+from edgetune.runtimes.layered.parameters import Array, FlatParameters
 from edgetune.runtimes.layered.weights import LinearWeights, weight_and_form
 from edgetune.runtimes.layered.workspace import Workspace
 
@@ -23,7 +24,7 @@ AGAIN = "again"
 
 
 class SublayerRunner:
-    """Forward and backward pass of one sublayer.
+    """Forward and backward pass of one sublayer; the graphs of the backward pass are loaded when it is first run.
 
     Args:
         bundle: Holds the graphs.
@@ -32,7 +33,7 @@ class SublayerRunner:
         backend: Runs the graphs.
         frozen: Holds norms.
         linear: Gives linear weights.
-        optimizer: Holds the LoRA parameters, and takes their gradients.
+        parameters: The LoRA parameters.
         workspace: Gives arrays for what lies between graphs.
     """
 
@@ -44,19 +45,29 @@ class SublayerRunner:
         backend: Backend,
         frozen: FrozenWeights,
         linear: LinearWeights,
-        optimizer: FlatAdamW,
+        parameters: FlatParameters,
         workspace: Workspace,
     ) -> None:
         self.name = name
         self._pieces = pieces
         self._channels = backend.channels
-        self._frozen, self._linear, self._optimizer, self._workspace = frozen, linear, optimizer, workspace
-        role = f"{backend.sublayers}/{name}"
-        self._forward, self._again, self._from_kept = (
-            backend.load(bundle.file(role + suffix)) for suffix in ("", "_grad", "_grad_kept")
-        )
-        outputs = bundle.manifest.graph(role).outputs
+        self._frozen, self._linear, self._lora, self._workspace = frozen, linear, parameters, workspace
+        self._bundle, self._backend = bundle, backend
+        self._role = f"{backend.sublayers}/{name}"
+        self._forward = self._load("")
+        outputs = bundle.manifest.graph(self._role).outputs
         self._kept: list[TensorSpec] = [output for output in outputs if output.name != "output"]
+
+    def _load(self, suffix: str) -> LayeredGraph:
+        return self._backend.load(self._bundle.file(self._role + suffix))
+
+    @cached_property
+    def _again(self) -> LayeredGraph:
+        return self._load("_grad")
+
+    @cached_property
+    def _from_kept(self) -> LayeredGraph:
+        return self._load("_grad_kept")
 
     def forward(self, layer: int, tables: Arrays, hidden: AnyArray, output: AnyArray, keep: str | None) -> None:
         """Write output = hidden + f(norm(hidden)), and, under the name `keep`, what the backward pass can take."""
@@ -71,9 +82,16 @@ class SublayerRunner:
             residual = target
 
     def backward(
-        self, layer: int, tables: Arrays, hidden: AnyArray, d_output: AnyArray, d_hidden: AnyArray, kept: str | None
+        self,
+        layer: int,
+        tables: Arrays,
+        hidden: AnyArray,
+        d_output: AnyArray,
+        d_hidden: AnyArray,
+        kept: str | None,
+        gradient: Callable[[str], Array],
     ) -> None:
-        """Write the gradient of `hidden`, and add those of the LoRA parameters to the optimizer's.
+        """Write the gradient of `hidden`, and add those of the LoRA parameters to what `gradient` gives.
 
         What the forward pass kept under the name `kept` is taken; without it is computed again.
         """
@@ -86,7 +104,7 @@ class SublayerRunner:
             if kept is not None:
                 inputs |= self._kept_arrays(kept, index, hidden)
             sums = {
-                name: _part(self._optimizer.gradient, parts[name.removesuffix(".grad")], layer)
+                name: _part(gradient, parts[name.removesuffix(".grad")], layer)
                 for name in graph.outputs
                 if name != "hidden.grad"
             }
@@ -111,7 +129,7 @@ class SublayerRunner:
             if name == "norm.weight":
                 taken[name] = self._channels.put(self._frozen.plain(prefix + parts[name].parameter), 0)
             else:
-                taken[name] = np.ascontiguousarray(_part(self._optimizer.parameter, parts[name], layer))
+                taken[name] = np.ascontiguousarray(_part(self._lora.parameter, parts[name], layer))
         return taken
 
     def _kept_arrays(self, place: str | None, index: int, hidden: AnyArray) -> dict[str, AnyArray]:

@@ -1,0 +1,36 @@
+"""The session that a choice of runtime and plan means, by the method of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from edgetune.bundle import Bundle
+from edgetune.config import TrainConfig
+from edgetune.runtimes import OptimizerConfig, Parameters, Session
+from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
+from edgetune.train.choice import Choice
+
+
+@contextmanager
+def open_trainer(bundle: Bundle, parameters: Parameters, config: TrainConfig, choice: Choice) -> Iterator[Session]:
+    """Load what the choice runs, and start from `parameters`.
+
+    Args:
+        bundle: What is trained.
+        parameters: First values of the LoRA parameters; the session has its own copies.
+        config: How to train.
+        choice: Runtime and plan.
+    """
+    optimizer = OptimizerConfig(config.weight_decay, config.max_grad_norm)
+    if choice.plan.forward_only:
+        with choice.runtime.open_forward(bundle, parameters, choice.plan) as forward:
+            yield ForwardOnlySession(forward, parameters, optimizer, query_config(config))
+    else:
+        with choice.runtime.open_session(bundle, parameters, optimizer, choice.plan) as session:
+            yield session
+
+
+def query_config(config: TrainConfig) -> QueryConfig:
+    """How forward-only training estimates a gradient."""
+    return QueryConfig(config.queries, config.perturbation_size, config.seed)
