@@ -24,6 +24,8 @@ def test_every_field_can_be_set(tmp_path: Path) -> None:
         """\
 runtime = "ort-training"
 plan = "stream"
+trunk_cache = "1MB"
+vitisai_config = "vaip_config.json"
 memory-budget = "3GB"
 steps = 3
 epochs = 2
@@ -47,6 +49,8 @@ force = true
     assert config == TrainConfig(
         runtime="ort-training",
         plan="stream",
+        trunk_cache="1MB",
+        vitisai_config=Path("vaip_config.json"),
         memory_budget="3GB",
         steps=3,
         epochs=2.0,
@@ -66,7 +70,7 @@ force = true
     )
     assert settings.keys() == {field.name for field in fields(TrainConfig)}
     assert isinstance(config.epochs, float)
-    assert settings["batch_size"].place == f"{path}:6"
+    assert settings["batch_size"].place == f"{path}:8"
 
 
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:

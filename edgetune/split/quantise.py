@@ -62,7 +62,9 @@ class Observed:
 
 
 def _rounded(values: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
-    return (np.clip(np.rint(values / np.float32(scale)), -_LARGEST - 1, _LARGEST) * scale).astype(np.float32)
+    steps = np.clip(np.rint(values / np.float32(scale)), -_LARGEST - 1, _LARGEST)
+    rounded: NDArray[np.float32] = (steps * scale).astype(np.float32)
+    return rounded
 
 
 def observe(trunk: TrunkGraph, feeds: Iterable[Feed]) -> dict[str, Observed]:
