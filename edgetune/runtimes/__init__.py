@@ -73,8 +73,6 @@ class Abilities:
     """The layered form with int8 products."""
     preferred: bool
     """Whether `auto` may take it here."""
-    split_only: bool = False
-    """Whether it executes `--plan split` and nothing else."""
 
 
 class Runtime(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 
 from edgetune.bundle import Bundle
@@ -39,11 +39,8 @@ class Choice:
     """Highest resident memory; none where it is not known."""
 
 
-def check_plan(config: TrainConfig) -> TrainConfig:
+def check_plan(config: TrainConfig) -> None:
     """Refuse what is wrong whatever the bundle.
-
-    Returns:
-        The configuration; with the one plan that the runtime executes, if there is only one.
 
     Raises:
         UsageError: An unknown runtime, a budget that is no size, or one for a plan whose memory is not known.
@@ -58,13 +55,9 @@ def check_plan(config: TrainConfig) -> TrainConfig:
                 "use --plan auto with --runtime auto"
             )
     if config.runtime != "auto":
-        abilities = find_runtime(config.runtime).abilities()
-        if abilities.split_only and config.plan == "auto":
-            config = replace(config, plan="split")
-        _check(config.runtime, abilities, config.plan)
+        _check(config.runtime, find_runtime(config.runtime).abilities(), config.plan)
     if config.vitisai_config is not None and config.plan != "split":
         raise UsageError("--vitisai-config is for a trunk on Vitis AI; give --plan split as well")
-    return config
 
 
 def plan_of_trunk(bundle: Bundle, config: TrainConfig, examples: Sequence[Example]) -> ExecutionPlan | None:
