@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 import cattrs
@@ -19,6 +20,8 @@ FOLDER = "trunk"
 GRAPH = f"{FOLDER}/int8"
 """Role of the quantised graph."""
 INDEX = f"{FOLDER}/trunk.json"
+PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+"""The frozen projections of a layer, by their names in the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,26 @@ def read_trunk_info(bundle: Bundle) -> TrunkInfo:
         info = _converter.structure(raw, TrunkInfo)
     except (ValueError, BaseValidationError) as error:
         raise VerificationError(f"{path}: cannot be read ({error}); split the bundle again") from error
-    most = bundle.manifest.architecture.num_hidden_layers - 1
-    if not 1 <= info.layers <= most or info.length < 1:
-        raise VerificationError(
-            f"{path}: {info.layers} layers of {info.length} positions; expected 1 to {most} layers and at least one "
-            "position; split the bundle again"
-        )
+    if problem := _problem(info, bundle.manifest):
+        raise VerificationError(f"{path}: {problem}; split the bundle again")
     return info
+
+
+def _problem(info: TrunkInfo, manifest: BundleManifest) -> str | None:
+    """What cannot be; none where there is nothing."""
+    architecture = manifest.architecture
+    most, longest = architecture.num_hidden_layers - 1, architecture.max_position_embeddings
+    if not 1 <= info.layers <= most or not 1 <= info.length <= longest:
+        return (
+            f"{info.layers} layers of {info.length} positions, expected 1 to {most} layers and 1 to {longest} positions"
+        )
+    (hidden,) = (spec for spec in manifest.graph(GRAPH).inputs if spec.name == "hidden")
+    if hidden.shape != [1, info.length, architecture.hidden_size]:
+        return f"{info.length} positions, but the graph takes {hidden.shape}"
+    expected = {f"model.layers.{layer}.{module}" for layer in range(info.layers) for module in PROJECTIONS}
+    if info.linear.keys() != expected:
+        return f"{len(info.linear)} projections, expected {', '.join(PROJECTIONS)} of each layer"
+    ranges = [value for seen in info.linear.values() for value in (seen.input, seen.output)]
+    if not all(math.isfinite(value) and value >= 0 for value in ranges):
+        return "a range that is not finite, or below zero"
+    return None

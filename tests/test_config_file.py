@@ -25,6 +25,8 @@ def test_every_field_can_be_set(tmp_path: Path) -> None:
 runtime = "ort-training"
 device = "raspberry-pi-5"
 plan = "stream"
+trunk_cache = "1MB"
+vitisai_config = "vaip_config.json"
 memory-budget = "3GB"
 device-type = "NPU"
 require-npu = true
@@ -53,6 +55,8 @@ force = true
         runtime="ort-training",
         device="raspberry-pi-5",
         plan="stream",
+        trunk_cache="1MB",
+        vitisai_config=Path("vaip_config.json"),
         memory_budget="3GB",
         device_type="NPU",
         require_npu=True,
@@ -76,7 +80,8 @@ force = true
     )
     assert settings.keys() == {field.name for field in fields(TrainConfig)}
     assert isinstance(config.epochs, float)
-    assert settings["batch_size"].place == f"{path}:11"
+    line = path.read_text().splitlines().index("batch-size = 8") + 1
+    assert settings["batch_size"].place == f"{path}:{line}"
 
 
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,12 +13,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from prepared_bundles import Prepared
-from test_prepare import batch_of, each_bundle, lengths_of, rows_of
-from test_split import ROWS, FloatLayers, Silent, options_of
+from test_prepare import OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, relative, rows_of
+from test_split import ROWS, WHOLE, FloatLayers, Silent, options_of
 
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.cli import main
-from edgetune.config import Base, SplitConfig
+from edgetune.config import Base, PlanName, RuntimeName, SplitConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.frozen import FrozenWeights
 from edgetune.hls import core as core_module
@@ -27,7 +28,9 @@ from edgetune.hls.fixed_point import FixedPoint, accumulator, holding
 from edgetune.hls.project import write_hls_project
 from edgetune.hls.resources import KV260, CoreSize, estimate, shared
 from edgetune.runtimes import fpga_hls
-from edgetune.runtimes.layered.decoder import DecoderLayers
+from edgetune.runtimes.layered.decoder import DecoderLayers, Product
+from edgetune.runtimes.layered.onnxruntime import OrtBackend
+from edgetune.runtimes.layered.session import LayeredSession
 from edgetune.runtimes.layered.trunk import Trunk
 from edgetune.split import split
 from edgetune.train import train
@@ -88,12 +91,22 @@ def test_resources_are_counted() -> None:
     assert KV260.weights() == (144 * 36 + 64 * 288) * 64
 
 
+def exact_products(bundle: Bundle) -> dict[str, Product]:
+    """Of the first layer, in float32."""
+    names = [slot.name for slot in bundle.manifest.lora.slots if slot.layer == 0]
+    info = TrunkInfo(1, 128, {name: LinearRange(1.0, 1.0) for name in names})
+    return {core.size.name: partial(multiply, core.weight) for core in trunk_cores(bundle, info, KV260)}
+
+
+def multiply(weight: np.ndarray, states: np.ndarray) -> np.ndarray:
+    product: np.ndarray = states @ weight.T
+    return product
+
+
 @each_bundle
 def test_decoder_layers_in_numpy_are_the_graphs(prepared: Prepared, variant: str, base: Base) -> None:
     bundle = prepared(variant, base)
-    names = [slot.name for slot in bundle.manifest.lora.slots if slot.layer == 0]
-    info = TrunkInfo(1, 128, {name: LinearRange(1.0, 1.0) for name in names})
-    products = {core.size.name: lambda x, w=core.weight: x @ w.T for core in trunk_cores(bundle, info, KV260)}
+    products = exact_products(bundle)
     frozen, batch = FrozenWeights(bundle.path), batch_of(bundle, rows_of(1, lengths_of(variant, 1)))
     found = Trunk(frozen, DecoderLayers(bundle, 1, products), 0).hidden(batch)
     expected = Trunk(frozen, FloatLayers(bundle, 1), 0).hidden(batch)
@@ -123,15 +136,16 @@ def test_a_simulation_computes_the_cores_bits(tmp_path: Path) -> None:
 
 @installed
 @compiles
-def test_fifty_steps_on_the_emulation_end_where_the_cpus_do(halves: Bundle, data: Path, tmp_path: Path) -> None:
-    """The goal: within 5 % of the final loss. The CPU trains the same layers over the trunk's int8 graph."""
-    options = replace(options_of(steps=50), learning_rate=5e-3)
-    results = {
-        runtime: train(
-            halves.path, data, None, tmp_path / runtime, replace(options, runtime=runtime, plan=plan), Silent()
-        )
-        for runtime, plan in (("fpga-hls", "auto"), ("onnxruntime", "split"))
-    }
+@pytest.mark.parametrize(("emulated_plan", "plan"), [("auto", "auto"), ("split", "split")])
+def test_fifty_steps_on_the_emulation_end_where_the_cpus_do(
+    halves: Bundle, data: Path, tmp_path: Path, emulated_plan: PlanName, plan: PlanName
+) -> None:
+    """The goal: within 5 % of the final loss, with adapters in all layers, and in those above the trunk alone."""
+    plans: dict[RuntimeName, PlanName] = {"fpga-hls": emulated_plan, "onnxruntime": plan}
+    results = {}
+    for runtime, name in plans.items():
+        config = replace(options_of(steps=50), learning_rate=5e-3, runtime=runtime, plan=name)
+        results[runtime] = train(halves.path, data, None, tmp_path / runtime, config, Silent())
     emulated, cpu = results["fpga-hls"], results["onnxruntime"]
     assert emulated.plan == cpu.plan
     assert cpu.final_loss < 1.0, "nothing was learnt"
@@ -140,6 +154,24 @@ def test_fifty_steps_on_the_emulation_end_where_the_cpus_do(halves: Bundle, data
     provenance = json.loads((tmp_path / "fpga-hls" / "edgetune.json").read_text())["provenance"]
     assert provenance["runtime_version"].startswith("hls4ml 1.3")
     assert "C simulation" in provenance["runtime_version"]
+
+
+@pytest.mark.parametrize("variant", ["grouped-query", "partial"])
+def test_with_exact_products_adapters_and_gradients_are_the_cpus(prepared: Prepared, variant: str) -> None:
+    bundle = prepared(variant, "int4")
+    adapter = adapter_of(bundle)
+    batch = batch_of(bundle, rows_of(2, lengths_of(variant, 2)))
+    layers = DecoderLayers(bundle, 1, exact_products(bundle))
+    backend = OrtBackend(bundle, "fp32")
+    found, expected = (
+        LayeredSession(bundle, adapter, OPTIMIZER, WHOLE, backend, emulated=emulated) for emulated in (layers, None)
+    )
+    assert found.evaluate(batch) == pytest.approx(expected.evaluate(batch), rel=1e-5)
+    found.step([batch], 1e-3)
+    expected.step([batch], 1e-3)
+    gradients = expected.gradients()
+    for name, gradient in found.gradients().items():
+        assert relative(gradient, gradients[name]) <= 1e-4, name
 
 
 @installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -308,7 +309,16 @@ def test_a_broken_description_is_refused(halves: Bundle, tmp_path: Path) -> None
     text = (halves.path / INDEX).read_text()
     copy = replace(halves, path=tmp_path)
     (tmp_path / INDEX).parent.mkdir()
-    for broken in (text[:-20], text.replace('"layers": 1', '"layers": 2'), text.replace('"layers"', '"layer"'), "[]"):
+    for broken in (
+        text[:-20],
+        text.replace('"layers": 1', '"layers": 2'),
+        text.replace('"layers"', '"layer"'),
+        "[]",
+        text.replace('"length": 48', '"length": 47'),
+        text.replace(".o_proj", ".p_proj"),
+        re.sub(r'"input": [0-9.]+', '"input": NaN', text, count=1),
+        text.replace('"length": 48', '"length": 4800000'),
+    ):
         (tmp_path / INDEX).write_text(broken)
         with pytest.raises(VerificationError):
             read_trunk_info(copy)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 WIDTH = 16
 """Bits of weights and activations: a DSP48E2 multiplies 27 × 18 (AMD UG579)."""
-_HEADROOM = 1.5
-"""How much larger a value may get than any that was seen on the calibration rows."""
+_HEADROOM = 4.0
+"""How much larger a value may get, while adapters change it, than any that was seen on the calibration rows."""
 
 
 @dataclass(frozen=True)

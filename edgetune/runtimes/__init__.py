@@ -97,8 +97,6 @@ class Abilities:
     """Whether `auto` may take it here."""
     static_shapes: bool = False
     """Whether the whole step is compiled for each shape, so that batches should have few of them."""
-    split_only: bool = False
-    """Whether it executes `--plan split` and nothing else."""
     forward: bool = False
     """Whether it has `open_forward`."""
 

@@ -1,6 +1,8 @@
 """An FPGA emulation: the trunk's frozen projections in hls4ml's C simulation, everything else on the CPU.
 
-What an FPGA would compute, bit for bit, for models that are small enough for one. See `edgetune.hls`.
+What an FPGA would compute, bit for bit, for models that are small enough for one. See `edgetune.hls`. By the plan
+`split` the trunk's layers have no adapters, and each row goes through them once. By the others they have: adapters are
+added to the products on the CPU, which also has all gradients, and every step goes through the simulation.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def abilities() -> Abilities:
     """See `edgetune.runtimes.Runtime.abilities`."""
     require_hls4ml()
     require_compiler()
-    return replace(stock.abilities(), whole=False, int8=None, preferred=False, split_only=True)
+    return replace(stock.abilities(), whole=False, int8=None, preferred=False, forward=False)
 
 
 def version() -> str:
@@ -57,5 +59,9 @@ def open_session(
         simulations = simulate(cores, Path(folder), KV260)
         products = {core.size.name: each.run for core, each in zip(cores, simulations, strict=True)}
         layers = DecoderLayers(bundle, info.layers, products)
-        trunk = Trunk(FrozenWeights(bundle.path), layers, plan.trunk_cache_bytes)
-        yield LayeredSession(bundle, parameters, optimizer, plan, OrtBackend(bundle, "fp32"), trunk)
+        backend = OrtBackend(bundle, "fp32")
+        if plan.trunk_layers:
+            trunk = Trunk(FrozenWeights(bundle.path), layers, plan.trunk_cache_bytes)
+            yield LayeredSession(bundle, parameters, optimizer, plan, backend, trunk)
+        else:
+            yield LayeredSession(bundle, parameters, optimizer, plan, backend, emulated=layers)

@@ -62,8 +62,9 @@ class Observed:
 
 
 def _rounded(values: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
-    steps: NDArray[np.float32] = np.clip(np.rint(values / np.float32(scale)), -_LARGEST - 1, _LARGEST)
-    return steps * np.float32(scale)
+    steps = np.clip(np.rint(values / np.float32(scale)), -_LARGEST - 1, _LARGEST)
+    rounded: NDArray[np.float32] = (steps * scale).astype(np.float32)
+    return rounded
 
 
 def observe(trunk: TrunkGraph, feeds: Iterable[Feed]) -> dict[str, Observed]:

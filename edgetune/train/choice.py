@@ -39,11 +39,8 @@ class Choice:
     """The runtime's; none for the whole step."""
 
 
-def check_plan(config: TrainConfig) -> TrainConfig:
+def check_plan(config: TrainConfig) -> None:
     """Refuse what is wrong whatever the bundle.
-
-    Returns:
-        The configuration; with the one plan that the runtime executes, if there is only one.
 
     Raises:
         UsageError: An unknown runtime, a budget that is no size, or one for a plan whose memory is not known; a plan or
@@ -71,12 +68,9 @@ def check_plan(config: TrainConfig) -> TrainConfig:
             "use --plan auto, whole, stream or int8"
         )
     if config.runtime != "auto":
-        if find_runtime(config.runtime).abilities().split_only and config.plan == "auto":
-            config = replace(config, plan="split")
         footprint_of(config.runtime, config.plan, config.method)
     if config.vitisai_config is not None and config.plan != "split":
         raise UsageError("--vitisai-config is for a trunk on Vitis AI; give --plan split as well")
-    return config
 
 
 def choose(

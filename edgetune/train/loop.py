@@ -69,7 +69,7 @@ def train(
         EdgetuneError: A loss or gradient was not finite.
     """
     check_options(config)
-    config = check_plan(config)
+    check_plan(config)
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
         run = _Run(open_bundle(bundle), data, valid, output, config, observer)
         steps = run.execute(partial)

@@ -116,7 +116,7 @@ def preflight(
     """
     check_options(config)
     if here:
-        config = check_plan(config)
+        check_plan(config)
     opened = open_bundle(bundle)
     notes: list[str] = []
     rows = _rows(opened, data, config, length, notes)

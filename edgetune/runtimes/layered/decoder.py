@@ -1,4 +1,4 @@
-"""Phi-3's decoder layers in numpy, for one row, with the products of the frozen projections done by others."""
+"""Phi-3's decoder layers in numpy, with the products of the frozen projections done by others."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ from edgetune.pieces import LAYER_PREFIX
 
 Floats = NDArray[np.float32]
 Product = Callable[[Floats], Floats]
-"""(positions, in) → (positions, out) of a frozen projection."""
+"""(count, in) → (count, out) of a frozen projection."""
+Update = Callable[[str, Floats], Floats | float]
+"""What the adapter of a projection, called as in the checkpoint, adds to (count, in) → (count, out)."""
 _DEFAULT_EPSILON = 1e-5
 """`rms_norm_eps` of transformers' Phi3Config."""
 
 
+def no_update(_: str, __: Floats) -> float:
+    """Where there is no adapter."""
+    return 0.0
+
+
 class DecoderLayers:
-    """The lowest layers of a model; see `edgetune.runtimes.layered.trunk.TrunkLayers`.
+    """The lowest layers of a model, forward only; see `edgetune.runtimes.layered.trunk.TrunkLayers`.
 
     Args:
         bundle: Holds the norms.
@@ -30,52 +37,76 @@ class DecoderLayers:
     """
 
     def __init__(self, bundle: Bundle, layers: int, products: Mapping[str, Product]) -> None:
+        self.layers = layers
         self._architecture = bundle.manifest.architecture
         self._frozen = FrozenWeights(bundle.path)
-        self._layers, self._products = layers, products
+        self._products = products
         config = json.loads((bundle.path / "config.json").read_bytes())
         self._epsilon = np.float32(config.get("rms_norm_eps") or _DEFAULT_EPSILON)
 
     def forward(self, hidden: Floats, rope_cos: Floats, rope_sin: Floats) -> Floats:
         """See `TrunkLayers.forward`."""
-        for layer in range(self._layers):
-            prefix = LAYER_PREFIX.format(layer)
-            normal = self._norm(hidden, f"{prefix}input_layernorm.weight")
-            joined = self._products[f"{prefix}self_attn.qkv_proj"](normal)
-            context = self._attention(joined, rope_cos, rope_sin)
-            hidden = hidden + self._products[f"{prefix}self_attn.o_proj"](context)
-            normal = self._norm(hidden, f"{prefix}post_attention_layernorm.weight")
-            gate, up = np.split(self._products[f"{prefix}mlp.gate_up_proj"](normal), 2, axis=1)
-            inner = gate / (1 + np.exp(-gate)) * up
-            hidden = hidden + self._products[f"{prefix}mlp.down_proj"](inner)
-        return hidden
+        place = np.arange(len(hidden))
+        visible = place <= place[:, None]
+        if (window := self._architecture.sliding_window) is not None:
+            visible &= place > place[:, None] - window
+        bias = np.where(visible, np.float32(0), MASKED)[None, None]
+        states = hidden[None]
+        for layer in range(self.layers):
+            states = self.attention(layer, states, bias, rope_cos[None], rope_sin[None], no_update)
+            states = self.mlp(layer, states, no_update)
+        row: Floats = states[0]
+        return row
+
+    def attention(
+        self, layer: int, hidden: Floats, attn_bias: Floats, rope_cos: Floats, rope_sin: Floats, update: Update
+    ) -> Floats:
+        """Hidden states after the first sublayer, of the shape of those before it.
+
+        Args:
+            layer: Its number.
+            hidden: (batch, sequence, hidden_size).
+            attn_bias: (batch, 1, sequence, sequence), added to the scores.
+            rope_cos: (batch, sequence, rotated).
+            rope_sin: The same.
+            update: The adapters.
+        """
+        prefix, a = LAYER_PREFIX.format(layer), self._architecture
+        joined = self._project(
+            f"{prefix}self_attn.qkv_proj", self._norm(hidden, f"{prefix}input_layernorm.weight"), update
+        )
+        queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+        query, key, value = (
+            part.reshape(*part.shape[:2], -1, a.head_dim).swapaxes(1, 2)
+            for part in np.split(joined, (queries, queries + keys), axis=-1)
+        )
+        cos, sin = rope_cos[:, None], rope_sin[:, None]
+        query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        groups = a.num_attention_heads // a.num_key_value_heads
+        key, value = np.repeat(key, groups, axis=1), np.repeat(value, groups, axis=1)
+        scores = query @ key.swapaxes(2, 3) * np.float32(a.head_dim**-0.5) + attn_bias
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        context = (weights @ value).swapaxes(1, 2).reshape(*hidden.shape[:2], queries)
+        return hidden + self._project(f"{prefix}self_attn.o_proj", context, update)
+
+    def mlp(self, layer: int, hidden: Floats, update: Update) -> Floats:
+        """Hidden states after the other sublayer; arguments as those of `attention`."""
+        prefix = LAYER_PREFIX.format(layer)
+        normal = self._norm(hidden, f"{prefix}post_attention_layernorm.weight")
+        gate, up = np.split(self._project(f"{prefix}mlp.gate_up_proj", normal, update), 2, axis=-1)
+        inner = gate / (1 + np.exp(-gate)) * up
+        return hidden + self._project(f"{prefix}mlp.down_proj", inner, update)
+
+    def _project(self, name: str, states: Floats, update: Update) -> Floats:
+        flat = states.reshape(-1, states.shape[-1])
+        return (self._products[name](flat) + update(name, flat)).reshape(*states.shape[:-1], -1)
 
     def _norm(self, hidden: Floats, weight: str) -> Floats:
         """RMSNorm (Zhang and Sennrich 2019)."""
         mean = np.mean(hidden * hidden, axis=-1, keepdims=True)
         normal: Floats = self._frozen.plain(weight) * (hidden / np.sqrt(mean + self._epsilon))
         return normal
-
-    def _attention(self, joined: Floats, cos: Floats, sin: Floats) -> Floats:
-        """(positions, query channels) from query, key and value side by side."""
-        a, count = self._architecture, len(joined)
-        queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-        query, key, value = (
-            part.reshape(count, -1, a.head_dim).swapaxes(0, 1)
-            for part in np.split(joined, (queries, queries + keys), axis=1)
-        )
-        query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
-        groups = a.num_attention_heads // a.num_key_value_heads
-        key, value = np.repeat(key, groups, axis=0), np.repeat(value, groups, axis=0)
-        place = np.arange(count)
-        visible = place <= place[:, None]
-        if a.sliding_window is not None:
-            visible &= place > place[:, None] - a.sliding_window
-        scores = query @ key.swapaxes(1, 2) * np.float32(a.head_dim**-0.5) + np.where(visible, np.float32(0), MASKED)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        context: Floats = (weights @ value).swapaxes(0, 1).reshape(count, queries)
-        return context
 
 
 def _rotated(heads: Floats, cos: Floats, sin: Floats) -> Floats:

@@ -28,6 +28,9 @@ class FlatParameters:
         for name, array in parameters.items():
             self.parameter(name)[...] = array
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
     def parameter(self, name: str) -> Array:
         """A parameter, as a view that can be written."""
         return self._view(self._parameter, name)

@@ -16,6 +16,7 @@ from edgetune.frozen import LAYERS, FrozenWeights
 from edgetune.pieces import attention_parts, mlp_parts, pieces_of
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
 from edgetune.runtimes.layered.backend import Arrays, Backend
+from edgetune.runtimes.layered.decoder import DecoderLayers
 from edgetune.runtimes.layered.head import Head
 from edgetune.runtimes.layered.optimizer import FlatAdamW
 from edgetune.runtimes.layered.parameters import FlatParameters
@@ -35,6 +36,8 @@ class LayeredForward:
         plan: How it is executed, and how many of the lowest layers a trunk computes.
         backend: Runs the other layers.
         trunk: Computes the lowest ones; when it is not given, the bundle's int8 graph, if the plan wants a trunk.
+        emulated: The lowest layers as another device computes their forward pass, with adapters beside its products.
+            What the backward pass computes again it computes as it does in other layers.
     """
 
     def __init__(
@@ -44,11 +47,16 @@ class LayeredForward:
         plan: ExecutionPlan,
         backend: Backend,
         trunk: Trunk | None = None,
+        emulated: DecoderLayers | None = None,
     ) -> None:
         architecture = bundle.manifest.architecture
         layers = architecture.num_hidden_layers
         self._backend = backend
+        self._emulated, self._scaling = emulated, np.float32(bundle.manifest.lora.scaling)
         self._first_kept, self._lean = layers - plan.kept_layers, plan.lean
+        if emulated is not None:
+            # Their graphs do not run, so that they keep nothing.
+            self._first_kept = max(self._first_kept, emulated.layers)
         self._frozen = FrozenWeights(bundle.path)
         linear = LinearWeights(self._frozen, backend, plan.resident)
         self._lora = parameters
@@ -89,10 +97,28 @@ class LayeredForward:
                 if for_backward and self._is_kept(number):
                     self._states.keep(number, hidden)
                 output = self._states.array(number + 1, shape, kept=for_backward and self._is_kept(number + 1))
-                runner.forward(layer, tables, hidden, output, str(layer) if for_backward and kept else None)
+                if self._emulated is not None and layer < self._emulated.layers:
+                    output[...] = self._emulate(runner, layer, tables, hidden)
+                else:
+                    runner.forward(layer, tables, hidden, output, str(layer) if for_backward and kept else None)
                 self._release()
                 hidden = output
         return hidden
+
+    def _emulate(self, runner: SublayerRunner, layer: int, tables: Arrays, hidden: NDArray[Any]) -> NDArray[np.float32]:
+        assert self._emulated is not None
+        if runner is self._mlp:
+            return self._emulated.mlp(layer, hidden, self._update)
+        return self._emulated.attention(layer, hidden, **tables, update=self._update)
+
+    def _update(self, module: str, states: NDArray[np.float32]) -> NDArray[np.float32] | float:
+        """What a projection's adapter adds (Hu et al. 2021)."""
+        a, b = (f"{module}.lora_{matrix}.weight" for matrix in "AB")
+        if a not in self._lora:
+            return 0.0
+        small: NDArray[np.float32] = states @ self._lora.parameter(a).T * self._scaling
+        added: NDArray[np.float32] = small @ self._lora.parameter(b).T
+        return added
 
     def _entering(self, batch: Batch) -> NDArray[np.float32]:
         """What enters the first layer."""
@@ -123,11 +149,12 @@ class LayeredSession(LayeredForward):
         plan: ExecutionPlan,
         backend: Backend,
         trunk: Trunk | None = None,
+        emulated: DecoderLayers | None = None,
     ) -> None:
         self._names = list(parameters)
         ordered = in_order_of(backend, parameters)
         self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), ordered, optimizer)
-        super().__init__(bundle, self._optimizer, plan, backend, trunk)
+        super().__init__(bundle, self._optimizer, plan, backend, trunk, emulated)
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """See `edgetune.runtimes.Session.step`."""

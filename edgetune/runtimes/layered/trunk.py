@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -162,6 +163,8 @@ def open_trunk_graph(bundle: Bundle, vitisai_config: Path | None = None) -> Any:
                 "Vitis AI (VOE) or Ryzen AI Software, or leave --vitisai-config away to use the CPU"
             )
         return open_graph(path, exact_int8=True)
+    with suppress(OSError):  # a bundle that cannot be written to has no cache
+        (bundle.path / _CACHE).mkdir(parents=True, exist_ok=True)
     (sha256,) = (file.sha256 for file in bundle.manifest.files if file.path == f"{GRAPH}.onnx")
     return open_graph(path, provider=(VITIS_AI, vitisai_options(bundle.path, sha256, vitisai_config)))
 
