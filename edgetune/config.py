@@ -10,6 +10,7 @@ Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "fp32"]
 RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8"]
+NpuForm = Literal["none", "qdq", "blocks"]
 DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -32,6 +33,11 @@ class PrepareConfig:
     """Which projections get a LoRA slot."""
     base: Base = "int4"
     """How the frozen weights are stored: what is trained on is what answers."""
+    npu: NpuForm = "none"
+    """Which form of the step with int8 frozen weights to add, for NPUs: 16-bit fixed-point activations (`qdq`), or
+    blocks of weights (`blocks`). It takes two bytes a weight."""
+    calibration: Path | None = None
+    """Rows on which the ranges of `qdq` are measured; random tokens without it."""
     max_length: int = 512
     """Longest row, in tokens, that training takes; never more than the model's positions."""
     download: bool = False

@@ -47,11 +47,14 @@ class ExecutionPlan:
     def __str__(self) -> str:
         """In a few words."""
         if self.form == "whole":
-            return "whole step" if self.accelerator is None else "whole step in static shapes"
+            weights = ", int8 weights" if self.products == "int8" else ""
+            return "whole step" if self.accelerator is None else f"whole step in static shapes{weights}"
         kept = f"activations of {self.kept_layers} layers kept" if self.kept_layers else "activations computed again"
         weights = f"weights {'resident' if self.resident else 'streamed'}"
         return ", ".join([self.products, kept, weights, *(["lean"] if self.lean else [])])
 
 
+INT8_STEP, INT8_LOSS = "step_int8", "loss_int8"
+"""Roles of the graphs whose frozen weights are int8, for NPUs."""
 WHOLE_STEP = ExecutionPlan("whole")
 """The step as one graph."""

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 
 from edgetune.byte_size import bytes_text, parse_bytes
 from edgetune.config import PlanName, TrainConfig
-from edgetune.data.buckets import parse_buckets
 from edgetune.data.packing import Room
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
-from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint, Work
 from edgetune.free_memory import free_memory_bytes
 from edgetune.frozen import INT8, LAYERS
 from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Abilities, Runtime, find_runtime, preferred_runtimes
+from edgetune.train.accelerated import accelerated_plan, check_accelerated, is_accelerated
 
-ACCELERATED = ("qnn",)
-"""Runtimes that compile the whole step for static shapes."""
 _SHARE = 0.85
 """Of the free memory, which others may need as well, that a plan may take."""
 
@@ -45,19 +43,15 @@ def check_plan(config: TrainConfig) -> None:
         UsageError: An unknown runtime, a budget that is no size, or one for a plan whose memory is not known.
         MissingDependencyError: The runtime's package is not installed.
     """
-    if (config.require_npu or config.buckets) and config.runtime not in ACCELERATED:
-        option = "--require-npu" if config.require_npu else "--buckets"
-        raise UsageError(f"{option} needs a runtime with an accelerator; use --runtime {' or '.join(ACCELERATED)}")
-    if config.buckets is not None:
-        parse_buckets(config.buckets)
+    check_accelerated(config)
     if config.memory_budget is not None:
         parse_bytes(config.memory_budget)
-        if config.plan == "whole" or config.runtime in ("ort-training", *ACCELERATED):
+        if config.plan == "whole" or config.runtime == "ort-training" or is_accelerated(config):
             raise UsageError(
                 "the whole step as one graph keeps all activations and takes no --memory-budget; "
                 "use --plan auto with --runtime auto"
             )
-    if config.runtime != "auto":
+    if config.runtime != "auto" and not is_accelerated(config):
         _check(config.runtime, find_runtime(config.runtime).abilities(), config.plan)
 
 
@@ -77,6 +71,8 @@ def choose(
         ResourceError: No plan fits into the memory budget.
         UsageError: No runtime executes the plan.
     """
+    if is_accelerated(config):
+        return Choice(config.runtime, find_runtime(config.runtime), accelerated_plan(manifest, config), None)
     folder = f"{LAYERS}/{INT8}/" if config.plan == "int8" else f"{LAYERS}/"
     layered = any(graph.role.startswith(folder) for graph in manifest.graphs)
     if not layered and (config.plan not in ("auto", "whole") or config.memory_budget or config.runtime == "openvino"):
@@ -91,7 +87,7 @@ def choose(
         runtime = find_runtime(name)
         footprint = _check(name, runtime.abilities(), plan)
         if footprint is None:
-            return Choice(name, runtime, _whole_step(runtime.abilities(), config), None)
+            return Choice(name, runtime, WHOLE_STEP, None)
         planned.append(_Planned(name, runtime, Planner(manifest, footprint, work)))
     return _fitting(planned, config, notice)
 
@@ -107,12 +103,6 @@ class _Planned:
 
     def smallest(self, plan: PlanName) -> Choice:
         return self.choice(self.planner.smallest(plan))
-
-
-def _whole_step(abilities: Abilities, config: TrainConfig) -> ExecutionPlan:
-    if not abilities.static_shapes:
-        return WHOLE_STEP
-    return replace(WHOLE_STEP, accelerator=Accelerator(config.device_type, config.soc_model, config.require_npu))
 
 
 def _able(plan: PlanName) -> list[str]:
