@@ -174,8 +174,8 @@ def _rounded_product(
 
 def _rounded(op: Operators, value: ir.Value, measured: Range) -> ir.Value:
     """A tensor in 65,536 steps over its range, which holds zero exactly."""
-    least, largest = (_MARGIN * min(measured[0], 0.0), _MARGIN * max(measured[1], 0.0))
-    step = np.float32(max(largest - least, np.finfo(np.float32).tiny) / _LEVELS)
+    least, largest = _MARGIN * min(measured[0], 0.0), _MARGIN * max(measured[1], 0.0)
+    step = np.float32(max(largest - least, float(np.finfo(np.float32).tiny)) / _LEVELS)
     parameters = [op.constant(np.array(step)), op.constant(np.array(round(-least / step), np.uint16))]
     return op.op("DequantizeLinear", [op.op("QuantizeLinear", [value, *parameters]), *parameters])
 
