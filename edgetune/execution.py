@@ -57,7 +57,8 @@ class ExecutionPlan:
         """In a few words."""
         if self.form == "whole":
             whole = "whole forward pass" if self.forward_only else "whole step"
-            return whole if self.accelerator is None else f"{whole} in static shapes"
+            weights = ", int8 weights" if self.products == "int8" else ""
+            return whole if self.accelerator is None else f"{whole} in static shapes{weights}"
         kept = f"activations of {self.kept_layers} layers kept" if self.kept_layers else "activations computed again"
         kept = "forward only" if self.forward_only else kept
         weights = f"weights {'resident' if self.resident else 'streamed'}"
@@ -65,6 +66,8 @@ class ExecutionPlan:
         return ", ".join([*trunk, self.products, kept, weights, *(["lean"] if self.lean else [])])
 
 
+INT8_STEP, INT8_LOSS = "step_int8", "loss_int8"
+"""Roles of the graphs whose frozen weights are int8, for NPUs."""
 WHOLE_STEP = ExecutionPlan("whole")
 """The step as one graph."""
 LAYERED = ExecutionPlan("layered")

@@ -175,6 +175,19 @@ class FrozenWeights:
             raise VerificationError(f"{self._index.file}: rows of {name} are not stored together; prepare it again")
         return self._block(piece, slice(start, stop), slice(*(columns or (0, piece.shape[1]))))
 
+    def whole(self, name: str) -> NDArray[np.float32]:
+        """A linear weight (out, in) in float32: a copy."""
+        return np.concatenate([_floats(block) for block in self._blocks(name)])
+
+    def scales(self, name: str) -> NDArray[np.float32] | None:
+        """The scales (out, in / 32) of a linear weight in int4 blocks; none of one in float32."""
+        scales = [block.scales for block in self._blocks(name) if block.scales is not None]
+        return np.concatenate(scales) if scales else None
+
+    def _blocks(self, name: str) -> list[Block]:
+        """The pieces of a linear weight."""
+        return [self._block(piece, slice(0, piece.shape[0]), slice(0, piece.shape[1])) for piece in self.pieces(name)]
+
     def _block(self, piece: Stored, rows: slice, columns: slice) -> Block:
         if piece.scales is None:
             stored = self._view(piece.offset, piece.shape[::-1], _FLOATS[piece.layout]).T
@@ -199,6 +212,15 @@ class FrozenWeights:
         mapping = self._bytes._mmap  # type: ignore[attr-defined]
         if hasattr(mmap, "MADV_DONTNEED"):
             mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _floats(block: Block) -> NDArray[np.float32]:
+    """The weights that a block stands for."""
+    if block.scales is None:
+        return np.array(block.values, dtype=np.float32)
+    weights = np.empty(block.shape, dtype=np.float32)
+    weights[:, 0::2], weights[:, 1::2] = block.values & 15, block.values >> 4
+    return (weights - 8) * np.repeat(block.scales, BLOCK_SIZE, axis=1)
 
 
 def _ends(piece: Stored) -> list[int]:

@@ -127,7 +127,7 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 
 
 OPTIONS = {
-    "prepare": "output rank alpha targets base max-length download force quiet json",
+    "prepare": "output rank alpha targets base npu calibration max-length download force quiet json",
     "split": "data output layers length calibration-rows force quiet json",
     "train": "data valid output config runtime plan trunk-cache vitisai-config memory-budget device-type require-npu "
     "soc-model buckets steps epochs batch-size gradient-accumulation-steps packing no-packing learning-rate schedule "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper
 
 from edgetune.errors import VerificationError
 from edgetune.placement import Node, Partition
+from edgetune.runtimes.accelerator import contexts
 from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
 from edgetune.runtimes.accelerator.ep_context import check_ep_context
 
@@ -100,12 +102,17 @@ def test_where_nothing_can_be_written_nothing_is_kept(tmp_path: Path) -> None:
     assert store.load(KEY) is None
 
 
-def test_old_contexts_are_dropped(tmp_path: Path) -> None:
+def test_old_contexts_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "_MOST_BYTES", 6 * len(DATA))
     store = ContextStore(tmp_path)
-    for length in range(20):
+    for length in range(10):
         store.save(replace(KEY, length=length), DATA, PARTITIONS)
-    kept = [length for length in range(20) if store.load(replace(KEY, length=length))]
-    assert len(kept) == 16
+        (record,) = (path for path in files(tmp_path) if f'"length": {length},' in path.read_text(errors="ignore"))
+        os.utime(record, (length, length))
+    assert [length for length in range(10) if store.load(replace(KEY, length=length))] == [4, 5, 6, 7, 8, 9]
+    monkeypatch.setattr(contexts, "_MOST_BYTES", 0)
+    store.save(replace(KEY, length=10), DATA, PARTITIONS)
+    assert [length for length in range(11) if store.load(replace(KEY, length=length))] == [7, 8, 9, 10]
 
 
 def model_with(**attributes: object) -> onnx.ModelProto:

@@ -77,7 +77,7 @@ def test_an_overflow_is_computed_again_with_a_smaller_scale(prepared: Prepared, 
     # At the first scale the largest gradient is twice what float16 holds.
     factor = 2 * 65504 / (largest * LossScale().of(batch.trained_tokens))
     half = HalfPrecision(bundle, factor, saturate=saturate)
-    session = AcceleratorSession(bundle, parameters, OPTIMIZER, AcceleratorGraphs(half, "step"))
+    session = AcceleratorSession(bundle, parameters, OPTIMIZER, AcceleratorGraphs(half))
     found = session.step([batch], LEARNING_RATE)
     assert len(half.scales) >= 2
     assert half.scales[1] == half.scales[0] / 2
@@ -92,6 +92,6 @@ def test_a_gradient_that_no_scale_helps_is_not_applied(prepared: Prepared, satur
     batch = batch_of(bundle, rows_of(0, [9, 12]))
     parameters = adapter_of(bundle)
     half = HalfPrecision(bundle, 1e12, saturate=saturate)
-    session = AcceleratorSession(bundle, parameters, OPTIMIZER, AcceleratorGraphs(half, "step"))
+    session = AcceleratorSession(bundle, parameters, OPTIMIZER, AcceleratorGraphs(half))
     assert not session.step([batch], LEARNING_RATE).applied
     np.testing.assert_equal(session.adapter(), dict(parameters))

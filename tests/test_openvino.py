@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,14 +20,15 @@ from tiny_phi3 import checkpoint
 
 from edgetune import pieces
 from edgetune.bundle import open_bundle
-from edgetune.config import Base
-from edgetune.errors import MissingDependencyError, UsageError
-from edgetune.execution import WHOLE_STEP, ExecutionPlan, Products
+from edgetune.config import Base, DeviceType
+from edgetune.errors import IncompatibleError, MissingDependencyError
+from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan, Products
 from edgetune.frozen import INT8, SCALES, FrozenWeights
-from edgetune.runtimes import find_runtime, openvino
+from edgetune.runtimes import find_runtime, openvino, stock, verified_cache
 from edgetune.runtimes.layered.channels import Channels, groups_of
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 from edgetune.runtimes.layered.openvino import OpenVinoBackend
+from edgetune.runtimes.verified_cache import VerifiedFolder
 
 installed = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)
@@ -136,34 +138,110 @@ def test_compiled_models_are_kept_beside_a_bundle_that_still_verifies(prepared: 
     bundle = open_bundle(folder)
     batch = batch_of(bundle, rows_of(0, [9, 12]))
     losses = []
-    for _ in range(2):
+    before: dict[Path, int] = {}
+    for attempt in range(3):
         with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, KEEP) as session:
             losses.append(session.step([batch], LEARNING_RATE).loss)
-    (cache,) = (folder / ".cache").iterdir()
+        (cache,) = (folder / ".cache").iterdir()
+        blobs = {path: path.stat().st_mtime_ns for path in cache.glob("*.blob")}
+        if attempt == 1:
+            assert before.items() <= blobs.items(), "what is there is not compiled again"
+            damaged = min(before)
+            data = bytearray(damaged.read_bytes())
+            data[len(data) // 2] ^= 1
+            damaged.write_bytes(data)
+        before = blobs
     assert openvino.version().replace(" ", "-") in cache.name
-    assert list(cache.glob("*.blob"))
-    assert losses[0] == losses[1]
+    assert damaged.read_bytes() != bytes(data), "what was damaged was compiled again"
+    assert losses[0] == losses[1] == losses[2]
     open_bundle(folder)
 
 
 @installed
-def test_old_compiled_models_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "_MOST_CACHED", 25)
-    for age, name in enumerate(("new", "newer", "newest")):
-        (tmp_path / name).write_bytes(bytes(10))
-        import os
+def test_a_compiled_whole_step_is_kept_and_verified(prepared: Prepared, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(prepared("multi-head", "int4").path, folder, ignore=shutil.ignore_patterns(".cache"))
+    bundle = open_bundle(folder)
+    batch = batch_of(bundle, rows_of(0, [9]))
+    cached, results = [], []
+    for attempt in range(3):
+        with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP) as session:
+            results.append(session.step([batch], LEARNING_RATE))
+            cached += [placement.cached for placement in session.placements()]  # type: ignore[attr-defined]
+        if attempt == 1:
+            (compiled,) = folder.glob(".cache/contexts/*/compiled")
+            compiled.write_bytes(compiled.read_bytes()[:-1] + b"?")
+    assert cached == [False, True, False]
+    assert results[0] == results[1] == results[2]
 
-        os.utime(tmp_path / name, (age, age))
-    openvino._drop_old(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"newer", "newest"}
+
+def test_files_that_were_not_left_by_a_session_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with VerifiedFolder(tmp_path / "cache") as folder:
+        assert folder is not None
+        for age, name in enumerate(("new", "newer", "newest")):
+            (folder / name).write_bytes(bytes(10))
+            os.utime(folder / name, (age, age))
+    (folder / "newest").write_bytes(bytes(9) + b"1")
+    (folder / "planted").write_bytes(b"code")
+    (folder / "link").symlink_to(folder / "new")
+    with VerifiedFolder(folder):
+        assert {path.name for path in folder.iterdir()} == {"new", "newer", "sha256.json"}
+    monkeypatch.setattr(verified_cache, "_MOST_BYTES", 15)
+    with VerifiedFolder(folder):
+        assert {path.name for path in folder.iterdir()} == {"newer", "sha256.json"}
+    (folder / "sha256.json").write_text("[")
+    with VerifiedFolder(folder):
+        assert {path.name for path in folder.iterdir()} == {"sha256.json"}
+
+
+def test_where_nothing_can_be_written_nothing_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    with VerifiedFolder(tmp_path / "cache") as folder:
+        assert folder is None
 
 
 @installed
-def test_it_takes_no_whole_step(prepared: Prepared) -> None:
+@each_bundle
+def test_the_whole_step_follows_the_cpu(prepared: Prepared, variant: str, base: Base) -> None:
+    bundle = prepared(variant, base)
+    parameters = adapter_of(bundle)
+    batch = batch_of(bundle, rows_of(1, [17, 23]))
+    exact = "BF16" not in openvino.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    with stock.open_session(bundle, parameters, OPTIMIZER) as reference:
+        expected = reference.step([batch], LEARNING_RATE)
+        gradients = reference.gradients()  # type: ignore[attr-defined]
+    with openvino.open_session(bundle, parameters, OPTIMIZER, WHOLE_STEP) as session:
+        result = session.step([batch], LEARNING_RATE)
+        found = session.gradients()  # type: ignore[attr-defined]
+        (placement,) = session.placements()  # type: ignore[attr-defined]
+    assert (placement.accelerator_partitions, placement.fallen_back) == (1, [])
+    assert result.loss == pytest.approx(expected.loss, rel=BF16_LOSS)
+    for name, gradient in gradients.items():
+        assert cosine(found[name], gradient) >= (1 - 1e-6 if exact else BF16_COSINE), name
+        assert np.linalg.norm(found[name]) == pytest.approx(np.linalg.norm(gradient), rel=0.03), name
+
+
+@installed
+@pytest.mark.parametrize("device", ["NPU", "GPU"])
+def test_a_device_that_is_not_there_is_named(prepared: Prepared, device: DeviceType) -> None:
+    if any(name.startswith(device) for name in openvino.core().available_devices):
+        pytest.skip(f"there is a {device} here")
     bundle = prepared("multi-head", "int4")
+    plan = replace(WHOLE_STEP, accelerator=Accelerator(device))
     with (
-        pytest.raises(UsageError, match="does not execute --plan whole"),
-        openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP),
+        pytest.raises(IncompatibleError, match=f"finds no {device} here, only CPU"),
+        openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, plan),
+    ):
+        pass
+
+
+@installed
+def test_the_cpu_is_no_npu(prepared: Prepared) -> None:
+    bundle = prepared("multi-head", "int4")
+    plan = replace(WHOLE_STEP, accelerator=Accelerator(require=True))
+    with (
+        pytest.raises(IncompatibleError, match="--require-npu asks for an NPU"),
+        openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, plan),
     ):
         pass
 

@@ -325,10 +325,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         find_runtime("qnn").abilities()
 
 
-@pytest.mark.parametrize("option", [{"require_npu": True}, {"buckets": "1x8"}])
+@pytest.mark.parametrize("option", [{"require_npu": True}, {"buckets": "1x8"}, {"device_type": "NPU"}])
 def test_options_of_accelerators_need_one(option: dict[str, Any], tmp_path: Path) -> None:
     config = replace(TrainConfig(runtime="onnxruntime"), **option)
-    with pytest.raises(UsageError, match="needs a runtime with an accelerator"):
+    with pytest.raises(UsageError, match="need a runtime that compiles the whole step"):
         train(tmp_path / "bundle", tmp_path / "rows", None, tmp_path / "adapter", config, Recorder())
 
 
@@ -361,3 +361,28 @@ def test_inspect_ends_with_4_where_a_node_falls_back(
     refused = CliRunner().invoke(main, [*command, "--require-npu"])
     assert refused.exit_code == 4
     assert "DequantizeLinear 17" in refused.stderr
+
+
+@installed
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"plan": "stream"}, "does not execute --plan stream"),
+        ({"device_type": "GPU"}, "not on --device-type GPU"),
+        ({"buckets": "8"}, "--buckets is '8'"),
+        ({"memory_budget": "3GB"}, "takes no --memory-budget"),
+    ],
+)
+def test_options_that_it_does_not_take(option: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = replace(TrainConfig(runtime="qnn"), **option)
+    with pytest.raises(UsageError, match=message):
+        train(tmp_path / "bundle", tmp_path / "rows", None, tmp_path / "adapter", config, Recorder())
+
+
+@installed
+def test_int8_needs_a_bundle_that_has_it(prepared: Prepared, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "is it on?", "completion": "it is"}) + "\n")
+    config = TrainConfig(runtime="qnn", plan="int8", steps=1)
+    with pytest.raises(IncompatibleError, match=r"no graph 'step_int8'.*--npu qdq"):
+        train(prepared("multi-head", "int4").path, rows, None, tmp_path / "adapter", config, Recorder())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -16,7 +16,7 @@ from edgetune.cli.inputs import PATH, bundle_at
 from edgetune.cli.output import console, print_json
 from edgetune.config import DeviceType, TrainConfig
 from edgetune.errors import UsageError
-from edgetune.execution import Accelerator
+from edgetune.execution import INT8_STEP, WHOLE_STEP, Accelerator
 
 if TYPE_CHECKING:
     from edgetune.describe import Description
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgetune.placement import Placement
 
 DEFAULT = TrainConfig()
-PLACING = ("qnn",)
+PLACING = ("qnn", "openvino")
 """Runtimes that can say where a graph's nodes run."""
 
 EXAMPLES = """
@@ -48,7 +48,11 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 )
 @click.option("--buckets", help="With --placement: the shapes, such as 4x128; one row of the longest by default.")
 @click.option(
-    "--device-type", type=click.Choice(get_args(DeviceType)), default=DEFAULT.device_type, help="As in `train`."
+    "--device-type",
+    type=click.Choice(get_args(DeviceType)),
+    default=DEFAULT.device_type,
+    show_default=True,
+    help="As in `train`.",
 )
 @click.option("--soc-model", type=COUNT, default=DEFAULT.soc_model, help="As in `train`.")
 @click.option("--require-npu", is_flag=True, help="With --placement: exit code 4 where a node falls back to the CPU.")
@@ -92,8 +96,14 @@ def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Acceler
     shapes = shapes or parse_buckets(f"1x{bundle.manifest.max_length}")
     if not isinstance(found, PlacingRuntime):
         raise UsageError(f"--runtime {runtime} has no accelerator")
+    plans = [replace(WHOLE_STEP, accelerator=accelerator)]
+    if runtime == "qnn" and any(graph.role == INT8_STEP for graph in bundle.manifest.graphs):
+        plans.append(replace(plans[0], products="int8"))
     placements = [
-        placement for shape in shapes for placement in found.place(bundle, accelerator, shape.batch, shape.length)
+        placement
+        for plan in plans
+        for shape in shapes
+        for placement in found.place(bundle, plan, shape.batch, shape.length)
     ]
     if as_json:
         print_json([placement_record(placement) for placement in placements])

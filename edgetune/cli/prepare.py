@@ -9,15 +9,17 @@ import click
 
 from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, POSITIVE, Command, json_option, quiet_option
-from edgetune.cli.inputs import PATH, refuse_known_folder
+from edgetune.cli.inputs import PATH, refuse_known_folder, rows_file
 from edgetune.cli.output import notices, print_json
-from edgetune.config import Base, PrepareConfig, Targets
+from edgetune.config import Base, NpuForm, PrepareConfig, Targets
+from edgetune.errors import UsageError
 
 DEFAULT = PrepareConfig()
 
 EXAMPLES = """
 edgetune prepare ./Phi-3.5-mini-instruct --output bundle
 edgetune prepare ./Phi-4-mini-instruct --output bundle --rank 16 --alpha 32 --targets attention
+edgetune prepare ./Phi-3.5-mini-instruct --output bundle --npu qdq --calibration train.jsonl
 edgetune prepare microsoft/Phi-3-mini-4k-instruct --download --output bundle
 """
 
@@ -44,6 +46,16 @@ edgetune prepare microsoft/Phi-3-mini-4k-instruct --download --output bundle
     help="How the frozen weights are stored.",
 )
 @click.option(
+    "--npu",
+    type=click.Choice(get_args(NpuForm)),
+    default=DEFAULT.npu,
+    show_default=True,
+    help="Add the step with int8 frozen weights, for `train --runtime qnn --plan int8`.",
+)
+@click.option(
+    "--calibration", type=PATH, default=DEFAULT.calibration, help="Rows that --npu qdq takes its ranges from."
+)
+@click.option(
     "--max-length",
     type=click.IntRange(min=2),
     default=DEFAULT.max_length,
@@ -61,6 +73,8 @@ def command(
     alpha: float,
     targets: Targets,
     base: Base,
+    npu: NpuForm,
+    calibration: Path | None,
     max_length: int,
     download: bool,
     force: bool,
@@ -73,6 +87,10 @@ def command(
     (`pip install "edgetune[host]"`).
     """
     refuse_known_folder(Path(checkpoint))
+    if calibration is not None:
+        rows_file(calibration, "--calibration")
+        if npu != "qdq":
+            raise UsageError(f"--calibration belongs to --npu qdq; --npu is {npu}")
     from edgetune.prepare import prepare
 
     config = PrepareConfig(
@@ -80,6 +98,8 @@ def command(
         alpha=alpha,
         targets=targets,
         base=base,
+        npu=npu,
+        calibration=calibration,
         max_length=max_length,
         download=download,
         force=force,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from edgetune import __version__
 from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
@@ -26,6 +27,9 @@ from edgetune.manifest import (
 )
 from edgetune.side_environment import ensure_side_environment
 from edgetune.storage import atomic_folder, sha256_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 HOST_TOOLS = ("torch", "transformers", "optimum-onnx", "olive-ai", "onnxruntime-genai", "onnxruntime", "onnx", "peft")
 """Packages whose versions the manifest records."""
@@ -63,14 +67,17 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
             say(f"Building the {config.base} GenAI model (Olive) …")
             _build_inference_model(source, view, folder, config)
             say("Exporting the forward graph (Optimum) …")
-            lora, coverage = _build_training_graphs(source, view, Path(scratch), folder, config, say)
+            lora, coverage, lowered = _build_training_graphs(source, view, Path(scratch), folder, config, say)
             say("Exporting and differentiating the sublayers …")
-            layers = build_layers(view, Path(scratch), folder, source, config, say)
+            roles = build_layers(view, Path(scratch), folder, source, config, say)
         tokenizer = _tokenizer(source, folder, bos, eos)
+        if config.npu != "none":
+            say(f"Writing the step with int8 weights ({config.npu}) …")
+            roles += _build_int8_step(source, folder, config, lora, lowered, tokenizer)
         if (added := stop_at_end_of_turn(folder, tokenizer)) is not None:
             say(f"Answers end at token {added} as well, which closes a turn in the chat template")
         say("Hashing …")
-        manifest = _manifest(source, folder, config, tokenizer, lora, coverage, layers)
+        manifest = _manifest(source, folder, config, tokenizer, lora, coverage, roles)
         sealed = seal_bundle(folder, manifest)
     return Bundle(output, sealed)
 
@@ -84,7 +91,8 @@ def _build_inference_model(source: Checkpoint, view: Path, folder: Path, config:
 
 def _build_training_graphs(
     source: Checkpoint, view: Path, scratch: Path, folder: Path, config: PrepareConfig, say: Callable[[str], None]
-) -> tuple[Lora, dict[str, int]]:
+) -> tuple[Lora, dict[str, int], dict[str, ir.Model]]:
+    """Slots, gradient coverage, and the graphs `step` and `loss` whose frozen weights are still inputs."""
     import onnx_ir as ir
 
     from edgetune.adapter import initial_parameters
@@ -107,6 +115,7 @@ def _build_training_graphs(
     graphs = {name: ir.load(scratch / file) for name, file in ARTIFACTS.items()}
     graphs["step"] = lower(ir.load(scratch / ARTIFACTS["training_model"]), list(parameters))
     graphs["loss"] = evaluation
+    lowered = {role: ir.from_proto(ir.to_proto(graphs[role])) for role in ("step", "loss")}
     for role in ("training_model", "eval_model", "step", "loss"):
         attach_weights(graphs[role], folder, source.architecture, config.base)
     for role in ("training_model", "eval_model"):
@@ -115,7 +124,29 @@ def _build_training_graphs(
     for role, graph in graphs.items():
         ir.save(graph, folder / f"{role}.onnx")
     (folder / "checkpoint").write_bytes((scratch / "checkpoint").read_bytes())
-    return lora, coverage
+    return lora, coverage, lowered
+
+
+def _build_int8_step(
+    source: Checkpoint,
+    folder: Path,
+    config: PrepareConfig,
+    lora: Lora,
+    lowered: dict[str, ir.Model],
+    tokenizer: Tokenizer,
+) -> list[str]:
+    """Write the graphs for NPUs; returns their roles."""
+    from edgetune.data.encode import load_encoder, load_examples
+    from edgetune.prepare.calibration import calibrate, synthetic_rows
+    from edgetune.prepare.npu import write_int8_graphs
+
+    architecture, base = source.architecture, config.base
+    rows = synthetic_rows(architecture, config.max_length)
+    if config.calibration is not None:
+        encoder = load_encoder(folder, tokenizer)
+        rows = load_examples(config.calibration, encoder, config.max_length, truncate=True).examples
+    ranges = calibrate(lowered["step"], folder, architecture, base, lora, rows)
+    return write_int8_graphs(lowered, folder, architecture, base, config.npu, ranges)
 
 
 def _manifest(
@@ -125,11 +156,11 @@ def _manifest(
     tokenizer: Tokenizer,
     lora: Lora,
     coverage: dict[str, int],
-    layers: list[str],
+    more: list[str],
 ) -> BundleManifest:
     from edgetune.prepare.portable import describe_graph
 
-    roles = ("step", "loss", "adamw", "training_model", "eval_model", "optimizer_model", "model", *layers)
+    roles = ("step", "loss", "adamw", "training_model", "eval_model", "optimizer_model", "model", *more)
     graphs = [Graph(role, f"{role}.onnx", *describe_graph(folder / f"{role}.onnx")) for role in roles]
     return BundleManifest(
         format=BUNDLE_FORMAT,

@@ -19,6 +19,7 @@ from edgetune.prepare.blocks import build_requantise
 from edgetune.prepare.lowering import Operators
 from edgetune.prepare.shapes import dimensions, fold
 
+_LINEAR = ("_proj.weight", "lm_head.weight")
 _CONTRIB = "com.microsoft"
 _ZERO_POINT = 128
 _LARGEST = 127.0
@@ -49,7 +50,7 @@ def quantise_products(model: ir.Model) -> ir.Model:
     graph = model.graph
     activations: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     for node in list(graph):
-        found = _frozen(node)
+        found = frozen_product(node)
         if found is None:
             continue
         x, weight, form = found
@@ -77,15 +78,15 @@ def quantise_products(model: ir.Model) -> ir.Model:
     return model
 
 
-def _frozen(node: ir.Node) -> tuple[ir.Value, ir.Value, str] | None:
-    """What is multiplied with a frozen weight, the weight, and in which form it is taken."""
+def frozen_product(node: ir.Node) -> tuple[ir.Value, ir.Value, str] | None:
+    """What is multiplied with a frozen weight of a linear layer, the weight, and in which form it is taken."""
     if node.op_type != "MatMul" or node.inputs[0] is None or node.inputs[1] is None:
         return None
     weight, form = node.inputs[1], BACKWARD
     producer = weight.producer()
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
         weight, form = producer.inputs[0], FORWARD
-    frozen = weight.is_graph_input() and str(weight.name).endswith("_proj.weight")
+    frozen = weight.is_graph_input() and str(weight.name).endswith(_LINEAR)
     return (node.inputs[0], weight, form) if frozen else None
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.errors import MissingDependencyError, UsageError
-from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint
 from edgetune.placement import Placement
 
@@ -95,8 +95,6 @@ class Abilities:
     """The layered form with int8 products."""
     preferred: bool
     """Whether `auto` may take it here."""
-    static_shapes: bool = False
-    """Whether the whole step is compiled for each shape, so that batches should have few of them."""
     forward: bool = False
     """Whether it has `open_forward`."""
 
@@ -133,7 +131,7 @@ class Runtime(Protocol):
 class PlacingRuntime(Runtime, Protocol):
     """A runtime with an accelerator."""
 
-    def place(self, bundle: Bundle, accelerator: Accelerator, batch: int, length: int) -> list[Placement]:
+    def place(self, bundle: Bundle, plan: ExecutionPlan, batch: int, length: int) -> list[Placement]:
         """Compile the graphs of a step for B sequences of T positions, and say where their nodes run.
 
         Raises:

@@ -1,11 +1,11 @@
-"""OpenVINO: the layered form on its CPU device, in bfloat16 where the processor has that."""
+"""OpenVINO: the layered form on its CPU device, in bfloat16 where the processor has that; or the whole step."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgetune.bundle import Bundle
-from edgetune.errors import MissingDependencyError, UsageError
-from edgetune.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.errors import IncompatibleError, MissingDependencyError
+from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Footprint
+from edgetune.placement import Placement
 from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
 from edgetune.runtimes.layered.channels import Channels, groups_of
+from edgetune.runtimes.verified_cache import CACHE, MOST_BYTES, VerifiedFolder
 
 if TYPE_CHECKING:
+    from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
+    from edgetune.runtimes.accelerator.openvino import OpenVinoCompiler
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
 DEVICE = "CPU"
-CACHE = ".cache"
-"""Folder in a bundle for compiled models. It is not part of the bundle, and can be deleted at any time."""
 MOST_SHAPES = 6
 """Compiled forms of one graph that are held at a time; a batch of another shape needs another."""
-_MOST_CACHED = 64 << 20
-"""Bytes of compiled models that are kept, the youngest ones."""
 _BF16 = Footprint(
     products="bf16",
     storage=2,
@@ -43,7 +43,7 @@ _BF16 = Footprint(
     together=True,
     shapes=MOST_SHAPES,
     shape=27_000_000,
-    cache=_MOST_CACHED,
+    cache=MOST_BYTES,
     weight=2.0,
     forward=0.5,
     dequantise=90.0,
@@ -98,13 +98,19 @@ def open_session(
     """Load what the plan runs; see `edgetune.runtimes.Runtime`.
 
     Raises:
+        IncompatibleError: The device for the whole step is not there.
         MissingDependencyError: The package `openvino` is not installed.
-        UsageError: The plan is the whole step.
     """
-    backend = _backend(bundle, plan)
+    if plan.form == "whole":
+        from edgetune.runtimes.accelerator.session import AcceleratorSession
+
+        yield AcceleratorSession(bundle, parameters, optimizer, _graphs(bundle, plan))
+        return
+    core()
     from edgetune.runtimes.layered.session import LayeredSession
 
-    yield LayeredSession(bundle, parameters, optimizer, plan, backend)
+    with VerifiedFolder(_cache_of(bundle.path)) as cache:
+        yield LayeredSession(bundle, parameters, optimizer, plan, _backend(bundle, plan, cache))
 
 
 @contextmanager
@@ -112,25 +118,58 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
     """Load what the plan's forward pass runs; see `edgetune.runtimes.Runtime`.
 
     Raises:
+        IncompatibleError: The device for the whole pass is not there.
         MissingDependencyError: The package `openvino` is not installed.
-        UsageError: The plan is the whole step.
     """
-    backend = _backend(bundle, plan)
+    if plan.form == "whole":
+        from edgetune.runtimes.portable import PortableForward
+
+        yield PortableForward(parameters, _graphs(bundle, plan))
+        return
+    core()
     from edgetune.runtimes.layered.parameters import FlatParameters
     from edgetune.runtimes.layered.session import LayeredForward, in_order_of
 
-    yield LayeredForward(bundle, FlatParameters(in_order_of(backend, parameters)), plan, backend)
+    with VerifiedFolder(_cache_of(bundle.path)) as cache:
+        backend = _backend(bundle, plan, cache)
+        yield LayeredForward(bundle, FlatParameters(in_order_of(backend, parameters)), plan, backend)
 
 
-def _backend(bundle: Bundle, plan: ExecutionPlan) -> OpenVinoBackend:
-    if plan.form == "whole":
-        raise UsageError("the openvino runtime does not execute --plan whole; use --runtime onnxruntime")
+def place(bundle: Bundle, plan: ExecutionPlan, batch: int, length: int) -> list[Placement]:
+    """See `edgetune.runtimes.PlacingRuntime.place`."""
+    compiler = _compiler(bundle, plan)
+    return [compiler.compile(role, batch, length).placement for role in ("step", "loss")]
+
+
+def _graphs(bundle: Bundle, plan: ExecutionPlan) -> AcceleratorGraphs:
     core()
+    from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
+
+    return AcceleratorGraphs(_compiler(bundle, plan))
+
+
+def _compiler(bundle: Bundle, plan: ExecutionPlan) -> OpenVinoCompiler:
+    accelerator = plan.accelerator or Accelerator()
+    device = DEVICE if accelerator.device_type == "auto" else accelerator.device_type
+    found = core().available_devices
+    if not any(name == device or name.startswith(f"{device}.") for name in found):
+        raise IncompatibleError(
+            f"OpenVINO finds no {device} here, only {', '.join(found)}; install its driver, or choose another "
+            "--device-type"
+        )
+    if accelerator.require and device != "NPU":
+        raise IncompatibleError(f"--require-npu asks for an NPU, and --device-type is {device}; give --device-type NPU")
+    from edgetune.runtimes.accelerator.openvino import OpenVinoCompiler
+
+    return OpenVinoCompiler(bundle, core(), device, metadata.version("openvino"))
+
+
+def _backend(bundle: Bundle, plan: ExecutionPlan, cache: Path | None) -> OpenVinoBackend:
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
     # What is unpacked once and for all is put right.
     order = Channels(None if plan.resident else groups_of(bundle.manifest))
-    return OpenVinoBackend(DEVICE, _cache_of(bundle.path), plan, order)
+    return OpenVinoBackend(DEVICE, cache, plan, order)
 
 
 @cache
@@ -162,23 +201,7 @@ def _property(name: str) -> Any:
     return core().get_property(DEVICE, name)
 
 
-def _cache_of(bundle: Path) -> Path | None:
-    """Where compiled models of this version and processor are kept; none where nothing can be written."""
+def _cache_of(bundle: Path) -> Path:
+    """Where compiled models of this version and processor are kept."""
     processor = re.sub(r"[^A-Za-z0-9.]+", "-", str(_property("FULL_DEVICE_NAME"))).strip("-")
-    folder = bundle / CACHE / f"openvino-{metadata.version('openvino')}-{processor}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _drop_old(folder)
-    except OSError:
-        return None
-    return folder
-
-
-def _drop_old(folder: Path) -> None:
-    files = sorted(((path, path.stat()) for path in folder.iterdir()), key=lambda each: -each[1].st_mtime)
-    total = 0
-    for path, status in files:
-        total += status.st_size
-        if total > _MOST_CACHED:
-            with suppress(OSError):
-                path.unlink()
+    return bundle / CACHE / f"openvino-{metadata.version('openvino')}-{processor}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import onnxruntime as ort
 
 from edgetune.bundle import Bundle
 from edgetune.errors import MissingDependencyError, UsageError
-from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.execution import INT8_LOSS, INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.placement import Placement
 from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
 
@@ -35,7 +36,7 @@ def abilities() -> Abilities:
         MissingDependencyError: The package `onnxruntime-qnn` is not installed.
     """
     _package()
-    return Abilities(whole=True, exact=None, int8=None, preferred=False, static_shapes=True, forward=True)
+    return Abilities(whole=True, exact=None, int8=None, preferred=False, forward=True)
 
 
 def version() -> str:
@@ -76,19 +77,28 @@ def _graphs(bundle: Bundle, plan: ExecutionPlan) -> AcceleratorGraphs:
         raise UsageError("the qnn runtime takes no plan but `whole`; use --runtime onnxruntime for the others")
     from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
 
-    return AcceleratorGraphs(_compiler(bundle, plan.accelerator or Accelerator()), "step")
+    return AcceleratorGraphs(_compiler(bundle, plan), *_roles(plan))
 
 
-def place(bundle: Bundle, accelerator: Accelerator, batch: int, length: int) -> list[Placement]:
+def place(bundle: Bundle, plan: ExecutionPlan, batch: int, length: int) -> list[Placement]:
     """See `edgetune.runtimes.PlacingRuntime.place`."""
-    compiler = _compiler(bundle, accelerator)
-    return [compiler.compile(role, batch, length).placement for role in ("step", "loss")]
+    compiler = _compiler(bundle, plan)
+    return [compiler.compile(role, batch, length).placement for role in _roles(plan)]
 
 
-def _compiler(bundle: Bundle, accelerator: Accelerator) -> PluginCompiler:
+def _roles(plan: ExecutionPlan) -> tuple[str, str]:
+    """The graphs with the loss and the gradients, and with the loss alone."""
+    return (INT8_STEP, INT8_LOSS) if plan.products == "int8" else ("step", "loss")
+
+
+def _compiler(bundle: Bundle, plan: ExecutionPlan) -> PluginCompiler:
     from edgetune.runtimes.accelerator.plugin import PluginCompiler
 
-    return PluginCompiler(bundle, _plugin(accelerator), require=accelerator.require)
+    accelerator = plan.accelerator or Accelerator()
+    plugin = _plugin(accelerator)
+    if plan.products == "int8":
+        plugin = replace(plugin, session={})
+    return PluginCompiler(bundle, plugin, require=accelerator.require)
 
 
 def _plugin(accelerator: Accelerator) -> Plugin:

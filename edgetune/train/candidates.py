@@ -11,8 +11,6 @@ from edgetune.errors import IncompatibleError, MissingDependencyError, UsageErro
 from edgetune.footprint import Footprint
 from edgetune.runtimes import RUNTIMES, Abilities, find_runtime, preferred_runtimes
 
-ACCELERATED = ("qnn",)
-"""Runtimes that compile the whole step for static shapes."""
 STOCK = "onnxruntime"
 """The runtime whose memory does not depend on the processor."""
 

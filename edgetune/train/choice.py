@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 
 from edgetune.byte_size import bytes_text, parse_bytes
 from edgetune.config import PlanName, TrainConfig
-from edgetune.data.buckets import parse_buckets
 from edgetune.device import Profile
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
-from edgetune.execution import LAYERED, WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.execution import LAYERED, WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint, Work
 from edgetune.free_memory import free_memory_bytes
 from edgetune.frozen import INT8, LAYERS
 from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Runtime, find_runtime
-from edgetune.train.candidates import ACCELERATED, candidates, footprint_of
+from edgetune.train.accelerated import accelerated_plan, check_accelerated, is_accelerated
+from edgetune.train.candidates import candidates, footprint_of
 
 _OF_BACKWARD = ("keep", "recompute")
 _SHARE = 0.85
@@ -48,14 +48,11 @@ def check_plan(config: TrainConfig) -> None:
         MissingDependencyError: The runtime's package is not installed.
     """
     parse_bytes(config.trunk_cache)
-    if (config.require_npu or config.buckets) and config.runtime not in ACCELERATED:
-        option = "--require-npu" if config.require_npu else "--buckets"
-        raise UsageError(f"{option} needs a runtime with an accelerator; use --runtime {' or '.join(ACCELERATED)}")
-    if config.buckets is not None:
-        parse_buckets(config.buckets)
+    check_accelerated(config)
     if config.memory_budget is not None:
         parse_bytes(config.memory_budget)
-        if config.plan == "whole" or config.runtime in ("ort-training", *ACCELERATED):
+        accelerated = is_accelerated(config.runtime, config.plan)
+        if config.plan == "whole" or config.runtime == "ort-training" or accelerated:
             raise UsageError(
                 "the whole step as one graph keeps all activations and takes no --memory-budget; "
                 "use --plan auto with --runtime auto"
@@ -67,7 +64,7 @@ def check_plan(config: TrainConfig) -> None:
             f"--plan {config.plan} says what a backward pass needs, and --method forward-only has none; "
             "use --plan auto, whole, stream or int8"
         )
-    if config.runtime != "auto":
+    if config.runtime != "auto" and not is_accelerated(config.runtime, config.plan):
         footprint_of(config.runtime, config.plan, config.method)
     if config.vitisai_config is not None and config.plan != "split":
         raise UsageError("--vitisai-config is for a trunk on Vitis AI; give --plan split as well")
@@ -99,31 +96,36 @@ def choose(
         ResourceError: No plan fits into the memory budget, or into the device.
         UsageError: No runtime executes the plan.
     """
-    folder = f"{LAYERS}/{INT8}/" if config.plan == "int8" else f"{LAYERS}/"
-    layered = any(graph.role.startswith(folder) for graph in manifest.graphs)
-    if not layered and (config.plan not in ("auto", "whole") or config.memory_budget or config.runtime == "openvino"):
-        raise IncompatibleError(
-            f"the bundle has no graphs under {folder}; prepare it again, or leave --runtime and --plan at auto and "
-            "give no --memory-budget"
-        )
-    plan: PlanName = config.plan if layered else "whole"
+    plan = config.plan if is_accelerated(config.runtime, config.plan) else _layered_plan(manifest, config)
     forward_only = config.method == "forward-only"
     given = replace(trunk or LAYERED, forward_only=forward_only)
     planned = []
     for name in candidates(config, plan, profile, notice, elsewhere=elsewhere):
         runtime = find_runtime(name)
+        if is_accelerated(name, plan):
+            return Choice(name, runtime, accelerated_plan(manifest, config), None)
         footprint = footprint_of(name, plan, config.method)
         if footprint is None:
-            whole = replace(WHOLE_STEP, forward_only=forward_only, accelerator=_accelerator(runtime, config))
-            return Choice(name, runtime, whole, None)
+            return Choice(name, runtime, replace(WHOLE_STEP, forward_only=forward_only), None)
         planned.append(_Planned(name, runtime, Planner(manifest, footprint, work, given), footprint))
     return _fitting(planned, config, notice, profile, elsewhere=elsewhere)
 
 
-def _accelerator(runtime: Runtime, config: TrainConfig) -> Accelerator | None:
-    if not runtime.abilities().static_shapes:
-        return None
-    return Accelerator(config.device_type, config.soc_model, config.require_npu)
+def _layered_plan(manifest: BundleManifest, config: TrainConfig) -> PlanName:
+    """The configuration's plan, or the whole step of a bundle that has no other form.
+
+    Raises:
+        IncompatibleError: Another form was asked for.
+    """
+    folder = f"{LAYERS}/{INT8}/" if config.plan == "int8" else f"{LAYERS}/"
+    if any(graph.role.startswith(folder) for graph in manifest.graphs):
+        return config.plan
+    if config.plan not in ("auto", "whole") or config.memory_budget or config.runtime == "openvino":
+        raise IncompatibleError(
+            f"the bundle has no graphs under {folder}; prepare it again, or leave --runtime and --plan at auto and "
+            "give no --memory-budget"
+        )
+    return "whole"
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,15 @@ from cattrs.errors import BaseValidationError
 
 from edgetune.errors import EdgetuneError
 from edgetune.placement import Partition
+from edgetune.runtimes.verified_cache import CACHE
 from edgetune.storage import atomic_folder, write_file
 
-CACHE = ".cache"
-"""Folder in a bundle for compiled models."""
 _CONTEXTS = "contexts"
 _COMPILED, _RECORD = "compiled", "record.json"
-_MOST_CONTEXTS = 16
-"""Contexts that are kept, the youngest ones: each holds the frozen weights."""
+_MOST_BYTES = 1 << 30
+"""Of contexts that are kept, the youngest ones: that of a whole step holds the frozen weights."""
+_LEAST_KEPT = 4
+"""However large they are."""
 _LARGEST_RECORD = 16 << 20
 
 
@@ -112,8 +113,11 @@ class ContextStore:
 
     def _drop_old(self) -> None:
         found = [path for path in self._folder.iterdir() if (path / _RECORD).is_file()]
-        for path in sorted(found, key=lambda path: (path / _RECORD).stat().st_mtime)[:-_MOST_CONTEXTS]:
-            shutil.rmtree(path, ignore_errors=True)
+        total = 0
+        for number, path in enumerate(sorted(found, key=lambda path: -(path / _RECORD).stat().st_mtime)):
+            total += (path / _COMPILED).stat().st_size
+            if number >= _LEAST_KEPT and total > _MOST_BYTES:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 _converter = cattrs.Converter(forbid_extra_keys=True)

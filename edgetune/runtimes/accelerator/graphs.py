@@ -55,11 +55,12 @@ class AcceleratorGraphs:
     Args:
         compiler: Of the accelerator.
         step: Role of the graph that gives loss and gradients.
+        loss: Role of the graph that gives the loss.
     """
 
-    def __init__(self, compiler: Compiler, step: str) -> None:
+    def __init__(self, compiler: Compiler, step: str = "step", loss: str = "loss") -> None:
         self._compiler = compiler
-        self._step = step
+        self._step, self._loss = step, loss
         self._graphs: dict[tuple[str, int, int], CompiledGraph] = {}
         self._scale = LossScale()
         self.placements: dict[tuple[str, int, int], Placement] = {}
@@ -87,7 +88,7 @@ class AcceleratorGraphs:
 
     def loss(self, batch: Batch, parameters: Mapping[str, ort.OrtValue]) -> float:
         """Loss of a batch."""
-        (loss,) = self._graph("loss", batch).run({**batch.tensors(), **_arrays(parameters)}, ["loss"])
+        (loss,) = self._graph(self._loss, batch).run({**batch.tensors(), **_arrays(parameters)}, ["loss"])
         return float(loss.reshape(-1)[0])
 
     def _graph(self, role: str, batch: Batch) -> CompiledGraph:

@@ -1,0 +1,114 @@
+"""Ranges of what meets the frozen weights, forward and backward: measured on rows, for fixed-point accelerators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgetune.adapter import initial_parameters
+from edgetune.config import Base
+from edgetune.data.batches import Batch, make_batch
+from edgetune.data.encode import Example
+from edgetune.manifest import Architecture, Lora
+from edgetune.onnx_session import open_graph
+from edgetune.prepare.int8 import frozen_product
+from edgetune.prepare.lowering import Operators
+from edgetune.prepare.weights import attach_weights, cancel_transposes
+from edgetune.runtimes.accelerator.loss_scale import LossScale
+
+_BATCHES, _ROWS, _LENGTH = 4, 2, 64
+"""Of synthetic rows."""
+_ADAPTER = 0.02
+"""Standard deviation of the B matrices in every second batch: ranges shall hold for what is learnt, too."""
+Range = tuple[float, float]
+
+
+def synthetic_rows(architecture: Architecture, max_length: int) -> list[Example]:
+    """Random tokens, for want of better ones."""
+    generator = np.random.default_rng(0)
+    length = min(_LENGTH, max_length)
+    return [
+        Example(line, ids, [-100, *ids[1:]])
+        for line in range(_BATCHES * _ROWS)
+        for ids in [generator.integers(0, architecture.vocab_size, length).tolist()]
+    ]
+
+
+def calibrate(
+    step: ir.Model,
+    folder: Path,
+    architecture: Architecture,
+    base: Base,
+    lora: Lora,
+    rows: Sequence[Example],
+) -> dict[str, Range]:
+    """Run the step on the CPU and see what comes.
+
+    Gradients are in the scale of `LossScale`, at its largest.
+
+    Args:
+        step: The lowered step graph whose frozen weights are inputs; it is left as it is.
+        folder: Holds the GenAI model.
+        architecture: Sizes of the model.
+        base: How the GenAI model stores linear layers.
+        lora: The slots.
+        rows: What to run on.
+
+    Returns:
+        Smallest and largest number of each factor and each result of a product with a frozen weight, by its name.
+    """
+    model = ir.from_proto(ir.to_proto(step))
+    names = _observe(model)
+    attach_weights(model, folder, architecture, base)
+    session = open_graph(ir.to_proto(model).SerializeToString(), folder)
+    found: dict[str, Range] = {}
+    for number, batch in enumerate(_batches(rows, architecture)):
+        feed = _feed(batch, lora, number)
+        outputs = [f"{name}.{bound}" for name in names for bound in ("least", "largest")]
+        values = iter(session.run(outputs, feed))
+        for name in names:
+            least, largest = float(next(values)), float(next(values))
+            before = found.get(name, (least, largest))
+            found[name] = min(before[0], least), max(before[1], largest)
+    return found
+
+
+def _observe(model: ir.Model) -> list[str]:
+    """Make the bounds of every factor and result outputs; returns the names of these values."""
+    cancel_transposes(model.graph)
+    values: dict[str, ir.Value] = {}
+    for node in model.graph:
+        if (product := frozen_product(node)) is not None:
+            values |= {str(value.name): value for value in (product[0], node.outputs[0])}
+    op = Operators()
+    model.graph.outputs.clear()
+    for name, value in values.items():
+        for bound, operator in (("least", "ReduceMin"), ("largest", "ReduceMax")):
+            result = op.op(operator, [value], attributes={"keepdims": 0})
+            result.name, result.dtype, result.shape = f"{name}.{bound}", ir.DataType.FLOAT, ir.Shape([])
+            model.graph.outputs.append(result)
+    for number, node in enumerate(op.nodes):
+        node.name = f"calibration/{number}"
+    model.graph.extend(op.nodes)
+    return list(values)
+
+
+def _batches(rows: Sequence[Example], architecture: Architecture) -> Iterator[Batch]:
+    for start in range(0, len(rows), _ROWS):
+        yield make_batch(rows[start : start + _ROWS], architecture.rope, 0, sliding_window=architecture.sliding_window)
+
+
+def _feed(batch: Batch, lora: Lora, number: int) -> Mapping[str, NDArray[np.generic]]:
+    generator = np.random.default_rng(number)
+    parameters = initial_parameters(lora, seed=number)
+    if number % 2:
+        for slot in lora.slots:
+            noise = _ADAPTER * generator.standard_normal(parameters[slot.b].shape)
+            parameters[slot.b] = noise.astype(np.float32)
+    # `of` rounds down to a power of two: twice as much is never exceeded.
+    scale = np.array([2 * LossScale().of(batch.trained_tokens)], np.float32)
+    return {**batch.tensors(), **parameters, "loss_scale": scale}

@@ -1,0 +1,199 @@
+"""The whole step with int8 frozen weights, for NPUs: half the weights of float16, and integer products.
+
+Two forms. `qdq`: factor and result of each product are rounded to 16 bits over ranges that were measured, weights to 8
+bits with a scale for each column of the product; compilers recognise the pattern of QuantizeLinear and
+DequantizeLinear around MatMul and multiply integers. `blocks`: ONNX Runtime's `MatMulNBits` with 8 bits, a scale for 32
+neighbours along the sum, activations as they are. Each product has a matrix of its own, so that its scales are those of
+its columns: W (out, in) backward, its transpose forward. Everything else stays as in `step` and `loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common as passes
+
+from edgetune.config import Base, NpuForm
+from edgetune.errors import IncompatibleError
+from edgetune.frozen import BLOCK_SIZE, FORWARD, FrozenWeights
+from edgetune.manifest import Architecture
+from edgetune.prepare.calibration import Range
+from edgetune.prepare.int8 import frozen_product
+from edgetune.prepare.lowering import Operators
+from edgetune.prepare.shapes import dimensions
+from edgetune.prepare.weights import attach_weights, cancel_transposes
+
+DATA = "int8.onnx.data"
+"""The int8 weights of both graphs."""
+_CONTRIB = "com.microsoft"
+_MARGIN = 2.0
+"""Ranges are so much wider than what was measured: other rows, and adapters that have learnt."""
+_LEVELS = 65535
+_LARGEST = 127
+_BLOCK_ZERO = 128
+_ALIGNMENT = 4096
+"""Of a tensor in the file, so that it can be mapped."""
+
+
+def write_int8_graphs(
+    graphs: Mapping[str, ir.Model],
+    folder: Path,
+    architecture: Architecture,
+    base: Base,
+    form: NpuForm,
+    ranges: Mapping[str, Range],
+) -> list[str]:
+    """Write `step_int8.onnx`, `loss_int8.onnx` and their weights.
+
+    Args:
+        graphs: The lowered graphs `step` and `loss`, whose frozen weights are inputs; they are changed.
+        folder: The bundle to be, with the GenAI model and the layered form.
+        architecture: Sizes of the model.
+        base: How the GenAI model stores linear layers.
+        form: Which of the two.
+        ranges: What `calibrate` measured.
+
+    Returns:
+        The roles that were written.
+    """
+    with (folder / DATA).open("wb") as file:
+        weights = _Int8Weights(file, folder)
+        for name, model in graphs.items():
+            quantise_frozen(model, form, weights, ranges)
+            attach_weights(model, folder, architecture, base)
+            ir.save(model, folder / f"{name}_int8.onnx")
+    return [f"{name}_int8" for name in graphs]
+
+
+class _Int8Weights:
+    """Quantised frozen weights, written once however many graphs take them.
+
+    Args:
+        file: Where they go.
+        folder: Of the file, with the weights as the bundle stores them.
+    """
+
+    def __init__(self, file: BinaryIO, folder: Path) -> None:
+        self._file, self._folder = file, folder
+        self._frozen = FrozenWeights(folder)
+        self._tensors: dict[str, ir.ExternalTensor] = {}
+        self._scales: dict[str, NDArray[np.float32]] = {}
+
+    def columns(self, weight: str, direction: str) -> tuple[ir.ExternalTensor, NDArray[np.float32]]:
+        """int8 (K, N), and a scale for each of the N columns."""
+        name = f"{weight}.{direction}"
+        if name not in self._tensors:
+            matrix = self._matrix(weight, direction)
+            scales = np.maximum(np.abs(matrix).max(axis=0), np.finfo(np.float32).tiny) / np.float32(_LARGEST)
+            self._write(name, np.round(matrix / scales).astype(np.int8))
+            self._scales[name] = scales.astype(np.float32)
+        return self._tensors[name], self._scales[name]
+
+    def blocks(self, weight: str, direction: str) -> tuple[ir.ExternalTensor, NDArray[np.float32]]:
+        """uint8 (N, K / 32, 32) around 128, and a scale for each block (N · K / 32)."""
+        name = f"{weight}.{direction}"
+        if name not in self._tensors:
+            blocks = self._matrix(weight, direction).T
+            blocks = blocks.reshape(len(blocks), -1, BLOCK_SIZE)
+            scales = self._frozen.scales(weight) if direction == FORWARD else None
+            if scales is None:
+                largest = np.abs(blocks).max(axis=2)
+                scales = np.maximum(largest, np.finfo(np.float32).tiny) / np.float32(_LARGEST)
+            # Blocks of int4 lie as the forward product takes them: with their own scales nothing is lost.
+            self._write(name, (np.round(blocks / scales[..., None]) + _BLOCK_ZERO).astype(np.uint8))
+            self._scales[name] = scales.astype(np.float32).reshape(-1)
+        return self._tensors[name], self._scales[name]
+
+    def _matrix(self, weight: str, direction: str) -> NDArray[np.float32]:
+        """(K, N) of x (…, K) times W."""
+        matrix = self._frozen.whole(weight)
+        return matrix.T if direction == FORWARD else matrix
+
+    def _write(self, name: str, array: NDArray[Any]) -> None:
+        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+        offset = self._file.tell()
+        self._file.write(np.ascontiguousarray(array).tobytes())
+        self._tensors[name] = ir.ExternalTensor(
+            DATA, offset, array.nbytes, ir.DataType.from_numpy(array.dtype),
+            name=name, shape=ir.Shape(array.shape), base_dir=self._folder,
+        )  # fmt: skip
+
+
+def quantise_frozen(model: ir.Model, form: NpuForm, weights: _Int8Weights, ranges: Mapping[str, Range]) -> None:
+    """Replace every product with a frozen weight.
+
+    Precondition: frozen weights (out, in) are inputs, used by MatMul as they are or through a Transpose.
+    Postcondition: the weights of linear layers are no inputs any more.
+    """
+    graph = model.graph
+    cancel_transposes(graph)
+    for node in list(graph):
+        found = frozen_product(node)
+        if found is None:
+            continue
+        x, weight, direction = found
+        name = str(weight.name)
+        op = Operators()
+        if form == "qdq":
+            result = _rounded_product(op, graph, x, node.outputs[0], weights.columns(name, direction), ranges)
+        elif dimensions(weight)[1 if direction == FORWARD else 0] % BLOCK_SIZE:
+            raise IncompatibleError(f"{name} does not consist of blocks of {BLOCK_SIZE}; use --npu qdq")
+        else:
+            result = _block_product(op, graph, x, weights.blocks(name, direction))
+        result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
+        for number, fresh in enumerate(op.nodes):
+            fresh.name = f"{node.name or node.outputs[0].name}/{number}_{fresh.op_type}"
+        ir.convenience.replace_nodes_and_values(graph, node, [node], op.nodes, [node.outputs[0]], [result])
+    if form == "blocks":
+        model.opset_imports[_CONTRIB] = 1
+    passes.RemoveUnusedNodesPass()(model)
+    for value in list(graph.inputs):
+        if not value.uses():
+            graph.inputs.remove(value)
+
+
+def _rounded_product(
+    op: Operators,
+    graph: ir.Graph,
+    x: ir.Value,
+    result: ir.Value,
+    weight: tuple[ir.ExternalTensor, NDArray[np.float32]],
+    ranges: Mapping[str, Range],
+) -> ir.Value:
+    tensor, scales = weight
+    inputs = [_initializer(graph, tensor), op.constant(scales), op.constant(np.zeros(scales.shape, np.int8))]
+    matrix = op.op("DequantizeLinear", inputs, attributes={"axis": 1})
+    product = op.op("MatMul", [_rounded(op, x, ranges[str(x.name)]), matrix])
+    return _rounded(op, product, ranges[str(result.name)])
+
+
+def _rounded(op: Operators, value: ir.Value, measured: Range) -> ir.Value:
+    """A tensor in 65,536 steps over its range, which holds zero exactly."""
+    least, largest = _MARGIN * min(measured[0], 0.0), _MARGIN * max(measured[1], 0.0)
+    step = np.float32(max(largest - least, float(np.finfo(np.float32).tiny)) / _LEVELS)
+    parameters = [op.constant(np.array(step)), op.constant(np.array(round(-least / step), np.uint16))]
+    return op.op("DequantizeLinear", [op.op("QuantizeLinear", [value, *parameters]), *parameters])
+
+
+def _block_product(
+    op: Operators, graph: ir.Graph, x: ir.Value, weight: tuple[ir.ExternalTensor, NDArray[np.float32]]
+) -> ir.Value:
+    tensor, scales = weight
+    columns, blocks, size = tensor.shape.numpy()
+    attributes = {"K": blocks * size, "N": columns, "bits": 8, "block_size": size}
+    inputs = [x, _initializer(graph, tensor), op.constant(scales)]
+    return op.op("MatMulNBits", inputs, attributes=attributes, domain=_CONTRIB)
+
+
+def _initializer(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:
+    name = str(tensor.name)
+    if name not in graph.initializers:
+        graph.initializers[name] = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+        )
+    return graph.initializers[name]

@@ -1,0 +1,112 @@
+"""Whole graphs on a device of OpenVINO: its CPU, GPU or NPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino.passes import ConstantFolding, Manager
+
+from edgetune.bundle import Bundle
+from edgetune.errors import EdgetuneError, IncompatibleError
+from edgetune.placement import Node, Partition, Placement
+from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
+from edgetune.runtimes.accelerator.graphs import Arrays
+
+_PROPERTIES = {"NUM_STREAMS": 1}
+
+
+class OpenVinoCompiler:
+    """See `edgetune.runtimes.accelerator.graphs.Compiler`.
+
+    Args:
+        bundle: Has the graphs.
+        core: OpenVINO's.
+        device: Such as `CPU`.
+        version: Of the package.
+    """
+
+    def __init__(self, bundle: Bundle, core: Any, device: str, version: str) -> None:
+        self._bundle, self._core, self._device, self._version = bundle, core, device, version
+        self._store = ContextStore(bundle.path)
+        self._hashes = {file.path: file.sha256 for file in bundle.manifest.files}
+
+    def compile(self, role: str, batch: int, length: int) -> OpenVinoGraph:
+        """See `Compiler.compile`. A device of OpenVINO takes a graph whole or not at all.
+
+        Raises:
+            IncompatibleError: The device does not take the graph.
+        """
+        graph = self._bundle.manifest.graph(role)
+        sizes = {"batch": batch, "sequence": length}
+        shapes = {spec.name: [sizes[d] if isinstance(d, str) else d for d in spec.shape] for spec in graph.inputs}
+        try:
+            model = self._core.read_model(self._bundle.path / graph.file)
+            model.reshape(shapes)
+            # Int4 weights become floats: the device's own pass for packed weights does not take their backward product.
+            passes = Manager()
+            passes.register_pass(ConstantFolding())
+            passes.run_passes(model)
+            nodes = [Node(op.get_type_name(), op.get_friendly_name()) for op in model.get_ordered_ops()]
+            compiled, kept = self._compile(model, self._key(graph.file, batch, length))
+        except RuntimeError as error:
+            raise IncompatibleError(
+                f"OpenVINO's {self._device} cannot compile the graph {role!r} "
+                f"({str(error).strip().splitlines()[-1][:300]}); train with --runtime onnxruntime"
+            ) from error
+        computed = [node for node in nodes if node.operator not in ("Parameter", "Constant", "Result")]
+        provider = f"OpenVINO {self._device}"
+        device = str(compiled.get_property("EXECUTION_DEVICES"))
+        precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        placement = Placement(
+            role, batch, length, provider, f"{device}, {precision}", [Partition(provider, computed)], cached=kept
+        )
+        return OpenVinoGraph(compiled, placement)
+
+    def _key(self, graph: str, batch: int, length: int) -> ContextKey:
+        return ContextKey(
+            runtime=f"openvino {self._version}",
+            device=f"{self._device} {self._core.get_property(self._device, 'FULL_DEVICE_NAME')}",
+            graph=self._hashes[graph],
+            weights=",".join(digest for name, digest in sorted(self._hashes.items()) if name.endswith(".data")),
+            batch=batch,
+            length=length,
+            options={name: str(value) for name, value in _PROPERTIES.items()},
+        )
+
+    def _compile(self, model: ov.Model, key: ContextKey) -> tuple[ov.CompiledModel, bool]:
+        """The compiled model, and whether it was kept from an earlier start."""
+        if (kept := self._store.load(key)) is not None:
+            # A driver may have changed that no version tells of.
+            with suppress(RuntimeError):
+                return self._core.import_model(BytesIO(kept.data), self._device, _PROPERTIES), True
+        compiled = self._core.compile_model(model, self._device, _PROPERTIES)
+        self._store.save(key, compiled.export_model().getvalue(), [])
+        return compiled, False
+
+
+class OpenVinoGraph:
+    """See `edgetune.runtimes.accelerator.graphs.CompiledGraph`."""
+
+    def __init__(self, compiled: ov.CompiledModel, placement: Placement) -> None:
+        self._request = compiled.create_infer_request()
+        self._inputs = [value.get_names() for value in compiled.inputs]
+        self.placement = placement
+
+    def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """See `CompiledGraph.run`."""
+        try:
+            # A value may have several names.
+            given = [next(inputs[name] for name in names if name in inputs) for names in self._inputs]
+            self._request.infer(dict(enumerate(map(np.ascontiguousarray, given))))
+        except RuntimeError as error:
+            raise EdgetuneError(
+                f"{self.placement.provider} failed in the graph {self.placement.graph!r} "
+                f"({str(error).strip().splitlines()[-1][:300]}); the step was not applied"
+            ) from error
+        return [self._request.get_tensor(name).data.copy() for name in outputs]
