@@ -25,7 +25,7 @@ from edgetune.byte_size import bytes_text
 from edgetune.cli import VERBS, main
 from edgetune.cli.output import printable
 from edgetune.cli.progress import LineObserver, duration_text
-from edgetune.config import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig
+from edgetune.config import ExportConfig, GenerateConfig, PrepareConfig, TargetConfig, TrainConfig
 from edgetune.doctor import Finding
 from edgetune.errors import (
     DataError,
@@ -108,7 +108,7 @@ def test_help_is_instant_and_imports_no_command() -> None:
 
 
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
-    assert list(VERBS) == ["prepare", "train", "preview", "eval", "export", "generate", "inspect", "doctor"]
+    assert list(VERBS) == ["prepare", "train", "preview", "eval", "export", "generate", "bundle", "inspect", "doctor"]
     stdout = run("--help").stdout
     positions = [stdout.index(f"  {name} ") for name in VERBS]
     assert positions == sorted(positions)
@@ -133,6 +133,7 @@ OPTIONS = {
     "eval": "data adapter json",
     "export": "adapter output merge keep-adapter precision valid force quiet json",
     "generate": "prompt system max-new-tokens json",
+    "bundle": "target output adapter force quiet json",
     "inspect": "json",
     "doctor": "json",
 }
@@ -173,6 +174,7 @@ def test_the_examples_in_the_help_can_be_parsed(name: str) -> None:
         ("train", TrainConfig()),
         ("export", ExportConfig()),
         ("generate", GenerateConfig()),
+        ("bundle", TargetConfig()),
     ],
 )
 def test_every_field_of_a_config_is_an_option_with_its_default(name: str, config: Any) -> None:
@@ -230,6 +232,8 @@ def test_every_option_is_suggested_for_a_slip_of_the_pen(name: str) -> None:
         ("train b --output o", "Missing option '--data'"),
         ("export b --adapter a --output o --keep-adapter --precision int4", "--precision is for --merge"),
         ("generate m", "Missing option '--prompt'"),
+        ("bundle b --output o", "Missing option '--target'"),
+        ("bundle b --output o --target phone", "'phone' is not one of 'android', 'ios', 'web', 'linux-arm64'"),
         ("inspect", "Missing argument 'FOLDER'"),
         ("inspect a b", "unexpected extra argument (b)"),
     ],

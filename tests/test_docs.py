@@ -180,7 +180,9 @@ def test_metrics_are_those_of_the_record(tmp_path: Path) -> None:
     assert sorted(said) == sorted(written)
 
 
-@pytest.mark.parametrize(("page", "verb"), [("training.md", "train"), ("prepare.md", "prepare")])
+@pytest.mark.parametrize(
+    ("page", "verb"), [("training.md", "train"), ("prepare.md", "prepare"), ("mobile.md", "bundle")]
+)
 def test_options_are_those_of_the_command(page: str, verb: str) -> None:
     said = [option for row in table_after(DOCS / page, "Options") for option in quoted(row[:1])]
     command = main.get_command(click.Context(main), verb)

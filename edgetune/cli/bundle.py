@@ -30,7 +30,10 @@ edgetune bundle bundle --target ios --output Model --force --json
 @click.option("--target", type=click.Choice(get_args(TargetName)), required=True, help="Where the app goes.")
 @click.option("--output", type=PATH, required=True, help="Folder to write.")
 @click.option(
-    "--adapter", type=PATH, help="Adapter that the app starts from; without it, one that changes nothing yet."
+    "--adapter",
+    type=PATH,
+    default=DEFAULT.adapter,
+    help="Adapter that the app starts from; without it, one that changes nothing yet.",
 )
 @click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace a target that is already there.")
 @quiet_option

@@ -51,7 +51,7 @@ def test_a_flipped_byte_is_found(copy: Path, file: str, place: float) -> None:
         assert "internal error" not in done.output
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "preview", "generate", "inspect", "export"])
+@pytest.mark.parametrize("verb", ["train", "eval", "preview", "generate", "inspect", "export", "bundle"])
 def test_every_command_refuses_a_changed_bundle(copy: Path, tmp_path: Path, trained: Trained, verb: str) -> None:
     flip(copy / "model.onnx.data", 0.5)
     adapter = trained.result.path
@@ -62,6 +62,7 @@ def test_every_command_refuses_a_changed_bundle(copy: Path, tmp_path: Path, trai
         "generate": ("--prompt", "Hello."),
         "inspect": (),
         "export": ("--adapter", adapter, "--output", tmp_path / "out"),
+        "bundle": ("--target", "web", "--output", tmp_path / "out"),
     }
     said = edgetune(verb, copy, *options[verb])
     assert said.code == 5, said
@@ -223,6 +224,14 @@ def test_an_output_that_is_there_stays(tmp_path: Path) -> None:
         said = edgetune("train", BUNDLE, *TRAINING, "--output", tmp_path / "out", *force)
         assert said.code == 2, said
         assert (tmp_path / "out" / "precious").read_text() == "mine"
+
+
+def test_a_device_lays_out_a_target_without_the_host(tmp_path: Path, trained: Trained) -> None:
+    arguments = ("--target", "android", "--output", tmp_path / "out", "--adapter", trained.result.path, "--json")
+    said = edgetune("bundle", BUNDLE, *arguments)
+    assert said.code == 0, said
+    assert json.loads(said.out)["sizes"]["weights"] > 200_000
+    assert (tmp_path / "out" / "edgetune_model" / "src" / "main" / "assets" / "target.json").is_file()
 
 
 @pytest.mark.parametrize("form", ["--merge", "--keep-adapter"])
