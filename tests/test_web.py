@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 from chromium import Chromium, needs_chromium
 from javascript_tools import EXAMPLES, GOLDEN, lay_out_golden, needs_node, node, train_in_python
+
+from edgetune.evaluate import evaluate
 
 pytestmark = [needs_node, needs_chromium]
 
@@ -146,6 +149,30 @@ def test_the_answer_changes_stays_and_is_forgotten(browser: Chromium, site: Path
     browser.wait("document.getElementById('status').textContent.startsWith('Forgotten')")
     open_page(browser, address)
     assert text(browser, "status") == "Ready."
+
+
+def test_training_stops_when_told_and_python_takes_what_was_learnt(
+    browser: Chromium, address: str, tmp_path: Path
+) -> None:
+    saved = tmp_path / "adapter"
+    browser.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(saved))
+    open_page(browser, f"{address}?steps=100000&learning-rate=0.005")
+    browser.run("document.getElementById('start').click()")
+    browser.wait("heard.filter((data) => data.progress?.loss).length >= 12")
+    assert browser.run("return document.activeElement.id") == "stop"
+    browser.press(ENTER)
+    wait_for_the_end(browser)
+    losses = browser.run("return heard.map((data) => data.progress?.loss).filter(Boolean)")
+    assert text(browser, "status").startswith(f"Learnt in {len(losses)} steps.")
+    assert len(losses) < 1000
+    assert browser.run("return document.activeElement.id") == "start"
+    browser.run("document.getElementById('save').click()")
+    until = time.monotonic() + 30
+    while {path.name for path in saved.glob("*")} != {"adapter_model.safetensors", "adapter_config.json"}:
+        assert time.monotonic() < until, list(saved.glob("*"))
+        time.sleep(0.1)
+    before, after = (evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl", path).loss for path in (None, saved))
+    assert after < 0.8 * before
 
 
 def test_a_row_that_cannot_be_trained_is_marked_and_named(browser: Chromium, address: str) -> None:
