@@ -118,7 +118,7 @@ def _names(
 ) -> list[str]:
     """The runtimes that may be taken, the preferred first."""
     if profile is None:
-        able = list(_able(plan)) if config.runtime == "auto" else [config.runtime]
+        able: list[str] = list(_able(plan)) if config.runtime == "auto" else [config.runtime]
         if not able:
             raise UsageError(f"no runtime that is installed here executes --plan {plan}; see `edgetune doctor`")
         return able
