@@ -56,7 +56,7 @@ class Footprint:
     together: bool
     """Each graph has memory of its own; otherwise all share what the largest needs."""
     shapes: int
-    """Shapes of a batch whose memory is held at the same time: that of compiled graphs, or what cannot be used again."""
+    """Shapes of a batch whose memory is held at the same time: of compiled graphs, or what cannot be used again."""
     shape: int
     """Bytes that a shape takes whatever its size: compiled code, where graphs are compiled for shapes."""
     cache: int
