@@ -25,6 +25,15 @@ MEMORY, TIME = 0.15, 0.30
 """How far a prediction may be off."""
 _WORDS = ("lamp", "kitchen", "turn", "it", "off", "and", "tell", "me", "the", "answer", "hello", "world")
 
+_CPU_TIME = """
+import os, time
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+time.perf_counter = time.process_time
+from edgetune.cli import main
+main()
+"""
+"""edgetune with another clock, which other processes do not disturb as much."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -64,11 +73,11 @@ def cases(bundles: Sequence[Path], data: Path | None, folder: Path, asked: argpa
                 yield Case(bundle, rows, (*options, "--steps", str(asked.steps), "--truncate"))
 
 
-def compare(case: Case, folder: Path) -> tuple[list[Compared], dict[str, Any]]:
+def compare(case: Case, folder: Path, edgetune: Sequence[str]) -> tuple[list[Compared], dict[str, Any]]:
     """Plan, then train."""
-    planned = _edgetune("plan", case.bundle, "--data", case.data, *case.options)
+    planned = _run(edgetune, "plan", case.bundle, "--data", case.data, *case.options)
     output = folder / "adapter"
-    trained = _edgetune("train", case.bundle, "--data", case.data, "--output", output, "--force", *case.options)
+    trained = _run(edgetune, "train", case.bundle, "--data", case.data, "--output", output, "--force", *case.options)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     usual = median(line["tokens"] / line["tokens_per_second"] for line in lines)
     found = [
@@ -81,8 +90,8 @@ def compare(case: Case, folder: Path) -> tuple[list[Compared], dict[str, Any]]:
     return found, planned
 
 
-def _edgetune(*arguments: object) -> dict[str, Any]:
-    command = [sys.executable, "-m", "edgetune", *map(str, arguments), "--json"]
+def _run(edgetune: Sequence[str], *arguments: object) -> dict[str, Any]:
+    command = [*edgetune, *map(str, arguments), "--json"]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         sys.exit(f"{' '.join(command)}: {finished.stderr.strip() or finished.stdout.strip()}")
@@ -107,11 +116,13 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=["auto", "stream"])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--cpu-time", action="store_true", help="one core, its processor time as the clock")
     asked = parser.parse_args()
+    edgetune = [sys.executable, *(("-c", _CPU_TIME) if asked.cpu_time else ("-m", "edgetune"))]
     off = total = 0
     with TemporaryDirectory() as name:
         for case in cases(asked.bundles, asked.data, Path(name), asked):
-            compared, planned = compare(case, Path(name))
+            compared, planned = compare(case, Path(name), edgetune)
             off += sum(abs(each.error) > each.tolerance for each in compared)
             total += len(compared)
             options = " ".join(case.options[1:6:2])

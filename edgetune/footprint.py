@@ -59,9 +59,9 @@ class Footprint:
     together: bool
     """Each graph has memory of its own; otherwise all share what the largest needs."""
     shapes: int
-    """Shapes of a batch for which graphs are held at the same time; each takes memory of its own."""
+    """Shapes of a batch whose memory is held at the same time: of compiled graphs, or what cannot be used again."""
     shape: int
-    """Bytes that a shape takes whatever its size: compiled code."""
+    """Bytes that a shape takes whatever its size: compiled code, where graphs are compiled for shapes."""
     cache: int
     """Bytes on the disk for compiled graphs, at most."""
     weight: float
@@ -178,11 +178,12 @@ def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
     rows, tokens = min(plan.head_rows, work.positions), head_tokens(s, plan)
     head = rows * (f.logits * tokens + f.hidden_states * s.hidden) + f.graph_weights * tokens * s.hidden
     share = f.forward if plan.forward_only else 1.0
+    shapes = [(work.positions, work.scores), *sorted(work.others, reverse=True)][: f.shapes]
     if not f.together:
-        return share * max(*_sublayers(s, f, work.positions, work.scores), head)
+        largest, *others = (max(_sublayers(s, f, *shape)) for shape in shapes)
+        return share * (max(largest, head) + sum(others))
     # Where some layers are computed again and others are not, there are two graphs for the backward pass.
     both = 0 < plan.kept_layers < s.layers
-    shapes = [(work.positions, work.scores), *sorted(work.others, reverse=True)][: f.shapes]
     held = sum(f.shape + sum(_sublayers(s, f, *shape)) for shape in shapes)
     return share * ((1.4 if both else 1.0) * held + head)
 

@@ -148,7 +148,7 @@ def _first_seconds(choice: Choice, firsts: Sequence[float], share: float) -> flo
         firsts: What the first step of each shape took more, in the order in which they were measured.
         share: The whole depth by the measured one.
     """
-    compiles = choice.footprint is not None and choice.footprint.shapes > 1
+    compiles = choice.footprint is not None and choice.footprint.shape > 0
     # A later shape compiles as well, but finds the weights unpacked.
     compiling = min(firsts[1:], default=firsts[0]) if compiles else 0.0
     return compiling + max(0.0, firsts[0] - compiling) * share

@@ -78,6 +78,7 @@ def predict_times(bundle: Bundle, workload: Workload, choice: Choice, profile: P
 def _starts(measured: Calibration, choice: Choice, steps: Sequence[Sequence[BatchShape]]) -> list[float]:
     """What each step takes more because a graph was not compiled for its shape, or not any more."""
     most = 1 if choice.footprint is None else choice.footprint.shapes
+    compiles = choice.footprint is not None and choice.footprint.shape > 0
     held: deque[tuple[int, int]] = deque(maxlen=most)
     seconds: list[float] = []
     for step in steps:
@@ -87,7 +88,7 @@ def _starts(measured: Calibration, choice: Choice, steps: Sequence[Sequence[Batc
                 held.append(key)
                 new += 1
         first = not seconds
-        seconds.append(measured.first_seconds * first + measured.shape_seconds * (new - first) * (most > 1))
+        seconds.append(measured.first_seconds * first + measured.shape_seconds * (new - first) * compiles)
     return seconds
 
 
