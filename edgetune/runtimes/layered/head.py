@@ -38,8 +38,9 @@ class Head:
     def __init__(
         self, bundle: Bundle, backend: Backend, frozen: FrozenWeights, linear: LinearWeights, plan: ExecutionPlan
     ) -> None:
-        self._load = lambda name: backend.load(bundle.file(f"{LAYERS}/{name}"))
-        self._forward = self._load("head")
+        self._load = backend.load
+        self._files = {name: bundle.file(f"{LAYERS}/{name}") for name in ("head", "head_grad", "head_step")}
+        self._forward = backend.load(self._files["head"])
         self._fixed_shapes = backend.fixed_shapes
         self._frozen, self._linear = frozen, linear
         self._channels = backend.channels
@@ -50,11 +51,11 @@ class Head:
 
     @cached_property
     def _gradient(self) -> LayeredGraph:
-        return self._load("head_grad")
+        return self._load(self._files["head_grad"])
 
     @cached_property
     def _whole(self) -> LayeredGraph:
-        return self._load("head_step")
+        return self._load(self._files["head_step"])
 
     def losses(self, hidden: Floats, labels: Labels) -> Floats:
         """The loss of each row.

@@ -53,18 +53,19 @@ class SublayerRunner:
         self._channels = backend.channels
         self._frozen, self._linear, self._lora, self._workspace = frozen, linear, parameters, workspace
         role = f"{backend.sublayers}/{name}"
-        self._load = lambda suffix: backend.load(bundle.file(role + suffix))
-        self._forward = self._load("")
+        self._load = backend.load
+        self._files = {suffix: bundle.file(role + suffix) for suffix in ("", "_grad", "_grad_kept")}
+        self._forward = backend.load(self._files[""])
         outputs = bundle.manifest.graph(role).outputs
         self._kept: list[TensorSpec] = [output for output in outputs if output.name != "output"]
 
     @cached_property
     def _again(self) -> LayeredGraph:
-        return self._load("_grad")
+        return self._load(self._files["_grad"])
 
     @cached_property
     def _from_kept(self) -> LayeredGraph:
-        return self._load("_grad_kept")
+        return self._load(self._files["_grad_kept"])
 
     def forward(self, layer: int, tables: Arrays, hidden: AnyArray, output: AnyArray, keep: str | None) -> None:
         """Write output = hidden + f(norm(hidden)), and, under the name `keep`, what the backward pass can take."""
