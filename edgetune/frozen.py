@@ -177,10 +177,11 @@ class FrozenWeights:
 
     def whole(self, name: str) -> NDArray[np.float32]:
         """A linear weight (out, in) in float32: a copy."""
-        return np.concatenate([_floats(block) for block in self._blocks(name)])
+        blocks = self._blocks(name)
+        return np.concatenate([dequantised(b) if b.bits else b.values.astype(np.float32) for b in blocks])
 
     def scales(self, name: str) -> NDArray[np.float32] | None:
-        """The scales (out, in / 32) of a linear weight in int4 blocks; none of one in float32."""
+        """The scales (out, in / 32) of a linear weight in blocks; none of another."""
         scales = [block.scales for block in self._blocks(name) if block.scales is not None]
         return np.concatenate(scales) if scales else None
 
@@ -212,15 +213,6 @@ class FrozenWeights:
         mapping = self._bytes._mmap  # type: ignore[attr-defined]
         if hasattr(mmap, "MADV_DONTNEED"):
             mapping.madvise(mmap.MADV_DONTNEED)
-
-
-def _floats(block: Block) -> NDArray[np.float32]:
-    """The weights that a block stands for."""
-    if block.scales is None:
-        return np.array(block.values, dtype=np.float32)
-    weights = np.empty(block.shape, dtype=np.float32)
-    weights[:, 0::2], weights[:, 1::2] = block.values & 15, block.values >> 4
-    return (weights - 8) * np.repeat(block.scales, BLOCK_SIZE, axis=1)
 
 
 def _ends(piece: Stored) -> list[int]:
