@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edgetune.bundle import open_bundle
+from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TargetConfig
 from edgetune.target import lay_out
 
@@ -54,15 +54,24 @@ def ask_node(script: str, *arguments: str | Path, request: Any = None) -> Any:
 
 def lay_out_golden(folder: Path) -> Path:
     """The golden bundle as a web target that starts from the golden adapter."""
-    adapter = TargetConfig(adapter=GOLDEN / "initial_adapter")
-    return lay_out(open_bundle(GOLDEN / "bundle"), "web", folder, adapter, lambda line: None).path
+    config = TargetConfig(adapter=GOLDEN / "initial_adapter")
+    return lay_out_for_web(open_bundle(GOLDEN / "bundle"), folder, config)
 
 
-def train_in_python(weight_decay: float, folder: Path) -> list[float]:
+def lay_out_for_web(bundle: Bundle, folder: Path, config: TargetConfig) -> Path:
+    return lay_out(bundle, "web", folder, config, lambda line: None).path
+
+
+def train_in_python(
+    weight_decay: float,
+    folder: Path,
+    bundle: Path = GOLDEN / "bundle",
+    adapter: Path = GOLDEN / "initial_adapter",
+) -> list[float]:
     """The losses of `edgetune train` on stock ONNX Runtime, 20 steps on the golden rows; the adapter is in `folder`."""
     options = "--runtime onnxruntime --plan whole --steps 20 --batch-size 3 --learning-rate 0.005 --schedule constant"
-    command = [sys.executable, "-m", "edgetune", "train", str(GOLDEN / "bundle"), "--data", str(GOLDEN / "train.jsonl")]
+    command = [sys.executable, "-m", "edgetune", "train", str(bundle), "--data", str(GOLDEN / "train.jsonl")]
     command += [*options.split(), "--no-shuffle", "--weight-decay", str(weight_decay), "--output", str(folder)]
-    command += ["--init-adapter", str(GOLDEN / "initial_adapter"), "--quiet"]
+    command += ["--init-adapter", str(adapter), "--quiet"]
     subprocess.run(command, check=True, timeout=TIMEOUT)
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

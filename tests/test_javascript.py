@@ -13,11 +13,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from javascript_tools import EXAMPLES, GOLDEN, ask_node, lay_out_golden, needs_node, node, train_in_python
+from javascript_tools import (
+    EXAMPLES,
+    GOLDEN,
+    ask_node,
+    lay_out_for_web,
+    lay_out_golden,
+    needs_node,
+    node,
+    train_in_python,
+)
+from prepared_bundles import Prepared
 from safetensors.numpy import load_file
 from test_encode import BARE_TEMPLATES, EOS, bytes_kind, llama_kind
+from tiny_phi3 import VARIANTS
 from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 
+from edgetune.config import Base, TargetConfig
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Encoder, Example
 from edgetune.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
@@ -31,6 +43,8 @@ pytestmark = needs_node
 EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
 """What PyTorch and PEFT give."""
 TOLERANCE = 1e-4
+OPTIONS = "--steps 20 --batch-size 3 --learning-rate 0.005 --weight-decay 0.01 --schedule constant --no-shuffle"
+"""What `train_in_python` does."""
 PIECES = [
     "abc", "XYZ", "the", "lamp", "Größe", "☂", "😀", "\n\n", "\t", "  ", "123", "4567", "don't", "I'LL", "▁",
     "▁▁", "<0x41>", "<|user|>", "<|end|>", "<|assistant|>\n", "<|end|>\n", "<s>", "é", "e\u0301", "½", "²", "٣",
@@ -170,12 +184,28 @@ def train_in_node(target: Path, data: Path, output: Path, *options: str) -> subp
     return node(EXAMPLES / "node" / "train.js", target, "--data", data, "--output", output, *options)
 
 
-def test_node_loses_what_python_and_pytorch_lose(target: Path, tmp_path: Path) -> None:
-    options = "--steps 20 --batch-size 3 --learning-rate 0.005 --weight-decay 0.01 --schedule constant --no-shuffle"
-    done = train_in_node(target, GOLDEN / "train.jsonl", tmp_path / "node", *options.split())
+def losses_of(done: subprocess.CompletedProcess[str]) -> list[float]:
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
     assert len(losses) == 20
+    return losses
+
+
+@pytest.mark.parametrize(("variant", "base"), [*((variant, "int4") for variant in VARIANTS), ("grouped-query", "fp32")])
+def test_every_variant_loses_what_it_loses_in_python(
+    prepared: Prepared, tmp_path: Path, variant: str, base: Base
+) -> None:
+    bundle = prepared(variant, base)
+    target = lay_out_for_web(bundle, tmp_path / "target", TargetConfig())
+    done = train_in_node(target, GOLDEN / "train.jsonl", tmp_path / "node", *OPTIONS.split())
+    expected = train_in_python(0.01, tmp_path / "python", bundle.path, target / "adapter")
+    np.testing.assert_allclose(losses_of(done), expected, rtol=0, atol=TOLERANCE)
+    assert expected[-1] < expected[0]
+
+
+def test_node_loses_what_python_and_pytorch_lose(target: Path, tmp_path: Path) -> None:
+    done = train_in_node(target, GOLDEN / "train.jsonl", tmp_path / "node", *OPTIONS.split())
+    losses = losses_of(done)
     np.testing.assert_allclose(losses, train_in_python(0.01, tmp_path / "python"), rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(losses, EXPECTED["losses"], rtol=TOLERANCE)
     norms = [float(norm) for norm in re.findall(r"norm ([\d.]+)", done.stdout)]
