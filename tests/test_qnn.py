@@ -24,6 +24,7 @@ from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.placement import Node, Partition
 from edgetune.runtimes import Placed, Session, find_runtime, qnn, stock
 from edgetune.train import train
 from edgetune.train.observer import StartInfo, StepMetrics
@@ -149,7 +150,7 @@ def test_a_context_that_names_another_file_is_refused(prepared: Prepared, tmp_pa
     """Its hash is right: whoever wrote it wrote the record as well."""
     import onnx
 
-    from edgetune.runtimes.accelerator.contexts import ContextStore
+    from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
 
     bundle = copy_of(prepared("grouped-query", "int4"), tmp_path / "bundle")
     parameters = adapter_of(bundle)
@@ -165,19 +166,13 @@ def test_a_context_that_names_another_file_is_refused(prepared: Prepared, tmp_pa
         if attribute.name == "ep_cache_context":
             attribute.s = b"../../../secret.bin"
     record = json.loads((compiled.parent / "record.json").read_text())
-    key = next(iter(_keys(record)))
-    ContextStore(bundle.path).save(key, model.SerializeToString(), [])
+    partitions = [Partition(qnn.PROVIDER, [Node("MatMul", "product")])]
+    ContextStore(bundle.path).save(ContextKey(**record["key"]), model.SerializeToString(), partitions)
     with (
         pytest.raises(VerificationError, match=r"names the file '\.\./\.\./\.\./secret\.bin'"),
         qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session,
     ):
         session.step([batch], LEARNING_RATE)
-
-
-def _keys(record: dict[str, Any]) -> list[Any]:
-    from edgetune.runtimes.accelerator.contexts import ContextKey
-
-    return [ContextKey(**record["key"])]
 
 
 @installed
