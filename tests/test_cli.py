@@ -108,7 +108,8 @@ def test_help_is_instant_and_imports_no_command() -> None:
 
 
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
-    assert list(VERBS) == ["prepare", "train", "preview", "eval", "export", "generate", "inspect", "doctor"]
+    work = ["prepare", "plan", "train", "preview", "eval", "export", "generate", "inspect", "devices", "doctor"]
+    assert list(VERBS) == work
     stdout = run("--help").stdout
     positions = [stdout.index(f"  {name} ") for name in VERBS]
     assert positions == sorted(positions)
@@ -126,14 +127,17 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 
 OPTIONS = {
     "prepare": "output rank alpha targets base max-length download force quiet json",
-    "train": "data valid output config runtime plan memory-budget steps epochs batch-size gradient-accumulation-steps "
+    "train": "data valid output config runtime device plan memory-budget steps epochs batch-size gradient-accumulation-steps "
     "packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle "
     "truncate init-adapter force quiet json",
+    "plan": "device data valid length runtime plan memory-budget steps epochs batch-size gradient-accumulation-steps "
+    "packing no-packing truncate json",
     "preview": "data json",
     "eval": "data adapter json",
     "export": "adapter output merge keep-adapter precision valid force quiet json",
     "generate": "prompt system max-new-tokens json",
     "inspect": "json",
+    "devices": "",
     "doctor": "json",
 }
 
