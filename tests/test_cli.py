@@ -128,8 +128,8 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 OPTIONS = {
     "prepare": "output rank alpha targets base max-length download force quiet json",
     "train": "data valid output config runtime device plan memory-budget steps epochs batch-size "
-    "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle "
-    "truncate init-adapter force quiet json",
+    "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "
+    "seed shuffle no-shuffle truncate init-adapter force quiet json",
     "plan": "device data valid length runtime plan memory-budget steps epochs batch-size gradient-accumulation-steps "
     "packing no-packing truncate json",
     "preview": "data json",
