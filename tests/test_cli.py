@@ -130,15 +130,19 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 OPTIONS = {
     "prepare": "output rank alpha targets base npu calibration max-length download force quiet json",
     "split": "data output layers length calibration-rows force quiet json",
-    "train": "data valid output config runtime plan trunk-cache vitisai-config memory-budget device-type require-npu "
-    "soc-model buckets steps epochs batch-size gradient-accumulation-steps packing no-packing learning-rate schedule "
-    "warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle truncate init-adapter force quiet json",
+    "plan": "device data valid length runtime plan memory-budget steps epochs batch-size gradient-accumulation-steps "
+    "packing no-packing truncate json",
+    "train": "data valid output config runtime device plan trunk-cache vitisai-config method queries perturbation-size "
+    "report-gradient-cosine memory-budget device-type require-npu soc-model buckets steps epochs batch-size "
+    "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "
+    "seed shuffle no-shuffle truncate init-adapter force quiet json",
     "preview": "data json",
     "eval": "data adapter json",
     "export": "adapter output merge keep-adapter precision valid force quiet json",
     "generate": "prompt system max-new-tokens json",
     "bundle": "target output adapter force quiet json",
     "inspect": "placement buckets device-type soc-model require-npu json",
+    "devices": "",
     "conformance": "json",
     "doctor": "json",
 }
