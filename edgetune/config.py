@@ -50,7 +50,7 @@ class TrainConfig:
     """What is kept in memory and what is computed again; `int8` also says in which precision."""
     method: Method = "backpropagation"
     """How the gradient is found: `forward-only` estimates it from losses, where a backward pass is out of reach."""
-    queries: int = 16
+    queries: int = 32
     """Perturbations whose losses a forward-only step measures."""
     perturbation_size: float = 1e-2
     """By how much forward-only perturbs a parameter to measure the loss."""

@@ -63,6 +63,8 @@ class Footprint:
     """Bytes of a sublayer's frozen weight as it is multiplied."""
     forward: float
     """Of what all graphs hold: the share of those of the forward pass."""
+    backward: int
+    """Bytes of `base` that are the backward graphs', loaded or compiled."""
     dequantise: float
     """Time to dequantise a weight, in the time that a product needs for one weight and position."""
 
@@ -126,7 +128,8 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
     copies = _FORWARD_COPIES if plan.forward_only else _ADAPTER_COPIES
     held = copies * _FLOAT * s.adapter + positions * s.hidden * _states(s, f, plan)
     held += f.storage * positions * (plan.kept_layers * layer + shared)
-    return int(f.base + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
+    base = f.base - (f.backward if plan.forward_only else 0)
+    return int(base + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
 
 
 def _states(s: Sizes, f: Footprint, plan: ExecutionPlan) -> int:

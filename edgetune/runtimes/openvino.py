@@ -40,7 +40,8 @@ _BF16 = Footprint(
     logits=4.8,
     together=True,
     weight=2.0,
-    forward=0.5,
+    forward=0.25,
+    backward=40_000_000,
     dequantise=90.0,
 )
 _FP32 = replace(
