@@ -45,12 +45,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_peak_is_as_predicted(bundle: Path, rows: Path, tmp_path: Path, runtime: str, plan: str) -> None:
     if find_spec(runtime) is None:
         pytest.skip(f"{runtime} is not installed")
-    options = (
-        f"--runtime {runtime} --plan {plan} --queries 2 --batch-size 4 --steps 1 --truncate"
-    options += " --quiet --json"
-    )
+    options = f"--runtime {runtime} --plan {plan} --queries 2 --batch-size 4 --steps 1".split()
+    options += ["--truncate", "--quiet", "--json"]
     command = [sys.executable, "-m", "edgetune", "train", bundle, "--data", rows, "--output", tmp_path / "adapter"]
-    finished = subprocess.run([*command, *options.split()], capture_output=True, text=True, check=True)
+    finished = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     result = json.loads(finished.stdout)
     assert result["runtime"] == runtime
     assert result["predicted_peak_memory_bytes"] == pytest.approx(result["peak_memory_bytes"], rel=TOLERANCE)
