@@ -12,7 +12,7 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,8 +26,7 @@ from edgetune.bundle import open_bundle
 from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.encode import load_encoder, load_examples
-from edgetune.execution import ExecutionPlan
-from edgetune.runtimes import find_runtime
+from edgetune.train.choice import choose
 
 GOAL = 0.8
 """Share of backpropagation's loss drop."""
@@ -98,12 +97,10 @@ def measure(asked: Namespace) -> None:
     manifest = bundle.manifest
     rows = load_examples(asked.data, load_encoder(bundle.path, manifest.tokenizer), manifest.max_length, truncate=False)
     batcher = Batcher(manifest, rows.examples, asked.batch_size, packing=True)
-    found = find_runtime(runtime)
-    exact = found.abilities().exact
-    form = ExecutionPlan("layered", exact.products, resident=plan != "stream") if exact else ExecutionPlan("layered")
-    form = ExecutionPlan("whole") if plan == "whole" else form
+    config = TrainConfig(runtime=runtime, plan=plan, method="forward-only")
+    choice = choose(manifest, config, [batcher.room], lambda notice: print(notice, file=sys.stderr))
     parameters = initial_parameters(manifest.lora, seed=0)
-    with found.open_forward(bundle, parameters, replace(form, forward_only=True)) as forward:
+    with choice.runtime.open_forward(bundle, parameters, choice.plan) as forward:
         for start in range(0, len(rows.examples), asked.batch_size):
             for batch in batcher.step([rows.examples[start : start + asked.batch_size]]):
                 forward.evaluate(batch)

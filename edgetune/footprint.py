@@ -68,6 +68,8 @@ class Footprint:
     """Bytes of a sublayer's frozen weight as it is multiplied."""
     forward: float
     """Of what all graphs hold: the share of those of the forward pass."""
+    backward: int
+    """Bytes of `base` that are the backward graphs', loaded or compiled."""
     dequantise: float
     """Time to dequantise a weight, in the time that a product needs for one weight and position."""
 
@@ -146,7 +148,8 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
     held = copies * _FLOAT * s.adapter + positions * s.hidden * _states(s, f, plan)
     held += f.storage * positions * (plan.kept_layers * layer + shared)
     held += s.trunk + plan.trunk_cache_bytes
-    return int(f.base + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
+    base = f.base - (f.backward if plan.forward_only else 0)
+    return int(base + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
 
 
 def trunk_bytes(manifest: BundleManifest) -> int:

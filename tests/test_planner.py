@@ -38,6 +38,7 @@ FOOTPRINT = Footprint(
     cache=0,
     weight=4.0,
     forward=0.5,
+    backward=1_000_000,
     dequantise=90.0,
 )
 INT8 = replace(FOOTPRINT, products="int8", weight=2.0)
@@ -217,3 +218,13 @@ def test_without_a_budget_the_free_memory_decides(manifest: BundleManifest, monk
         monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: None)
         assert choose(manifest, TrainConfig(), WORK, notices.append).plan.resident
         assert not notices
+
+
+@pytest.mark.parametrize("name", ["auto", "stream"])
+def test_forward_alone_takes_less_memory_and_work(manifest: BundleManifest, name: PlanName) -> None:
+    forward = best(Planner(manifest, FOOTPRINT, WORK, forward_only=True), name)
+    whole = best(Planner(manifest, FOOTPRINT, WORK), name)
+    assert forward.plan.forward_only
+    assert (forward.plan.kept_layers, forward.plan.lean) == (0, False)
+    assert forward.peak_memory_bytes < whole.peak_memory_bytes - 1_000_000
+    assert forward.cost < 0.6 * whole.cost

@@ -45,7 +45,8 @@ _BF16 = Footprint(
     shape=27_000_000,
     cache=MOST_BYTES,
     weight=2.0,
-    forward=0.5,
+    forward=0.25,
+    backward=40_000_000,
     dequantise=90.0,
 )
 _FP32 = replace(

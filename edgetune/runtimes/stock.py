@@ -32,7 +32,8 @@ _FP32 = Footprint(
     shape=0,
     cache=0,
     weight=4.0,
-    forward=0.5,
+    forward=0.75,
+    backward=0,
     dequantise=90.0,
 )
 _INT8 = replace(_FP32, products="int8", weight=2.0, dequantise=400.0)
