@@ -109,7 +109,8 @@ def test_help_is_instant_and_imports_no_command() -> None:
 
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
     assert list(VERBS) == [
-        "prepare", "split", "train", "preview", "eval", "export", "generate", "inspect", "conformance", "doctor",
+        "prepare", "split", "train", "preview", "eval", "export", "generate", "bundle", "inspect", "conformance",
+        "doctor",
     ]  # fmt: skip
     stdout = run("--help").stdout
     positions = [stdout.index(f"  {name} ") for name in VERBS]
