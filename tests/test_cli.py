@@ -137,6 +137,7 @@ OPTIONS = {
     "eval": "data adapter json",
     "export": "adapter output merge keep-adapter precision valid force quiet json",
     "generate": "prompt system max-new-tokens json",
+    "bundle": "target output adapter force quiet json",
     "inspect": "json",
     "conformance": "json",
     "doctor": "json",
