@@ -26,6 +26,7 @@ from edgetune.bundle import open_bundle
 from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.encode import load_encoder, load_examples
+from edgetune.footprint import Work
 from edgetune.train.choice import choose
 
 GOAL = 0.8
@@ -98,7 +99,8 @@ def measure(asked: Namespace) -> None:
     rows = load_examples(asked.data, load_encoder(bundle.path, manifest.tokenizer), manifest.max_length, truncate=False)
     batcher = Batcher(manifest, rows.examples, asked.batch_size, packing=True)
     config = TrainConfig(runtime=runtime, plan=plan, method="forward-only")
-    choice = choose(manifest, config, [batcher.room], lambda notice: print(notice, file=sys.stderr))
+    work = Work(batcher.room.positions, batcher.room.scores)
+    choice = choose(manifest, config, work, lambda notice: print(notice, file=sys.stderr))
     parameters = initial_parameters(manifest.lora, seed=0)
     with choice.runtime.open_forward(bundle, parameters, choice.plan) as forward:
         for start in range(0, len(rows.examples), asked.batch_size):

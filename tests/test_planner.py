@@ -15,7 +15,7 @@ from prepared_bundles import Prepared
 from edgetune.byte_size import parse_bytes
 from edgetune.config import PlanName, TrainConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
-from edgetune.execution import WHOLE_STEP
+from edgetune.execution import LAYERED, WHOLE_STEP
 from edgetune.footprint import Footprint, Sizes, Work, peak_memory
 from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
@@ -177,7 +177,7 @@ def test_a_bundle_without_layers_is_trained_as_a_whole(manifest: BundleManifest)
 
 def test_what_a_runtime_cannot_do_is_refused(manifest: BundleManifest) -> None:
     with runtimes(**{"openvino": LAYERED_ONLY, "onnxruntime": STOCK, "ort-training": FakeRuntime(exact=None)}):
-        for name, plan in (("openvino", "whole"), ("openvino", "int8"), ("ort-training", "stream")):
+        for name, plan in (("openvino", "int8"), ("ort-training", "stream")):
             with pytest.raises(UsageError, match=f"--runtime {name} does not execute --plan {plan}"):
                 check_plan(TrainConfig(runtime=name, plan=plan))  # type: ignore[arg-type]
         assert chosen(manifest, TrainConfig(runtime="ort-training")) == ("ort-training", "fp32")
@@ -222,7 +222,7 @@ def test_without_a_budget_the_free_memory_decides(manifest: BundleManifest, monk
 
 @pytest.mark.parametrize("name", ["auto", "stream"])
 def test_forward_alone_takes_less_memory_and_work(manifest: BundleManifest, name: PlanName) -> None:
-    forward = best(Planner(manifest, FOOTPRINT, WORK, forward_only=True), name)
+    forward = best(Planner(manifest, FOOTPRINT, WORK, replace(LAYERED, forward_only=True)), name)
     whole = best(Planner(manifest, FOOTPRINT, WORK), name)
     assert forward.plan.forward_only
     assert (forward.plan.kept_layers, forward.plan.lean) == (0, False)
