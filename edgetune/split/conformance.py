@@ -22,7 +22,8 @@ NEWEST_OPSET = 17
 """Recommended for Ryzen AI; Vitis AI 3.5 takes up to 18, Vitis AI 6.2 up to 20."""
 OPERATORS = frozenset(
     {
-        # The INT8 column of Vitis AI 6.2, as far as decoders are made of such operators.
+        # The INT8 column of Vitis AI 6.2, as far as decoders are made of such operators; of those after Slice the page
+        # that was at hand was cut off.
         "Abs", "Add", "Clip", "Concat", "Cos", "Div", "Erf", "Exp", "Expand", "Flatten", "Gather", "Gelu",
         "HardSigmoid", "HardSwish", "Identity", "LayerNormalization", "Log", "LogSoftmax", "Max", "Min", "Mul", "Neg",
         "Pad", "Pow", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare", "Relu",

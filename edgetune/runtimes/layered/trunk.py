@@ -93,8 +93,7 @@ class Trunk:
 class QuantisedLayers:
     """The bundle's int8 graph on an execution provider.
 
-    Without Vitis AI the CPU provider runs it, with the same integers: every product's sum is exact, every scale a power
-    of two.
+    Without Vitis AI the CPU provider runs it.
 
     Args:
         bundle: A split bundle.
