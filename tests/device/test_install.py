@@ -65,7 +65,7 @@ def test_nothing_else_came_along() -> None:
 
 def test_every_module_that_a_device_uses_can_be_imported() -> None:
     folder = Path(edgetune.__file__).parent
-    host = {"prepare", "export", "olive_pass", "lean_builder"}
+    host = {"prepare", "export", "split", "olive_pass", "lean_builder"}
     scripts = ("__main__", "launcher", "probe", "_worker")
     modules = set()
     for path in folder.rglob("*.py"):
