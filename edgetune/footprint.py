@@ -67,7 +67,7 @@ class Footprint:
     weight: float
     """Bytes of a sublayer's frozen weight as it is multiplied."""
     forward: float
-    """Of what all graphs hold: the share of those of the forward pass."""
+    """Of what the sublayers' graphs hold: the share of those of the forward pass."""
     backward: int
     """Bytes of `base` that are the backward graphs', loaded or compiled."""
     dequantise: float
@@ -184,11 +184,11 @@ def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
     shapes = [(work.positions, work.scores), *sorted(work.others, reverse=True)][: f.shapes]
     if not f.together:
         largest, *others = (max(_sublayers(s, f, *shape)) for shape in shapes)
-        return share * (max(largest, head) + sum(others))
+        return max(share * largest, head) + share * sum(others)
     # Where some layers are computed again and others are not, there are two graphs for the backward pass.
     both = 0 < plan.kept_layers < s.layers
     held = sum(f.shape + sum(_sublayers(s, f, *shape)) for shape in shapes)
-    return share * ((1.4 if both else 1.0) * held + head)
+    return share * (1.4 if both else 1.0) * held + head
 
 
 def _sublayers(s: Sizes, f: Footprint, positions: int, scores: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ _ATTENTION_COST = 2.0
 
 
 def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, trained: int | None = None) -> float:
-    """Work of one pass, forward and backward, in products with a frozen weight; each is two operations.
+    """Work of one pass, forward and backward or forward alone, in products with a frozen weight; each is two operations.
 
     Args:
         sizes: Of the bundle.
@@ -20,20 +20,25 @@ def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, 
         trained: Positions whose logits are computed; all when it is not given.
     """
     s, positions = sizes, work.positions
+    logits = positions if trained is None else trained
+    attention = _ATTENTION_COST * 2 * s.queries * s.pieces["attention"] * work.scores
+    if plan.forward_only:
+        weights = s.layers * sum(s.weights.values())
+        dequantised = dequantise * (weights + s.head) if plan.form == "layered" and not plan.resident else 0.0
+        return weights * positions + attention * s.layers + s.head * logits + dequantised
     kept = s.layers if plan.form == "whole" else plan.kept_layers
     again = s.layers - kept
     # Forward and backward; of what is computed again, the last product of a sublayer is not needed.
     products = 2.0 * s.layers * sum(s.weights.values())
     products += again * sum(s.weights[name] - s.hidden * width for name, width in _last_products(s).items())
     # Attention multiplies queries with keys and scores with values: forward, twice in the backward pass, and again.
-    attention = _ATTENTION_COST * 2 * s.queries * s.pieces["attention"] * work.scores
     passes_of_attention = 3 * s.layers + again
     if plan.lean:
         products += s.weights["attention"] * again
         passes_of_attention += again
     passes = 2 if plan.form == "whole" or head_tokens(s, plan) == s.vocabulary else 3
     cost = products * positions + attention * passes_of_attention
-    cost += passes * s.head * (positions if trained is None else trained)
+    cost += passes * s.head * logits
     if plan.form == "layered" and not plan.resident:
         read = 2 * s.layers * sum(s.weights.values()) + (passes - 1) * s.head
         read += s.weights["attention"] * again if plan.lean else 0

@@ -152,7 +152,8 @@ def test_compiled_models_are_kept_beside_a_bundle_that_still_verifies(prepared: 
             damaged.write_bytes(data)
         before = blobs
     assert openvino.version().replace(" ", "-") in cache.name
-    assert damaged.read_bytes() != bytes(data), "what was damaged was compiled again"
+    # Compiled again, it may have another name.
+    assert not damaged.exists() or damaged.read_bytes() != bytes(data), "what was damaged is not used"
     assert losses[0] == losses[1] == losses[2]
     open_bundle(folder)
 
@@ -186,7 +187,7 @@ def test_files_that_were_not_left_by_a_session_are_removed(tmp_path: Path, monke
     (folder / "link").symlink_to(folder / "new")
     with VerifiedFolder(folder):
         assert {path.name for path in folder.iterdir()} == {"new", "newer", "sha256.json"}
-    monkeypatch.setattr(verified_cache, "_MOST_BYTES", 15)
+    monkeypatch.setattr(verified_cache, "MOST_BYTES", 15)
     with VerifiedFolder(folder):
         assert {path.name for path in folder.iterdir()} == {"newer", "sha256.json"}
     (folder / "sha256.json").write_text("[")

@@ -248,7 +248,7 @@ def _peft_loss(bundle: Bundle, adapter: Path, data: Path) -> float:
     from edgetune.data.encode import load_encoder, load_examples
 
     model = Phi3ForCausalLM.from_pretrained(checkpoint("multi-head"), attn_implementation="eager")
-    oracle.load_dequantised(model, bundle.path / "model.onnx")
+    oracle.load_stored(model, bundle.path)
     peft = PeftModel.from_pretrained(model, adapter).eval()
     assert not any("layers.0." in name for name in oracle.trainable(peft))
     rows = load_examples(data, load_encoder(bundle.path, bundle.manifest.tokenizer), 128, truncate=False).examples

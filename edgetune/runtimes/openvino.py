@@ -45,7 +45,7 @@ _BF16 = Footprint(
     shape=27_000_000,
     cache=MOST_BYTES,
     weight=2.0,
-    forward=0.25,
+    forward=0.5,
     backward=40_000_000,
     dequantise=90.0,
 )
