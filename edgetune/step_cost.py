@@ -10,7 +10,7 @@ _ATTENTION_COST = 2.0
 
 
 def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, trained: int | None = None) -> float:
-    """Work of one pass, forward and backward or forward alone, in products with a frozen weight; each is two operations.
+    """Work of a pass, forward and backward or forward alone, in products with a frozen weight; each is two operations.
 
     Args:
         sizes: Of the bundle.
