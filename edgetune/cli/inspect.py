@@ -6,14 +6,15 @@ import re
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import click
 
 from edgetune.byte_size import bytes_text
-from edgetune.cli.command import COUNT, Command, json_option
+from edgetune.cli.command import Command, json_option
 from edgetune.cli.inputs import PATH, bundle_at
 from edgetune.cli.output import console, print_json
+from edgetune.cli.run_options import device_type_option, soc_model_option
 from edgetune.config import DeviceType, TrainConfig
 from edgetune.errors import UsageError
 from edgetune.execution import INT8_STEP, WHOLE_STEP, Accelerator
@@ -47,14 +48,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
     help="Compile the training step for this runtime's accelerator and say where each node runs.",
 )
 @click.option("--buckets", help="With --placement: the shapes, such as 4x128; one row of the longest by default.")
-@click.option(
-    "--device-type",
-    type=click.Choice(get_args(DeviceType)),
-    default=DEFAULT.device_type,
-    show_default=True,
-    help="As in `train`.",
-)
-@click.option("--soc-model", type=COUNT, default=DEFAULT.soc_model, help="As in `train`.")
+@device_type_option
+@soc_model_option
 @click.option("--require-npu", is_flag=True, help="With --placement: exit code 4 where a node falls back to the CPU.")
 @json_option
 def command(

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import click
 
 from edgetune.byte_size import bytes_text
-from edgetune.cli.command import COUNT, POSITIVE, SIZE, Command, json_option
+from edgetune.cli.command import COUNT, Command, json_option
 from edgetune.cli.inputs import PATH, bundle_folder, rows_file
 from edgetune.cli.output import console, print_json
 from edgetune.cli.progress import duration_text
-from edgetune.config import DEFAULT_EPOCHS, PlanName, RuntimeName, TrainConfig
+from edgetune.cli.run_options import (
+    epochs_option,
+    gradient_accumulation_steps_option,
+    memory_budget_option,
+    packing_option,
+    plan_option,
+    runtime_option,
+    steps_option,
+    truncate_option,
+)
+from edgetune.config import PlanName, RuntimeName, TrainConfig
 
 if TYPE_CHECKING:
     from edgetune.train.preflight import Preflight
@@ -33,40 +43,19 @@ edgetune plan bundle --device ./my-board.toml --length 256 --batch-size 2 --step
 @click.option("--data", type=PATH, help="JSONL rows that would be trained on.")
 @click.option("--valid", type=PATH, help="JSONL rows that the loss would be measured on.")
 @click.option("--length", type=COUNT, help="Without --data: tokens of each row; the bundle's longest by default.")
-@click.option(
-    "--runtime",
-    type=click.Choice(get_args(RuntimeName)),
-    default=DEFAULT.runtime,
-    show_default=True,
-    help="What executes the training step.",
-)
-@click.option(
-    "--plan",
-    "plan_name",
-    type=click.Choice(get_args(PlanName)),
-    default=DEFAULT.plan,
-    show_default=True,
-    help="What is kept in memory and what is computed again.",
-)
-@click.option("--memory-budget", type=SIZE, default=DEFAULT.memory_budget, help="Most memory of the process.")
-@click.option("--steps", type=COUNT, default=DEFAULT.steps, help="Optimizer steps.")
-@click.option(
-    "--epochs", type=POSITIVE, default=DEFAULT.epochs, help=f"Passes over the rows; {DEFAULT_EPOCHS:g} by default."
-)
+@runtime_option
+@plan_option
+@memory_budget_option
+@steps_option
+@epochs_option
 @click.option(
     "--batch-size",
     type=COUNT,
     help=f"Rows of a batch; without it {DEFAULT.batch_size}, or as many of them as fit.",
 )
-@click.option(
-    "--gradient-accumulation-steps",
-    type=COUNT,
-    default=DEFAULT.gradient_accumulation_steps,
-    show_default=True,
-    help="Batches of one optimizer step.",
-)
-@click.option("--packing/--no-packing", default=DEFAULT.packing, show_default=True, help="Put short rows together.")
-@click.option("--truncate", is_flag=True, default=DEFAULT.truncate, help="Cut rows that are too long.")
+@gradient_accumulation_steps_option
+@packing_option
+@truncate_option
 @json_option
 @click.pass_context
 def command(
@@ -77,7 +66,7 @@ def command(
     valid: Path | None,
     length: int | None,
     runtime: RuntimeName,
-    plan_name: PlanName,
+    plan: PlanName,
     memory_budget: str | None,
     steps: int | None,
     epochs: float | None,
@@ -108,7 +97,7 @@ def command(
     config = TrainConfig(
         runtime=runtime,
         device=device,
-        plan=plan_name,
+        plan=plan,
         memory_budget=memory_budget,
         steps=steps,
         epochs=epochs,

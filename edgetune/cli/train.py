@@ -13,7 +13,19 @@ from edgetune.cli.command import COUNT, NOT_NEGATIVE, POSITIVE, SIZE, Command, j
 from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, rows_file
 from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
-from edgetune.config import DEFAULT_EPOCHS, DeviceType, Method, PlanName, RuntimeName, Schedule, TrainConfig
+from edgetune.cli.run_options import (
+    device_type_option,
+    epochs_option,
+    gradient_accumulation_steps_option,
+    memory_budget_option,
+    packing_option,
+    plan_option,
+    runtime_option,
+    soc_model_option,
+    steps_option,
+    truncate_option,
+)
+from edgetune.config import DeviceType, Method, PlanName, RuntimeName, Schedule, TrainConfig
 from edgetune.errors import UsageError
 
 DEFAULT = TrainConfig()
@@ -42,21 +54,9 @@ train.toml holds the same options, which flags override:
 @click.option("--valid", type=PATH, help="JSONL rows to measure the loss on, at the start and the end at least.")
 @click.option("--output", type=PATH, required=True, help="Folder of the adapter.")
 @click.option("--config", type=PATH, help="TOML file with any of the options below; flags override it.")
-@click.option(
-    "--runtime",
-    type=click.Choice(get_args(RuntimeName)),
-    default=DEFAULT.runtime,
-    show_default=True,
-    help="What executes the training step.",
-)
+@runtime_option
 @click.option("--device", default=DEFAULT.device, help="Hold to a device's limits: its name, or a profile's path.")
-@click.option(
-    "--plan",
-    type=click.Choice(get_args(PlanName)),
-    default=DEFAULT.plan,
-    show_default=True,
-    help="What is kept in memory and what is computed again; int8 also says in which precision, split where.",
-)
+@plan_option
 @click.option(
     "--trunk-cache",
     type=SIZE,
@@ -97,44 +97,22 @@ train.toml holds the same options, which flags override:
     default=DEFAULT.report_gradient_cosine,
     help="Compare forward-only's first gradient with the exact one; takes the memory of a backward pass.",
 )
-@click.option(
-    "--memory-budget",
-    type=SIZE,
-    default=DEFAULT.memory_budget,
-    help="Most memory of the process, such as 3GB; without it, what the machine has free.",
-)
-@click.option(
-    "--device-type",
-    type=click.Choice(get_args(DeviceType)),
-    default=DEFAULT.device_type,
-    show_default=True,
-    help="Which of the runtime's devices executes a whole step.",
-)
+@memory_budget_option
+@device_type_option
 @click.option(
     "--require-npu",
     is_flag=True,
     default=DEFAULT.require_npu,
     help="End with exit code 4 where a node of the step would run on the CPU instead.",
 )
-@click.option(
-    "--soc-model",
-    type=COUNT,
-    default=DEFAULT.soc_model,
-    show_default=True,
-    help="Chip that --runtime qnn emulates where there is no NPU (60: Snapdragon X Elite, 69: 8 Elite).",
-)
+@soc_model_option
 @click.option(
     "--buckets",
     default=DEFAULT.buckets,
     help="Shapes of batches on an accelerator, such as 4x128,1x512; without it a few that suit the rows.",
 )
-@click.option("--steps", type=COUNT, default=DEFAULT.steps, help="Optimizer steps.")
-@click.option(
-    "--epochs",
-    type=POSITIVE,
-    default=DEFAULT.epochs,
-    help=f"Passes over the rows; {DEFAULT_EPOCHS:g} when neither --steps nor --epochs is given.",
-)
+@steps_option
+@epochs_option
 @click.option(
     "--batch-size",
     type=COUNT,
@@ -142,19 +120,8 @@ train.toml holds the same options, which flags override:
     show_default=True,
     help="Rows of a batch; memory grows with it.",
 )
-@click.option(
-    "--gradient-accumulation-steps",
-    type=COUNT,
-    default=DEFAULT.gradient_accumulation_steps,
-    show_default=True,
-    help="Batches of one optimizer step.",
-)
-@click.option(
-    "--packing/--no-packing",
-    default=DEFAULT.packing,
-    show_default=True,
-    help="Put short rows behind each other instead of padding each; none sees another.",
-)
+@gradient_accumulation_steps_option
+@packing_option
 @click.option(
     "--learning-rate", type=POSITIVE, default=DEFAULT.learning_rate, show_default=True, help="Peak learning rate."
 )
@@ -192,12 +159,7 @@ train.toml holds the same options, which flags override:
 @click.option(
     "--shuffle/--no-shuffle", default=DEFAULT.shuffle, show_default=True, help="Draw a new order of rows every epoch."
 )
-@click.option(
-    "--truncate",
-    is_flag=True,
-    default=DEFAULT.truncate,
-    help="Cut rows that are too long; without it they are left out and counted.",
-)
+@truncate_option
 @click.option("--init-adapter", type=PATH, default=DEFAULT.init_adapter, help="Adapter to start from, PEFT's as well.")
 @click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace an adapter that is already there.")
 @quiet_option

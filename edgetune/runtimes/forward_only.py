@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetune.adamw import clip_factor
 from edgetune.data.batches import Batch
 from edgetune.runtimes import Forward, OptimizerConfig, Parameters, StepResult
 
@@ -34,8 +35,6 @@ _SHARED = 0.2
 """Of the squared gradient of a batch, what all rows have in common with it, and only that is a gain: at least so much,
 as measured on the demo's rows (0.4 in the beginning, 0.24 later)."""
 _EPSILON = 1e-8
-_CLIP_EPSILON = 1e-6
-"""As torch.nn.utils.clip_grad_norm_ has it."""
 _WORD = 64
 """Bits that the generator gives at a time."""
 
@@ -160,8 +159,7 @@ class ForwardOnlySession:
             return differences * (count / (count - 1) / self._config.perturbation_size)
 
     def _update(self, slopes: NDArray[np.float64], norm: float, learning_rate: float) -> None:
-        most = self._optimizer.max_grad_norm
-        clip = min(1.0, most / (norm + _CLIP_EPSILON)) if most else 1.0
+        clip = clip_factor(norm, self._optimizer.max_grad_norm)
         self._square.add(norm**2)
         self._clipped_square.add((clip * norm) ** 2)
         # A step of this rate gains rate · |g| a query, of which a share lasts, and loses rate²/2 · trace.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from edgetune.config import TargetName
-from edgetune.errors import UsageError
 
 GB = 10**9
 """Stores do not say whether their GB are 10⁹ or 2³⁰ bytes; the smaller is safe."""
@@ -93,15 +92,3 @@ SMALL_PACK = 200_000_000
 """Up to here an Android target is one install-time pack: above, Play asks before it downloads over a mobile network.
 ONNX Runtime wants files; assets of an install-time pack lie inside the APK and have to be copied out once, those of a
 fast-follow pack are unpacked by Play (https://developer.android.com/guide/playcore/asset-delivery)."""
-
-
-def find_platform(name: str) -> Platform:
-    """The platform called `name`.
-
-    Raises:
-        UsageError: There is no such target.
-    """
-    for known, platform in PLATFORMS.items():
-        if known == name:
-            return platform
-    raise UsageError(f"target {name!r:.40} is unknown; choose {', '.join(PLATFORMS)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetune.adamw import CLIP_EPSILON
+from edgetune.adamw import clip_factor
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes import OptimizerConfig
 from edgetune.runtimes.layered.parameters import Array, FlatParameters
@@ -61,7 +61,7 @@ class FlatAdamW(FlatParameters):
             "learning_rate": learning_rate,
             "weight_decay": self._config.weight_decay,
             "step": self._steps_done,
-            "clip": min(1.0, most / (norm + CLIP_EPSILON)) if most else 1.0,
+            "clip": clip_factor(norm, most),
         }
         vectors = {name: np.array([value], dtype=np.float32) for name, value in scalars.items()}
         for start in pieces:

@@ -1,0 +1,73 @@
+"""Options that every command about a training run has, spelt and checked alike."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import click
+
+from edgetune.cli.command import COUNT, POSITIVE, SIZE
+from edgetune.config import DEFAULT_EPOCHS, DeviceType, PlanName, RuntimeName, TrainConfig
+
+_DEFAULT = TrainConfig()
+
+runtime_option = click.option(
+    "--runtime",
+    type=click.Choice(get_args(RuntimeName)),
+    default=_DEFAULT.runtime,
+    show_default=True,
+    help="What executes the training step.",
+)
+plan_option = click.option(
+    "--plan",
+    type=click.Choice(get_args(PlanName)),
+    default=_DEFAULT.plan,
+    show_default=True,
+    help="What is kept in memory and what is computed again; int8 also says in which precision, split where.",
+)
+memory_budget_option = click.option(
+    "--memory-budget",
+    type=SIZE,
+    default=_DEFAULT.memory_budget,
+    help="Most memory of the process, such as 3GB; without it, what the machine has free.",
+)
+device_type_option = click.option(
+    "--device-type",
+    type=click.Choice(get_args(DeviceType)),
+    default=_DEFAULT.device_type,
+    show_default=True,
+    help="Which of the runtime's devices executes a whole step.",
+)
+soc_model_option = click.option(
+    "--soc-model",
+    type=COUNT,
+    default=_DEFAULT.soc_model,
+    show_default=True,
+    help="Chip that --runtime qnn emulates where there is no NPU (60: Snapdragon X Elite, 69: 8 Elite).",
+)
+steps_option = click.option("--steps", type=COUNT, default=_DEFAULT.steps, help="Optimizer steps.")
+epochs_option = click.option(
+    "--epochs",
+    type=POSITIVE,
+    default=_DEFAULT.epochs,
+    help=f"Passes over the rows; {DEFAULT_EPOCHS:g} when neither --steps nor --epochs is given.",
+)
+gradient_accumulation_steps_option = click.option(
+    "--gradient-accumulation-steps",
+    type=COUNT,
+    default=_DEFAULT.gradient_accumulation_steps,
+    show_default=True,
+    help="Batches of one optimizer step.",
+)
+packing_option = click.option(
+    "--packing/--no-packing",
+    default=_DEFAULT.packing,
+    show_default=True,
+    help="Put short rows behind each other instead of padding each; none sees another.",
+)
+truncate_option = click.option(
+    "--truncate",
+    is_flag=True,
+    default=_DEFAULT.truncate,
+    help="Cut rows that are too long; without it they are left out and counted.",
+)
