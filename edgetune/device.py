@@ -178,8 +178,8 @@ def load_profile(name: str) -> Profile:
     known = profile_names()
     if name not in known:
         raise UsageError(
-            f"no device is called {name!r:.60}{did_you_mean(name, known)}; see `edgetune devices list`, or give the "
-            "path of a profile such as ./my-board.toml"
+            f"no device is called {name!r:.60}{did_you_mean(name, known)} (see `edgetune devices list`, or give the "
+            "path of a profile such as ./my-board.toml)"
         )
     return _load(_folder() / f"{name}{SUFFIX}", own=True)
 
