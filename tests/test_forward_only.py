@@ -78,8 +78,10 @@ def rows_with(trained: int) -> Batch:
     return make_batch([Example(1, ids, [-100, *ids[1:]])], Rope(8, 1e4, 1.0, None, None, 64), 0)
 
 
-def session_of(model: Quadratic, *, queries: int = 4, seed: int = 0, **optimizer: float) -> ForwardOnlySession:
-    config = QueryConfig(queries, STEP, seed)
+def session_of(
+    model: Quadratic, *, queries: int = 4, seed: int = 0, size: float = STEP, **optimizer: float
+) -> ForwardOnlySession:
+    config = QueryConfig(queries, size, seed)
     return ForwardOnlySession(
         model,
         {**model.parameters, FROZEN: np.ones((2, 2), np.float32)},
@@ -135,42 +137,97 @@ def test_the_cosine_is_what_theory_says(queries: int) -> None:
     assert np.mean(cosines) > 0.5 * expected
 
 
-@pytest.mark.parametrize("rates", [[0.03, 0.02, 0.01], [10.0, 10.0, 10.0]], ids=["rate", "curvature"])
-def test_steps_are_those_of_a_reference(rates: list[float]) -> None:
+def scales_of(answers: list[list[float]]) -> np.ndarray:
+    """By what the two parameters are moved, from how the loss answered to each, one after the other."""
+    squares = []
+    for size, slopes in zip((15, 21), answers, strict=True):
+        ages = 0.98 ** np.arange(len(slopes))[::-1]
+        squares.append(np.average(np.square(slopes), weights=ages) / size)
+    scales = np.array(squares) ** -0.25
+    return np.asarray(scales / np.sqrt((15 * scales[0] ** 2 + 21 * scales[1] ** 2) / SIZE))
+
+
+@pytest.mark.parametrize(
+    ("limit", "size", "rates"),
+    [
+        ("rate", STEP, [0.03, 0.02, 0.01]),
+        ("curvature", 5.0, [10.0, 10.0, 10.0]),
+        ("perturbation", 0.05, [10.0, 10.0, 10.0]),
+    ],
+)
+def test_steps_are_those_of_a_reference(limit: str, size: float, rates: list[float]) -> None:
     queries = 5
     model = Quadratic()
-    session = session_of(model, queries=queries, seed=9, weight_decay=0.01, max_grad_norm=4.0)
+    session = session_of(model, queries=queries, seed=9, size=size, weight_decay=0.01, max_grad_norm=4.0)
     batches = [rows_with(3), rows_with(1)]
     # 3 tokens of 4 with three times the loss, and 1 with the loss itself.
     scale = (3 * 3 + 1) / 4
     x = flat(model.parameters).astype(np.float64)
+    parts = (np.arange(SIZE) < 15, np.arange(SIZE) >= 15)
     norms, clipped, curvatures = [], [], []
+    answers: list[list[float]] = [[], []]
+
+    def direction(number: int, query: int) -> np.ndarray:
+        return np.concatenate([signs(9, number, query, 0, 15), signs(9, number, query, 1, 21)])
+
+    def probe(number: int, place: int) -> None:
+        moved = x + 10 * size * direction(number, queries) * parts[place]
+        answers[place].append(scale * (model.loss(moved) - model.loss(x)) / (10 * size))
+
     for number, rate in enumerate(rates, start=1):
-        directions = [
-            np.concatenate([signs(9, number, query, 0, 15), signs(9, number, query, 1, 21)]) for query in range(queries)
-        ]
+        if number == 1:
+            probe(number, 0)
+            probe(number, 1)
+        widths = scales_of(answers) @ np.array(parts)
+        directions = [widths * direction(number, query) for query in range(queries)]
         loss = scale * model.loss(x)
-        losses = np.array([scale * model.loss(x + STEP * direction) for direction in directions])
-        slopes = (losses - (losses.sum() - losses) / (queries - 1)) / STEP
+        losses = np.array([scale * model.loss(x + size * each) for each in directions])
+        slopes = (losses - (losses.sum() - losses) / (queries - 1)) / size
         norms.append(np.sqrt(np.mean(slopes**2)))
         clip = min(1.0, 4.0 / (norms[-1] + 1e-6))
         clipped.append(clip * norms[-1])
-        curvatures.append(2 * (losses.mean() - loss) / STEP**2)
+        curvatures.append(2 * (losses.mean() - loss) / size**2)
         ages = 0.98 ** np.arange(number)[::-1]
         norm, usual = (np.sqrt(np.average(np.square(each), weights=ages)) for each in (norms, clipped))
-        limit = 0.2 * norm / np.average(curvatures, weights=ages)
-        assert (limit < rate) == (rate == 10.0)
+        limits = {
+            "rate": rate,
+            "curvature": 0.3 * norm / max(np.average(curvatures, weights=ages), 1e-8),
+            "perturbation": size / np.sqrt(queries),
+        }
+        assert min(limits, key=lambda name: limits[name]) == limit
+        if number > 1:
+            probe(number, (number - 1) % 2)
         result = session.step(batches, rate)
         assert result.applied
         assert result.loss == pytest.approx(loss, rel=1e-5)
         assert result.grad_norm == pytest.approx(norms[-1], rel=1e-3)
-        change = sum(slope * direction for slope, direction in zip(slopes, directions, strict=True))
-        x = (1 - rate * 0.01) * x - min(rate, limit) * clip / usual * change
+        change = sum(slope * each for slope, each in zip(slopes, directions, strict=True))
+        x = (1 - rate * 0.01) * x - limits[limit] * clip / usual * change
         np.testing.assert_allclose(flat(session.adapter()), x, rtol=2e-3, atol=2e-4)
         np.testing.assert_array_equal(session.adapter()[FROZEN], 1)
         # What is measured from now on is what was learnt.
         np.testing.assert_array_equal(flat(model.parameters), flat(session.adapter()))
         x = flat(session.adapter()).astype(np.float64)
+
+
+def test_what_the_loss_answers_to_strongly_is_moved_less() -> None:
+    model = Quadratic()
+    # The second parameter counts a hundred times less.
+    model.hessian[15:] *= 1e-2
+    model.hessian[:, 15:] *= 1e-2
+    session = session_of(model, queries=64, max_grad_norm=0.0)
+    before = flat(model.parameters)
+    session.step(ONE, 1e-3)
+    moved = np.square(flat(model.parameters) - before)
+    assert moved[15:].mean() > 2 * moved[:15].mean()
+    # Nevertheless the estimate is that of the gradient.
+    exact, estimates = model.gradient(flat(model.parameters)), []
+    for _ in range(300):
+        session.step(ONE, 0.0)
+        estimates.append(flat(session.gradient(ONE)))
+    mean, error = np.mean(estimates, axis=0), np.std(estimates, axis=0) / np.sqrt(len(estimates))
+    assert np.abs((mean - exact) / error).max() < 5
+    assert np.linalg.norm(mean - exact) < 0.1 * np.linalg.norm(exact)
 
 
 def test_a_first_step_moves_every_parameter_by_the_learning_rate_for_each_query() -> None:
@@ -202,7 +259,7 @@ def test_nothing_drifts_when_nothing_is_learnt() -> None:
     np.testing.assert_array_equal(flat(session.adapter()), before)
 
 
-@pytest.mark.parametrize("broken_at", [1, 3])
+@pytest.mark.parametrize("broken_at", [1, 2, 5])
 def test_a_loss_that_is_not_finite_changes_nothing(broken_at: int) -> None:
     model, twin = Quadratic(), Quadratic()
     session, other = session_of(model), session_of(twin)
@@ -216,10 +273,13 @@ def test_a_loss_that_is_not_finite_changes_nothing(broken_at: int) -> None:
     np.testing.assert_array_equal(flat(session.adapter()), flat(other.adapter()))
 
 
-def test_a_step_takes_one_pass_a_query_and_one_for_the_loss() -> None:
+def test_a_step_takes_one_pass_a_query_one_for_the_loss_and_one_for_a_matrix_alone() -> None:
     model = Quadratic()
-    session_of(model, queries=6).step([rows_with(1), rows_with(2)], 0.1)
-    assert model.evaluations == 2 * (6 + 1)
+    session = session_of(model, queries=6)
+    session.step([rows_with(1), rows_with(2)], 0.1)
+    assert model.evaluations == 2 * (6 + 1 + len(SHAPES)), "all matrices in the first step"
+    session.step([rows_with(1), rows_with(2)], 0.1)
+    assert model.evaluations == 2 * (6 + 1 + len(SHAPES)) + 2 * (6 + 1 + 1)
 
 
 @pytest.fixture
@@ -236,7 +296,7 @@ def run(bundle: Bundle, data: Path, config: TrainConfig, output: Path) -> tuple[
 
 def test_the_loop_learns_without_a_gradient(bigram: Bundle, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "train.jsonl", some_rows(10))
-    config = replace(FORWARD_ONLY, learning_rate=0.2, steps=200, schedule="linear")
+    config = replace(FORWARD_ONLY, learning_rate=0.2, perturbation_size=0.1, steps=200, schedule="linear")
     result, seen = run(bigram, data, config, tmp_path / "adapter")
     assert seen.start[0].plan == result.plan == "whole forward pass"
     assert result.final_loss < 0.6 * seen.steps[0].loss
