@@ -91,8 +91,9 @@ class TrainConfig:
     """Which of a runtime's devices executes the whole step: `qnn` has an NPU, `openvino` all three."""
     require_npu: bool = False
     """Refuse to train where a node of the step would fall back to the CPU."""
-    soc_model: int = 60
-    """Qualcomm's number of the chip that `qnn` emulates where it finds no NPU: 60 is Snapdragon X Elite."""
+    soc_model: int | None = None
+    """Qualcomm's number of the chip that `qnn` emulates where it finds no NPU; without it the device profile's, or that
+    of Snapdragon X Elite."""
     buckets: str | None = None
     """The only shapes of batches on an accelerator, such as `4x128,1x512`; without them a few that suit the rows."""
     steps: int | None = None

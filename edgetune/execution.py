@@ -17,8 +17,8 @@ class Accelerator:
 
     device_type: DeviceType = TrainConfig.device_type
     """Which of a runtime's devices."""
-    soc_model: int = TrainConfig.soc_model
-    """Qualcomm's number of the chip that is compiled for where no NPU is found."""
+    soc_model: int | None = TrainConfig.soc_model
+    """Qualcomm's number of the chip that is compiled for where no NPU is found; the runtime's choice without it."""
     require: bool = TrainConfig.require_npu
     """Refuse a graph of which a node falls back to the CPU."""
 

@@ -57,7 +57,7 @@ def command(
     placement: str | None,
     buckets: str | None,
     device_type: DeviceType,
-    soc_model: int,
+    soc_model: int | None,
     require_npu: bool,
     as_json: bool,
 ) -> None:

@@ -42,8 +42,7 @@ soc_model_option = click.option(
     "--soc-model",
     type=COUNT,
     default=_DEFAULT.soc_model,
-    show_default=True,
-    help="Chip that --runtime qnn emulates where there is no NPU (60: Snapdragon X Elite, 69: 8 Elite).",
+    help="Chip that --runtime qnn emulates where there is no NPU: 69 is 8 Elite; else the device's, or 60, X Elite.",
 )
 steps_option = click.option("--steps", type=COUNT, default=_DEFAULT.steps, help="Optimizer steps.")
 epochs_option = click.option(

@@ -184,7 +184,7 @@ def command(
     memory_budget: str | None,
     device_type: DeviceType,
     require_npu: bool,
-    soc_model: int,
+    soc_model: int | None,
     buckets: str | None,
     steps: int | None,
     epochs: float | None,

@@ -142,6 +142,15 @@ def place(bundle: Bundle, plan: ExecutionPlan, batch: int, length: int) -> list[
     return [compiler.compile(role, batch, length).placement for role in ("step", "loss")]
 
 
+def has_device(kind: str) -> bool:
+    """Whether OpenVINO finds a device of a kind, such as `NPU`.
+
+    Raises:
+        MissingDependencyError: The package `openvino` is not installed.
+    """
+    return any(name == kind or name.startswith(f"{kind}.") for name in core().available_devices)
+
+
 def _graphs(bundle: Bundle, plan: ExecutionPlan) -> AcceleratorGraphs:
     core()
     from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
@@ -152,11 +161,10 @@ def _graphs(bundle: Bundle, plan: ExecutionPlan) -> AcceleratorGraphs:
 def _compiler(bundle: Bundle, plan: ExecutionPlan) -> OpenVinoCompiler:
     accelerator = plan.accelerator or Accelerator()
     device = DEVICE if accelerator.device_type == "auto" else accelerator.device_type
-    found = core().available_devices
-    if not any(name == device or name.startswith(f"{device}.") for name in found):
+    if not has_device(device):
+        found = ", ".join(core().available_devices)
         raise IncompatibleError(
-            f"OpenVINO finds no {device} here, only {', '.join(found)}; install its driver, or choose another "
-            "--device-type"
+            f"OpenVINO finds no {device} here, only {found}; install its driver, or choose another --device-type"
         )
     if accelerator.require and device != "NPU":
         raise IncompatibleError(f"--require-npu asks for an NPU, and --device-type is {device}; give --device-type NPU")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PROVIDER = "QNNExecutionProvider"
 _PACKAGE = "onnxruntime-qnn"
+_SNAPDRAGON_X_ELITE = 60
 
 
 def abilities() -> Abilities:
@@ -110,8 +111,9 @@ def _plugin(accelerator: Accelerator) -> Plugin:
     device = "HTP"
     if first.device.type != ort.OrtHardwareDeviceType.NPU:
         # Without a model to emulate, the compiler makes float32 code, which lacks Gather and Where.
-        options["soc_model"] = str(accelerator.soc_model)
-        device = f"HTP emulation, soc {accelerator.soc_model}"
+        soc_model = accelerator.soc_model or _SNAPDRAGON_X_ELITE
+        options["soc_model"] = str(soc_model)
+        device = f"HTP emulation, soc {soc_model}"
     # The int4 weights of a bundle are unpacked before the graph is divided: the HTP has no DequantizeLinear in blocks.
     session = {"session.disable_quant_qdq": "1"}
     return Plugin(PROVIDER, package.get_library_path(), _package_version(), device, options, session)

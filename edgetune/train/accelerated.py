@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from typing import cast, get_args
 
-from edgetune.config import PlanName, TrainConfig
+from edgetune.config import DeviceType, PlanName, RuntimeName, TrainConfig
 from edgetune.data.buckets import parse_buckets
-from edgetune.errors import IncompatibleError, UsageError
+from edgetune.device import Profile
+from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.execution import INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan, Products
 from edgetune.manifest import BundleManifest
-from edgetune.runtimes import find_runtime
+from edgetune.runtimes import find_runtime, openvino
 
-_ALWAYS, _WITH_WHOLE = "qnn", "openvino"
+_ALWAYS: RuntimeName = "qnn"
+_WITH_WHOLE: RuntimeName = "openvino"
 """The runtime that compiles nothing but whole steps for static shapes, and the one that does with `--plan whole`."""
 _PLANS = ("auto", "whole", "int8")
 
@@ -49,6 +54,37 @@ def check_accelerated(config: TrainConfig) -> None:
     find_runtime(config.runtime).abilities()
 
 
+def as_on(profile: Profile, config: TrainConfig, notice: Callable[[str], None]) -> TrainConfig:
+    """The configuration with what a device's profile says of its accelerator and the configuration does not.
+
+    Args:
+        profile: Of the device, which is this machine.
+        config: How to train.
+        notice: Hears when the accelerator is not found.
+
+    Raises:
+        UsageError: The profile names a kind of device that OpenVINO does not have.
+    """
+    options, places = profile.runtime.options, profile.placement
+    if config.soc_model is None and "soc_model" in options:
+        config = replace(config, soc_model=int(options["soc_model"]))
+    runtime = profile.runtime.names[0] if config.runtime == "auto" else config.runtime
+    place = places.forward_only if config.method == "forward-only" else places.whole_step
+    if runtime != _WITH_WHOLE or place != "accelerator" or config.plan != "auto" or config.memory_budget is not None:
+        return config
+    # What `auto` means elsewhere, the layered form, runs on the CPU.
+    kind = options.get("device_type", "NPU")
+    if kind not in get_args(DeviceType):
+        raise UsageError(
+            f"{profile.name}: runtime.options.device_type is {kind!r}, expected {', '.join(get_args(DeviceType)[1:])}"
+        )
+    with suppress(MissingDependencyError):
+        if openvino.has_device(kind):
+            return replace(config, runtime=_WITH_WHOLE, plan="whole", device_type=cast(DeviceType, kind))
+        notice(f"{profile.name}: OpenVINO finds no {kind} here ({profile.install.step}); the CPU computes")
+    return config
+
+
 def accelerated_plan(manifest: BundleManifest, config: TrainConfig) -> ExecutionPlan:
     """The plan of a configuration on a runtime with which it `is_accelerated`.
 
@@ -58,7 +94,7 @@ def accelerated_plan(manifest: BundleManifest, config: TrainConfig) -> Execution
     int8 = config.plan == "int8"
     if int8 and not any(graph.role == INT8_STEP for graph in manifest.graphs):
         raise IncompatibleError(
-            f"the bundle has no graph {INT8_STEP!r}; prepare it again with --npu qdq, or leave --plan at auto"
+            f"the bundle has no graph {INT8_STEP!r}; prepare it again with --npu blocks, or leave --plan at auto"
         )
     accelerator = Accelerator(config.device_type, config.soc_model, config.require_npu)
     products: Products = "int8" if int8 else WHOLE_STEP.products

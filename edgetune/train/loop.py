@@ -30,6 +30,7 @@ from edgetune.errors import EdgetuneError, IncompatibleError
 from edgetune.placement import Placement, placement_record
 from edgetune.runtimes import Parameters, Placed, Session, StepResult
 from edgetune.storage import atomic_folder, sha256_of
+from edgetune.train.accelerated import as_on
 from edgetune.train.choice import check_plan, choose
 from edgetune.train.device_limits import require_fit
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
@@ -103,6 +104,10 @@ class _Run:
         self._bundle, self._config, self._observer = bundle, config, observer
         self._output, self._valid_path = output, valid
         manifest = bundle.manifest
+        profile = None
+        if config.device is not None:
+            profile = load_profile(config.device)
+            self._config = config = as_on(profile, config, observer.on_notice)
         encoder = load_encoder(bundle.path, manifest.tokenizer)
         self._rows = load_examples(data, encoder, manifest.max_length, truncate=config.truncate)
         self._notice_lengths(data, self._rows)
@@ -113,7 +118,6 @@ class _Run:
             self._valid = rows.examples
         self._workload = Workload(manifest, self._rows.examples, self._valid, config)
         self._schedule = self._workload.schedule
-        profile = None if config.device is None else load_profile(config.device)
         trunk = plan_of_trunk(bundle, config, [*self._rows.examples, *self._valid])
         self.choice = choose(manifest, config, self._workload.work(), observer.on_notice, profile, trunk)
         if profile is not None:

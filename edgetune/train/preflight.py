@@ -14,6 +14,7 @@ from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.device import Profile
 from edgetune.errors import ResourceError
 from edgetune.footprint import Work
+from edgetune.train.accelerated import as_on
 from edgetune.train.choice import Choice, check_plan, choose
 from edgetune.train.device_limits import Bucket, bucket, on_accelerator, require_fit
 from edgetune.train.run_time import predict_times
@@ -119,6 +120,8 @@ def preflight(
         check_plan(config)
     opened = open_bundle(bundle)
     notes: list[str] = []
+    if here:
+        config = as_on(profile, config, notes.append)
     rows = _rows(opened, data, config, length, notes)
     measured = _rows(opened, valid, config, length, notes) if valid is not None else []
     planned = _Planned(opened, rows, measured, profile, here)
