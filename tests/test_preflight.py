@@ -190,6 +190,17 @@ def test_here_a_few_steps_are_timed(bundle: Bundle, plan: str) -> None:
     assert (found["peak_memory_bytes"] is None) == (plan == "whole")
 
 
+@pytest.mark.parametrize("plan", ["auto", "whole"])
+def test_a_forward_only_step_is_its_passes(bundle: Bundle, plan: str) -> None:
+    """One a query, one for the loss and one for a matrix alone; each is a good part of a step with a backward pass."""
+    arguments = ("plan", bundle.path, "--data", GOLDEN / "train.jsonl", "--runtime", "onnxruntime", "--plan", plan)
+    few, many = (answer(*arguments, "--method", "forward-only", "--queries", queries) for queries in (8, 38))
+    assert "forward" in few["plan"]
+    # Timed twice, on a machine that has more to do.
+    assert 1.5 < many["step_seconds"] / few["step_seconds"] < 10
+    assert many["step_seconds"] > 2 * answer(*arguments)["step_seconds"]
+
+
 def test_text_says_what_json_says(bundle: Bundle) -> None:
     arguments = ("plan", bundle.path, "--device", "raspberry-pi-5", "--length", "16")
     found, shown = answer(*arguments), run(*arguments).output

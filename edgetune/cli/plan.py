@@ -17,13 +17,15 @@ from edgetune.cli.run_options import (
     epochs_option,
     gradient_accumulation_steps_option,
     memory_budget_option,
+    method_option,
     packing_option,
     plan_option,
+    queries_option,
     runtime_option,
     steps_option,
     truncate_option,
 )
-from edgetune.config import PlanName, RuntimeName, TrainConfig
+from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
 
 if TYPE_CHECKING:
     from edgetune.train.preflight import Preflight
@@ -45,6 +47,8 @@ edgetune plan bundle --device ./my-board.toml --length 256 --batch-size 2 --step
 @click.option("--length", type=COUNT, help="Without --data: tokens of each row; the bundle's longest by default.")
 @runtime_option
 @plan_option
+@method_option
+@queries_option
 @memory_budget_option
 @steps_option
 @epochs_option
@@ -67,6 +71,8 @@ def command(
     length: int | None,
     runtime: RuntimeName,
     plan: PlanName,
+    method: Method,
+    queries: int,
     memory_budget: str | None,
     steps: int | None,
     epochs: float | None,
@@ -98,6 +104,8 @@ def command(
         runtime=runtime,
         device=device,
         plan=plan,
+        method=method,
+        queries=queries,
         memory_budget=memory_budget,
         steps=steps,
         epochs=epochs,

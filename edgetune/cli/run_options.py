@@ -7,7 +7,7 @@ from typing import get_args
 import click
 
 from edgetune.cli.command import COUNT, POSITIVE, SIZE
-from edgetune.config import DEFAULT_EPOCHS, DeviceType, PlanName, RuntimeName, TrainConfig
+from edgetune.config import DEFAULT_EPOCHS, DeviceType, Method, PlanName, RuntimeName, TrainConfig
 
 _DEFAULT = TrainConfig()
 
@@ -24,6 +24,20 @@ plan_option = click.option(
     default=_DEFAULT.plan,
     show_default=True,
     help="What is kept in memory and what is computed again; int8 also says in which precision, split where.",
+)
+method_option = click.option(
+    "--method",
+    type=click.Choice(get_args(Method)),
+    default=_DEFAULT.method,
+    show_default=True,
+    help="How the gradient is found; forward-only estimates it from losses and needs no backward pass.",
+)
+queries_option = click.option(
+    "--queries",
+    type=click.IntRange(min=2),
+    default=_DEFAULT.queries,
+    show_default=True,
+    help="Perturbations that a forward-only step measures.",
 )
 memory_budget_option = click.option(
     "--memory-budget",

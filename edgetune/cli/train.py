@@ -18,8 +18,10 @@ from edgetune.cli.run_options import (
     epochs_option,
     gradient_accumulation_steps_option,
     memory_budget_option,
+    method_option,
     packing_option,
     plan_option,
+    queries_option,
     runtime_option,
     soc_model_option,
     steps_option,
@@ -70,20 +72,8 @@ train.toml holds the same options, which flags override:
     default=DEFAULT.vitisai_config,
     help="vaip_config.json of the Vitis AI that runs the trunk, where it wants one.",
 )
-@click.option(
-    "--method",
-    type=click.Choice(get_args(Method)),
-    default=DEFAULT.method,
-    show_default=True,
-    help="How the gradient is found; forward-only estimates it from losses and needs no backward pass.",
-)
-@click.option(
-    "--queries",
-    type=click.IntRange(min=2),
-    default=DEFAULT.queries,
-    show_default=True,
-    help="Perturbations that a forward-only step measures.",
-)
+@method_option
+@queries_option
 @click.option(
     "--perturbation-size",
     type=POSITIVE,

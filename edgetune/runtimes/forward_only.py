@@ -58,6 +58,11 @@ class QueryConfig:
     seed: int
 
 
+def passes_a_step(queries: int) -> int:
+    """Through the model: the queries, the loss itself, and one parameter alone; in the first step every one alone."""
+    return queries + 2
+
+
 def signs(seed: int, step: int, query: int, parameter: int, size: int) -> Floats:
     """A perturbation's direction: ±1, the same for the same arguments on every machine.
 

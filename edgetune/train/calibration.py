@@ -6,7 +6,8 @@ depend on the depth, and what every layer adds. Other shapes follow from the wor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
@@ -17,7 +18,8 @@ from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.footprint import Sizes, Work
 from edgetune.pieces import LAYER_PREFIX
-from edgetune.runtimes import OptimizerConfig, Session
+from edgetune.runtimes import OptimizerConfig
+from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
 from edgetune.step_cost import step_cost
 from edgetune.train.choice import Choice
 
@@ -39,6 +41,8 @@ _STEPS = 4
 """That are made at least."""
 _START = 32
 """What a pass costs beside its positions, in positions."""
+_QUERIES = 2
+"""Of a forward-only run that are timed together."""
 _RATE = 1e-6
 """Learning rate of the steps that are timed; nothing of them is kept."""
 
@@ -162,6 +166,19 @@ def _affordable(bundle: Bundle, model: CostModel, batches: Sequence[Batch]) -> I
     yield from ordered
 
 
+@contextmanager
+def _passes(bundle: Bundle, choice: Choice) -> Iterator[Callable[[Batch], object]]:
+    """What a run does with a batch again and again: a step, or `_QUERIES` queries where it only runs forward."""
+    parameters, nothing = initial_parameters(bundle.manifest.lora, 0), OptimizerConfig(0.0, 1.0)
+    if choice.plan.forward_only:
+        with choice.runtime.open_forward(bundle, parameters, choice.plan) as forward:
+            session = ForwardOnlySession(forward, parameters, nothing, QueryConfig(_QUERIES, 1e-2, 0))
+            yield lambda batch: session.gradient([batch])
+    else:
+        with choice.runtime.open_session(bundle, parameters, nothing, choice.plan) as trained:
+            yield lambda batch: trained.step([batch], _RATE)
+
+
 class _Sample:
     """A session on the bundle, or the beginning of it, for as long as there is time.
 
@@ -177,10 +194,7 @@ class _Sample:
 
     def measure(self, batches: Iterator[Batch]) -> list[tuple[Batch, _Timing]]:
         """Each batch and its times; instead of a batch that would take too long a shorter one, or none."""
-        parameters = initial_parameters(self._bundle.manifest.lora, 0)
-        with self._choice.runtime.open_session(
-            self._bundle, parameters, OptimizerConfig(0.0, 1.0), self._choice.plan
-        ) as session:
+        with _passes(self._bundle, self._choice) as run:
             taken: list[Batch] = []
             seconds: list[list[float]] = []
             rate = None
@@ -189,7 +203,7 @@ class _Sample:
                 if given is None:
                     break
                 taken.append(given)
-                seconds.append([_timed(session, given), _timed(session, given)])
+                seconds.append([_timed(run, given), _timed(run, given)])
                 rate = seconds[-1][1] / self._model.of(given)
             # By turns, as in a run: when the shape changes, memory is given back and taken again.
             began = perf_counter()
@@ -198,10 +212,12 @@ class _Sample:
                 if now - self._begin > _AIM or (turn >= _LEAST_TURNS and now - began > _ENOUGH):
                     break
                 for batch, found in zip(taken, seconds, strict=True):
-                    found.append(_timed(session, batch))
+                    found.append(_timed(run, batch))
         usual = [median(found[2:] or found[1:]) for found in seconds]
         firsts = (max(0.0, found[0] - each) for found, each in zip(seconds, usual, strict=True))
-        return [(batch, _Timing(*times)) for batch, times in zip(taken, zip(firsts, usual, strict=True), strict=True)]
+        share = 1 / _QUERIES if self._choice.plan.forward_only else 1.0
+        once = (share * each for each in usual)
+        return [(batch, _Timing(*times)) for batch, times in zip(taken, zip(firsts, once, strict=True), strict=True)]
 
     def _shortened(self, batch: Batch, rate: float) -> Batch | None:
         """The batch if there is time for it, or a row that there is time for."""
@@ -217,10 +233,10 @@ class _Sample:
         return row if _STEPS * rate * self._model.of(row) <= left else None
 
 
-def _timed(session: Session, batch: Batch) -> float:
-    """Seconds of a step."""
+def _timed(run: Callable[[Batch], object], batch: Batch) -> float:
+    """Seconds."""
     begin = perf_counter()
-    session.step([batch], _RATE)
+    run(batch)
     return perf_counter() - begin
 
 

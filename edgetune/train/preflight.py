@@ -14,6 +14,7 @@ from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.device import Profile
 from edgetune.errors import ResourceError
 from edgetune.footprint import Work
+from edgetune.runtimes.forward_only import passes_a_step
 from edgetune.train.accelerated import as_on
 from edgetune.train.choice import Choice, check_plan, choose
 from edgetune.train.device_limits import Bucket, bucket, on_accelerator, require_fit
@@ -135,7 +136,8 @@ def preflight(
             f"{bytes_text(flash.bundle)}, adapter {bytes_text(flash.adapter)}, cache {bytes_text(flash.cache)}; use a "
             "smaller model, or prepare it with --base int4"
         )
-    times = predict_times(opened, workload, choice, profile, here=here)
+    passes = passes_a_step(config.queries) if choice.plan.forward_only else 1
+    times = predict_times(opened, workload, choice, profile, passes, here=here)
     return Preflight(
         device=profile.name,
         here=here,

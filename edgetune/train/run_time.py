@@ -39,7 +39,9 @@ class Times:
     """Where they come from, or why there are none."""
 
 
-def predict_times(bundle: Bundle, workload: Workload, choice: Choice, profile: Profile, *, here: bool) -> Times:
+def predict_times(
+    bundle: Bundle, workload: Workload, choice: Choice, profile: Profile, passes: int, *, here: bool
+) -> Times:
     """Predict how long steps and the run take.
 
     Args:
@@ -47,6 +49,7 @@ def predict_times(bundle: Bundle, workload: Workload, choice: Choice, profile: P
         workload: The run.
         choice: Its runtime and plan.
         profile: Of the device.
+        passes: Through the model for each batch of a step.
         here: The device is this machine: a few steps are timed.
     """
     steps, validation = workload.step_shapes(), workload.validation_shapes()
@@ -66,9 +69,10 @@ def predict_times(bundle: Bundle, workload: Workload, choice: Choice, profile: P
         return Times(None, None, None, f"unknown: the profile {profile.name} has no figure hardware.products")
     seconds, starts = measured.seconds, _starts(measured, choice, steps)
     spent = [
-        start + sum(seconds(work(shape)) + layout for shape in step) for start, step in zip(starts, steps, strict=True)
+        start + sum(passes * seconds(work(shape)) + layout for shape in step)
+        for start, step in zip(starts, steps, strict=True)
     ]
-    once = sum(seconds(work(shape)) for shape in validation) * _FORWARD
+    once = sum(seconds(work(shape)) for shape in validation) * (1.0 if choice.plan.forward_only else _FORWARD)
     # What comes later is like the second half of what was looked at: most shapes have occurred by then.
     rest = workload.schedule.total_steps - len(spent)
     run = sum(spent) + rest * mean(spent[len(spent) // 2 :]) + once * workload.validations()
