@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--valid", type=Path)
-    parser.add_argument("--steps", type=int, default=300, help="of backpropagation")
+    parser.add_argument("--steps", type=int, default=50, help="of backpropagation; 300 take hours")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--warmup-steps", type=int, default=10)

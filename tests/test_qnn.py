@@ -379,5 +379,5 @@ def test_int8_needs_a_bundle_that_has_it(prepared: Prepared, tmp_path: Path) -> 
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "is it on?", "completion": "it is"}) + "\n")
     config = TrainConfig(runtime="qnn", plan="int8", steps=1)
-    with pytest.raises(IncompatibleError, match=r"no graph 'step_int8'.*--npu qdq"):
+    with pytest.raises(IncompatibleError, match=r"no graph 'step_int8'.*--npu blocks"):
         train(prepared("multi-head", "int4").path, rows, None, tmp_path / "adapter", config, Recorder())
