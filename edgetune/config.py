@@ -79,7 +79,7 @@ class TrainConfig:
     """`vaip_config.json` of the Vitis AI that runs the trunk, where it wants one."""
     method: Method = "backpropagation"
     """How the gradient is found: `forward-only` estimates it from losses, where a backward pass is out of reach."""
-    queries: int = 128
+    queries: int = 160
     """Perturbations whose losses a forward-only step measures."""
     perturbation_size: float = 1e-2
     """By how much forward-only perturbs a parameter to measure the loss."""
