@@ -23,6 +23,7 @@ import edgetune
 from edgetune import cli
 from edgetune.byte_size import bytes_text
 from edgetune.cli import VERBS, main
+from edgetune.cli.interruption import termination_interrupts
 from edgetune.cli.output import printable
 from edgetune.cli.progress import LineObserver, duration_text
 from edgetune.config import ExportConfig, GenerateConfig, PrepareConfig, SplitConfig, TargetConfig, TrainConfig
@@ -396,12 +397,12 @@ def script(tmp_path: Path, body: str) -> list[str]:
 
 
 def test_an_interruption_is_one_even_when_a_library_makes_an_error_of_it() -> None:
-    with pytest.raises(KeyboardInterrupt), cli._termination_interrupts():
+    with pytest.raises(KeyboardInterrupt), termination_interrupts():
         try:
             signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt:
             raise RuntimeError("a graph could not be traced") from None
-    with pytest.raises(RuntimeError), cli._termination_interrupts():
+    with pytest.raises(RuntimeError), termination_interrupts():
         raise RuntimeError("something else")
 
 

@@ -18,6 +18,8 @@ from small_checkpoint import plant_code, write_checkpoint
 import edgetune
 from edgetune.adapter import initial_parameters, write_adapter
 from edgetune.bundle import open_bundle
+from edgetune.cli.interruption import termination_interrupts
+from edgetune.cli.output import notices
 from edgetune.genai import open_model
 
 REPOSITORY = Path(edgetune.__file__).parents[1]
@@ -269,3 +271,17 @@ def test_an_interrupted_export_cleans_up(tmp_path: Path, scratch: Path, adapter:
     assert stderr == "error: interrupted\n"
     assert list(folder.iterdir()) == []
     assert {path.name for path in scratch.iterdir()} <= FOREIGN
+
+
+def test_an_interruption_that_a_library_swallows_ends_the_command_at_the_next_stage() -> None:
+    said = []
+    with pytest.raises(KeyboardInterrupt), termination_interrupts():
+        say = notices(quiet=True)
+        say("one")
+        with suppress(KeyboardInterrupt):  # as a library might
+            signal.raise_signal(signal.SIGINT)
+        said.append("it went on")
+        say("two")
+        said.append("it went on again")
+    assert said == ["it went on"]
+    notices(quiet=True)("nothing is left of it")

@@ -197,8 +197,9 @@ def test_a_million_problems_take_little_memory(path: Path) -> None:
     assert f"{path}:1: " in str(caught.value)
 
 
+# ONNX Runtime, wherever it ran before in the process, takes denormal numbers for zero.
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_subnormal=False) | st.text(),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from types import FrameType
 
 import click
 
 import edgetune
 from edgetune.cli.command import Command
 from edgetune.cli.failures import report
+from edgetune.cli.interruption import termination_interrupts
 from edgetune.suggestion import did_you_mean
 
 
@@ -90,7 +88,7 @@ class LazyGroup(Command, click.Group):
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the command; failures become an exit code."""
-        with _failures_end(ctx), _termination_interrupts():
+        with _failures_end(ctx), termination_interrupts():
             super().invoke(ctx)
             sys.stdout.flush()
 
@@ -104,32 +102,6 @@ def _failures_end(ctx: click.Context) -> Iterator[None]:
         raise
     except BaseException as error:
         ctx.exit(report(error, as_json=ctx.meta["edgetune.json"]))
-
-
-@contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Let SIGTERM clean up as Ctrl-C does, and let nothing hide an interruption: libraries make errors of it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    interrupted = False
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.default_int_handler(number, frame)
-
-    ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, interrupt) for number in ours}
-    try:
-        yield
-    except Exception as error:
-        if interrupted:
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 @click.group(

@@ -11,6 +11,8 @@ from unicodedata import category
 
 import click
 
+from edgetune.cli.interruption import raise_if_interrupted
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,10 +23,17 @@ def print_json(value: object) -> None:
 
 
 def notices(*, quiet: bool) -> Callable[[str], None]:
-    """What a stage reports its progress to: lines on stderr, so that stdout holds the result only."""
-    if quiet:
-        return lambda text: None
-    return lambda text: click.echo(text, err=True)
+    """What a stage reports its progress to: lines on stderr, so that stdout holds the result only.
+
+    An interruption that was lost in the stage before ends the command there.
+    """
+
+    def say(text: str) -> None:
+        raise_if_interrupted()
+        if not quiet:
+            click.echo(text, err=True)
+
+    return say
 
 
 def console() -> Console:

@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM: both clean up and end a command, whatever the libraries that it runs make of them."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_heard = threading.Event()
+
+
+@contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """Let SIGTERM clean up as Ctrl-C does, and let nothing hide an interruption: libraries make errors of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _heard.clear()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _heard.set()
+        signal.default_int_handler(number, frame)
+
+    ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in ours}
+    try:
+        yield
+    except Exception as error:
+        if _heard.is_set():
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        _heard.clear()
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def raise_if_interrupted() -> None:
+    """For between stages: a library may have caught what was raised, and gone on.
+
+    Raises:
+        KeyboardInterrupt: The command was interrupted.
+    """
+    if _heard.is_set():
+        raise KeyboardInterrupt
