@@ -20,7 +20,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 import edgetune
-from edgetune import cli
 from edgetune.byte_size import bytes_text
 from edgetune.cli import VERBS, main
 from edgetune.cli.interruption import termination_interrupts
