@@ -250,7 +250,7 @@ def test_an_interrupted_prepare_cleans_up(
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
         assert living(process.pid) == [], "Olive's process is ended as well"
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1:] == ["error: interrupted"]
     assert len(stderr.splitlines()) <= 2  # at most a stage that began just then
     assert stdout == ""
@@ -267,7 +267,7 @@ def test_an_interrupted_export_cleans_up(tmp_path: Path, scratch: Path, adapter:
         process.terminate()
         _, stderr = process.communicate(timeout=60)
         assert living(process.pid) == []
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert stderr == "error: interrupted\n"
     assert list(folder.iterdir()) == []
     assert {path.name for path in scratch.iterdir()} <= FOREIGN
