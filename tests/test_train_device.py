@@ -58,6 +58,13 @@ def test_an_accelerator_that_is_not_found_is_said(tmp_path: Path) -> None:
     assert any("OpenVINO finds no NPU here (pip install it); the CPU computes" in notice for notice in seen.notices)
 
 
+def test_a_chip_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "my-board.toml"
+    path.write_text(VALID.replace('backend_type = "htp"', 'soc_model = "8 Elite"'))
+    with pytest.raises(UsageError, match="soc_model is '8 Elite', expected a number such as 69"):
+        as_on(load_profile(str(path)), TrainConfig(), pytest.fail)
+
+
 @needs_openvino
 @pytest.mark.parametrize("config", [{"plan": "stream"}, {"runtime": "onnxruntime"}, {"memory_budget": "2GB"}])
 def test_what_is_asked_for_comes_first(config: dict[str, Any], tmp_path: Path) -> None:
@@ -73,9 +80,10 @@ def test_the_chip_is_the_profiles_unless_another_is_asked_for() -> None:
 
 
 def test_a_device_that_openvino_does_not_have_is_refused(tmp_path: Path) -> None:
-    path = profile_on(tmp_path, "TPU")
-    with pytest.raises(UsageError, match="device_type is 'TPU', expected CPU, GPU, NPU"):
-        as_on(load_profile(path), TrainConfig(), pytest.fail)
+    for kind in ("auto", "TPU"):
+        path = profile_on(tmp_path, kind)
+        with pytest.raises(UsageError, match=f"device_type is '{kind}', expected CPU, GPU, NPU"):
+            as_on(load_profile(path), TrainConfig(), pytest.fail)
     arguments = ["train", GOLDEN / "bundle", "--data", GOLDEN / "train.jsonl", "--output", tmp_path / "adapter"]
     done = CliRunner().invoke(main, [str(each) for each in (*arguments, "--device", path)])
     assert done.exit_code == 2

@@ -18,6 +18,7 @@ from edgetune.runtimes import find_runtime, openvino
 _ALWAYS: RuntimeName = "qnn"
 _WITH_WHOLE: RuntimeName = "openvino"
 """The runtime that compiles nothing but whole steps for static shapes, and the one that does with `--plan whole`."""
+_DEVICES = [kind for kind in get_args(DeviceType) if kind != "auto"]
 _PLANS = ("auto", "whole", "int8")
 
 
@@ -63,21 +64,21 @@ def as_on(profile: Profile, config: TrainConfig, notice: Callable[[str], None]) 
         notice: Hears when the accelerator is not found.
 
     Raises:
-        UsageError: The profile names a kind of device that OpenVINO does not have.
+        UsageError: The profile names a kind of device that OpenVINO does not have, or a chip without a number.
     """
     options, places = profile.runtime.options, profile.placement
-    if config.soc_model is None and "soc_model" in options:
-        config = replace(config, soc_model=int(options["soc_model"]))
+    if config.soc_model is None and (chip := options.get("soc_model")) is not None:
+        if not chip.isdecimal():
+            raise UsageError(f"{profile.name}: runtime.options.soc_model is {chip!r}, expected a number such as 69")
+        config = replace(config, soc_model=int(chip))
     runtime = profile.runtime.names[0] if config.runtime == "auto" else config.runtime
     place = places.forward_only if config.method == "forward-only" else places.whole_step
     if runtime != _WITH_WHOLE or place != "accelerator" or config.plan != "auto" or config.memory_budget is not None:
         return config
     # What `auto` means elsewhere, the layered form, runs on the CPU.
     kind = options.get("device_type", "NPU")
-    if kind not in get_args(DeviceType):
-        raise UsageError(
-            f"{profile.name}: runtime.options.device_type is {kind!r}, expected {', '.join(get_args(DeviceType)[1:])}"
-        )
+    if kind not in _DEVICES:
+        raise UsageError(f"{profile.name}: runtime.options.device_type is {kind!r}, expected {', '.join(_DEVICES)}")
     with suppress(MissingDependencyError):
         if openvino.has_device(kind):
             return replace(config, runtime=_WITH_WHOLE, plan="whole", device_type=cast(DeviceType, kind))

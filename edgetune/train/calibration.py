@@ -6,22 +6,23 @@ depend on the depth, and what every layer adds. Other shapes follow from the wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
 
 from edgetune.adapter import initial_parameters
 from edgetune.bundle import Bundle
+from edgetune.config import TrainConfig
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.footprint import Sizes, Work
 from edgetune.pieces import LAYER_PREFIX
-from edgetune.runtimes import OptimizerConfig
-from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
+from edgetune.runtimes import Session
+from edgetune.runtimes.forward_only import passes_a_step
 from edgetune.step_cost import step_cost
 from edgetune.train.choice import Choice
+from edgetune.train.trainer import open_trainer
 
 LIMIT = 10.0
 """Seconds that a calibration takes, at most about."""
@@ -42,7 +43,7 @@ _STEPS = 4
 _START = 32
 """What a pass costs beside its positions, in positions."""
 _QUERIES = 2
-"""Of a forward-only run that are timed together."""
+"""Of a forward-only step that is timed."""
 _RATE = 1e-6
 """Learning rate of the steps that are timed; nothing of them is kept."""
 
@@ -166,19 +167,6 @@ def _affordable(bundle: Bundle, model: CostModel, batches: Sequence[Batch]) -> I
     yield from ordered
 
 
-@contextmanager
-def _passes(bundle: Bundle, choice: Choice) -> Iterator[Callable[[Batch], object]]:
-    """What a run does with a batch again and again: a step, or `_QUERIES` queries where it only runs forward."""
-    parameters, nothing = initial_parameters(bundle.manifest.lora, 0), OptimizerConfig(0.0, 1.0)
-    if choice.plan.forward_only:
-        with choice.runtime.open_forward(bundle, parameters, choice.plan) as forward:
-            session = ForwardOnlySession(forward, parameters, nothing, QueryConfig(_QUERIES, 1e-2, 0))
-            yield lambda batch: session.gradient([batch])
-    else:
-        with choice.runtime.open_session(bundle, parameters, nothing, choice.plan) as trained:
-            yield lambda batch: trained.step([batch], _RATE)
-
-
 class _Sample:
     """A session on the bundle, or the beginning of it, for as long as there is time.
 
@@ -194,7 +182,8 @@ class _Sample:
 
     def measure(self, batches: Iterator[Batch]) -> list[tuple[Batch, _Timing]]:
         """Each batch and its times; instead of a batch that would take too long a shorter one, or none."""
-        with _passes(self._bundle, self._choice) as run:
+        parameters = initial_parameters(self._bundle.manifest.lora, 0)
+        with open_trainer(self._bundle, parameters, TrainConfig(queries=_QUERIES), self._choice) as session:
             taken: list[Batch] = []
             seconds: list[list[float]] = []
             rate = None
@@ -203,7 +192,7 @@ class _Sample:
                 if given is None:
                     break
                 taken.append(given)
-                seconds.append([_timed(run, given), _timed(run, given)])
+                seconds.append([_timed(session, given), _timed(session, given)])
                 rate = seconds[-1][1] / self._model.of(given)
             # By turns, as in a run: when the shape changes, memory is given back and taken again.
             began = perf_counter()
@@ -212,10 +201,10 @@ class _Sample:
                 if now - self._begin > _AIM or (turn >= _LEAST_TURNS and now - began > _ENOUGH):
                     break
                 for batch, found in zip(taken, seconds, strict=True):
-                    found.append(_timed(run, batch))
+                    found.append(_timed(session, batch))
         usual = [median(found[2:] or found[1:]) for found in seconds]
         firsts = (max(0.0, found[0] - each) for found, each in zip(seconds, usual, strict=True))
-        share = 1 / _QUERIES if self._choice.plan.forward_only else 1.0
+        share = 1 / passes_a_step(_QUERIES) if self._choice.plan.forward_only else 1.0
         once = (share * each for each in usual)
         return [(batch, _Timing(*times)) for batch, times in zip(taken, zip(firsts, once, strict=True), strict=True)]
 
@@ -233,10 +222,10 @@ class _Sample:
         return row if _STEPS * rate * self._model.of(row) <= left else None
 
 
-def _timed(run: Callable[[Batch], object], batch: Batch) -> float:
-    """Seconds."""
+def _timed(session: Session, batch: Batch) -> float:
+    """Seconds of a step."""
     begin = perf_counter()
-    run(batch)
+    session.step([batch], _RATE)
     return perf_counter() - begin
 
 
