@@ -285,3 +285,19 @@ def test_an_interruption_that_a_library_swallows_ends_the_command_at_the_next_st
         said.append("it went on again")
     assert said == ["it went on"]
     notices(quiet=True)("nothing is left of it")
+
+
+def test_an_interruption_within_code_from_a_string_ends_with_the_exit_code(tmp_path: Path) -> None:
+    """As the making of a dataclass is; CPython would end by the signal."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\n"
+        "from edgetune.cli.interruption import termination_interrupts\n"
+        "try:\n"
+        "    with termination_interrupts():\n"
+        "        exec('import signal; signal.raise_signal(signal.SIGINT)')\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(130)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    command = [sys.executable, "-m", "interrupted"]
+    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode == 130

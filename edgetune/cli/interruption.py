@@ -11,6 +11,14 @@ from types import FrameType
 _heard = threading.Event()
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM.
+
+    Its own type, because CPython (`run_eval_code_obj`) remembers that a plain KeyboardInterrupt left code that was run
+    from a string, as dataclasses are made, and ends by the signal then instead of with the exit code.
+    """
+
+
 @contextmanager
 def termination_interrupts() -> Iterator[None]:
     """Let SIGTERM clean up as Ctrl-C does, and let nothing hide an interruption: libraries make errors of it."""
@@ -21,7 +29,7 @@ def termination_interrupts() -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         _heard.set()
-        signal.default_int_handler(number, frame)
+        raise Interrupted
 
     ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, interrupt) for number in ours}
@@ -29,7 +37,7 @@ def termination_interrupts() -> Iterator[None]:
         yield
     except Exception as error:
         if _heard.is_set():
-            raise KeyboardInterrupt from error
+            raise Interrupted from error
         raise
     finally:
         _heard.clear()
@@ -41,7 +49,7 @@ def raise_if_interrupted() -> None:
     """For between stages: a library may have caught what was raised, and gone on.
 
     Raises:
-        KeyboardInterrupt: The command was interrupted.
+        Interrupted: The command was interrupted.
     """
     if _heard.is_set():
-        raise KeyboardInterrupt
+        raise Interrupted
