@@ -106,7 +106,8 @@ class OpenVinoGraph:
         try:
             # A value may have several names.
             given = [next(inputs[name] for name in names if name in inputs) for names in self._inputs]
-            self._request.infer(dict(enumerate(map(np.ascontiguousarray, given))))
+            # Their memory stays where it is until the request is done.
+            self._request.infer(dict(enumerate(map(np.ascontiguousarray, given))), share_inputs=True)
         except RuntimeError as error:
             raise EdgetuneError(
                 f"{self.placement.provider} failed in the graph {self.placement.graph!r} "
