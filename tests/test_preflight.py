@@ -22,6 +22,7 @@ from edgetune.errors import ResourceError
 from edgetune.execution import WHOLE_STEP
 from edgetune.runtimes import RUNTIMES, Session, find_runtime
 from edgetune.runtimes.forward_only import ForwardOnlySession
+from edgetune.runtimes.layered.session import LayeredSession
 from edgetune.train import calibration
 from edgetune.train.calibration import Calibration, CostModel, calibrate
 from edgetune.train.choice import Choice, choose
@@ -196,7 +197,10 @@ def test_here_a_few_steps_are_timed(bundle: Bundle, plan: str) -> None:
 
 @pytest.mark.parametrize("plan", ["auto", "whole"])
 def test_a_forward_only_step_is_its_passes(bundle: Bundle, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One a query, one for the loss and one for a matrix alone. Each pass that is run is taken for a second."""
+    """One a query, one for the loss and one for a matrix alone; the first step moves all matrices alone.
+
+    Each pass that is run is taken for a second.
+    """
     passes: list[Sequence[Batch]] = []
     measure = ForwardOnlySession._loss
 
@@ -204,9 +208,11 @@ def test_a_forward_only_step_is_its_passes(bundle: Bundle, plan: str, monkeypatc
         passes.append(batches)
         return measure(session, batches)
 
+    time = calibration._timed
+
     def timed(session: Session, batch: Batch) -> float:
         before = len(passes)
-        session.step([batch], 1e-6)
+        time(session, batch)
         return float(len(passes) - before)
 
     monkeypatch.setattr(ForwardOnlySession, "_loss", counted)
@@ -216,6 +222,7 @@ def test_a_forward_only_step_is_its_passes(bundle: Bundle, plan: str, monkeypatc
         found = answer(*arguments, "--method", "forward-only", "--queries", queries)
         assert "forward" in found["plan"]
         assert found["step_seconds"] == pytest.approx(queries + 2, rel=0.05)  # shapes differ a little
+        assert found["start_seconds"] == pytest.approx(len(bundle.manifest.lora.slots) - 1, rel=0.1)
 
 
 def test_text_says_what_json_says(bundle: Bundle) -> None:
@@ -252,6 +259,24 @@ def test_a_cut_model_tells_what_the_whole_one_takes(bundle: Bundle) -> None:
     assert [work for work, _ in found.points] == [model.of(batch) for batch in batches]
     assert all(seconds > 0 for _, seconds in found.points) and layout >= 0
     assert found.took < 10
+
+
+def test_a_short_row_tells_what_long_ones_take(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing else is affordable; what streamed weights cost is no position's."""
+    workload = _workload(bundle, [64] * 16, batch_size=16, epochs=1)
+    choice = choose(bundle.manifest, TrainConfig("onnxruntime", plan="stream"), workload.work(), lambda text: None)
+    monkeypatch.setattr(calibration, "_SLOW", 1.0)
+    monkeypatch.setattr(calibration, "_AIM", 0.0)
+    cut = {layers: CostModel(*calibration._cut(bundle, choice, layers)) for layers in (1, 2)}
+    parameters = len(bundle.manifest.lora.shapes()) // bundle.manifest.architecture.num_hidden_layers
+
+    def timed(session: LayeredSession, batch: Batch) -> float:
+        return cut[len(session.gradients()) // parameters].of(batch) / 1e6
+
+    monkeypatch.setattr(calibration, "_timed", timed)
+    (batch,) = next(workload.steps())
+    work = CostModel(bundle, choice).of(batch)
+    assert calibrate(bundle, choice, [batch]).seconds(work) == pytest.approx(work / 1e6, rel=0.3)
 
 
 def test_between_measured_shapes_the_time_lies_on_a_line() -> None:

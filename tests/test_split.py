@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from prepared_bundles import Prepared
@@ -23,6 +24,7 @@ from tiny_phi3 import checkpoint
 
 from edgetune.adapter import read_adapter
 from edgetune.bundle import Bundle, open_bundle
+from edgetune.cli import main
 from edgetune.config import Base, SplitConfig, TrainConfig
 from edgetune.errors import DataError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.evaluate import evaluate
@@ -329,6 +331,17 @@ def test_a_split_bundle_still_trains_whole(halves: Bundle, data: Path, tmp_path:
     assert "split" not in result.plan
     assert json.loads((tmp_path / "o" / "adapter_config.json").read_text())["layers_to_transform"] is None
     assert open_trunk(halves, WHOLE) is None
+
+
+def test_what_is_above_the_trunk_is_timed(halves: Bundle, data: Path) -> None:
+    arguments = ["plan", str(halves.path), "--data", str(data), "--runtime", "onnxruntime", "--json"]
+    above, whole = (CliRunner().invoke(main, [*arguments, "--plan", plan]) for plan in ("split", "auto"))
+    assert above.exit_code == whole.exit_code == 0, above.stderr
+    assert json.loads(above.stdout)["time_from"].startswith("measured here")
+    device = ["--device", "raspberry-pi-5"]
+    above, whole = (CliRunner().invoke(main, [*arguments, *device, "--plan", plan]) for plan in ("split", "auto"))
+    seconds, of_all = (json.loads(found.stdout)["step_seconds"] for found in (above, whole))
+    assert seconds < 0.9 * of_all  # by operations: one layer of two
 
 
 def test_vitis_ai_is_asked_with_the_documented_options(tmp_path: Path) -> None:

@@ -17,17 +17,14 @@ from edgetune.config import TrainConfig
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.footprint import Sizes, Work
-from edgetune.pieces import LAYER_PREFIX
 from edgetune.runtimes import Session
-from edgetune.runtimes.forward_only import passes_a_step
+from edgetune.runtimes.forward_only import ForwardOnlySession
 from edgetune.step_cost import step_cost
 from edgetune.train.choice import Choice
 from edgetune.train.trainer import open_trainer
 
-LIMIT = 10.0
-"""Seconds that a calibration takes, at most about."""
 _AIM = 7.0
-"""Seconds after which nothing more is begun."""
+"""Seconds after which nothing more is begun; a calibration takes 10 at most about."""
 _SLOW = 5e9
 """Products a second that every processor reaches: what takes long even so is measured on a few positions first."""
 _LONG = 0.5
@@ -43,7 +40,7 @@ _STEPS = 4
 _START = 32
 """What a pass costs beside its positions, in positions."""
 _QUERIES = 2
-"""Of a forward-only step that is timed."""
+"""That are timed together where a step is made of such."""
 _RATE = 1e-6
 """Learning rate of the steps that are timed; nothing of them is kept."""
 
@@ -75,7 +72,7 @@ class Calibration:
 
 
 class CostModel:
-    """Work of a pass by the manifest's sizes.
+    """Work of a pass by the manifest's sizes: through the layers that the plan runs itself.
 
     Args:
         bundle: What is trained.
@@ -83,7 +80,7 @@ class CostModel:
     """
 
     def __init__(self, bundle: Bundle, choice: Choice) -> None:
-        self._sizes = Sizes(bundle.manifest)
+        self._sizes = Sizes(bundle.manifest, choice.plan.trunk_layers)
         self._plan = choice.plan
         self._dequantise = choice.footprint.dequantise if choice.footprint else 0.0
         self.layers = self._sizes.layers
@@ -129,16 +126,18 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
         found = _Sample(*deep, begin).measure(iter(wanted or [batch for batch, _ in measured]))
         measured = [(batch, timing) for batch, timing in found if id(batch) in timings]
     points = []
+    passes = _QUERIES if choice.plan.forward_only else 1
     for batch, timing in measured:
         seconds = timing.step
         if deep is not None:
             below, above, whole = (each.of(batch) for each in (CostModel(*shallow), CostModel(*deep), model))
             before = timings[id(batch)].step
             seconds = max(seconds, before + (seconds - before) * (whole - below) / (above - below))
-        points.append((model.of(batch), seconds))
+        points.append((model.of(batch), seconds / passes))
     return Calibration(
         points=tuple(sorted(points)),
-        start=_START * model.work(1, 0, 0),
+        # What streamed weights cost to dequantise is no position's.
+        start=_START * (model.work(1, 0, 0) - model.work(0, 0, 0)),
         first_seconds=_first_seconds(choice, [timing.first for _, timing in measured], model.layers / depth),
         shape_seconds=min(timing.first for timing in timings.values()),
         took=perf_counter() - begin,
@@ -204,9 +203,7 @@ class _Sample:
                     found.append(_timed(session, batch))
         usual = [median(found[2:] or found[1:]) for found in seconds]
         firsts = (max(0.0, found[0] - each) for found, each in zip(seconds, usual, strict=True))
-        share = 1 / passes_a_step(_QUERIES) if self._choice.plan.forward_only else 1.0
-        once = (share * each for each in usual)
-        return [(batch, _Timing(*times)) for batch, times in zip(taken, zip(firsts, once, strict=True), strict=True)]
+        return [(batch, _Timing(*times)) for batch, times in zip(taken, zip(firsts, usual, strict=True), strict=True)]
 
     def _shortened(self, batch: Batch, rate: float) -> Batch | None:
         """The batch if there is time for it, or a row that there is time for."""
@@ -223,9 +220,13 @@ class _Sample:
 
 
 def _timed(session: Session, batch: Batch) -> float:
-    """Seconds of a step."""
+    """Seconds of a step; without a backward pass of `_QUERIES` passes."""
     begin = perf_counter()
-    session.step([batch], _RATE)
+    if isinstance(session, ForwardOnlySession):
+        # A first step moves every matrix alone.
+        session.gradient([batch])
+    else:
+        session.step([batch], _RATE)
     return perf_counter() - begin
 
 
@@ -236,15 +237,13 @@ def _depth(measured: Sequence[tuple[Batch, _Timing]], layers: int, left: float) 
 
 
 def _cut(bundle: Bundle, choice: Choice, layers: int) -> tuple[Bundle, Choice]:
-    """The bundle as if it had only its first layers, and the plan in proportion."""
-    manifest = bundle.manifest
-    share = layers / manifest.architecture.num_hidden_layers
-    prefixes = tuple(LAYER_PREFIX.format(layer) for layer in range(layers))
-    slots = [slot for slot in manifest.lora.slots if slot.name.startswith(prefixes)]
+    """The bundle as if it had only so many layers above the trunk, and the plan in proportion."""
+    manifest, trunk = bundle.manifest, choice.plan.trunk_layers
+    share = layers / (manifest.architecture.num_hidden_layers - trunk)
     cut = replace(
         manifest,
-        architecture=replace(manifest.architecture, num_hidden_layers=layers),
-        lora=replace(manifest.lora, slots=slots),
+        architecture=replace(manifest.architecture, num_hidden_layers=trunk + layers),
+        lora=manifest.lora.of_layers(range(trunk, trunk + layers)),
     )
     plan = replace(choice.plan, kept_layers=round(share * choice.plan.kept_layers))
     return Bundle(bundle.path, cut), replace(choice, plan=plan)

@@ -68,6 +68,10 @@ def predict_times(
     else:
         return Times(None, None, None, f"unknown: the profile {profile.name} has no figure hardware.products")
     seconds, starts = measured.seconds, _starts(measured, choice, steps)
+    # All matrices but one that the first step moves alone, and others do not.
+    probes = len(bundle.manifest.lora.from_layer(choice.plan.trunk_layers).slots) - 1
+    if choice.plan.forward_only:
+        starts[0] += probes * sum(seconds(work(shape)) for shape in steps[0])
     spent = [
         start + sum(passes * seconds(work(shape)) + layout for shape in step)
         for start, step in zip(starts, steps, strict=True)
