@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -34,6 +35,7 @@ STEP = 0.5
 FROZEN = "one.lora_A.weight"
 GOLDEN = Path(__file__).parent.parent / "artifacts" / "golden"
 FORWARD_ONLY = TrainConfig(method="forward-only", queries=8, batch_size=4)
+needs_qnn = pytest.mark.skipif(find_spec("onnxruntime_qnn") is None, reason="onnxruntime-qnn is not installed")
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
 
@@ -356,6 +358,24 @@ def test_a_run_opens_forward_graphs_alone(
     assert result.first_validation_loss is not None
     assert result.last_validation_loss < result.first_validation_loss - 0.01
     assert len(metrics(result.path)) == 12
+
+
+@pytest.mark.parametrize(
+    ("runtime", "graphs"),
+    [
+        ("onnxruntime", []),
+        pytest.param("openvino", ["loss 4x64"], marks=needs_openvino),
+        pytest.param("qnn", ["loss 4x64"], marks=needs_qnn),
+    ],
+)
+def test_a_run_says_where_its_forward_graphs_run(runtime: Any, graphs: list[str], tmp_path: Path) -> None:
+    buckets = None if runtime == "onnxruntime" else "4x64"
+    config = replace(FORWARD_ONLY, runtime=runtime, plan="whole", steps=1, queries=2, buckets=buckets)
+    bundle = shutil.copytree(GOLDEN / "bundle", tmp_path / "bundle", ignore=shutil.ignore_patterns(".cache"))
+    recorder = Recorder()
+    result = train(bundle, GOLDEN / "train.jsonl", None, tmp_path / "adapter", config, recorder)
+    assert [f"{each['graph']} {each['batch']}x{each['length']}" for each in result.placement] == graphs
+    assert [notice.partition(":")[0] for notice in recorder.notices] == graphs
 
 
 PLANS = {

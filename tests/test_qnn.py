@@ -320,6 +320,18 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         find_runtime("qnn").abilities()
 
 
+@installed
+def test_without_an_npu_and_an_emulator_both_are_named(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an Arm board without Qualcomm's driver: the library loads and offers no device."""
+    monkeypatch.setattr(qnn.ort, "get_ep_devices", list)
+    bundle = prepared("multi-head", "int4")
+    with (
+        pytest.raises(IncompatibleError, match=r"finds no NPU and no emulator here; .*--runtime onnxruntime"),
+        qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("option", [{"require_npu": True}, {"buckets": "1x8"}, {"device_type": "NPU"}])
 def test_options_of_accelerators_need_one(option: dict[str, Any], tmp_path: Path) -> None:
     config = replace(TrainConfig(runtime="onnxruntime"), **option)

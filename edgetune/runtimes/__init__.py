@@ -76,7 +76,7 @@ class Forward(Protocol):
 
 @runtime_checkable
 class Placed(Protocol):
-    """A session whose graphs are divided between an accelerator and the CPU."""
+    """A session or forward pass whose graphs are divided between an accelerator and the CPU."""
 
     def placements(self) -> list[Placement]:
         """Where the graphs run that were compiled so far."""

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from edgetune.adamw import clip_factor
 from edgetune.data.batches import Batch
-from edgetune.runtimes import Forward, OptimizerConfig, Parameters, StepResult
+from edgetune.placement import Placement
+from edgetune.runtimes import Forward, OptimizerConfig, Parameters, Placed, StepResult
 
 Floats = NDArray[np.float32]
 _TRAINED = ".lora_B."
@@ -180,6 +181,10 @@ class ForwardOnlySession:
     def adapter(self) -> Parameters:
         """See `edgetune.runtimes.Session.adapter`."""
         return self._parameters
+
+    def placements(self) -> list[Placement]:
+        """Where the forward graphs run that were compiled so far; none on a runtime without an accelerator."""
+        return self._forward.placements() if isinstance(self._forward, Placed) else []
 
     def gradient(self, batches: Sequence[Batch]) -> Parameters:
         """The estimate of the next step's gradient, for every trained parameter; changes nothing."""

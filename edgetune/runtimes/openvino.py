@@ -123,9 +123,9 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
         MissingDependencyError: The package `openvino` is not installed.
     """
     if plan.form == "whole":
-        from edgetune.runtimes.portable import PortableForward
+        from edgetune.runtimes.accelerator.session import AcceleratorForward
 
-        yield PortableForward(parameters, _graphs(bundle, plan))
+        yield AcceleratorForward(parameters, _graphs(bundle, plan))
         return
     core()
     from edgetune.runtimes.layered.parameters import FlatParameters

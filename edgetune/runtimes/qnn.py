@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime as ort
 
 from edgetune.bundle import Bundle
-from edgetune.errors import MissingDependencyError, UsageError
+from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.execution import INT8_LOSS, INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.placement import Placement
 from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
@@ -52,6 +52,7 @@ def open_session(
     """Load the plugin; see `edgetune.runtimes.Runtime`. Each shape is compiled when its first batch comes.
 
     Raises:
+        IncompatibleError: There is neither an NPU nor the plugin's emulation of one.
         MissingDependencyError: The package `onnxruntime-qnn` is not installed.
         UsageError: The plan is not the whole step.
     """
@@ -65,12 +66,13 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
     """Load the plugin for the forward pass alone; see `edgetune.runtimes.Runtime`.
 
     Raises:
+        IncompatibleError: There is neither an NPU nor the plugin's emulation of one.
         MissingDependencyError: The package `onnxruntime-qnn` is not installed.
         UsageError: The plan is not the whole step.
     """
-    from edgetune.runtimes.portable import PortableForward
+    from edgetune.runtimes.accelerator.session import AcceleratorForward
 
-    yield PortableForward(parameters, _graphs(bundle, plan))
+    yield AcceleratorForward(parameters, _graphs(bundle, plan))
 
 
 def _graphs(bundle: Bundle, plan: ExecutionPlan) -> AcceleratorGraphs:
@@ -107,9 +109,13 @@ def _plugin(accelerator: Accelerator) -> Plugin:
 
     package = _package()
     options = {"backend_path": package.get_qnn_htp_path()}
-    (first, *_) = provider_devices(PROVIDER, package.get_library_path())
+    devices = provider_devices(PROVIDER, package.get_library_path())
+    if not devices:
+        raise IncompatibleError(
+            f"{PROVIDER} finds no NPU and no emulator here; install the NPU's driver, or use --runtime onnxruntime"
+        )
     device = "HTP"
-    if first.device.type != ort.OrtHardwareDeviceType.NPU:
+    if devices[0].device.type != ort.OrtHardwareDeviceType.NPU:
         # Without a model to emulate, the compiler makes float32 code, which lacks Gather and Where.
         soc_model = accelerator.soc_model or _SNAPDRAGON_X_ELITE
         options["soc_model"] = str(soc_model)

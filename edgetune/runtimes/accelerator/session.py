@@ -1,4 +1,4 @@
-"""Training on an accelerator."""
+"""A model in training, and its forward pass alone, on an accelerator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from edgetune.bundle import Bundle
 from edgetune.placement import Placement
 from edgetune.runtimes import OptimizerConfig, Parameters
 from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
-from edgetune.runtimes.portable import PortableSession
+from edgetune.runtimes.portable import PortableForward, PortableSession
 
 
 class AcceleratorSession(PortableSession):
@@ -20,6 +20,18 @@ class AcceleratorSession(PortableSession):
         self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, graphs: AcceleratorGraphs
     ) -> None:
         super().__init__(bundle, parameters, optimizer, graphs)
+        self._placements = graphs.placements
+
+    def placements(self) -> list[Placement]:
+        """Where the graphs run that were compiled so far."""
+        return list(self._placements.values())
+
+
+class AcceleratorForward(PortableForward):
+    """A model whose loss an accelerator computes; the parameters are inputs of the compiled graph."""
+
+    def __init__(self, parameters: Parameters, graphs: AcceleratorGraphs) -> None:
+        super().__init__(parameters, graphs)
         self._placements = graphs.placements
 
     def placements(self) -> list[Placement]:
