@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -25,6 +26,8 @@ from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan, Products
 from edgetune.frozen import INT8, SCALES, FrozenWeights
 from edgetune.runtimes import find_runtime, openvino, stock, verified_cache
+from edgetune.runtimes.accelerator import graphs
+from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
 from edgetune.runtimes.layered.channels import Channels, groups_of
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 from edgetune.runtimes.layered.openvino import OpenVinoBackend
@@ -164,16 +167,59 @@ def test_a_compiled_whole_step_is_kept_and_verified(prepared: Prepared, tmp_path
     shutil.copytree(prepared("multi-head", "int4").path, folder, ignore=shutil.ignore_patterns(".cache"))
     bundle = open_bundle(folder)
     batch = batch_of(bundle, rows_of(0, [9]))
-    cached, results = [], []
+    placements, results = [], []
     for attempt in range(3):
         with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP) as session:
             results.append(session.step([batch], LEARNING_RATE))
-            cached += [placement.cached for placement in session.placements()]  # type: ignore[attr-defined]
+            placements += session.placements()  # type: ignore[attr-defined]
         if attempt == 1:
             (compiled,) = folder.glob(".cache/contexts/*/compiled")
             compiled.write_bytes(compiled.read_bytes()[:-1] + b"?")
-    assert cached == [False, True, False]
+    assert [placement.cached for placement in placements] == [False, True, False]
+    assert placements[0].accelerated > 300
+    assert placements[1] == replace(placements[0], cached=True)
+    assert placements[0].device.startswith("CPU, ")
     assert results[0] == results[1] == results[2]
+
+
+@installed
+def test_a_compiled_whole_step_is_taken_without_reading_the_graph(prepared: Prepared, tmp_path: Path) -> None:
+    """Nor are its weights unpacked again."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(prepared("multi-head", "int4").path, folder, ignore=shutil.ignore_patterns(".cache"))
+    bundle = open_bundle(folder)
+    batch = batch_of(bundle, rows_of(0, [9]))
+    with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP) as session:
+        expected = session.step([batch], LEARNING_RATE)
+    bundle.file("step").unlink()
+    with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP) as session:
+        assert session.step([batch], LEARNING_RATE) == expected
+
+
+@installed
+def test_a_compiled_whole_step_that_no_longer_loads_is_compiled_again(prepared: Prepared, tmp_path: Path) -> None:
+    """Its hash is right, as when a driver has changed."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(prepared("multi-head", "int4").path, folder, ignore=shutil.ignore_patterns(".cache"))
+    bundle = open_bundle(folder)
+    openvino.place(bundle, WHOLE_STEP, 1, 8)
+    for path in folder.glob(".cache/contexts/*/record.json"):
+        key = ContextKey(**json.loads(path.read_text())["key"])
+        ContextStore(folder).save(key, b"of another driver", [])
+    found = [openvino.place(bundle, WHOLE_STEP, 1, 8) for _ in range(2)]
+    assert [[placement.cached for placement in placements] for placements in found] == [[False] * 2, [True] * 2]
+
+
+@installed
+def test_the_shape_that_was_not_used_for_longest_makes_room(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 2)
+    bundle = prepared("multi-head", "int4")
+    with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP) as session:
+        for length in (8, 16, 8, 24):
+            session.evaluate(batch_of(bundle, rows_of(0, [length])))
+        assert [length for _, _, length in session._graphs._graphs] == [8, 24]  # type: ignore[attr-defined]
 
 
 def test_files_that_were_not_left_by_a_session_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

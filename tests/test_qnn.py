@@ -176,6 +176,31 @@ def test_a_context_that_names_another_file_is_refused(prepared: Prepared, tmp_pa
 
 
 @installed
+def test_a_context_that_no_longer_loads_is_compiled_again(prepared: Prepared, tmp_path: Path) -> None:
+    """Its hash and its form are right, as when a driver has changed."""
+    import onnx
+
+    from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
+
+    bundle = copy_of(prepared("grouped-query", "int4"), tmp_path / "bundle")
+    batch = batch_of(bundle, rows_of(0, [7]))
+    with qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
+        expected = session.step([batch], LEARNING_RATE)
+        partitions = placements(session)["step"].partitions
+    (compiled,) = (bundle.path / ".cache").rglob("compiled")
+    model = onnx.load(compiled)
+    for attribute in model.graph.node[0].attribute:
+        if attribute.name == "ep_cache_context":
+            attribute.s = b"of another driver"
+    record = json.loads((compiled.parent / "record.json").read_text())
+    ContextStore(bundle.path).save(ContextKey(**record["key"]), model.SerializeToString(), partitions)
+    for cached in (False, True):
+        with qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
+            assert session.step([batch], LEARNING_RATE) == expected
+            assert placements(session)["step"].cached is cached
+
+
+@installed
 def test_what_falls_back_is_told_and_can_be_refused(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

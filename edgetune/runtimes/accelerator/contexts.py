@@ -20,6 +20,7 @@ import cattrs
 from cattrs.errors import BaseValidationError
 
 from edgetune.errors import EdgetuneError
+from edgetune.manifest import BundleManifest
 from edgetune.placement import Partition
 from edgetune.runtimes.verified_cache import CACHE
 from edgetune.storage import atomic_folder, write_file
@@ -49,6 +50,23 @@ class ContextKey:
     length: int
     options: dict[str, str]
     """Of the compiler and the session."""
+
+    @classmethod
+    def of(
+        cls,
+        manifest: BundleManifest,
+        role: str,
+        batch: int,
+        length: int,
+        *,
+        runtime: str,
+        device: str,
+        options: dict[str, str],
+    ) -> ContextKey:
+        """The key of a bundle's graph, with the hashes of its manifest."""
+        hashes = {file.path: file.sha256 for file in manifest.files}
+        weights = ",".join(digest for name, digest in sorted(hashes.items()) if name.endswith(".data"))
+        return cls(runtime, device, hashes[manifest.graph(role).file], weights, batch, length, options)
 
     @property
     def digest(self) -> str:

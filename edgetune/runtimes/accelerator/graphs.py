@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from edgetune.runtimes.accelerator.loss_scale import LossScale
 
 Arrays = Mapping[str, NDArray[Any]]
 _MOST_GRAPHS = 8
-"""Compiled graphs that are held at a time: each has the frozen weights."""
+"""Compiled graphs that are held at a time, each with the frozen weights; the one that was not used for longest goes."""
 _LARGEST_HALF = 65504.0
 """Of float16; an accelerator that saturates instead of overflowing gives it."""
 
@@ -61,7 +62,7 @@ class AcceleratorGraphs:
     def __init__(self, compiler: Compiler, step: str = "step", loss: str = "loss") -> None:
         self._compiler = compiler
         self._step, self._loss = step, loss
-        self._graphs: dict[tuple[str, int, int], CompiledGraph] = {}
+        self._graphs: OrderedDict[tuple[str, int, int], CompiledGraph] = OrderedDict()
         self._scale = LossScale()
         self.placements: dict[tuple[str, int, int], Placement] = {}
         """Of every graph that was compiled."""
@@ -93,9 +94,11 @@ class AcceleratorGraphs:
 
     def _graph(self, role: str, batch: Batch) -> CompiledGraph:
         key = (role, *batch.input_ids.shape)
-        if key not in self._graphs:
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+        else:
             if len(self._graphs) == _MOST_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
+                self._graphs.popitem(last=False)
             self._graphs[key] = self._compiler.compile(*key)
             self.placements[key] = self._graphs[key].placement
         return self._graphs[key]

@@ -19,6 +19,8 @@ from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
 from edgetune.runtimes.accelerator.graphs import Arrays
 
 _PROPERTIES = {"NUM_STREAMS": 1}
+_NO_WORK = ("Parameter", "Constant", "Result")
+"""Nodes that nobody computes."""
 
 
 class OpenVinoCompiler:
@@ -34,7 +36,7 @@ class OpenVinoCompiler:
     def __init__(self, bundle: Bundle, core: Any, device: str, version: str) -> None:
         self._bundle, self._core, self._device, self._version = bundle, core, device, version
         self._store = ContextStore(bundle.path)
-        self._hashes = {file.path: file.sha256 for file in bundle.manifest.files}
+        self._provider = f"OpenVINO {device}"
 
     def compile(self, role: str, batch: int, length: int) -> OpenVinoGraph:
         """See `Compiler.compile`. A device of OpenVINO takes a graph whole or not at all.
@@ -42,55 +44,55 @@ class OpenVinoCompiler:
         Raises:
             IncompatibleError: The device does not take the graph.
         """
-        graph = self._bundle.manifest.graph(role)
-        sizes = {"batch": batch, "sequence": length}
-        shapes = {spec.name: [sizes[d] if isinstance(d, str) else d for d in spec.shape] for spec in graph.inputs}
         try:
-            model = self._core.read_model(self._bundle.path / graph.file)
-            model.reshape(shapes)
-            # The likeliest tokens are for who evaluates; to find them takes a third of a small model's forward pass.
-            read = [value for value in model.outputs if "predictions" not in value.get_names()]
-            model = ov.Model(read, model.get_parameters())
-            # Int4 weights become floats: the device's own pass for packed weights does not take their backward product.
-            passes = Manager()
-            passes.register_pass(ConstantFolding())
-            passes.run_passes(model)
-            nodes = [Node(op.get_type_name(), op.get_friendly_name()) for op in model.get_ordered_ops()]
-            compiled, kept = self._compile(model, self._key(graph.file, batch, length))
+            compiled, partitions, kept = self._compile(role, batch, length)
         except RuntimeError as error:
             raise IncompatibleError(
                 f"OpenVINO's {self._device} cannot compile the graph {role!r} "
                 f"({str(error).strip().splitlines()[-1][:300]}); train with --runtime onnxruntime"
             ) from error
-        computed = [node for node in nodes if node.operator not in ("Parameter", "Constant", "Result")]
-        provider = f"OpenVINO {self._device}"
-        device = str(compiled.get_property("EXECUTION_DEVICES"))
+        devices = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
         precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        placement = Placement(
-            role, batch, length, provider, f"{device}, {precision}", [Partition(provider, computed)], cached=kept
-        )
+        placement = Placement(role, batch, length, self._provider, f"{devices}, {precision}", partitions, cached=kept)
         return OpenVinoGraph(compiled, placement)
 
-    def _key(self, graph: str, batch: int, length: int) -> ContextKey:
-        return ContextKey(
+    def _compile(self, role: str, batch: int, length: int) -> tuple[ov.CompiledModel, list[Partition], bool]:
+        """The compiled graph, where its nodes run, and whether it was kept from an earlier start."""
+        key = ContextKey.of(
+            self._bundle.manifest,
+            role,
+            batch,
+            length,
             runtime=f"openvino {self._version}",
             device=f"{self._device} {self._core.get_property(self._device, 'FULL_DEVICE_NAME')}",
-            graph=self._hashes[graph],
-            weights=",".join(digest for name, digest in sorted(self._hashes.items()) if name.endswith(".data")),
-            batch=batch,
-            length=length,
             options={name: str(value) for name, value in _PROPERTIES.items()},
         )
-
-    def _compile(self, model: ov.Model, key: ContextKey) -> tuple[ov.CompiledModel, bool]:
-        """The compiled model, and whether it was kept from an earlier start."""
         if (kept := self._store.load(key)) is not None:
             # A driver may have changed that no version tells of.
             with suppress(RuntimeError):
-                return self._core.import_model(BytesIO(kept.data), self._device, _PROPERTIES), True
+                compiled = self._core.import_model(BytesIO(kept.data), self._device, _PROPERTIES)
+                return compiled, kept.partitions, True
+        model = self._model(role, batch, length)
         compiled = self._core.compile_model(model, self._device, _PROPERTIES)
-        self._store.save(key, compiled.export_model().getvalue(), [])
-        return compiled, False
+        nodes = [Node(op.get_type_name(), op.get_friendly_name()) for op in model.get_ordered_ops()]
+        partitions = [Partition(self._provider, [node for node in nodes if node.operator not in _NO_WORK])]
+        self._store.save(key, compiled.export_model().getvalue(), partitions)
+        return compiled, partitions, False
+
+    def _model(self, role: str, batch: int, length: int) -> ov.Model:
+        graph = self._bundle.manifest.graph(role)
+        sizes = {"batch": batch, "sequence": length}
+        shapes = {spec.name: [sizes[d] if isinstance(d, str) else d for d in spec.shape] for spec in graph.inputs}
+        model = self._core.read_model(self._bundle.path / graph.file)
+        model.reshape(shapes)
+        # The likeliest tokens are for who evaluates; to find them takes a third of a small model's forward pass.
+        read = [value for value in model.outputs if "predictions" not in value.get_names()]
+        model = ov.Model(read, model.get_parameters())
+        # Int4 weights become floats: the device's own pass for packed weights does not take their backward product.
+        passes = Manager()
+        passes.register_pass(ConstantFolding())
+        passes.run_passes(model)
+        return model
 
 
 class OpenVinoGraph:

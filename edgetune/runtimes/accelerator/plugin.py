@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -82,7 +82,6 @@ class PluginCompiler:
     def __init__(self, bundle: Bundle, plugin: Plugin, *, require: bool) -> None:
         self._bundle, self._plugin, self._require = bundle, plugin, require
         self._store = ContextStore(bundle.path)
-        self._hashes = {file.path: file.sha256 for file in bundle.manifest.files}
 
     def compile(self, role: str, batch: int, length: int) -> PluginGraph:
         """See `Compiler.compile`. A compiled context is taken where there is one, and kept where there was none.
@@ -91,20 +90,20 @@ class PluginCompiler:
             IncompatibleError: The provider takes none of the nodes, or not all where that was asked for.
             VerificationError: The compiled context would read another file.
         """
-        graph = self._bundle.manifest.graph(role)
-        key = ContextKey(
+        key = ContextKey.of(
+            self._bundle.manifest,
+            role,
+            batch,
+            length,
             runtime=f"onnxruntime {ort.__version__}, {self._plugin.version}",
             device=self._plugin.device,
-            graph=self._hashes[graph.file],
-            weights=",".join(digest for name, digest in sorted(self._hashes.items()) if name.endswith(".data")),
-            batch=batch,
-            length=length,
             options={**self._plugin.options, **self._plugin.session, "provider": self._plugin.name},
         )
-        kept = self._store.load(key)
-        if kept is not None:
+        if (kept := self._store.load(key)) is not None:
             placement = self._placement(role, batch, length, kept, cached=True)
-            return PluginGraph(self._open(kept), placement)
+            # A driver may have changed that no version tells of.
+            with suppress(IncompatibleError):
+                return PluginGraph(self._open(kept), placement)
         session, context = self._build(self._bundle.file(role), batch, length, strict=self._require)
         placement = self._placement(role, batch, length, context, cached=False)
         if context.data:
