@@ -45,6 +45,13 @@ def test_the_pinned_versions_satisfy_what_is_declared(name: str, extras: tuple[s
         assert requirement.specifier.contains(version), f"{requirement} but {version} is pinned"
 
 
+@pytest.mark.parametrize("version", ["3.16.0", "3.29.0"])
+def test_a_filelock_that_empties_a_lock_that_is_held_is_not_allowed(version: str) -> None:
+    """The holder's PID is in it. The older of these also takes a lock whose file is gone for one that holds."""
+    (filelock,) = (requirement for requirement in requirements() if requirement.name == "filelock")
+    assert not filelock.specifier.contains(version)
+
+
 def test_every_dependency_has_an_upper_bound_or_is_pure_metadata() -> None:
     unbounded = [r.name for r in requirements("host", "test") if not re.search(r"<|==", str(r.specifier))]
     assert unbounded == ["packaging"]
