@@ -11,20 +11,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
+from rich.progress import Progress
 
 import edgetune
 from edgetune.byte_size import bytes_text
 from edgetune.cli import VERBS, main
 from edgetune.cli.interruption import termination_interrupts
-from edgetune.cli.output import printable
-from edgetune.cli.progress import LineObserver, duration_text
+from edgetune.cli.output import notices, printable
+from edgetune.cli.progress import BarObserver, LineObserver, duration_text
 from edgetune.config import ExportConfig, GenerateConfig, PrepareConfig, SplitConfig, TargetConfig, TrainConfig
 from edgetune.doctor import Finding
 from edgetune.errors import (
@@ -246,6 +250,10 @@ def test_every_option_is_suggested_for_a_slip_of_the_pen(name: str) -> None:
         ("bundle b --output o --target phone", "'phone' is not one of 'android', 'ios', 'web', 'linux-arm64'"),
         ("inspect", "Missing argument 'FOLDER'"),
         ("inspect a b", "unexpected extra argument (b)"),
+        ("inspect a --buckets 1x8 --require-npu", "--buckets and --require-npu belong to --placement"),
+        ("inspect a --device-type NPU --soc-model 69", "--device-type and --soc-model belong to --placement"),
+        ("inspect a --placement openvino --soc-model 69", "--soc-model 69 is a chip of Qualcomm's"),
+        ("inspect a --placement qnn --device-type GPU", "not for --device-type GPU"),
     ],
 )
 def test_wrong_values_are_usage_errors(arguments: str, reason: str) -> None:
@@ -403,6 +411,21 @@ def test_an_interruption_is_one_even_when_a_library_makes_an_error_of_it() -> No
             raise RuntimeError("a graph could not be traced") from None
     with pytest.raises(RuntimeError), termination_interrupts():
         raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_an_interruption_that_a_library_lost_ends_training_at_the_next_step(bar: bool) -> None:
+    with Progress(console=Console(file=StringIO())) as progress:
+        observer = BarObserver(progress) if bar else LineObserver(notices(quiet=True))
+        observer.on_start(StartInfo("onnxruntime", PLAN, None, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
+        with termination_interrupts():
+            observer.on_step(StepMetrics(1, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                observer.on_step(StepMetrics(2, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
+            with pytest.raises(KeyboardInterrupt):
+                observer.on_notice("a stage begins")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")

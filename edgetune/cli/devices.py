@@ -121,7 +121,7 @@ def _show_table(table: dict[str, Any], indent: str) -> None:
         name = key.replace("_", "-")
         if value is None or value in ({}, ()):
             continue
-        if isinstance(value, dict) and "source" in value and len(value) == 2:
+        if isinstance(value, dict) and value.keys() & {"value", "text"}:
             figure = value.get("value", value.get("text"))
             text = bytes_text(int(str(figure))) if key in ("memory", "flash", "largest_file") else f"{figure}"
             click.echo(f"{indent}{click.style(name, bold=True)}: {text}")

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from edgetune.manifest import TensorSpec
     from edgetune.placement import Placement
 
-DEFAULT = TrainConfig()
 PLACING = ("qnn", "openvino")
 """Runtimes that can say where a graph's nodes run."""
 
@@ -68,8 +67,14 @@ def command(
     if placement is not None:
         _place(folder, placement, buckets, Accelerator(device_type, soc_model, require_npu), as_json=as_json)
         return
-    if require_npu or buckets is not None:
-        raise UsageError(f"{'--require-npu' if require_npu else '--buckets'} belongs to --placement; give that as well")
+    given = {
+        "--buckets": buckets is not None,
+        "--device-type": device_type != TrainConfig.device_type,
+        "--soc-model": soc_model is not None,
+        "--require-npu": require_npu,
+    }
+    if options := [name for name, is_given in given.items() if is_given]:
+        raise UsageError(f"{' and '.join(options)} belong to --placement; give that as well, or leave them away")
     from edgetune.describe import describe
 
     description = describe(folder)
@@ -84,13 +89,18 @@ def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Acceler
     from edgetune.placement import placement_record
     from edgetune.runtimes import PlacingRuntime, find_runtime
 
-    found = find_runtime(runtime)
+    found = cast(PlacingRuntime, find_runtime(runtime))
+    if runtime == "qnn" and accelerator.device_type not in ("auto", "NPU"):
+        raise UsageError(f"--placement qnn compiles for an NPU, not for --device-type {accelerator.device_type}")
+    if runtime != "qnn" and accelerator.soc_model is not None:
+        raise UsageError(
+            f"--soc-model {accelerator.soc_model} is a chip of Qualcomm's, which --placement {runtime} does not "
+            "compile for; leave it away, or use --placement qnn"
+        )
     shapes = parse_buckets(buckets) if buckets is not None else None
     found.abilities()
     bundle = bundle_at(folder)
     shapes = shapes or parse_buckets(f"1x{bundle.manifest.max_length}")
-    if not isinstance(found, PlacingRuntime):
-        raise UsageError(f"--runtime {runtime} has no accelerator")
     plans = [replace(WHOLE_STEP, accelerator=accelerator)]
     if runtime == "qnn" and any(graph.role == INT8_STEP for graph in bundle.manifest.graphs):
         plans.append(replace(plans[0], products="int8"))

@@ -34,6 +34,7 @@ def termination_interrupts() -> Iterator[None]:
     ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, interrupt) for number in ours}
     try:
+        # Where the block ends well its work is done and written, and an interruption that was lost came too late.
         yield
     except Exception as error:
         if _heard.is_set():

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from edgetune.byte_size import bytes_text
+from edgetune.cli.interruption import raise_if_interrupted
 from edgetune.cli.output import notices
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def shown(*, quiet: bool) -> Iterator[Observer]:
 
 
 class LineObserver:
-    """Writes lines.
+    """Writes lines. An interruption that a library lost ends the command at the next step.
 
     Args:
         say: Takes one line.
@@ -54,6 +55,7 @@ class LineObserver:
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Write the first step, the last, and evenly many between."""
+        raise_if_interrupted()
         every = math.ceil(self._steps / LINES)
         if metrics.step == 1 or metrics.step % every == 0 or metrics.step == self._steps:
             self._say(f"step {metrics.step}/{self._steps}: {step_text(metrics)}")
@@ -68,7 +70,7 @@ class LineObserver:
 
 
 class BarObserver:
-    """Moves a progress bar; all else is printed above it.
+    """Moves a progress bar; all else is printed above it. A lost interruption ends the command here, too.
 
     Args:
         progress: A started rich display.
@@ -85,6 +87,7 @@ class BarObserver:
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Move the bar."""
+        raise_if_interrupted()
         if self._task is not None:
             self._progress.update(self._task, completed=metrics.step, description=step_text(metrics))
 
@@ -97,6 +100,7 @@ class BarObserver:
         self._print(text)
 
     def _print(self, text: str) -> None:
+        raise_if_interrupted()
         self._progress.console.print(text, markup=False)
 
 

@@ -127,7 +127,6 @@ class Runtime(Protocol):
         ...
 
 
-@runtime_checkable
 class PlacingRuntime(Runtime, Protocol):
     """A runtime with an accelerator."""
 
