@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import sys
@@ -113,11 +112,6 @@ def generic_profile() -> Profile:
     return load_profile(GENERIC[architecture])
 
 
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _recognised(profile: Profile, machine: Machine) -> tuple[bool, str]:
     hardware = profile.hardware
     if machine.architecture != hardware.architecture:
@@ -173,8 +167,8 @@ def _providers(profile: Profile) -> list[str]:
         # A plugin, which a session registers; it is offered by its package.
         found.append(wanted)
     if wanted == "OpenVINOExecutionProvider" and _installed("openvino"):
-        from edgetune.runtimes.openvino import core
+        from edgetune.runtimes.openvino import DEVICE, has_device
 
-        if profile.runtime.options.get("device_type", "CPU") in core().available_devices:
+        if has_device(profile.runtime.options.get("device_type", DEVICE)):
             found.append(wanted)
     return found

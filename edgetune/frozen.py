@@ -26,6 +26,8 @@ INT8 = "int8"
 """Folder in it with the graphs whose products with frozen weights are int8."""
 FORWARD, BACKWARD, SCALES = "forward", "backward", ".scales"
 """The int8 graphs take `W.forward` and `W.backward`, and `.scales` of each, instead of a weight `W`."""
+EMBEDDING = "model.embed_tokens.weight"
+"""The checkpoint's name of it."""
 BLOCK_SIZE = 32
 """Neighbouring weights along the input that share a scale in an int4 or int8 model."""
 BITS = {"int4": 4, "int8": 8}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-CPU_PROVIDER = "CPUExecutionProvider"
 _NAMED = 5
 """Nodes that a message names; it counts the others."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from edgetune import device_check
 from edgetune.cli import main
 from edgetune.device import load_profile, load_profiles
 from edgetune.device_check import Machine, check, generic_profile, this_machine
+from edgetune.runtimes import openvino
 
 PI = Machine("aarch64", "linux", ("Raspberry Pi 5 Model B Rev 1.0",))
 MACHINES: dict[str, Machine] = {
@@ -73,6 +76,16 @@ def test_hardware_without_its_packages_is_told_how_to_get_them(monkeypatch: pyte
     assert there.provider_found and there.packages_missing == [] and there.install is None
 
 
+def test_one_of_several_devices_of_openvino_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO numbers them."""
+    npu = load_profile("intel-core-ultra")
+    gpu = replace(npu, runtime=replace(npu.runtime, options={"device_type": "GPU"}))
+    monkeypatch.setattr(device_check, "_installed", lambda name: True)
+    monkeypatch.setattr(openvino, "core", lambda: SimpleNamespace(available_devices=["CPU", "GPU.0", "GPU.1"]))
+    assert check(gpu).provider_found
+    assert not check(npu).provider_found
+
+
 def test_this_machine_has_a_generic_profile() -> None:
     found = check(generic_profile())
     assert found.here and found.provider_found and found.install is None
@@ -114,6 +127,9 @@ def test_list_and_show_say_what_the_profiles_say() -> None:
     shown = run("show", "raspberry-pi-5").output
     assert "8.0 GB" in shown
     assert all(figure["source"] in shown for figure in pi["hardware"].values() if isinstance(figure, dict))
+    fixed = run("show", "intel-core-ultra").output
+    assert "buckets\n  shapes: 1 × 64, 1 × 128, 1 × 256, 4 × 128, 4 × 256\n  source: docs/devices.md" in fixed
+    assert "None" not in fixed
 
 
 def test_a_misspelt_name_or_command_is_answered() -> None:

@@ -15,12 +15,10 @@ from edgetune.config import SplitConfig
 from edgetune.data.batches import MASKED, make_batch
 from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.errors import DataError, UsageError
-from edgetune.frozen import FrozenWeights
+from edgetune.frozen import EMBEDDING, FrozenWeights
 from edgetune.manifest import BundleManifest, Graph, TensorSpec
 from edgetune.storage import atomic_folder, write_file
 from edgetune.trunk import FOLDER, GRAPH, INDEX, LinearRange, TrunkInfo, has_trunk, write_trunk_info
-
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Callable[[str], None]) -> Bundle:

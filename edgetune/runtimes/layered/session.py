@@ -12,7 +12,7 @@ from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.data.encode import IGNORED
 from edgetune.execution import ExecutionPlan
-from edgetune.frozen import LAYERS, FrozenWeights
+from edgetune.frozen import EMBEDDING, LAYERS, FrozenWeights
 from edgetune.pieces import attention_parts, mlp_parts, pieces_of
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
 from edgetune.runtimes.layered.backend import Arrays, Backend
@@ -22,7 +22,7 @@ from edgetune.runtimes.layered.optimizer import FlatAdamW
 from edgetune.runtimes.layered.parameters import FlatParameters
 from edgetune.runtimes.layered.states import HiddenStates
 from edgetune.runtimes.layered.sublayer import AGAIN, SublayerRunner
-from edgetune.runtimes.layered.trunk import EMBEDDING, Trunk, open_trunk
+from edgetune.runtimes.layered.trunk import Trunk, open_trunk
 from edgetune.runtimes.layered.weights import LinearWeights
 from edgetune.runtimes.layered.workspace import Workspace
 

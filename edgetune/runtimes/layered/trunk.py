@@ -19,14 +19,14 @@ from edgetune.bundle import Bundle
 from edgetune.data.batches import MASKED, Batch
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.execution import ExecutionPlan
-from edgetune.frozen import FrozenWeights
+from edgetune.frozen import EMBEDDING, FrozenWeights
 from edgetune.onnx_session import open_graph
+from edgetune.runtimes.verified_cache import CACHE
 from edgetune.trunk import GRAPH, TrunkInfo, read_trunk_info
 
-EMBEDDING = "model.embed_tokens.weight"
 Floats = NDArray[np.float32]
 VITIS_AI = "VitisAIExecutionProvider"
-_CACHE = ".cache/vitisai"
+_CACHE = f"{CACHE}/vitisai"
 """In the bundle, where Vitis AI keeps what it compiled; not part of the bundle and not verified."""
 
 
