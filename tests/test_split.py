@@ -258,6 +258,15 @@ def _peft_loss(bundle: Bundle, adapter: Path, data: Path) -> float:
         return float(oracle.loss(peft, rows))
 
 
+def test_training_without_a_backward_pass_runs_the_trunk_too(halves: Bundle, data: Path, tmp_path: Path) -> None:
+    config = options_of(method="forward-only", plan="split", steps=12, queries=8)
+    result = train(halves.path, data, data, tmp_path / "adapter", config, Silent())
+    assert result.plan.startswith("split, 1 layers in the trunk, fp32, forward only")
+    assert result.first_validation_loss is not None
+    assert result.last_validation_loss is not None
+    assert result.last_validation_loss < result.first_validation_loss - 0.01
+
+
 def test_a_trunk_has_no_adapters_to_go_on_from(prepared: Prepared, halves: Bundle, data: Path, tmp_path: Path) -> None:
     whole = prepared("multi-head", "int4")
     train(whole.path, data, None, tmp_path / "whole", options_of(plan="keep", steps=1), Silent())
