@@ -23,8 +23,6 @@ Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Where = Literal["accelerator", "cpu", "no"]
 
 SUFFIX = ".toml"
-GENERIC: dict[str, str] = {"x86_64": "generic-x86", "aarch64": "generic-arm64"}
-"""The profile of any computer of an architecture."""
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from edgetune.device import GENERIC, Architecture, Profile, System, load_profile
-from edgetune.errors import UsageError
+from edgetune.device import Architecture, Profile, System
 from edgetune.runtimes import RUNTIMES
 
 _ARCHITECTURES: dict[str, Architecture] = {
@@ -98,18 +97,6 @@ def this_machine() -> Machine:
     name = platform.machine().lower()
     system = "android" if hasattr(sys, "getandroidapilevel") else sys.platform
     return Machine(_ARCHITECTURES.get(name, name), _SYSTEMS.get(system, system), tuple(_names()))
-
-
-def generic_profile() -> Profile:
-    """The profile of any machine of this architecture.
-
-    Raises:
-        UsageError: There is none.
-    """
-    architecture = this_machine().architecture
-    if architecture not in GENERIC:
-        raise UsageError(f"no profile is made for {architecture}; write one and give --device its path")
-    return load_profile(GENERIC[architecture])
 
 
 def _recognised(profile: Profile, machine: Machine) -> tuple[bool, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.device import load_profile
 from edgetune.errors import ResourceError
-from edgetune.execution import WHOLE_STEP
+from edgetune.execution import WHOLE_STEP, Accelerator
 from edgetune.runtimes import RUNTIMES, Session, find_runtime
 from edgetune.runtimes.forward_only import ForwardOnlySession
 from edgetune.runtimes.layered.session import LayeredSession
 from edgetune.train import calibration
 from edgetune.train.calibration import Calibration, CostModel, calibrate
 from edgetune.train.choice import Choice, choose
-from edgetune.train.device_limits import bucket, require_fit
+from edgetune.train.device_limits import require_fit
 from edgetune.train.run_time import _typical
 from edgetune.train.workload import Workload
 
@@ -176,14 +177,15 @@ def test_train_holds_to_the_device(bundle: Bundle, tmp_path: Path) -> None:
 
 def test_fixed_shapes_hold_where_the_accelerator_executes(tmp_path: Path) -> None:
     profile = load_profile(board(tmp_path, "2GB", VALID))
-    there = Choice("qnn", find_runtime("onnxruntime"), WHOLE_STEP, None)
-    assert bucket(profile, 1, 64) == (1, 64)
-    assert bucket(profile, 1, 65) == (1, 128)
-    require_fit(profile, there, 1, 128)
-    for rows, length in ((2, 64), (1, 129)):
-        with pytest.raises(ResourceError, match=f"batches of 1 × 64, 1 × 128 positions only, not {rows} × {length}"):
-            require_fit(profile, there, rows, length)
-        require_fit(profile, Choice("onnxruntime", there.runtime, WHOLE_STEP, None), rows, length)
+    runtime = find_runtime("onnxruntime")
+    there = Choice("qnn", runtime, replace(WHOLE_STEP, accelerator=Accelerator()), None)
+    here = Choice("onnxruntime", runtime, WHOLE_STEP, None)
+    # Rows that do not fit into one batch go through in several.
+    require_fit(profile, there, TrainConfig(batch_size=8, buckets="1x128"), 128)
+    with pytest.raises(ResourceError, match="rows of at most 128 tokens, the longest has 129") as refused:
+        require_fit(profile, there, TrainConfig(buckets="4x128,1x64,1x256"), 129)
+    assert "batches of 1x64, 1x128 only, not 4x128, 1x256 (--buckets)" in str(refused.value)
+    require_fit(profile, here, TrainConfig(buckets="4x128"), 129)
 
 
 @pytest.mark.parametrize("plan", ["keep", "stream", "whole"])

@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_said_before_anything_is_loaded(
     long.write_text(json.dumps({"text": "xyz " * 25}) + "\n")
     with pytest.raises(IncompatibleError, match="the bundle's trunk takes 48; split the bundle again with --length"):
         train(halves.path, long, None, tmp_path / "o", options_of(plan="split", steps=1), Silent())
-    with pytest.raises(UsageError, match="give --plan split"):
+    with pytest.raises(UsageError, match="means nothing without --plan split"):
         train(halves.path, data, None, tmp_path / "o", options_of(steps=1, vitisai_config=data), Silent())
     config = options_of(plan="split", steps=1, vitisai_config=data)
     with pytest.raises(MissingDependencyError, match="VitisAIExecutionProvider, which this onnxruntime does not have"):

@@ -1,25 +1,36 @@
-"""`train --device`: what a profile says of its accelerator holds, and what is not found is said."""
+"""`train` and `plan` with a device: what its profile says of the accelerator holds, what is not found is said."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from test_device import VALID
 from test_train_loop import Recorder
 
+from edgetune.bundle import open_bundle
 from edgetune.cli import main
 from edgetune.config import TrainConfig
+from edgetune.data.buckets import Bucket
+from edgetune.data.encode import Example
 from edgetune.device import load_profile
-from edgetune.errors import UsageError
+from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
+from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.runtimes import openvino, qnn
 from edgetune.train import TrainResult, train
-from edgetune.train.accelerated import as_on
+from edgetune.train.accelerated import as_on, on_accelerator
+from edgetune.train.consistency import settle
+from edgetune.train.workload import Workload
 
 GOLDEN = Path(__file__).parent.parent / "artifacts" / "golden"
+ROWS = ("--data", GOLDEN / "train.jsonl")
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+needs_qnn = pytest.mark.skipif(find_spec("onnxruntime_qnn") is None, reason="onnxruntime-qnn is not installed")
 
 
 def profile_on(folder: Path, kind: str, **placement: str) -> str:
@@ -31,6 +42,17 @@ def profile_on(folder: Path, kind: str, **placement: str) -> str:
     path = folder / "my-board.toml"
     path.write_text(text)
     return str(path)
+
+
+def npu(folder: Path) -> str:
+    """A profile whose accelerator is Qualcomm's."""
+    path = folder / "my-npu.toml"
+    path.write_text(VALID)
+    return str(path)
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(each) for each in arguments])
 
 
 def run(output: Path, **config: Any) -> tuple[TrainResult, Recorder]:
@@ -72,11 +94,17 @@ def test_what_is_asked_for_comes_first(config: dict[str, Any], tmp_path: Path) -
     assert as_on(load_profile(profile_on(tmp_path, "CPU")), given, pytest.fail) == given
 
 
+@needs_qnn
 def test_the_chip_is_the_profiles_unless_another_is_asked_for() -> None:
     profile = load_profile("android-snapdragon-8-elite")
     assert as_on(profile, TrainConfig(), pytest.fail).soc_model == 69
     assert as_on(profile, TrainConfig(soc_model=43), pytest.fail).soc_model == 43
-    assert as_on(load_profile("generic-x86"), TrainConfig(), pytest.fail) == TrainConfig()
+
+
+@pytest.mark.parametrize("config", [{}, {"runtime": "openvino", "plan": "whole"}])
+def test_a_device_without_an_accelerator_changes_nothing(config: dict[str, Any]) -> None:
+    given = TrainConfig(**config)
+    assert as_on(load_profile("generic-x86"), given, pytest.fail) == given
 
 
 def test_a_device_that_openvino_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -84,7 +112,159 @@ def test_a_device_that_openvino_does_not_have_is_refused(tmp_path: Path) -> None
         path = profile_on(tmp_path, kind)
         with pytest.raises(UsageError, match=f"device_type is '{kind}', expected CPU, GPU, NPU"):
             as_on(load_profile(path), TrainConfig(), pytest.fail)
-    arguments = ["train", GOLDEN / "bundle", "--data", GOLDEN / "train.jsonl", "--output", tmp_path / "adapter"]
-    done = CliRunner().invoke(main, [str(each) for each in (*arguments, "--device", path)])
+    done = call("train", GOLDEN / "bundle", *ROWS, "--output", tmp_path / "adapter", "--device", path)
     assert done.exit_code == 2
     assert not (tmp_path / "adapter").exists()
+
+
+@needs_openvino
+def test_options_of_accelerators_hold_where_the_profile_leads_to_one(tmp_path: Path) -> None:
+    result, _ = run(tmp_path / "adapter", device=profile_on(tmp_path, "CPU"), buckets="1x128")
+    assert {(graph["batch"], graph["length"]) for graph in result.placement} == {(1, 128)}
+    with pytest.raises(ResourceError, match="takes batches of 1x64, 1x128 only, not 2x128"):
+        run(tmp_path / "other", device=profile_on(tmp_path, "CPU"), buckets="2x128")
+    with pytest.raises(UsageError, match="--buckets 1x128 means nothing without a runtime that compiles"):
+        run(tmp_path / "other", device="generic-x86", buckets="1x128")
+
+
+@needs_qnn
+def test_the_profiles_npu_may_be_required(tmp_path: Path) -> None:
+    settled = settle(TrainConfig(require_npu=True), load_profile(npu(tmp_path)), pytest.fail)
+    assert (settled.runtime, settled.require_npu) == ("qnn", True)
+
+
+@needs_openvino
+@pytest.mark.parametrize("option", [{"require_npu": True}, {"device_type": "NPU"}])
+def test_an_accelerator_that_is_wanted_and_not_found_is_an_error(option: dict[str, Any], tmp_path: Path) -> None:
+    profile = load_profile(profile_on(tmp_path, "NPU"))
+    for config in (TrainConfig(**option), TrainConfig("openvino", plan="whole", **option)):
+        with pytest.raises(IncompatibleError, match=r"OpenVINO finds no NPU here .*leave out --require-npu"):
+            settle(config, profile, pytest.fail)
+
+
+def test_a_missing_package_is_said_and_the_cpu_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qnn, "find_spec", lambda name: None)
+    profile = load_profile(npu(tmp_path))
+    result, seen = run(tmp_path / "adapter", device=npu(tmp_path))
+    assert result.runtime == "onnxruntime"
+    expected = 'my-board: onnxruntime-qnn is not installed; pip install "edgetune[qnn]"; the CPU computes'
+    assert expected in seen.notices
+    with pytest.raises(MissingDependencyError, match="onnxruntime-qnn is not installed"):
+        settle(TrainConfig("qnn"), profile, pytest.fail)
+    openvino.core.cache_clear()
+    monkeypatch.setattr(openvino, "find_spec", lambda name: None)
+    notices: list[str] = []
+    settled = settle(TrainConfig(), load_profile(profile_on(tmp_path, "NPU")), notices.append)
+    openvino.core.cache_clear()
+    assert settled.runtime == "auto"
+    assert notices == ['my-board: openvino is not installed; pip install "edgetune[openvino]"; the CPU computes']
+
+
+def test_a_memory_budget_leads_to_the_cpu_on_every_npu(tmp_path: Path) -> None:
+    result, seen = run(tmp_path / "adapter", device=npu(tmp_path), memory_budget="1GB")
+    assert (result.runtime, result.predicted_peak_memory_bytes is None) == ("onnxruntime", False)
+    assert not any("the CPU computes" in notice for notice in seen.notices)
+
+
+def test_elsewhere_a_runtime_that_was_asked_for_gets_the_profiles_device() -> None:
+    profile = load_profile("intel-core-ultra")
+    settled = settle(TrainConfig("openvino", plan="whole"), profile, pytest.fail, elsewhere=True)
+    assert settled.device_type == "NPU"
+    assert settle(TrainConfig(), profile, pytest.fail, elsewhere=True) == TrainConfig(device=profile.name)
+    phone = load_profile("android-snapdragon-8-elite")
+    assert settle(TrainConfig("qnn"), phone, pytest.fail, elsewhere=True).soc_model == 69
+
+
+@needs_openvino
+def test_a_whole_step_that_was_asked_for_runs_on_the_profiles_device(tmp_path: Path) -> None:
+    asked = TrainConfig("openvino", plan="whole")
+    assert settle(asked, load_profile(profile_on(tmp_path, "CPU")), pytest.fail).device_type == "CPU"
+    notices: list[str] = []
+    settled = settle(asked, load_profile(profile_on(tmp_path, "NPU")), notices.append)
+    assert settled == replace(asked, device="my-board")
+    assert notices == ["my-board: OpenVINO finds no NPU here (pip install it); the CPU computes"]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "plan", "expected"),
+    [
+        ("qnn", replace(WHOLE_STEP, accelerator=Accelerator()), True),
+        ("openvino", replace(WHOLE_STEP, accelerator=Accelerator("NPU")), True),
+        ("openvino", replace(WHOLE_STEP, accelerator=Accelerator("CPU")), False),
+        ("openvino", replace(WHOLE_STEP, accelerator=Accelerator()), False),
+        ("onnxruntime", WHOLE_STEP, False),
+    ],
+)
+def test_what_openvino_executes_may_be_the_cpus(runtime: str, plan: ExecutionPlan, expected: bool) -> None:
+    assert on_accelerator(runtime, plan) is expected
+
+
+@pytest.mark.parametrize("placement", [{"forward_only": "cpu"}, {"forward_only": "accelerator"}])
+@needs_qnn
+def test_forward_only_has_a_place_of_its_own(placement: dict[str, str], tmp_path: Path) -> None:
+    path = Path(npu(tmp_path))
+    path.write_text(VALID.replace('forward-only = "cpu"', f'forward-only = "{placement["forward_only"]}"'))
+    settled = settle(TrainConfig(method="forward-only"), load_profile(str(path)), pytest.fail)
+    assert settled.runtime == ("auto" if placement["forward_only"] == "cpu" else "qnn")
+
+
+@needs_openvino
+def test_plan_lays_out_the_shapes_that_train_compiles(tmp_path: Path) -> None:
+    options = (GOLDEN / "bundle", *ROWS, "--device", profile_on(tmp_path, "CPU"), "--steps", 3)
+    path = tmp_path / "my-board.toml"
+    path.write_text(path.read_text().replace('"aarch64"', '"x86_64"'))
+    found = json.loads(call("plan", *options, "--batch-size", 8, "--json").stdout)
+    assert found["here"] and found["plan"] == "whole step in static shapes" and not found["on_accelerator"]
+    done = call("train", *options, "--batch-size", 8, "--output", tmp_path / "adapter", "--json", "--quiet")
+    graphs = json.loads(done.stdout)["placement"]
+    planned = {(shape["sequences"], shape["length"]) for shape in found["shapes"]}
+    assert planned == {(graph["batch"], graph["length"]) for graph in graphs} <= {(1, 64), (1, 128)}
+
+
+def test_validation_rows_that_fit_no_bucket_are_refused_with_the_others() -> None:
+    manifest = open_bundle(GOLDEN / "bundle").manifest
+    short, long = ([Example(1, [5] * count, [5] * count)] for count in (8, 20))
+    config = TrainConfig(batch_size=1)
+    Workload(manifest, short, short, config, [Bucket(8, 1)])
+    with pytest.raises(UsageError, match="the longest row has 20 tokens"):
+        Workload(manifest, short, long, config, [Bucket(8, 1)])
+
+
+def test_no_path_of_this_machine_is_in_the_adapter(tmp_path: Path) -> None:
+    run(tmp_path / "adapter", device=npu(tmp_path), memory_budget="1GB")
+    text = (tmp_path / "adapter" / "edgetune.json").read_text()
+    assert str(tmp_path) not in text
+    provenance = json.loads(text)["provenance"]
+    assert json.loads(provenance["options"])["device"] == "my-board"
+
+
+@needs_qnn
+def test_without_a_device_the_plan_is_the_run_that_train_makes() -> None:
+    """On any runtime: profiles of computers list the CPU's alone."""
+    options = ("--runtime", "qnn", "--length", 8, "--batch-size", 1, "--steps", 1, "--json")
+    done = call("plan", GOLDEN / "bundle", *options)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["device"], found["here"], found["runtime"], found["on_accelerator"]) == (None, True, "qnn", True)
+
+
+def test_a_budget_takes_the_place_of_free_memory_in_plan_and_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: 1_000_000)
+    options = (GOLDEN / "bundle", *ROWS, "--runtime", "onnxruntime", "--steps", 1, "--batch-size", 4, "--json")
+    for budget in ((), ("--memory-budget", "2GB")):
+        planned = json.loads(call("plan", *options, *budget).stdout)["plan"]
+        output = tmp_path / f"adapter{len(budget)}"
+        trained = json.loads(call("train", *options, *budget, "--output", output, "--quiet").stdout)["plan"]
+        assert planned == trained
+        assert ("streamed" in planned) is (not budget)
+
+
+def test_forward_only_trains_b_alone(tmp_path: Path) -> None:
+    slots = open_bundle(GOLDEN / "bundle").manifest.lora.shapes().items()
+    sizes = {matrix: sum(rows * columns for name, (rows, columns) in slots if matrix in name) for matrix in "AB"}
+    for method, expected in (("forward-only", sizes["B"]), ("backpropagation", sizes["A"] + sizes["B"])):
+        queries = {"queries": 2} if method == "forward-only" else {}
+        _, seen = run(tmp_path / method, method=method, learning_rate=1e-3, **queries)
+        assert seen.start[0].trainable_parameters == expected

@@ -96,10 +96,10 @@ def command(
             rows_file(path, option)
     bundle_folder(bundle)
     from edgetune.device import load_profile
-    from edgetune.device_check import check, generic_profile
+    from edgetune.device_check import check
     from edgetune.train.preflight import preflight
 
-    profile = generic_profile() if device is None else load_profile(device)
+    profile = None if device is None else load_profile(device)
     config = TrainConfig(
         runtime=runtime,
         device=device,
@@ -120,7 +120,7 @@ def command(
         valid,
         config,
         profile,
-        here=check(profile).here,
+        here=profile is None or check(profile).here,
         length=length,
         pick_batch=batch_size is None,
     )
@@ -136,7 +136,7 @@ def _show(found: Preflight) -> None:
 
     facts = Table.grid(padding=(0, 2))
     rows = {
-        "device": f"{found.device}, {'this machine' if found.here else 'not this machine'}",
+        "device": ", ".join(filter(None, (found.device, "this machine" if found.here else "not this machine"))),
         "runtime": f"{found.runtime}, on the {'accelerator' if found.on_accelerator else 'CPU'}",
         "plan": found.plan,
         "batch": _batch(found),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast, get_args
 
 from edgetune.config import DeviceType, PlanName, RuntimeName, TrainConfig
-from edgetune.data.buckets import parse_buckets
 from edgetune.device import Profile
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.execution import INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan, Products
@@ -18,8 +16,9 @@ from edgetune.runtimes import find_runtime, openvino
 _ALWAYS: RuntimeName = "qnn"
 _WITH_WHOLE: RuntimeName = "openvino"
 """The runtime that compiles nothing but whole steps for static shapes, and the one that does with `--plan whole`."""
+ACCELERATED = f"--runtime {_ALWAYS}, or --runtime {_WITH_WHOLE} --plan whole"
+"""How to ask for either."""
 _DEVICES = [kind for kind in get_args(DeviceType) if kind != "auto"]
-_PLANS = ("auto", "whole", "int8")
 
 
 def is_accelerated(runtime: str, plan: PlanName) -> bool:
@@ -27,63 +26,87 @@ def is_accelerated(runtime: str, plan: PlanName) -> bool:
     return runtime == _ALWAYS or (runtime == _WITH_WHOLE and plan == "whole")
 
 
-def check_accelerated(config: TrainConfig) -> None:
-    """Refuse what is wrong whatever the bundle.
-
-    Raises:
-        UsageError: An option that the step does not take, or that it alone takes.
-        MissingDependencyError: The runtime's package is not installed.
-    """
-    if not is_accelerated(config.runtime, config.plan):
-        given = {
-            "--require-npu": config.require_npu,
-            "--buckets": config.buckets is not None,
-            "--device-type": config.device_type != TrainConfig.device_type,
-        }
-        if options := [name for name, is_given in given.items() if is_given]:
-            raise UsageError(
-                f"{' and '.join(options)} need a runtime that compiles the whole step; use --runtime {_ALWAYS}, or "
-                f"--runtime {_WITH_WHOLE} --plan whole"
-            )
-        return
-    if config.buckets is not None:
-        parse_buckets(config.buckets)
-    if config.runtime == _ALWAYS and config.device_type not in ("auto", "NPU"):
-        raise UsageError(f"--runtime {_ALWAYS} trains on an NPU, not on --device-type {config.device_type}")
-    if config.plan not in _PLANS:
-        raise UsageError(f"--runtime {config.runtime} does not execute --plan {config.plan}, only {', '.join(_PLANS)}")
-    find_runtime(config.runtime).abilities()
+def on_accelerator(runtime: str, plan: ExecutionPlan) -> bool:
+    """Whether something else than the CPU executes a plan, which is what OpenVINO takes where nothing is named."""
+    accelerator = plan.accelerator
+    return accelerator is not None and (runtime == _ALWAYS or accelerator.device_type not in ("auto", "CPU"))
 
 
-def as_on(profile: Profile, config: TrainConfig, notice: Callable[[str], None]) -> TrainConfig:
+def as_on(
+    profile: Profile, config: TrainConfig, notice: Callable[[str], None], *, elsewhere: bool = False
+) -> TrainConfig:
     """The configuration with what a device's profile says of its accelerator and the configuration does not.
 
     Args:
-        profile: Of the device, which is this machine.
+        profile: Of the device.
         config: How to train.
-        notice: Hears when the accelerator is not found.
+        notice: Hears why the CPU computes instead of the accelerator.
+        elsewhere: The device is not this machine: what is installed here does not count, and `--runtime auto` stays.
 
     Raises:
+        IncompatibleError: The accelerator is not here, and the configuration takes nothing else.
+        MissingDependencyError: The package of the runtime that was asked for is not installed.
         UsageError: The profile names a kind of device that OpenVINO does not have, or a chip without a number.
     """
-    options, places = profile.runtime.options, profile.placement
-    if config.soc_model is None and (chip := options.get("soc_model")) is not None:
+    absent = []
+    for asked in [_asking(profile, config, name) for name in _leading(profile, config, elsewhere=elsewhere)]:
+        reason = "" if elsewhere else _absence(profile, config, asked)
+        if not reason:
+            return asked
+        absent.append(reason)
+    if absent:
+        reasons = f"{profile.name}: {'; '.join(absent)}"
+        if config.require_npu or config.device_type != TrainConfig.device_type:
+            raise IncompatibleError(f"{reasons}; leave out --require-npu and --device-type to train on the CPU")
+        notice(f"{reasons}; the CPU computes")
+    return config
+
+
+def _leading(profile: Profile, config: TrainConfig, *, elsewhere: bool) -> Sequence[str]:
+    """The device's runtimes with which the configuration means its accelerator, the preferred first."""
+    names = [name for name in profile.runtime.names if name in (_ALWAYS, _WITH_WHOLE)]
+    if config.runtime != "auto":
+        names = [name for name in names if name == config.runtime]
+    elif elsewhere:
+        return []
+    if config.runtime == _ALWAYS:
+        return names
+    places = profile.placement
+    place = places.forward_only if config.method == "forward-only" else places.whole_step
+    # The other plans, and those that a budget chooses from, are layered, and run on the CPU.
+    whole = config.plan in ("auto", "whole") and config.memory_budget is None
+    return names if whole and place == "accelerator" else []
+
+
+def _asking(profile: Profile, config: TrainConfig, runtime: str) -> TrainConfig:
+    """The configuration that names a runtime, and its device as the profile does."""
+    options = profile.runtime.options
+    if runtime == _ALWAYS:
+        config = replace(config, runtime=_ALWAYS)
+        if config.soc_model is not None or (chip := options.get("soc_model")) is None:
+            return config
         if not chip.isdecimal():
             raise UsageError(f"{profile.name}: runtime.options.soc_model is {chip!r}, expected a number such as 69")
-        config = replace(config, soc_model=int(chip))
-    runtime = profile.runtime.names[0] if config.runtime == "auto" else config.runtime
-    place = places.forward_only if config.method == "forward-only" else places.whole_step
-    if runtime != _WITH_WHOLE or place != "accelerator" or config.plan != "auto" or config.memory_budget is not None:
-        return config
-    # What `auto` means elsewhere, the layered form, runs on the CPU.
+        return replace(config, soc_model=int(chip))
     kind = options.get("device_type", "NPU")
     if kind not in _DEVICES:
         raise UsageError(f"{profile.name}: runtime.options.device_type is {kind!r}, expected {', '.join(_DEVICES)}")
-    with suppress(MissingDependencyError):
-        if openvino.has_device(kind):
-            return replace(config, runtime=_WITH_WHOLE, plan="whole", device_type=cast(DeviceType, kind))
-        notice(f"{profile.name}: OpenVINO finds no {kind} here ({profile.install.step}); the CPU computes")
-    return config
+    own = config.device_type == TrainConfig.device_type
+    device_type = cast(DeviceType, kind) if own else config.device_type
+    return replace(config, runtime=_WITH_WHOLE, plan="whole", device_type=device_type)
+
+
+def _absence(profile: Profile, config: TrainConfig, asked: TrainConfig) -> str:
+    """Why the accelerator cannot be taken here; empty where it can."""
+    try:
+        find_runtime(asked.runtime).abilities()
+    except MissingDependencyError as error:
+        if config.runtime == asked.runtime:
+            raise
+        return str(error)
+    if asked.runtime == _WITH_WHOLE and not openvino.has_device(asked.device_type):
+        return f"OpenVINO finds no {asked.device_type} here ({profile.install.step})"
+    return ""
 
 
 def accelerated_plan(manifest: BundleManifest, config: TrainConfig) -> ExecutionPlan:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
 
 from edgetune.config import Method, PlanName, TrainConfig
 from edgetune.device import Profile
-from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
+from edgetune.errors import IncompatibleError, UsageError
 from edgetune.footprint import Footprint
 from edgetune.runtimes import RUNTIMES, Abilities, find_runtime, preferred_runtimes
 
@@ -51,7 +50,7 @@ def candidates(
     if elsewhere and profile.runtime.names[0] != STOCK:
         notice(f"predicted for {STOCK} on the CPU: what others take there depends on what they find")
     able = [STOCK] if elsewhere and STOCK in profile.runtime.names else []
-    able = able if elsewhere else list(_listed(plan, config.method, profile))
+    able = able if elsewhere else list(_able(plan, config.method, profile.runtime.names))
     if not able:
         raise IncompatibleError(f"{profile.name} runs {listed}; none of them is here: {profile.install.step}")
     return able
@@ -79,16 +78,6 @@ def _able(plan: PlanName, method: Method, among: Collection[str] | None = None) 
         abilities = find_runtime(name).abilities()
         if _has(abilities, method) and (abilities.whole if plan == "whole" else _footprint(abilities, plan)):
             yield name
-
-
-def _listed(plan: PlanName, method: Method, profile: Profile) -> Iterator[str]:
-    """The runtimes of a device that are here: first those that run the whole step on its accelerator."""
-    if profile.placement.whole_step == "accelerator" and plan in ("auto", "whole"):
-        for name in profile.runtime.names:
-            with suppress(MissingDependencyError):
-                if name in RUNTIMES and name != STOCK and find_runtime(name).abilities().whole:
-                    yield name
-    yield from _able(plan, method, profile.runtime.names)
 
 
 def _has(abilities: Abilities, method: Method) -> bool:

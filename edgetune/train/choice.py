@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from edgetune.byte_size import bytes_text, parse_bytes
 from edgetune.config import PlanName, TrainConfig
 from edgetune.device import Profile
-from edgetune.errors import IncompatibleError, ResourceError, UsageError
+from edgetune.errors import IncompatibleError, ResourceError
 from edgetune.execution import LAYERED, WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint, Work
 from edgetune.free_memory import free_memory_bytes
@@ -17,10 +17,9 @@ from edgetune.frozen import INT8, LAYERS
 from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Runtime, find_runtime
-from edgetune.train.accelerated import accelerated_plan, check_accelerated, is_accelerated
+from edgetune.train.accelerated import accelerated_plan, is_accelerated, on_accelerator
 from edgetune.train.candidates import candidates, footprint_of
 
-_OF_BACKWARD = ("keep", "recompute")
 _SHARE = 0.85
 """Of the memory that is free, or that a device has, which others need as well, that a plan may take."""
 
@@ -38,36 +37,10 @@ class Choice:
     footprint: Footprint | None = None
     """The runtime's; none for the whole step."""
 
-
-def check_plan(config: TrainConfig) -> None:
-    """Refuse what is wrong whatever the bundle.
-
-    Raises:
-        UsageError: An unknown runtime, a budget that is no size, or one for a plan whose memory is not known; a plan or
-            runtime that the method cannot have.
-        MissingDependencyError: The runtime's package is not installed.
-    """
-    parse_bytes(config.trunk_cache)
-    check_accelerated(config)
-    if config.memory_budget is not None:
-        parse_bytes(config.memory_budget)
-        accelerated = is_accelerated(config.runtime, config.plan)
-        if config.plan == "whole" or config.runtime == "ort-training" or accelerated:
-            raise UsageError(
-                "the whole step as one graph keeps all activations and takes no --memory-budget; "
-                "use --plan auto with --runtime auto"
-            )
-    if config.report_gradient_cosine and config.method != "forward-only":
-        raise UsageError("--report-gradient-cosine is for --method forward-only; other methods have the exact gradient")
-    if config.method == "forward-only" and config.plan in _OF_BACKWARD:
-        raise UsageError(
-            f"--plan {config.plan} says what a backward pass needs, and --method forward-only has none; "
-            "use --plan auto, whole, stream or int8"
-        )
-    if config.runtime != "auto" and not is_accelerated(config.runtime, config.plan):
-        footprint_of(config.runtime, config.plan, config.method)
-    if config.vitisai_config is not None and config.plan != "split":
-        raise UsageError("--vitisai-config is for a trunk on Vitis AI; give --plan split as well")
+    @property
+    def on_accelerator(self) -> bool:
+        """Whether something else than the CPU executes the steps."""
+        return on_accelerator(self.name, self.plan)
 
 
 def choose(

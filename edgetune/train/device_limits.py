@@ -1,55 +1,71 @@
-"""What a device cannot do, whatever memory it has: rows that are too long, batches that are too large."""
+"""What a device cannot do, whatever memory it has: rows too long, batches too large, shapes that it does not take."""
 
 from __future__ import annotations
 
+from edgetune.config import TrainConfig
+from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
 from edgetune.device import Profile
 from edgetune.errors import ResourceError
-from edgetune.train.candidates import STOCK
 from edgetune.train.choice import Choice
-
-Bucket = tuple[int, int]
-"""Rows and positions of a batch whose shape was fixed before."""
+from edgetune.train.workload import Workload
 
 
-def require_fit(profile: Profile, choice: Choice, batch_size: int, longest: int) -> None:
+def require_fit(profile: Profile | None, choice: Choice, config: TrainConfig, longest: int) -> None:
     """Refuse what the device's profile excludes.
 
     Args:
-        profile: The device's.
+        profile: The device's, where one was given.
         choice: What shall run there.
-        batch_size: Rows of a batch.
+        config: How to train: batch size, and the shapes that were asked for.
         longest: Tokens of the longest row.
 
     Raises:
         ResourceError: Naming each limit, what was asked for, and what would fit.
     """
+    if profile is None:
+        return
     problems = []
     limits = profile.limits
-    if limits.longest_row is not None and longest > limits.longest_row.value:
-        most = limits.longest_row.value
-        problems.append(f"rows of at most {most:,} tokens, the longest has {longest:,} (--truncate)")
-    if limits.largest_batch is not None and batch_size > limits.largest_batch.value:
-        problems.append(f"at most {limits.largest_batch.value} rows in a batch, not {batch_size} (--batch-size)")
-    bound = profile.buckets is not None and on_accelerator(profile, choice)
-    if not problems and bound and bucket(profile, batch_size, longest) is None:
-        shapes = ", ".join(f"{rows} × {positions}" for rows, positions in _shapes(profile))
-        asked = f"{batch_size} × {longest:,}"
-        problems.append(f"batches of {shapes} positions only, not {asked} (--batch-size, --truncate)")
+    own = _own_shapes(profile, choice)
+    rows = [bucket.length for bucket in own[-1:]] + ([limits.longest_row.value] if limits.longest_row else [])
+    if rows and longest > min(rows):
+        problems.append(f"rows of at most {min(rows):,} tokens, the longest has {longest:,} (--truncate)")
+    if limits.largest_batch is not None and config.batch_size > limits.largest_batch.value:
+        problems.append(f"at most {limits.largest_batch.value} rows in a batch, not {config.batch_size} (--batch-size)")
+    strange = [bucket for bucket in _asked_shapes(config) if own and bucket not in own]
+    if strange:
+        problems.append(f"batches of {_text(own)} only, not {_text(strange)} (--buckets)")
     if problems:
         raise ResourceError(f"{profile.name} takes {'; '.join(problems)}")
 
 
-def on_accelerator(profile: Profile, choice: Choice) -> bool:
-    """Whether the accelerator executes the steps: stock ONNX Runtime is the CPU's."""
-    form = profile.placement.whole_step if choice.plan.form == "whole" else profile.placement.layered
-    return form == "accelerator" and choice.name != STOCK
+def in_fixed_shapes(workload: Workload, profile: Profile | None, choice: Choice, config: TrainConfig) -> Workload:
+    """The workload in the only shapes that graphs are compiled for; as it is where any shape may come.
+
+    Args:
+        workload: Of the run.
+        profile: The device's, where one was given.
+        choice: What executes it.
+        config: How to train.
+
+    Raises:
+        UsageError: A row fits into none of the shapes that were asked for.
+    """
+    if choice.plan.accelerator is None:
+        return workload
+    return workload.within(_asked_shapes(config) or _own_shapes(profile, choice) or default_buckets(workload.room()))
 
 
-def bucket(profile: Profile, batch_size: int, longest: int) -> Bucket | None:
-    """The smallest fixed shape that holds so many rows of so many tokens; none where nothing does."""
-    fitting = (shape for shape in _shapes(profile) if shape[0] >= batch_size and shape[1] >= longest)
-    return next(fitting, None)
+def _asked_shapes(config: TrainConfig) -> list[Bucket]:
+    return [] if config.buckets is None else parse_buckets(config.buckets)
 
 
-def _shapes(profile: Profile) -> tuple[Bucket, ...]:
-    return () if profile.buckets is None else profile.buckets.shapes
+def _own_shapes(profile: Profile | None, choice: Choice) -> list[Bucket]:
+    """The device's, the shortest sequences first; none where the plan takes any shape."""
+    if profile is None or profile.buckets is None or choice.plan.accelerator is None:
+        return []
+    return sorted(Bucket(positions, rows) for rows, positions in profile.buckets.shapes)
+
+
+def _text(buckets: list[Bucket]) -> str:
+    return ", ".join(map(str, buckets))

@@ -23,20 +23,19 @@ from edgetune.adapter import (
 )
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
-from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
 from edgetune.data.encode import Example, Examples, load_encoder, load_examples
-from edgetune.device import load_profile
+from edgetune.device import Profile, load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError
 from edgetune.placement import Placement, placement_record
 from edgetune.runtimes import Parameters, Placed, Session, StepResult
 from edgetune.storage import atomic_folder, sha256_of
-from edgetune.train.accelerated import as_on
-from edgetune.train.choice import check_plan, choose
-from edgetune.train.device_limits import require_fit
+from edgetune.train.choice import choose
+from edgetune.train.consistency import settle
+from edgetune.train.device_limits import in_fixed_shapes, require_fit
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.record import RunRecord, peak_memory_bytes
-from edgetune.train.schedule import check_options, learning_rate
+from edgetune.train.schedule import learning_rate
 from edgetune.train.trainer import open_trainer, query_config
 from edgetune.train.trunk_plan import plan_of_trunk
 from edgetune.train.workload import Workload
@@ -69,10 +68,10 @@ def train(
         LockedError: Another process writes `output`.
         EdgetuneError: A loss or gradient was not finite.
     """
-    check_options(config)
-    check_plan(config)
+    profile = None if config.device is None else load_profile(config.device)
+    config = settle(config, profile, observer.on_notice)
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
-        run = _Run(open_bundle(bundle), data, valid, output, config, observer)
+        run = _Run(open_bundle(bundle), data, valid, output, config, profile, observer)
         steps = run.execute(partial)
     if run.stopped:
         raise EdgetuneError(f"{run.stopped}; {output} holds the adapter after step {steps}; {_REMEDY}")
@@ -99,15 +98,18 @@ class _Run:
     """One run: everything that can be refused is refused here, before a session is opened."""
 
     def __init__(
-        self, bundle: Bundle, data: Path, valid: Path | None, output: Path, config: TrainConfig, observer: Observer
+        self,
+        bundle: Bundle,
+        data: Path,
+        valid: Path | None,
+        output: Path,
+        config: TrainConfig,
+        profile: Profile | None,
+        observer: Observer,
     ) -> None:
         self._bundle, self._config, self._observer = bundle, config, observer
         self._output, self._valid_path = output, valid
         manifest = bundle.manifest
-        profile = None
-        if config.device is not None:
-            profile = load_profile(config.device)
-            self._config = config = as_on(profile, config, observer.on_notice)
         encoder = load_encoder(bundle.path, manifest.tokenizer)
         self._rows = load_examples(data, encoder, manifest.max_length, truncate=config.truncate)
         self._notice_lengths(data, self._rows)
@@ -116,18 +118,12 @@ class _Run:
             rows = load_examples(valid, encoder, manifest.max_length, truncate=config.truncate)
             self._notice_lengths(valid, rows)
             self._valid = rows.examples
-        self._workload = Workload(manifest, self._rows.examples, self._valid, config)
-        self._schedule = self._workload.schedule
+        workload = Workload(manifest, self._rows.examples, self._valid, config)
+        self._schedule = workload.schedule
         trunk = plan_of_trunk(bundle, config, [*self._rows.examples, *self._valid])
-        self.choice = choose(manifest, config, self._workload.work(), observer.on_notice, profile, trunk)
-        if profile is not None:
-            require_fit(profile, self.choice, config.batch_size, self._workload.longest())
-        if self.choice.plan.accelerator is not None:
-            own = None if profile is None or profile.buckets is None else profile.buckets.shapes
-            given = [Bucket(positions, rows) for rows, positions in own or ()]
-            given = parse_buckets(config.buckets) if config.buckets else given
-            buckets = given or default_buckets(self._workload.room())
-            self._workload = Workload(manifest, self._rows.examples, self._valid, config, buckets)
+        self.choice = choose(manifest, config, workload.work(), observer.on_notice, profile, trunk)
+        require_fit(profile, self.choice, config, workload.longest())
+        self._workload = in_fixed_shapes(workload, profile, self.choice, config)
         self.placements: list[Placement] = []
         self._lora = manifest.lora.from_layer(self.choice.plan.trunk_layers)
         """The slots that are trained."""
@@ -274,8 +270,14 @@ class _Run:
             validation_rows=len(self._valid),
             tokens_per_epoch=sum(len(example.input_ids) for example in self._rows.examples),
             trained_tokens_per_epoch=self._rows.trained_tokens,
-            trainable_parameters=sum(value.size for value in self._parameters.values()),
+            trainable_parameters=sum(self._parameters[name].size for name in self._trained()),
         )
+
+    def _trained(self) -> list[str]:
+        """The parameters that steps change."""
+        if self.choice.plan.forward_only:
+            return [slot.b for slot in self._lora.slots]
+        return list(self._parameters)
 
     def _provenance(self, steps: int) -> dict[str, str]:
         # Neither how the folder came to its place nor a path of this machine belongs to what was learnt.

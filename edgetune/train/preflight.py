@@ -6,20 +6,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from edgetune.bundle import MANIFEST, Bundle, open_bundle
 from edgetune.byte_size import bytes_text
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.device import Profile
-from edgetune.errors import ResourceError
+from edgetune.errors import ResourceError, UsageError
 from edgetune.footprint import Work
 from edgetune.runtimes.forward_only import passes_a_step
-from edgetune.train.accelerated import as_on
-from edgetune.train.choice import Choice, check_plan, choose
-from edgetune.train.device_limits import Bucket, bucket, on_accelerator, require_fit
+from edgetune.train.choice import Choice, choose
+from edgetune.train.consistency import settle
+from edgetune.train.device_limits import in_fixed_shapes, require_fit
 from edgetune.train.run_time import predict_times
-from edgetune.train.schedule import check_options
 from edgetune.train.trunk_plan import plan_of_trunk
 from edgetune.train.workload import Workload
 
@@ -57,7 +57,8 @@ class ShapeUse:
 class Preflight:
     """What a run will need."""
 
-    device: str
+    device: str | None
+    """Name of the profile; none where no device was named, which means this machine."""
     here: bool
     """Whether the device is this machine."""
     runtime: str
@@ -92,7 +93,7 @@ def preflight(
     data: Path | None,
     valid: Path | None,
     config: TrainConfig,
-    profile: Profile,
+    profile: Profile | None,
     *,
     here: bool,
     length: int | None = None,
@@ -105,52 +106,52 @@ def preflight(
         data: JSONL rows; without them all rows are taken to be as long as `length` says.
         valid: JSONL rows that would be measured on.
         config: How to train.
-        profile: Of the device.
+        profile: Of the device; without one it is this machine, as `train` takes it.
         here: The device is this machine: a few steps are timed, and what is free counts.
-        length: Tokens of a row; the bundle's longest when it is not given.
+        length: Tokens of a row, at most the bundle's longest, which it is when it is not given.
         pick_batch: Where the batch does not fit, take the largest that does, and accumulate gradients.
 
     Raises:
-        UsageError: Options that cannot be meant.
+        UsageError: Options that cannot be meant, or not together.
         DataError: Rows that cannot be trained on.
         IncompatibleError: The device does not run what was asked for, or the bundle lacks it.
+        MissingDependencyError: The runtime's package is not installed.
         ResourceError: Nothing fits; the message says what would.
     """
-    check_options(config)
-    if here:
-        check_plan(config)
-    opened = open_bundle(bundle)
     notes: list[str] = []
-    if here:
-        config = as_on(profile, config, notes.append)
+    config = settle(config, profile, notes.append, elsewhere=not here)
+    opened = open_bundle(bundle)
     rows = _rows(opened, data, config, length, notes)
     measured = _rows(opened, valid, config, length, notes) if valid is not None else []
     planned = _Planned(opened, rows, measured, profile, here)
     config, choice, notices = planned.fitting(config, pick_batch)
     notes += notices
-    workload = planned.workload(config)
+    workload = in_fixed_shapes(planned.workload(config), profile, choice, config)
     flash = _flash(opened, choice, workload.schedule.total_steps)
-    if (limit := profile.hardware.flash) is not None and flash.total > limit.value:
+    limit = None if profile is None else profile.hardware.flash
+    if profile is not None and limit is not None and flash.total > limit.value:
         raise ResourceError(
             f"{profile.name} has {bytes_text(limit.value)} of flash, the run needs {bytes_text(flash.total)}: bundle "
             f"{bytes_text(flash.bundle)}, adapter {bytes_text(flash.adapter)}, cache {bytes_text(flash.cache)}; use a "
             "smaller model, or prepare it with --base int4"
         )
     passes = passes_a_step(config.queries) if choice.plan.forward_only else 1
-    times = predict_times(opened, workload, choice, profile, passes, here=here)
+    # Here nothing is looked up in the profile.
+    times = predict_times(opened, workload, choice, cast(Profile, profile), passes, here=here)
+    memory = None if profile is None else profile.hardware.memory
     return Preflight(
-        device=profile.name,
+        device=None if profile is None else profile.name,
         here=here,
         runtime=choice.name,
         plan=str(choice.plan),
-        on_accelerator=on_accelerator(profile, choice),
+        on_accelerator=choice.on_accelerator,
         batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         longest_row=workload.longest(),
-        shapes=_uses(workload, profile, choice),
+        shapes=_uses(workload),
         steps=workload.schedule.total_steps,
         peak_memory_bytes=choice.predicted_peak_bytes,
-        memory_bytes=None if profile.hardware.memory is None else profile.hardware.memory.value,
+        memory_bytes=None if memory is None else memory.value,
         flash=flash,
         flash_bytes=flash.total,
         step_seconds=times.step,
@@ -165,7 +166,7 @@ class _Planned:
     """Which batch and plan fit a device."""
 
     def __init__(
-        self, bundle: Bundle, rows: Sequence[Example], valid: Sequence[Example], profile: Profile, here: bool
+        self, bundle: Bundle, rows: Sequence[Example], valid: Sequence[Example], profile: Profile | None, here: bool
     ) -> None:
         self._bundle, self._rows, self._valid, self._profile, self._here = bundle, rows, valid, profile, here
 
@@ -189,7 +190,7 @@ class _Planned:
         trunk = plan_of_trunk(self._bundle, config, [*self._rows, *self._valid])
         work = workload.work()
         choice = choose(manifest, config, work, notes.append, self._profile, trunk, elsewhere=not self._here)
-        require_fit(self._profile, choice, config.batch_size, workload.longest())
+        require_fit(self._profile, choice, config, workload.longest())
         return choice, notes
 
     def _smaller(self, config: TrainConfig) -> Iterator[tuple[TrainConfig, Choice, list[str]]]:
@@ -232,7 +233,7 @@ class _Planned:
     def _choose_length(self, config: TrainConfig, length: int) -> Choice:
         work = Work(length, length**2)
         choice = choose(self._bundle.manifest, config, work, lambda text: None, self._profile, elsewhere=not self._here)
-        require_fit(self._profile, choice, 1, length)
+        require_fit(self._profile, choice, config, length)
         return choice
 
 
@@ -241,7 +242,12 @@ def _rows(
 ) -> Sequence[Example]:
     manifest = bundle.manifest
     if data is None:
-        tokens = min(length or manifest.max_length, manifest.max_length)
+        tokens = length or manifest.max_length
+        if tokens > manifest.max_length:
+            raise UsageError(
+                f"--length is {tokens:,}, the bundle's rows have at most {manifest.max_length:,} tokens; give no more, "
+                "or prepare it again with a larger --max-length"
+            )
         ids = [number % manifest.architecture.vocab_size for number in range(tokens)]
         count = config.batch_size * config.gradient_accumulation_steps
         notes.append(f"no --data: rows of {tokens:,} tokens, all of them trained, {count} an epoch")
@@ -261,13 +267,9 @@ def _flash(bundle: Bundle, choice: Choice, steps: int) -> Flash:
     return Flash(files, adapter, 0 if choice.footprint is None else choice.footprint.cache)
 
 
-def _uses(workload: Workload, profile: Profile, choice: Choice) -> list[ShapeUse]:
-    fixed = profile.buckets is not None and on_accelerator(profile, choice)
-    counts: Counter[Bucket] = Counter()
-    for step in workload.step_shapes()[: workload.schedule.steps_per_epoch]:
-        for shape in step:
-            whole = bucket(profile, shape.sequences, shape.length) if fixed else None
-            counts[whole or (shape.sequences, shape.length)] += 1
+def _uses(workload: Workload) -> list[ShapeUse]:
+    epoch = workload.step_shapes()[: workload.schedule.steps_per_epoch]
+    counts = Counter((shape.sequences, shape.length) for step in epoch for shape in step)
     return [ShapeUse(*shape, count) for shape, count in counts.most_common()]
 
 

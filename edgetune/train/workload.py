@@ -30,7 +30,7 @@ class Workload:
         buckets: The only shapes of batches, where graphs are compiled for each.
 
     Raises:
-        UsageError: Warm-up takes the whole run, or a row fits into no bucket.
+        UsageError: Warm-up takes the whole run, or a row, of training or validation, fits into no bucket.
     """
 
     def __init__(
@@ -42,9 +42,17 @@ class Workload:
         buckets: Sequence[Bucket] | None = None,
     ) -> None:
         self._manifest, self._rows, self._valid, self._config = manifest, rows, valid, config
-        self._buckets = buckets
         self.schedule = schedule_steps(len(rows), config)
-        self._batcher = self._batches_of(rows)
+        self._batcher = self._batches_of(rows, buckets)
+        self._measurer = self._batches_of(valid, buckets) if valid else None
+
+    def within(self, buckets: Sequence[Bucket]) -> Workload:
+        """The same rows in batches of these shapes alone.
+
+        Raises:
+            UsageError: A row fits into none of them.
+        """
+        return Workload(self._manifest, self._rows, self._valid, self._config, buckets)
 
     def steps(self) -> Iterator[list[Batch]]:
         """The batches of every step."""
@@ -52,7 +60,7 @@ class Workload:
 
     def validation(self) -> Iterator[Batch]:
         """The batches of the validation rows."""
-        return self._batches_of(self._valid).measure(self._valid) if self._valid else iter(())
+        return iter(()) if self._measurer is None else self._measurer.measure(self._valid)
 
     def step_shapes(self) -> list[list[BatchShape]]:
         """Shapes of the batches of the first steps, of all of them in a short run."""
@@ -60,7 +68,7 @@ class Workload:
 
     def validation_shapes(self) -> list[BatchShape]:
         """Shapes of the batches of one validation."""
-        return self._batches_of(self._valid).measure_shapes(self._valid) if self._valid else []
+        return [] if self._measurer is None else self._measurer.measure_shapes(self._valid)
 
     def validations(self) -> int:
         """How often the validation rows are measured."""
@@ -80,7 +88,7 @@ class Workload:
 
     def room(self) -> Room:
         """The largest pass of training and validation."""
-        rooms = [self._batches_of(rows).room for rows in (self._rows, self._valid) if rows]
+        rooms = [batcher.room for batcher in (self._batcher, self._measurer) if batcher is not None]
         return max(rooms, key=lambda room: room.longest)
 
     def longest(self) -> int:
@@ -93,6 +101,6 @@ class Workload:
         for step in range(self.schedule.total_steps):
             yield list(islice(drawn, self.schedule.batches(step)))
 
-    def _batches_of(self, rows: Sequence[Example]) -> Batcher:
+    def _batches_of(self, rows: Sequence[Example], buckets: Sequence[Bucket] | None) -> Batcher:
         config = self._config
-        return Batcher(self._manifest, rows, config.batch_size, packing=config.packing, buckets=self._buckets)
+        return Batcher(self._manifest, rows, config.batch_size, packing=config.packing, buckets=buckets)

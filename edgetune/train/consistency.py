@@ -1,0 +1,133 @@
+"""Which options of a run go together, whatever the bundle and the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from edgetune.byte_size import parse_bytes
+from edgetune.config import TrainConfig
+from edgetune.data.buckets import parse_buckets
+from edgetune.device import Profile
+from edgetune.errors import UsageError
+from edgetune.runtimes import find_runtime
+from edgetune.train.accelerated import ACCELERATED, as_on, is_accelerated
+from edgetune.train.candidates import footprint_of
+from edgetune.train.schedule import check_options
+
+_OF_BACKWARD = ("keep", "recompute")
+_ON_QNN = ("auto", "whole", "int8")
+
+
+@dataclass(frozen=True)
+class _Belonging:
+    """Options that mean nothing without another."""
+
+    options: tuple[str, ...]
+    """Fields of `TrainConfig`."""
+    to: str
+    """As people ask for it."""
+    holds: Callable[[TrainConfig], bool]
+
+
+_BELONGINGS = (
+    _Belonging(
+        ("require_npu", "buckets", "device_type"),
+        f"a runtime that compiles the whole step, {ACCELERATED}",
+        lambda config: is_accelerated(config.runtime, config.plan),
+    ),
+    _Belonging(("soc_model",), "--runtime qnn", lambda config: config.runtime == "qnn"),
+    _Belonging(("trunk_cache",), "--plan split", lambda config: config.plan == "split"),
+    _Belonging(
+        ("vitisai_config",),
+        "--plan split on another runtime than fpga-hls",
+        lambda config: config.plan == "split" and config.runtime != "fpga-hls",
+    ),
+    _Belonging(
+        ("queries", "perturbation_size", "report_gradient_cosine"),
+        "--method forward-only",
+        lambda config: config.method == "forward-only",
+    ),
+)
+
+
+def settle(
+    config: TrainConfig, profile: Profile | None, notice: Callable[[str], None], *, elsewhere: bool = False
+) -> TrainConfig:
+    """The configuration as it holds on a device. What is wrong whatever the bundle is refused.
+
+    Args:
+        config: How to train.
+        profile: The device's, where one was given.
+        notice: Hears why the CPU computes instead of the device's accelerator.
+        elsewhere: The device is not this machine: what is installed here does not count.
+
+    Raises:
+        IncompatibleError: The device's accelerator is not here, and the configuration takes nothing else.
+        MissingDependencyError: The package of the runtime that was asked for is not installed.
+        UsageError: Options that cannot be meant, or not together; a runtime that does not execute the plan.
+    """
+    check_options(config)
+    if profile is not None:
+        # The name alone: a path of this machine is nobody else's business.
+        config = replace(as_on(profile, config, notice, elsewhere=elsewhere), device=profile.name)
+    check_plan(config)
+    if not elsewhere:
+        _check_runtime(config)
+    return config
+
+
+def check_plan(config: TrainConfig) -> None:
+    """Refuse options that do not go together, whatever is installed.
+
+    Raises:
+        UsageError: Naming each of them, and what to do; a size or a list of shapes that is none.
+    """
+    parse_bytes(config.trunk_cache)
+    if config.memory_budget is not None:
+        parse_bytes(config.memory_budget)
+    if config.buckets is not None:
+        parse_buckets(config.buckets)
+    problems = [*_homeless(config), *_contradictions(config)]
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def _homeless(config: TrainConfig) -> Iterator[str]:
+    """Options that were given without what they belong to."""
+    default = TrainConfig()
+    for belonging in _BELONGINGS:
+        if belonging.holds(config):
+            continue
+        for option in belonging.options:
+            if (value := getattr(config, option)) != getattr(default, option):
+                flag = f"--{option.replace('_', '-')}"
+                given = flag if value is True else f"{flag} {value}"
+                yield f"{given} means nothing without {belonging.to}; give that as well, or leave {flag} out"
+
+
+def _contradictions(config: TrainConfig) -> Iterator[str]:
+    """Options that exclude each other."""
+    accelerated = is_accelerated(config.runtime, config.plan)
+    if config.runtime == "qnn" and config.device_type not in ("auto", "NPU"):
+        yield f"--runtime qnn trains on an NPU, not on --device-type {config.device_type}; leave that out"
+    if config.runtime == "qnn" and config.plan not in _ON_QNN:
+        yield f"--runtime qnn does not execute --plan {config.plan}, only {', '.join(_ON_QNN)}"
+    if config.memory_budget is not None and (config.plan == "whole" or config.runtime == "ort-training" or accelerated):
+        yield (
+            "the whole step as one graph keeps all activations and takes no --memory-budget; "
+            "use --plan auto with --runtime auto"
+        )
+    if config.method == "forward-only" and config.plan in _OF_BACKWARD:
+        yield (
+            f"--plan {config.plan} says what a backward pass needs, and --method forward-only has none; "
+            "use --plan auto, whole, stream or int8"
+        )
+
+
+def _check_runtime(config: TrainConfig) -> None:
+    """Refuse a runtime that is not here, or does not execute the plan."""
+    if is_accelerated(config.runtime, config.plan):
+        find_runtime(config.runtime).abilities()
+    elif config.runtime != "auto":
+        footprint_of(config.runtime, config.plan, config.method)
