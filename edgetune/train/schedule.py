@@ -77,7 +77,7 @@ def check_options(config: TrainConfig) -> None:
     problems = []
     if config.steps is not None and config.epochs is not None:
         problems.append(f"steps ({config.steps}) and epochs ({config.epochs:g}) exclude each other; give one of them")
-    at_least_one: tuple[str, ...] = ("batch_size", "gradient_accumulation_steps", "queries") + (
+    at_least_one: tuple[str, ...] = ("batch_size", "gradient_accumulation_steps") + (
         ("steps",) if config.steps is not None else ()
     )
     for name in at_least_one:
