@@ -128,8 +128,7 @@ def preflight(
     notes += notices
     workload = in_fixed_shapes(planned.workload(config), profile, choice, config)
     flash = _flash(opened, choice, workload.schedule.total_steps)
-    limit = None if profile is None else profile.hardware.flash
-    if profile is not None and limit is not None and flash.total > limit.value:
+    if profile is not None and (limit := profile.hardware.flash) is not None and flash.total > limit.value:
         raise ResourceError(
             f"{profile.name} has {bytes_text(limit.value)} of flash, the run needs {bytes_text(flash.total)}: bundle "
             f"{bytes_text(flash.bundle)}, adapter {bytes_text(flash.adapter)}, cache {bytes_text(flash.cache)}; use a "
