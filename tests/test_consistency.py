@@ -65,6 +65,14 @@ def test_plan_refuses_what_train_refuses(options: tuple[str, ...], message: str,
     assert refused.exit_code == 2 and message in refused.output
 
 
+@pytest.mark.parametrize(
+    "option", [("--buckets", "1x8"), ("--device-type", "NPU"), ("--soc-model", "69"), ("--require-npu",)]
+)
+def test_inspect_takes_options_of_placement_with_it_alone(option: tuple[str, ...]) -> None:
+    refused = CliRunner().invoke(main, ["inspect", str(GOLDEN / "bundle"), *option])
+    assert refused.exit_code == 2 and f"without --placement {option[0]} means nothing" in refused.output
+
+
 def test_rows_longer_than_the_bundles_are_no_plan() -> None:
     refused = plan("--length", 5000, "--device", "raspberry-pi-5")
     assert refused.exit_code == 2

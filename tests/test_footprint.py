@@ -39,13 +39,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "plan", ["keep", "recompute", "stream", "auto --method forward-only", "stream --method forward-only"]
+    "plan",
+    ["keep", "recompute", "stream", *(f"{name} --method forward-only --queries 2" for name in ("auto", "stream"))],
 )
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_the_peak_is_as_predicted(bundle: Path, rows: Path, tmp_path: Path, runtime: str, plan: str) -> None:
     if find_spec(runtime) is None:
         pytest.skip(f"{runtime} is not installed")
-    options = f"--runtime {runtime} --plan {plan} --queries 2 --batch-size 4 --steps 1".split()
+    options = f"--runtime {runtime} --plan {plan} --batch-size 4 --steps 1".split()
     options += ["--truncate", "--quiet", "--json"]
     command = [sys.executable, "-m", "edgetune", "train", bundle, "--data", rows, "--output", tmp_path / "adapter"]
     finished = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
