@@ -12,6 +12,8 @@ from edgetune.manifest import BundleManifest, File, ManifestT, read_manifest, wr
 from edgetune.storage import recover, sha256_of, write_file
 
 MANIFEST = "manifest.json"
+_READ_ELSEWHERE = {".jinja", ".safetensors", ".bin"}
+"""Kinds that a bundle may have no file of, and that libraries look for in a model's folder."""
 LARGEST_MANIFEST = 16 << 20
 """Bytes; a model with 40 layers has some 300,000."""
 _LONGEST_PATH = 255
@@ -127,14 +129,18 @@ def _contradictions(manifest: BundleManifest) -> list[str]:
 def _strangers(folder: Path, manifest: BundleManifest) -> list[str]:
     """Files that were put among the listed ones and are of their kinds, so that something might read them.
 
-    A README, the rows for training or a folder beside the listed files harm nobody.
+    A README, the rows for training or a folder with nothing that is listed harm nobody.
     """
     listed = {file.path for file in manifest.files} | {MANIFEST}
-    kinds = {Path(name).suffix for name in listed} | {".jinja"}
+    kinds = {Path(name).suffix for name in listed} | _READ_ELSEWHERE
+    folders = {(folder / name).parent for name in listed}
+    found = sorted(path for each in folders if each.is_dir() for path in each.iterdir())
     return [
-        f"{path.name} is in the folder and not listed; move it elsewhere"
-        for path in sorted(folder.iterdir())
-        if path.name not in listed and path.suffix in kinds - {""} and not path.name.startswith(".")
+        f"{name} is in the folder and not listed; move it elsewhere"
+        for path in found
+        if (name := path.relative_to(folder).as_posix()) not in listed
+        and path.suffix in kinds - {""}
+        and not path.name.startswith(".")
     ]
 
 

@@ -70,7 +70,7 @@ def test_plan_refuses_what_train_refuses(options: tuple[str, ...], message: str,
 )
 def test_inspect_takes_options_of_placement_with_it_alone(option: tuple[str, ...]) -> None:
     refused = CliRunner().invoke(main, ["inspect", str(GOLDEN / "bundle"), *option])
-    assert refused.exit_code == 2 and f"without --placement {option[0]} means nothing" in refused.output
+    assert refused.exit_code == 2 and f"{option[0]} belong to --placement" in refused.output
 
 
 def test_rows_longer_than_the_bundles_are_no_plan() -> None:

@@ -301,3 +301,16 @@ def test_an_interruption_within_code_from_a_string_ends_with_the_exit_code(tmp_p
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
     command = [sys.executable, "-m", "interrupted"]
     assert subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode == 130
+
+
+def test_an_interruption_while_something_is_deleted_is_remembered_and_says_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Deleted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), termination_interrupts():
+        Deleted()
+        assert capsys.readouterr().err == ""
+        notices(quiet=True)("the next stage")

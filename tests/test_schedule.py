@@ -71,7 +71,7 @@ def test_warmup_must_end() -> None:
         (TrainConfig(epochs=float("inf")), "epochs is inf"),
         (TrainConfig(batch_size=0), "batch_size is 0"),
         (TrainConfig(gradient_accumulation_steps=-1), "gradient_accumulation_steps is -1"),
-        (TrainConfig(queries=0), "^queries is 0, expected 2 or more: they are compared with each other$"),
+        (TrainConfig(queries=0), "^queries is 0, expected 2 to 1,000,000$"),
         (TrainConfig(learning_rate=0.0), "learning_rate is 0.0"),
         (TrainConfig(learning_rate=float("nan")), "learning_rate is nan"),
         (TrainConfig(warmup_steps=-1), "warmup_steps is -1"),

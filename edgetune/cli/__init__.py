@@ -14,6 +14,7 @@ import edgetune
 from edgetune.cli.command import Command
 from edgetune.cli.failures import report
 from edgetune.cli.interruption import termination_interrupts
+from edgetune.cli.output import replace_closed_streams
 from edgetune.suggestion import did_you_mean
 
 
@@ -82,6 +83,7 @@ class LazyGroup(Command, click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does; failures become an exit code."""
+        replace_closed_streams()
         ctx.meta["edgetune.json"] = "--json" in args
         with _failures_end(ctx):
             return super().parse_args(ctx, args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
 import click
@@ -72,12 +73,15 @@ def report(error: BaseException, *, as_json: bool) -> int:
         The exit code.
     """
     failure = failure_of(error)
-    if os.environ.get(DEBUG) and not isinstance(error, click.ClickException):
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    click.echo(failure.message, err=True)
+    # What cannot be written, as on a full disk, must not hide the exit code.
+    with suppress(OSError):
+        if os.environ.get(DEBUG) and not isinstance(error, click.ClickException):
+            click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+        click.echo(failure.message, err=True)
     if as_json:
         plain = failure.message.removeprefix("error: ")
-        print_json({"error": {**asdict(failure), "message": plain}})
+        with suppress(OSError):
+            print_json({"error": {**asdict(failure), "message": plain}})
     return failure.code
 
 

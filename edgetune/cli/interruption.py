@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +32,14 @@ def termination_interrupts() -> Iterator[None]:
         _heard.set()
         raise Interrupted
 
+    def lost(unraisable: sys.UnraisableHookArgs) -> None:
+        # Raised where nobody can catch it, as in `__del__`. It is remembered; a traceback would only be noise.
+        if not isinstance(unraisable.exc_value, Interrupted):
+            before(unraisable)
+
     ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, interrupt) for number in ours}
+    before, sys.unraisablehook = sys.unraisablehook, lost
     try:
         # Where the block ends well its work is done and written, and an interruption that was lost came too late.
         yield
@@ -42,6 +49,7 @@ def termination_interrupts() -> Iterator[None]:
         raise
     finally:
         _heard.clear()
+        sys.unraisablehook = before
         for number, handler in previous.items():
             signal.signal(number, handler or signal.SIG_DFL)
 

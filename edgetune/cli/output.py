@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
@@ -42,6 +44,13 @@ def console() -> Console:
 
     width = None if sys.stdout.isatty() else 160
     return Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
+
+
+def replace_closed_streams() -> None:
+    """What is written to a stream that was closed before the start (`>&-`) is forgotten, as with `/dev/null`."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
 
 
 def printable(text: str) -> str:

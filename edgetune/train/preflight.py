@@ -24,6 +24,8 @@ from edgetune.train.trunk_plan import plan_of_trunk
 from edgetune.train.workload import Workload
 
 _FLOAT = 4
+_MOST_ROWS = 10_000
+"""A step, where rows are made up to be counted."""
 _ADAPTER_FILES = 1 << 15
 """Bytes of an adapter beside its parameters, and of the record of a step."""
 _RECORD_LINE = 300
@@ -249,6 +251,12 @@ def _rows(
             )
         ids = [number % manifest.architecture.vocab_size for number in range(tokens)]
         count = config.batch_size * config.gradient_accumulation_steps
+        if count > _MOST_ROWS:
+            raise UsageError(
+                f"--batch-size {config.batch_size} and --gradient-accumulation-steps "
+                f"{config.gradient_accumulation_steps} are {count:,} rows a step, expected at most {_MOST_ROWS:,} "
+                "without --data; give fewer, or the rows"
+            )
         notes.append(f"no --data: rows of {tokens:,} tokens, all of them trained, {count} an epoch")
         return [Example(line, ids, ids) for line in range(1, count + 1)]
     encoder = load_encoder(bundle.path, manifest.tokenizer)

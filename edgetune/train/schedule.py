@@ -68,6 +68,23 @@ def schedule_steps(rows: int, config: TrainConfig) -> StepSchedule:
     return StepSchedule(batches, config.gradient_accumulation_steps, steps_per_epoch, total)
 
 
+_MANY = 10**9
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "steps": (1, _MANY),
+    "batch_size": (1, 10**6),
+    "gradient_accumulation_steps": (1, 10**6),
+    "queries": (2, 10**6),
+    "warmup_steps": (0, _MANY),
+    "seed": (0, 2**63 - 1),
+    "epochs": (1e-9, 10**6),
+    "learning_rate": (1e-30, 1000),
+    "perturbation_size": (1e-9, 1000),
+    "weight_decay": (0, 1000),
+    "max_grad_norm": (0, 1e30),
+}
+"""Least and most of each. Queries are compared with each other. Larger rates would soon leave float32."""
+
+
 def check_options(config: TrainConfig) -> None:
     """Refuse options that cannot be meant.
 
@@ -77,19 +94,9 @@ def check_options(config: TrainConfig) -> None:
     problems = []
     if config.steps is not None and config.epochs is not None:
         problems.append(f"steps ({config.steps}) and epochs ({config.epochs:g}) exclude each other; give one of them")
-    at_least_one: tuple[str, ...] = ("batch_size", "gradient_accumulation_steps") + (
-        ("steps",) if config.steps is not None else ()
-    )
-    for name in at_least_one:
-        if getattr(config, name) < 1:
-            problems.append(f"{name} is {getattr(config, name)}, expected 1 or more")
-    if config.queries < 2:
-        problems.append(f"queries is {config.queries}, expected 2 or more: they are compared with each other")
-    for name in ("learning_rate", "perturbation_size") + (("epochs",) if config.epochs is not None else ()):
-        if not 0 < getattr(config, name) < math.inf:
-            problems.append(f"{name} is {getattr(config, name)}, expected a number above 0")
-    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
-        if not 0 <= getattr(config, name) < math.inf:
-            problems.append(f"{name} is {getattr(config, name)}, expected 0 or more")
+    for name, (least, most) in _BOUNDS.items():
+        # NaN compares as false.
+        if (value := getattr(config, name)) is not None and not least <= value <= most:
+            problems.append(f"{name} is {value}, expected {least:,} to {most:,}")
     if problems:
         raise UsageError("\n".join(problems))
