@@ -85,11 +85,14 @@ def verify_files(folder: Path, files: list[File]) -> None:
         raise VerificationError("\n".join([*problems, f"copy {folder} again from its source, or make it anew"]))
 
 
+def _leads_inside(path: str) -> bool:
+    return len(path) <= _LONGEST_PATH and all(_PLAIN_NAME.fullmatch(part) for part in path.split("/"))
+
+
 def _problem(folder: Path, entry: File) -> str | None:
-    parts = entry.path.split("/")
-    if len(entry.path) > _LONGEST_PATH or not all(_PLAIN_NAME.fullmatch(part) for part in parts):
+    if not _leads_inside(entry.path):
         return f"{entry.path!r:.80} is not the path of a file inside {folder}"
-    path = folder / entry.path
+    path, parts = folder / entry.path, entry.path.split("/")
     try:
         if any(folder.joinpath(*parts[:depth]).is_symlink() for depth in range(1, len(parts))):
             return f"{path} lies behind a link"
@@ -133,7 +136,7 @@ def _strangers(folder: Path, manifest: BundleManifest) -> list[str]:
     """
     listed = {file.path for file in manifest.files} | {MANIFEST}
     kinds = {Path(name).suffix for name in listed} | _READ_ELSEWHERE
-    folders = {(folder / name).parent for name in listed}
+    folders = {(folder / name).parent for name in listed if _leads_inside(name)}
     found = sorted(path for each in folders if each.is_dir() for path in each.iterdir())
     return [
         f"{name} is in the folder and not listed; move it elsewhere"

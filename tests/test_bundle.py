@@ -293,8 +293,13 @@ def test_a_template_has_to_be_pinned(folder: Path) -> None:
         open_bundle(folder)
 
 
-@pytest.mark.parametrize("name", ["chat_template.jinja", "added_tokens.json", "more.onnx", "more.bin"])
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "added_tokens.json", "more.onnx", "more.bin", "model.safetensors", "layers/x.onnx"]
+)
 def test_an_unlisted_file_that_something_might_read_is_refused(folder: Path, name: str) -> None:
+    (folder / "layers").mkdir()
+    (folder / "layers" / "listed.onnx").write_text("{}")
+    reseal(folder, lambda m: replace(m, files=list_files(folder, without=MANIFEST)))
     (folder / name).write_text("{}")
     with pytest.raises(VerificationError, match=f"{name} is in the folder and not listed; move it elsewhere"):
         open_bundle(folder)

@@ -315,3 +315,23 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r'pip install "edgetune\[openvino\]"'):
         find_runtime("openvino").abilities()
+
+
+def test_the_processors_flags_say_what_openvino_says() -> None:
+    assert openvino.has_bfloat16() == ("BF16" in openvino.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+def test_to_choose_another_runtime_does_not_load_openvino(prepared: Prepared) -> None:
+    """It would take memory that the plan was not given."""
+    code = (
+        "import sys\n"
+        "from edgetune.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print({'openvino', 'hls4ml', 'onnxruntime_qnn'} & sys.modules.keys(), file=sys.stderr)\n"
+    )
+    bundle = prepared("grouped-query", "int4").path
+    words = ["plan", bundle, "--length", "32", "--steps", "1", "--memory-budget", "120MB", "--json"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["runtime"] == "onnxruntime"
+    assert done.stderr.splitlines()[-1] == "set()"

@@ -227,6 +227,11 @@ def test_a_forward_only_step_is_its_passes(bundle: Bundle, plan: str, monkeypatc
         assert found["start_seconds"] == pytest.approx(len(bundle.manifest.lora.slots) - 1, rel=0.1)
 
 
+def test_rows_that_are_made_up_are_not_too_many(bundle: Bundle) -> None:
+    result = run("plan", bundle.path, "--batch-size", "10", "--gradient-accumulation-steps", "1001")
+    assert result.exit_code == 2 and "are 10,010 rows a step, expected at most 10,000" in result.stderr
+
+
 def test_text_says_what_json_says(bundle: Bundle) -> None:
     arguments = ("plan", bundle.path, "--device", "raspberry-pi-5", "--length", "16")
     found, shown = answer(*arguments), run(*arguments).output

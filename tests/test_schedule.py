@@ -78,6 +78,9 @@ def test_warmup_must_end() -> None:
         (TrainConfig(weight_decay=-0.1), "weight_decay is -0.1"),
         (TrainConfig(max_grad_norm=float("inf")), "max_grad_norm is inf"),
         (TrainConfig(seed=-1), "seed is -1"),
+        (TrainConfig(queries=10**20), "queries is 1"),
+        (TrainConfig(learning_rate=1e300), r"learning_rate is 1e\+300, expected 1e-30 to 1,000"),
+        (TrainConfig(perturbation_size=1e-300), "perturbation_size is 1e-300"),
     ],
 )
 def test_impossible_options_are_refused(config: TrainConfig, message: str) -> None:

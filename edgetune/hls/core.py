@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +51,13 @@ class Core:
 
 
 def require_hls4ml() -> None:
-    """Check that projects can be written.
+    """Check that projects can be written; it is not imported, for that takes memory.
 
     Raises:
         MissingDependencyError: hls4ml is not installed.
     """
-    try:
-        import hls4ml  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f'hls4ml cannot be imported ({error}); install it with `pip install "edgetune[fpga]"`'
-        ) from error
+    if find_spec("hls4ml") is None:
+        raise MissingDependencyError('hls4ml is not installed; pip install "edgetune[fpga]"')
 
 
 def require_compiler() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
 DEVICE = "CPU"
+_CPU_INFO = Path("/proc/cpuinfo")
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "avx_ne_convert"})
 MOST_SHAPES = 6
 """Compiled forms of one graph that are held at a time; a batch of another shape needs another."""
 _BF16 = Footprint(
@@ -81,7 +83,8 @@ def abilities() -> Abilities:
     Raises:
         MissingDependencyError: The package `openvino` is not installed.
     """
-    short = "BF16" in _property("OPTIMIZATION_CAPABILITIES")
+    _require_package()
+    short = has_bfloat16()
     # Without bfloat16 there is nothing in which it is ahead of stock ONNX Runtime.
     exact, int8 = (_BF16, _INT8) if short else (_FP32, None)
     return Abilities(whole=False, exact=exact, int8=int8, preferred=short, forward=True)
@@ -191,8 +194,7 @@ def core() -> Any:
     Raises:
         MissingDependencyError: The package is not installed.
     """
-    if find_spec("openvino") is None:
-        raise MissingDependencyError('openvino is not installed; pip install "edgetune[openvino]"')
+    _require_package()
     converter = "openvino.tools.ovc"
     absent = "openvino" not in sys.modules and converter not in sys.modules
     if absent:
@@ -204,6 +206,24 @@ def core() -> Any:
         if absent:
             del sys.modules[converter]
     return openvino.Core()
+
+
+def has_bfloat16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this processor.
+
+    On Linux the processor's flags tell, by OpenVINO's own rule: to load it takes memory that whichever runtime is
+    chosen instead does not have.
+    """
+    with suppress(OSError):
+        words = _CPU_INFO.read_text(errors="replace").split()
+        if "flags" in words:  # of x86
+            return not _BFLOAT16_FLAGS.isdisjoint(words)
+    return "BF16" in _property("OPTIMIZATION_CAPABILITIES")
+
+
+def _require_package() -> None:
+    if find_spec("openvino") is None:
+        raise MissingDependencyError('openvino is not installed; pip install "edgetune[openvino]"')
 
 
 def _property(name: str) -> Any:

@@ -36,7 +36,7 @@ def abilities() -> Abilities:
     Raises:
         MissingDependencyError: The package `onnxruntime-qnn` is not installed.
     """
-    _package()
+    _require_package()
     return Abilities(whole=True, exact=None, int8=None, preferred=False, forward=True)
 
 
@@ -131,11 +131,15 @@ def _package() -> Any:
     Raises:
         MissingDependencyError: It is not installed.
     """
-    if find_spec("onnxruntime_qnn") is None:
-        raise MissingDependencyError(f'{_PACKAGE} is not installed; pip install "edgetune[qnn]"')
+    _require_package()
     import onnxruntime_qnn
 
     return onnxruntime_qnn
+
+
+def _require_package() -> None:
+    if find_spec("onnxruntime_qnn") is None:
+        raise MissingDependencyError(f'{_PACKAGE} is not installed; pip install "edgetune[qnn]"')
 
 
 def _package_version() -> str:

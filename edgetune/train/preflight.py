@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from edgetune.bundle import MANIFEST, Bundle, open_bundle
 from edgetune.byte_size import bytes_text
@@ -137,8 +136,7 @@ def preflight(
             "smaller model, or prepare it with --base int4"
         )
     passes = passes_a_step(config.queries) if choice.plan.forward_only else 1
-    # Here nothing is looked up in the profile.
-    times = predict_times(opened, workload, choice, cast(Profile, profile), passes, here=here)
+    times = predict_times(opened, workload, choice, profile, passes, here=here)
     memory = None if profile is None else profile.hardware.memory
     return Preflight(
         device=None if profile is None else profile.name,

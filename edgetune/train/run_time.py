@@ -40,7 +40,7 @@ class Times:
 
 
 def predict_times(
-    bundle: Bundle, workload: Workload, choice: Choice, profile: Profile, passes: int, *, here: bool
+    bundle: Bundle, workload: Workload, choice: Choice, profile: Profile | None, passes: int, *, here: bool
 ) -> Times:
     """Predict how long steps and the run take.
 
@@ -48,7 +48,7 @@ def predict_times(
         bundle: What would be trained.
         workload: The run.
         choice: Its runtime and plan.
-        profile: Of the device.
+        profile: Of the device; none where it is this machine.
         passes: Through the model for each batch of a step.
         here: The device is this machine: a few steps are timed.
     """
@@ -62,11 +62,12 @@ def predict_times(
         batches, layout = _typical(workload, model)
         measured = calibrate(bundle, choice, batches)
         source = f"measured here in {measured.took:.1f} s"
-    elif (products := profile.hardware.products) is not None:
+    elif profile is not None and (products := profile.hardware.products) is not None:
         measured, layout = Calibration(((1.0, _OPERATIONS / products.value),), 0.0, 0.0, 0.0, 0.0), 0.0
         source = f"an estimate: {products.value / 1e9:g} GFLOP/s ({products.source})"
     else:
-        return Times(None, None, None, f"unknown: the profile {profile.name} has no figure hardware.products")
+        name = "" if profile is None else f" {profile.name}"
+        return Times(None, None, None, f"unknown: the profile{name} has no figure hardware.products")
     seconds, starts = measured.seconds, _starts(measured, choice, steps)
     # All matrices but one that the first step moves alone, and others do not.
     probes = len(bundle.manifest.lora.from_layer(choice.plan.trunk_layers).slots) - 1

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,3 +251,22 @@ def test_prepare_says_what_the_host_needs(tmp_path: Path) -> None:
     assert said.code == 1, said
     assert 'pip install "edgetune[host]"' in said.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
+def test_a_closed_stream_loses_nothing(tmp_path: Path, closed: str) -> None:
+    words = ["train", BUNDLE, "--data", TRAIN, "--output", "adapter", "--steps", "1", "--batch-size", "2"]
+    line = shlex.join([sys.executable, "-m", "edgetune", *map(str, words)])
+    done = subprocess.run(["sh", "-c", f"{line} {closed}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "adapter" / "edgetune.json").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_a_full_disk_behind_stdout_is_said_once(option: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "edgetune", "inspect", str(BUNDLE), *option]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 6
+    assert done.stderr == "error: No space left on device; free some space and try again\n"
