@@ -18,8 +18,6 @@ from small_checkpoint import plant_code, write_checkpoint
 import edgetune
 from edgetune.adapter import initial_parameters, write_adapter
 from edgetune.bundle import open_bundle
-from edgetune.cli.interruption import termination_interrupts
-from edgetune.cli.output import notices
 from edgetune.genai import open_model
 
 REPOSITORY = Path(edgetune.__file__).parents[1]
@@ -273,44 +271,44 @@ def test_an_interrupted_export_cleans_up(tmp_path: Path, scratch: Path, adapter:
     assert {path.name for path in scratch.iterdir()} <= FOREIGN
 
 
-def test_an_interruption_that_a_library_swallows_ends_the_command_at_the_next_stage() -> None:
-    said = []
-    with pytest.raises(KeyboardInterrupt), termination_interrupts():
-        say = notices(quiet=True)
-        say("one")
-        with suppress(KeyboardInterrupt):  # as a library might
-            signal.raise_signal(signal.SIGINT)
-        said.append("it went on")
-        say("two")
-        said.append("it went on again")
-    assert said == ["it went on"]
-    notices(quiet=True)("nothing is left of it")
+SWALLOWED = """
+import contextlib
+with contextlib.suppress(KeyboardInterrupt):  # as a library might
+    signal.raise_signal(signal.SIGINT)
+print("went on")
+"""
+DELETED = """
+class Deleted:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+Deleted()
+print("went on")
+"""
+FROM_A_STRING = """
+exec("signal.raise_signal(signal.SIGINT)")
+"""
 
 
-def test_an_interruption_within_code_from_a_string_ends_with_the_exit_code(tmp_path: Path) -> None:
-    """As the making of a dataclass is; CPython would end by the signal."""
+@pytest.mark.parametrize(
+    ("code", "said"), [(SWALLOWED, "went on\n"), (DELETED, "went on\n"), (FROM_A_STRING, "")], ids=lambda value: ""
+)
+def test_an_interruption_ends_a_command_wherever_it_is_raised(tmp_path: Path, code: str, said: str) -> None:
+    """At the next stage where it was lost; CPython would end by the signal where it leaves code from a string."""
+    body = "".join(f"        {line}\n" for line in code.strip().splitlines())
     (tmp_path / "interrupted.py").write_text(
-        "import sys\n"
+        "import signal, sys\n"
         "from edgetune.cli.interruption import termination_interrupts\n"
+        "from edgetune.cli.output import notices\n"
         "try:\n"
         "    with termination_interrupts():\n"
-        "        exec('import signal; signal.raise_signal(signal.SIGINT)')\n"
+        f"{body}"
+        "        notices(quiet=True)('the next stage')\n"
+        "        print('and on')\n"
         "except KeyboardInterrupt:\n"
         "    sys.exit(130)\n"
     )
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
-    command = [sys.executable, "-m", "interrupted"]
-    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode == 130
-
-
-def test_an_interruption_while_something_is_deleted_is_remembered_and_says_nothing(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    class Deleted:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt), termination_interrupts():
-        Deleted()
-        assert capsys.readouterr().err == ""
-        notices(quiet=True)("the next stage")
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, said, "")
