@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import stat
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgetune.errors import UsageError, VerificationError
-from edgetune.manifest import BundleManifest, File, ManifestT, read_manifest, write_manifest
+from edgetune.manifest import Architecture, BundleManifest, File, ManifestT, read_manifest, write_manifest
 from edgetune.storage import recover, sha256_of, write_file
 
 MANIFEST = "manifest.json"
@@ -16,6 +17,8 @@ _READ_ELSEWHERE = {".jinja", ".safetensors", ".bin"}
 """Kinds that a bundle may have no file of, and that libraries look for in a model's folder."""
 LARGEST_MANIFEST = 16 << 20
 """Bytes; a model with 40 layers has some 300,000."""
+_LARGEST_SIZE = 2**31 - 1
+"""Of a model's dimensions; indices of tensors are 32 bits wide here and there."""
 _LONGEST_PATH = 255
 """Characters of a listed path."""
 _PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\:\0]+")
@@ -111,7 +114,11 @@ def _problem(folder: Path, entry: File) -> str | None:
 
 
 def _contradictions(manifest: BundleManifest) -> list[str]:
-    """What a manifest says twice has to be the same: all that is loaded has to be a file that is verified."""
+    """What no bundle can have, and what a manifest says twice and not alike.
+
+    All that is loaded has to be a file that is verified.
+    """
+    paths = [file.path for file in manifest.files]
     listed = {file.path: file.sha256 for file in manifest.files}
     pinned = {
         "tokenizer.json": manifest.tokenizer.sha256,
@@ -122,10 +129,34 @@ def _contradictions(manifest: BundleManifest) -> list[str]:
         for graph in manifest.graphs
         if graph.file not in listed
     ]
+    problems += _impossible_sizes(manifest.architecture)
+    layers = manifest.architecture.num_hidden_layers
+    # The upper layers of a divided model keep their numbers.
+    if (adapted := manifest.lora.layers()) and adapted[-1] != layers - 1:
+        problems.append(f"num_hidden_layers is {layers}, and the highest layer with LoRA parameters is {adapted[-1]}")
+    problems += [f"{name} is listed {count} times" for name, count in Counter(paths).items() if count > 1]
     return problems + [
         f"{name} has SHA-256 {listed[name]} among the files, {sha256} with the tokenizer"
         for name, sha256 in pinned.items()
         if name in listed and listed[name] != sha256
+    ]
+
+
+def _impossible_sizes(architecture: Architecture) -> list[str]:
+    sizes = {name: value for name, value in asdict(architecture).items() if type(value) is int}
+    if wrong := {name: value for name, value in sizes.items() if not 1 <= value <= _LARGEST_SIZE}:
+        return [f"{name} is {value}, expected 1 to {_LARGEST_SIZE:,}" for name, value in wrong.items()]
+    problems = []
+    heads, shared, rope = architecture.num_attention_heads, architecture.num_key_value_heads, architecture.rope
+    if heads % shared:
+        problems.append(f"num_attention_heads is {heads}, which is no multiple of num_key_value_heads {shared}")
+    if not 2 <= rope.dim <= architecture.head_dim or rope.dim % 2:
+        problems.append(f"rope.dim is {rope.dim}, expected an even number from 2 to head_dim {architecture.head_dim}")
+    factors = {"short_factor": rope.short_factor, "long_factor": rope.long_factor}
+    return problems + [
+        f"rope.{name} has {len(values)} numbers, expected {rope.dim // 2}"
+        for name, values in factors.items()
+        if values is not None and len(values) != rope.dim // 2
     ]
 
 

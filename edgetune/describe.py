@@ -28,12 +28,14 @@ from edgetune.manifest import (
 )
 from edgetune.storage import recover
 
-Kind = Literal["bundle", "adapter", "model", "checkpoint", "folder", "file", "nothing"]
+Kind = Literal["bundle", "adapter", "target", "unsealed", "model", "checkpoint", "folder", "file", "nothing"]
 
 
 _MARKS: dict[str, Kind] = {
     MANIFEST: "bundle",
     ADAPTER_CONFIG: "adapter",
+    "target.json": "target",
+    "loss.onnx": "unsealed",
     GENAI_CONFIG: "model",
     "config.json": "checkpoint",
 }
@@ -42,6 +44,8 @@ _MARKS: dict[str, Kind] = {
 KIND_NAMES: dict[Kind, str] = {
     "bundle": "an edgetune bundle",
     "adapter": "a LoRA adapter",
+    "target": "what an app ships, made by `edgetune bundle`",
+    "unsealed": f"a bundle that has lost its {MANIFEST}",
     "model": "an ONNX Runtime GenAI model",
     "checkpoint": "a Hugging Face checkpoint",
     "folder": "a folder without anything that edgetune knows",
@@ -49,6 +53,12 @@ KIND_NAMES: dict[Kind, str] = {
     "nothing": "not there",
 }
 """How messages call each kind."""
+
+_ADVICE: dict[Kind, str] = {
+    "checkpoint": "; `edgetune prepare` makes a bundle of it",
+    "unsealed": "; copy it again from its source",
+}
+"""What to do with it."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ def describe(path: Path) -> Description:
     """
     kind = kind_of(path)
     if kind not in _DESCRIBERS:
-        advice = "; `edgetune prepare` makes a bundle of it" if kind == "checkpoint" else ""
+        advice = _ADVICE.get(kind, "")
         raise UsageError(f"{path} is {KIND_NAMES[kind]}; expected a bundle, an adapter or a model{advice}")
     return _DESCRIBERS[kind](path)
 

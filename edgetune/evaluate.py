@@ -27,7 +27,7 @@ class Evaluation:
     rows: int
     """Rows that were measured."""
     left_out: int
-    """Rows longer than the bundle's maximum."""
+    """Rows longer than the bundle's maximum; with `truncate`, those whose answers begin after it."""
     trained_tokens: int
     """Tokens that count: the assistant's answers, the completion, or the whole text."""
     loss: float
@@ -40,13 +40,14 @@ class Evaluation:
     """Share of rows of which all are: greedy decoding gives exactly their answers."""
 
 
-def evaluate(bundle: Path, data: Path, adapter: Path | None) -> Evaluation:
+def evaluate(bundle: Path, data: Path, adapter: Path | None, *, truncate: bool = False) -> Evaluation:
     """Measure a bundle on a file of rows.
 
     Args:
         bundle: What `edgetune prepare` made.
         data: JSONL rows.
         adapter: The adapter that shall answer; without it the base alone.
+        truncate: Cut rows that are too long instead of leaving them out, as training did that was told so.
 
     Raises:
         UsageError: A path is not there.
@@ -56,7 +57,8 @@ def evaluate(bundle: Path, data: Path, adapter: Path | None) -> Evaluation:
     """
     opened = open_bundle(bundle)
     manifest = opened.manifest
-    examples = load_examples(data, load_encoder(opened.path, manifest.tokenizer), manifest.max_length, truncate=False)
+    encoder = load_encoder(opened.path, manifest.tokenizer)
+    examples = load_examples(data, encoder, manifest.max_length, truncate=truncate)
     parameters = None
     if adapter is not None:
         parameters = read_adapter(adapter, manifest.lora, manifest.base, manifest.tokenizer)

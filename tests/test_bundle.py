@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_bundle import make_bundle
@@ -265,9 +266,33 @@ def test_a_path_that_cannot_be_is_a_missing_or_unreadable_file(folder: Path, pat
         open_bundle(folder)
 
 
-def test_a_file_that_is_listed_twice_has_to_be_both(folder: Path) -> None:
+def test_a_file_is_listed_once(folder: Path) -> None:
     reseal(folder, lambda m: replace(m, files=[replace(m.files[0], sha256="0" * 64), *m.files]))
-    with pytest.raises(VerificationError, match=r"loss\.onnx was changed"):
+    with pytest.raises(VerificationError, match=r"loss\.onnx is listed 2 times"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"hidden_size": 0}, "hidden_size is 0, expected 1 to"),
+        ({"num_hidden_layers": 0, "vocab_size": 2**31}, "num_hidden_layers is 0.*\n.*vocab_size is 2147483648"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"num_key_value_heads": 2}, "num_attention_heads is 1, which is no multiple of num_key_value_heads 2"),
+        ({"rope": {"dim": 0}}, "rope.dim is 0, expected an even number from 2 to head_dim 8"),
+        ({"rope": {"dim": 10}}, "rope.dim is 10"),
+        ({"rope": {"long_factor": [1.0]}}, "rope.long_factor has 1 numbers, expected 4"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, and the highest layer with LoRA parameters is 0"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(folder: Path, sizes: dict[str, Any], reason: str) -> None:
+    def change(manifest: BundleManifest) -> BundleManifest:
+        rope = replace(manifest.architecture.rope, **sizes.get("rope", {}))
+        plain = {name: value for name, value in sizes.items() if name != "rope"}
+        return replace(manifest, architecture=replace(manifest.architecture, rope=rope, **plain))
+
+    reseal(folder, change)
+    with pytest.raises(VerificationError, match=reason):
         open_bundle(folder)
 
 

@@ -76,7 +76,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, bundle: Path, data: Path) -> Calla
     """Runs `edgetune eval` with a stage that raises or returns what it is given."""
 
     def invoke(outcome: BaseException | Evaluation, *flags: str, **environment: str) -> Result:
-        def fake(bundle: Path, data: Path, adapter: Path | None) -> Evaluation:
+        def fake(bundle: Path, data: Path, adapter: Path | None, *, truncate: bool) -> Evaluation:
             if isinstance(outcome, BaseException):
                 raise outcome
             return outcome
@@ -141,7 +141,7 @@ OPTIONS = {
     "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "
     "seed shuffle no-shuffle truncate init-adapter force quiet json",
     "preview": "data json",
-    "eval": "data adapter json",
+    "eval": "data adapter truncate json",
     "export": "adapter output merge keep-adapter precision valid force quiet json",
     "generate": "prompt system max-new-tokens json",
     "bundle": "target output adapter force quiet json",
@@ -429,11 +429,11 @@ def test_an_interruption_that_a_library_lost_ends_training_at_the_next_step(bar:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_clean_up_and_say_so_in_one_line(tmp_path: Path, bundle: Path, data: Path, number: int) -> None:
     body = """
 import edgetune.evaluate
-def fake(bundle, data, adapter):
+def fake(bundle, data, adapter, truncate):
     try:
         print("ready", flush=True)
         time.sleep(60)
@@ -450,6 +450,24 @@ edgetune.evaluate.evaluate = fake
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=30)
     assert (process.returncode, stdout, stderr) == (130, "cleaned up\n", "error: interrupted\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_what_is_said_of_the_work_is_worth_less_than_the_work(tmp_path: Path, bundle: Path, data: Path) -> None:
+    body = """
+import edgetune.evaluate
+from edgetune.cli.output import notices
+def fake(bundle, data, adapter, truncate):
+    for line in range(10_000):
+        notices(quiet=False)("a line that nobody can read")
+    return edgetune.evaluate.Evaluation(3, 1, 20, 0.5, 1.6487, 0.75, 0.3333)
+edgetune.evaluate.evaluate = fake
+"""
+    command = [*script(tmp_path, body), "eval", str(bundle), "--data", str(data), "--json"]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["loss"] == 0.5
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes break in another way")
@@ -623,6 +641,7 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
         "predicted_peak_memory_bytes": None,
         "peak_memory_bytes": 2_000_000,
         "placement": [],
+        "gradient_cosine": None,
     }
 
 

@@ -251,6 +251,17 @@ def test_kinds_are_told_by_their_files(tmp_path: Path) -> None:
     assert kind_of(tmp_path / "empty") == "folder"
     assert kind_of(tmp_path / "model" / "model.onnx") == "file"
     assert kind_of(tmp_path / "nix") == "nothing"
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "target.json").write_text("{}")
+    assert kind_of(tmp_path / "target") == "target"
+
+
+def test_a_bundle_that_has_lost_its_manifest_is_no_model(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "bundle")
+    (folder / "loss.onnx").write_bytes(b"")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UsageError, match=r"is a bundle that has lost its manifest\.json; .*; copy it again"):
+        describe(folder)
 
 
 @pytest.mark.parametrize(

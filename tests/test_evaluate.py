@@ -11,7 +11,7 @@ from tiny_bundle import BASE_LOGITS, LORA, MAX_LENGTH, SLOT, WORDS, make_bundle,
 
 from edgetune.adapter import write_adapter
 from edgetune.bundle import Bundle
-from edgetune.errors import IncompatibleError, UsageError
+from edgetune.errors import DataError, IncompatibleError, UsageError
 from edgetune.evaluate import Evaluation, evaluate, measure
 from edgetune.manifest import BaseModel
 
@@ -119,6 +119,14 @@ def test_long_rows_are_left_out_and_counted(bundle: Bundle, tmp_path: Path) -> N
     found = evaluate(bundle.path, data, None)
     assert (found.rows, found.left_out) == (3, 1)
     assert found.loss == pytest.approx(by_hand(rows, BASE_LOGITS).loss, rel=1e-5)
+
+
+def test_long_rows_are_cut_where_that_is_asked_for(bundle: Bundle, tmp_path: Path) -> None:
+    long = {"prompt": "a", "completion": " b" * MAX_LENGTH}
+    found = evaluate(bundle.path, write_rows(tmp_path / "data.jsonl", [long]), None, truncate=True)
+    assert (found.rows, found.left_out, found.trained_tokens) == (1, 0, MAX_LENGTH - 1)
+    with pytest.raises(DataError, match="cut them with --truncate"):
+        evaluate(bundle.path, tmp_path / "data.jsonl", None)
 
 
 def test_rows_that_are_loaded_already(bundle: Bundle, tmp_path: Path) -> None:

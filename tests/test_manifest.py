@@ -370,7 +370,8 @@ def test_random_damage_to_a_large_manifest_is_detected() -> None:
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 whole = st.integers(0, 2**63 - 1)
-number = st.floats(allow_nan=False, allow_infinity=False)
+# ONNX Runtime, wherever it ran before in the process, takes denormal numbers for zero.
+number = st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False)
 bases = st.builds(BaseModel, text, text, text)
 tokenizers = st.builds(Tokenizer, text, st.none() | text, st.none() | text, text, whole)
 loras = st.builds(
@@ -401,7 +402,7 @@ manifests: st.SearchStrategy[Manifest] = st.one_of(
     ),
 )  # fmt: skip
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_subnormal=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from edgetune.cli.command import Command, json_option
-from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, rows_file
+from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file
 from edgetune.cli.output import console, print_json
+from edgetune.cli.run_options import truncate_option
 
 EXAMPLES = """
 edgetune eval bundle --data valid.jsonl
@@ -22,19 +23,20 @@ edgetune eval bundle --data valid.jsonl --adapter adapter --json
 @click.argument("bundle", type=PATH)
 @click.option("--data", type=PATH, required=True, help="JSONL rows to measure on.")
 @click.option("--adapter", type=PATH, help="Adapter to measure; without it the base alone.")
+@truncate_option
 @json_option
-def command(bundle: Path, data: Path, adapter: Path | None, as_json: bool) -> None:
+def command(bundle: Path, data: Path, adapter: Path | None, truncate: bool, as_json: bool) -> None:
     """Measure loss and perplexity of the answers in a file.
 
     Only what training would train on counts: the assistant's answers, the completion, or the whole text.
     """
-    rows_file(data, "--data")
+    input_file(data, "--data")
     if adapter is not None:
         adapter_at(adapter)
     bundle_folder(bundle)
     from edgetune.evaluate import evaluate
 
-    evaluation = evaluate(bundle, data, adapter)
+    evaluation = evaluate(bundle, data, adapter, truncate=truncate)
     if as_json:
         print_json(asdict(evaluation))
         return

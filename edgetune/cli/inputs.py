@@ -23,14 +23,14 @@ _ORIGINS: dict[str, str] = {
 """Where each kind of folder comes from."""
 
 
-def rows_file(path: Path, option: str) -> Path:
-    """A file of rows.
+def input_file(path: Path, option: str, expected: str = "a JSONL file") -> Path:
+    """A file that an option names, of rows where nothing else is expected.
 
     Raises:
         UsageError: It is missing or a folder; the message names `option`.
     """
     if path.is_dir():
-        raise UsageError(f"{option} {path} is a folder; expected a JSONL file")
+        raise UsageError(f"{option} {path} is a folder; expected {expected}")
     if not path.exists():
         raise UsageError(f"{option} {path}: no such file")
     return path

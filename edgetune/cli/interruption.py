@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: both clean up and end a command, whatever the libraries that it runs make of them."""
+"""Ctrl-C, SIGTERM and a closed terminal clean up and end a command, whatever the libraries in it make of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Windows has no SIGHUP."""
 _heard = threading.Event()
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM.
+    """Ctrl-C, SIGTERM or SIGHUP.
 
     Its own type, because CPython (`run_eval_code_obj`) remembers that a plain KeyboardInterrupt left code that was run
     from a string, as dataclasses are made, and ends by the signal then instead of with the exit code.
@@ -22,7 +24,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def termination_interrupts() -> Iterator[None]:
-    """Let SIGTERM clean up as Ctrl-C does, and let nothing hide an interruption: libraries make errors of it."""
+    """Let all of them clean up as Ctrl-C does, and let nothing hide an interruption: libraries make errors of it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -37,7 +39,7 @@ def termination_interrupts() -> Iterator[None]:
         if not isinstance(unraisable.exc_value, Interrupted):
             before(unraisable)
 
-    ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    ours = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, interrupt) for number in ours}
     before, sys.unraisablehook = sys.unraisablehook, lost
     try:

@@ -33,7 +33,11 @@ def notices(*, quiet: bool) -> Callable[[str], None]:
     def say(text: str) -> None:
         raise_if_interrupted()
         if not quiet:
-            click.echo(text, err=True)
+            try:
+                click.echo(text, err=True)
+            except OSError:
+                # Its reader left (`2>&1 | head`) or its disk is full: the work is worth more than what is said of it.
+                _forget("stderr")
 
     return say
 
@@ -50,12 +54,17 @@ def replace_closed_streams() -> None:
     """What is written to a stream that was closed before the start (`>&-`) is forgotten, as with `/dev/null`."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
+            _forget(name)
 
 
 def printable(text: str) -> str:
     """`text` with control characters made visible, so that what a file or a model says cannot steer the terminal."""
     return "".join(ascii(char)[1:-1] if category(char) == "Cc" and char not in "\n\t" else char for char in text)
+
+
+def _forget(name: str) -> None:
+    """Put `/dev/null` in the place of a standard stream."""
+    setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgetune.cli.command import Command, json_option
-from edgetune.cli.inputs import PATH, bundle_folder, rows_file
+from edgetune.cli.inputs import PATH, bundle_folder, input_file
 from edgetune.cli.output import print_json, printable
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def command(bundle: Path, data: Path, as_json: bool) -> None:
     Text that is trained on is green on a terminal and [[in double brackets]] elsewhere. With --json one object a
     row: `line`, `input_ids`, and `labels` with -100 where nothing is trained.
     """
-    rows_file(data, "--data")
+    input_file(data, "--data")
     bundle_folder(bundle)
     from edgetune.preview import preview
 

@@ -8,7 +8,7 @@ import click
 
 from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, Command, json_option, quiet_option
-from edgetune.cli.inputs import PATH, bundle_folder, rows_file
+from edgetune.cli.inputs import PATH, bundle_folder, input_file
 from edgetune.cli.output import notices, print_json
 from edgetune.config import SplitConfig
 
@@ -56,7 +56,7 @@ def command(
     The graph is static, symmetric int8 with power-of-two scales, as Vitis AI wants it. `edgetune train --plan split`
     then trains adapters in the layers above. Needs the host installation (`pip install "edgetune[host]"`).
     """
-    rows_file(data, "--data")
+    input_file(data, "--data")
     bundle_folder(bundle)
     from edgetune.split import split
     from edgetune.trunk import GRAPH, read_trunk_info

@@ -88,6 +88,7 @@ def train(
         predicted_peak_memory_bytes=run.choice.predicted_peak_bytes,
         peak_memory_bytes=peak_memory_bytes(),
         placement=[placement_record(placement) for placement in run.placements],
+        gradient_cosine=run.cosine,
     )
 
 
@@ -128,13 +129,13 @@ class _Run:
         self._lora = manifest.lora.from_layer(self.choice.plan.trunk_layers)
         """The slots that are trained."""
         self._parameters = self._first_parameters()
-        self._cosine: GradientCosine | None = None
+        self.cosine: GradientCosine | None = None
         if config.report_gradient_cosine:
             differentiating = replace(config, method="backpropagation")
             exact = choose(manifest, differentiating, self._workload.work(), observer.on_notice, profile, trunk)
             batches, queries = next(self._workload.steps()), query_config(config)
-            self._cosine = measure_gradient_cosine(bundle, self._parameters, batches, queries, self.choice, exact)
-            observer.on_notice(str(self._cosine))
+            self.cosine = measure_gradient_cosine(bundle, self._parameters, batches, queries, self.choice, exact)
+            observer.on_notice(str(self.cosine))
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
         self.seconds = 0.0
@@ -305,9 +306,9 @@ class _Run:
             provenance["validation_loss"] = repr(self.validation_losses[-1])
         if self.placements:
             provenance["placement"] = "; ".join(sorted({_place(placement) for placement in self.placements}))
-        if self._cosine is not None:
-            provenance["gradient_cosine"] = repr(self._cosine.measured)
-            provenance["expected_gradient_cosine"] = repr(self._cosine.expected)
+        if self.cosine is not None:
+            provenance["gradient_cosine"] = repr(self.cosine.measured)
+            provenance["expected_gradient_cosine"] = repr(self.cosine.expected)
         if self.stopped:
             provenance["stopped"] = self.stopped
         return provenance

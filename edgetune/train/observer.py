@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from edgetune.train.gradient_cosine import GradientCosine
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class TrainResult:
     """Highest resident memory; none where the system does not tell."""
     placement: list[dict[str, Any]] = field(default_factory=list)
     """Of each compiled graph on an accelerator: its shape, what runs where, and what fell back to the CPU."""
+    gradient_cosine: GradientCosine | None = None
+    """Of forward-only training, where it was asked for."""
 
 
 class Observer(Protocol):
