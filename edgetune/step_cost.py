@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from edgetune.data.packing import ATTENTION_COST
 from edgetune.execution import ExecutionPlan
 from edgetune.footprint import SUBLAYERS, Sizes, Work, head_tokens
-
-_ATTENTION_COST = 2.0
-"""How much longer a product of the attention takes than one with a weight, as measured: there is a softmax."""
 
 
 def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, trained: int | None = None) -> float:
@@ -21,7 +19,7 @@ def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, 
     """
     s, positions = sizes, work.positions
     logits = positions if trained is None else trained
-    attention = _ATTENTION_COST * 2 * s.queries * s.pieces["attention"] * work.scores
+    attention = ATTENTION_COST * 2 * s.queries * s.pieces["attention"] * work.scores
     if plan.forward_only:
         weights = s.layers * sum(s.weights.values())
         dequantised = dequantise * (weights + s.head) if plan.form == "layered" and not plan.resident else 0.0

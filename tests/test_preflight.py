@@ -287,7 +287,7 @@ def test_a_short_row_tells_what_long_ones_take(bundle: Bundle, monkeypatch: pyte
 
 
 def test_between_measured_shapes_the_time_lies_on_a_line() -> None:
-    found = Calibration(((100.0, 1.0), (300.0, 2.0)), start=50.0, first_seconds=0.0, shape_seconds=0.0, took=0.0)
+    found = Calibration(((100.0, 1.0), (300.0, 2.0)), start=50.0)
     assert found.seconds(100) == 1 and found.seconds(300) == 2
     assert found.seconds(200) == pytest.approx(1.5)
     assert found.seconds(50) == pytest.approx(1 * 100 / 150)

@@ -15,7 +15,7 @@ from edgetune.manifest import Architecture
 
 MULTIPLE = 8
 """Every sequence is a multiple of this long: a vector register of float32."""
-_ATTENTION_COST = 2.0
+ATTENTION_COST = 2.0
 """How much longer a multiplication of the attention takes than one of a projection, as measured: there is a softmax."""
 _PASS_COST = 32
 """What a pass costs beside its positions, in positions, about as measured: reading the weights, starting operators."""
@@ -75,7 +75,7 @@ def attention_share(architecture: Architecture) -> float:
     hidden = architecture.hidden_size
     projections = hidden * (2 * heads + 2 * key_values) + 3 * hidden * architecture.intermediate_size
     # Forward and backward, attention multiplies six times a position, head and dimension, a frozen weight twice.
-    return _ATTENTION_COST * 3 * heads / projections
+    return ATTENTION_COST * 3 * heads / projections
 
 
 def pack(lengths: Sequence[int], room: Room, attention: float) -> list[Pass]:

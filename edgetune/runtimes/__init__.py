@@ -88,7 +88,7 @@ class Abilities:
     """What a runtime can execute on this machine."""
 
     whole: bool
-    """The whole step as one graph."""
+    """The whole step as one graph, whatever the shape of a batch."""
     exact: Footprint | None
     """The layered form with products that are as exact as the processor multiplies at full speed."""
     int8: Footprint | None

@@ -37,7 +37,7 @@ def abilities() -> Abilities:
         MissingDependencyError: The package `onnxruntime-qnn` is not installed.
     """
     _require_package()
-    return Abilities(whole=True, exact=None, int8=None, preferred=False, forward=True)
+    return Abilities(whole=False, exact=None, int8=None, preferred=False, forward=True)
 
 
 def version() -> str:

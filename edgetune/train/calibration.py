@@ -47,17 +47,21 @@ _RATE = 1e-6
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured, and how to predict from it."""
+    """What was measured, and how to predict from it; where nothing was, starting takes no time."""
 
     points: tuple[tuple[float, float], ...]
     """Work of a pass and its seconds, in the order of the work; at least one."""
-    start: float
+    start: float = 0.0
     """Work of a pass without positions."""
-    first_seconds: float
+    first_seconds: float = 0.0
     """What the first step takes more than another."""
-    shape_seconds: float
+    shape_seconds: float = 0.0
     """What the first batch of another shape takes more than another of the same."""
-    took: float
+    kept_seconds: float = 0.0
+    """The same of a shape in `shapes`: its graphs were compiled and kept."""
+    shapes: frozenset[tuple[int, ...]] = frozenset()
+    """Sequences and positions of the batches that were measured."""
+    took: float = 0.0
     """Seconds."""
 
     def seconds(self, work: float) -> float:
@@ -140,6 +144,8 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
         start=_START * (model.work(1, 0, 0) - model.work(0, 0, 0)),
         first_seconds=_first_seconds(choice, [timing.first for _, timing in measured], model.layers / depth),
         shape_seconds=min(timing.first for timing in timings.values()),
+        kept_seconds=min(timing.first for _, timing in measured),
+        shapes=frozenset(batch.input_ids.shape for batch, _ in measured),
         took=perf_counter() - begin,
     )
 

@@ -58,16 +58,15 @@ def predict_times(
     def work(shape: BatchShape) -> float:
         return model.work(shape.positions, shape.scores, shape.trained_tokens)
 
-    if here:
+    if here or profile is None:
         batches, layout = _typical(workload, model)
         measured = calibrate(bundle, choice, batches)
         source = f"measured here in {measured.took:.1f} s"
-    elif profile is not None and (products := profile.hardware.products) is not None:
-        measured, layout = Calibration(((1.0, _OPERATIONS / products.value),), 0.0, 0.0, 0.0, 0.0), 0.0
+    elif (products := profile.hardware.products) is not None:
+        measured, layout = Calibration(((1.0, _OPERATIONS / products.value),)), 0.0
         source = f"an estimate: {products.value / 1e9:g} GFLOP/s ({products.source})"
     else:
-        name = "" if profile is None else f" {profile.name}"
-        return Times(None, None, None, f"unknown: the profile{name} has no figure hardware.products")
+        return Times(None, None, None, f"unknown: the profile {profile.name} has no figure hardware.products")
     seconds, starts = measured.seconds, _starts(measured, choice, steps)
     # All matrices but one that the first step moves alone, and others do not.
     probes = len(bundle.manifest.lora.from_layer(choice.plan.trunk_layers).slots) - 1
@@ -91,13 +90,14 @@ def _starts(measured: Calibration, choice: Choice, steps: Sequence[Sequence[Batc
     held: deque[tuple[int, int]] = deque(maxlen=most)
     seconds: list[float] = []
     for step in steps:
-        new = 0
+        compiling = 0.0
         for shape in step:
             if (key := (shape.sequences, shape.length)) not in held:
                 held.append(key)
-                new += 1
-        first = not seconds
-        seconds.append(measured.first_seconds * first + measured.shape_seconds * (new - first) * compiles)
+                compiling += measured.kept_seconds if key in measured.shapes else measured.shape_seconds
+        seconds.append(compiling * compiles)
+    # The first step's has that of one shape in it.
+    seconds[0] += measured.first_seconds - measured.kept_seconds * compiles
     return seconds
 
 

@@ -9,7 +9,17 @@ from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
 from edgetune.runtimes.portable import PortableForward, PortableSession
 
 
-class AcceleratorSession(PortableSession):
+class _Placing:
+    """Tells where graphs run."""
+
+    _placed: AcceleratorGraphs
+
+    def placements(self) -> list[Placement]:
+        """Where the graphs run that were compiled so far."""
+        return list(self._placed.placements.values())
+
+
+class AcceleratorSession(_Placing, PortableSession):
     """A model in training whose loss and gradients an accelerator computes.
 
     AdamW, its moments and the parameters stay in float32 on the CPU. The parameters are inputs of the compiled graph,
@@ -20,20 +30,12 @@ class AcceleratorSession(PortableSession):
         self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, graphs: AcceleratorGraphs
     ) -> None:
         super().__init__(bundle, parameters, optimizer, graphs)
-        self._placements = graphs.placements
-
-    def placements(self) -> list[Placement]:
-        """Where the graphs run that were compiled so far."""
-        return list(self._placements.values())
+        self._placed = graphs
 
 
-class AcceleratorForward(PortableForward):
+class AcceleratorForward(_Placing, PortableForward):
     """A model whose loss an accelerator computes; the parameters are inputs of the compiled graph."""
 
     def __init__(self, parameters: Parameters, graphs: AcceleratorGraphs) -> None:
         super().__init__(parameters, graphs)
-        self._placements = graphs.placements
-
-    def placements(self) -> list[Placement]:
-        """Where the graphs run that were compiled so far."""
-        return list(self._placements.values())
+        self._placed = graphs
