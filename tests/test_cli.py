@@ -470,6 +470,32 @@ edgetune.evaluate.evaluate = fake
     assert json.loads(result.stdout)["loss"] == 0.5
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+def test_a_progress_bar_outlives_its_terminal(tmp_path: Path) -> None:
+    code = """
+import os
+from edgetune.cli.progress import shown
+from edgetune.train.observer import StartInfo, StepMetrics
+with shown(quiet=False) as observer:
+    observer.on_start(StartInfo("onnxruntime", "a plan", None, 3, 1, 5, 1, 0, 2, 1200, 300, 4096))
+    os.close(int(os.environ["TERMINAL"]))
+    for step in (1, 2, 3):
+        observer.on_step(StepMetrics(step, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
+        observer.on_validation(step, 0.5)
+print("done")
+"""
+    main_end, terminal = os.openpty()
+    environment = {**ENVIRONMENT, "TERMINAL": str(main_end), "TERM": "xterm"}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=terminal, pass_fds=[main_end], text=True
+    ) as process:
+        os.close(terminal)
+        os.close(main_end)
+        stdout, _ = process.communicate(timeout=30)
+    assert (process.returncode, stdout) == (0, "done\n")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes break in another way")
 @pytest.mark.parametrize("rows", [1, 20_000])
 @pytest.mark.parametrize("flag", [(), ("--json",)])

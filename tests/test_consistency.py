@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def test_an_emulated_fpga_takes_no_configuration_of_vitis() -> None:
     config = TrainConfig("fpga-hls", plan="split", vitisai_config=Path("v.json"))
     with pytest.raises(UsageError, match="on another runtime than fpga-hls"):
         check_plan(config)
+
+
+def test_openvino_needs_to_be_told_which_npu_is_required() -> None:
+    whole = TrainConfig("openvino", plan="whole", require_npu=True)
+    with pytest.raises(UsageError, match="--require-npu means nothing on OpenVINO's CPU; give --device-type NPU"):
+        check_plan(whole)
+    check_plan(replace(whole, device_type="NPU"))
 
 
 def test_all_that_does_not_go_together_is_said_at_once() -> None:

@@ -242,7 +242,7 @@ def test_validation_rows_of_the_run_are_measured_while_they_are_unchanged(tmp_pa
 
     source = bundle("multi-head", "fp32")
     rows = write_rows(tmp_path / "valid.jsonl")
-    provenance = {"validation_data": str(rows), "validation_data_sha256": sha256_of(rows)}
+    provenance = {"validation_data": "valid.jsonl", "validation_data_sha256": sha256_of(rows)}
     adapter = save_adapter(tmp_path / "adapter", source, provenance)
     said: list[str] = []
 
@@ -252,9 +252,22 @@ def test_validation_rows_of_the_run_are_measured_while_they_are_unchanged(tmp_pa
     assert losses("first").keys() == {"base", "base + adapter"}
     rows.write_text(rows.read_text() + '{"prompt": "one", "completion": " more"}\n')
     assert losses("second") == {}
-    assert any(f"{rows} are gone or changed" in line for line in said)
+    assert any("valid.jsonl are neither beside the adapter nor here, unchanged" in line for line in said)
     rows.unlink()
     assert losses("third") == {}
+
+
+@pytest.mark.parametrize("told", ["{}", "../adapter/../valid.jsonl"])
+def test_an_adapter_names_no_rows_elsewhere(tmp_path: Path, told: str) -> None:
+    from edgetune.storage import sha256_of
+
+    source = bundle("multi-head", "fp32")
+    (tmp_path / "elsewhere").mkdir()
+    rows = write_rows(tmp_path / "elsewhere" / "valid.jsonl")
+    provenance = {"validation_data": told.format(rows), "validation_data_sha256": sha256_of(rows)}
+    (tmp_path / "elsewhere" / "deeper").mkdir()
+    adapter = save_adapter(tmp_path / "elsewhere" / "deeper" / "adapter", source, provenance)
+    assert export(source, adapter, tmp_path / "kept", KEPT, silent).losses == {}
 
 
 def test_folder_is_complete_listed_and_names_no_other_folder(exported: Exporter, tmp_path: Path) -> None:

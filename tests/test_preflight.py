@@ -256,6 +256,21 @@ def test_the_workload_knows_every_shape_of_the_run(bundle: Bundle) -> None:
     assert len(work.others) == len(sizes) - 1
 
 
+@pytest.mark.parametrize("steps", [256, 257])
+def test_long_validation_rows_count_however_long_the_run_is(bundle: Bundle, steps: int) -> None:
+    short, long = ([Example(1, [5] * count, [5] * count)] for count in (8, 40))
+    config = TrainConfig(batch_size=1, steps=steps)
+    work = Workload(bundle.manifest, short, long, config).work()
+    assert (work.positions, work.scores) == (40, 40**2)
+
+
+def test_shapes_are_those_of_a_whole_epoch(bundle: Bundle, tmp_path: Path) -> None:
+    data = tmp_path / "many.jsonl"
+    data.write_text('{"prompt": "lamp", "completion": " on"}\n' * 600)
+    found = answer("plan", bundle.path, "--device", "raspberry-pi-5", "--data", data, "--batch-size", "1")
+    assert sum(shape["batches"] for shape in found["shapes"]) == 600
+
+
 def test_a_cut_model_tells_what_the_whole_one_takes(bundle: Bundle) -> None:
     """The work that is extrapolated is the work of the layers that were left out."""
     workload = _workload(bundle, [32] * 4, batch_size=4, epochs=1)

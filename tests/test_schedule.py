@@ -48,7 +48,9 @@ def test_steps_of_a_run(rows: int, config: TrainConfig, batches: int, epoch: int
 def test_validation_is_due_at_the_end_and_after_each_of_several_epochs() -> None:
     def due(config: TrainConfig) -> list[int]:
         schedule = schedule_steps(6, config)
-        return [step for step in range(1, schedule.total_steps + 1) if schedule.validates_after(step)]
+        due = [step for step in range(1, schedule.total_steps + 1) if schedule.validates_after(step)]
+        assert schedule.validations() == 1 + len(due)
+        return due
 
     assert due(TrainConfig(batch_size=2, epochs=3)) == [3, 6, 9]
     assert due(TrainConfig(batch_size=2, epochs=2.5)) == [3, 6, 8]

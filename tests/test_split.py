@@ -353,6 +353,18 @@ def test_what_is_above_the_trunk_is_timed(halves: Bundle, data: Path) -> None:
     assert seconds < 0.9 * of_all  # by operations: one layer of two
 
 
+def test_an_emulation_is_not_timed(halves: Bundle, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even cut into layers: those of the trunk are not like the others."""
+    for check in ("require_hls4ml", "require_compiler"):
+        monkeypatch.setattr(f"edgetune.runtimes.fpga_hls.{check}", lambda: None)
+    arguments = ["plan", str(halves.path), "--data", str(data), "--runtime", "fpga-hls", "--json"]
+    for plan in ("auto", "split"):
+        done = CliRunner().invoke(main, [*arguments, "--plan", plan])
+        assert done.exit_code == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["run_seconds"] is None and "simulates hardware" in found["time_from"]
+
+
 def test_vitis_ai_is_asked_with_the_documented_options(tmp_path: Path) -> None:
     """What can be tested without it: the names and that a graph has a cache of its own."""
     assert vitisai_options(tmp_path, "a" * 64, None) == {

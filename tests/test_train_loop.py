@@ -30,7 +30,7 @@ from edgetune.errors import (
 )
 from edgetune.evaluate import evaluate
 from edgetune.manifest import AdapterManifest, Lora, read_manifest
-from edgetune.storage import locked
+from edgetune.storage import locked, sha256_of
 from edgetune.train import StartInfo, StepMetrics, TrainResult, train
 from edgetune.train.record import RunRecord, peak_memory_bytes
 
@@ -194,6 +194,29 @@ def test_packed_rows_train_as_padded_ones(bundle: Bundle, tmp_path: Path) -> Non
     for key in ("loss", "grad_norm", "tokens"):
         assert [line[key] for line in left] == pytest.approx([line[key] for line in right], rel=1e-5)
     assert packed.last_validation_loss == pytest.approx(padded.last_validation_loss, rel=1e-5)
+
+
+class Deleting(Recorder):
+    """Deletes the validation rows while the run goes on."""
+
+    def on_validation(self, step: int, loss: float) -> None:
+        for rows in Path.cwd().rglob("valid.jsonl"):
+            rows.unlink()
+
+
+def test_validation_rows_may_go_during_the_run_and_only_their_name_is_told(
+    bundle: Bundle, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "private").mkdir()
+    monkeypatch.chdir(tmp_path / "private")
+    valid = write_rows(Path("valid.jsonl"), some_rows(3, seed=1))
+    digest = sha256_of(valid)
+    output = tmp_path / "elsewhere" / "adapter"
+    train(bundle.path, data, valid, output, FAST, Deleting())
+    text = (output / "edgetune.json").read_text()
+    provenance = json.loads(text)["provenance"]
+    assert (provenance["validation_data"], provenance["validation_data_sha256"]) == ("valid.jsonl", digest)
+    assert "private" not in text
 
 
 def test_validation_is_what_evaluate_measures(bundle: Bundle, data: Path, tmp_path: Path) -> None:

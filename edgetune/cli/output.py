@@ -6,9 +6,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 from unicodedata import category
 
 import click
@@ -29,15 +30,12 @@ def notices(*, quiet: bool) -> Callable[[str], None]:
 
     An interruption that was lost in the stage before ends the command there.
     """
+    stream = cast(IO[str], LastingStderr())
 
     def say(text: str) -> None:
         raise_if_interrupted()
         if not quiet:
-            try:
-                click.echo(text, err=True)
-            except OSError:
-                # Its reader left (`2>&1 | head`) or its disk is full: the work is worth more than what is said of it.
-                _forget("stderr")
+            click.echo(text, file=stream)
 
     return say
 
@@ -48,6 +46,40 @@ def console() -> Console:
 
     width = None if sys.stdout.isatty() else 160
     return Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
+
+
+class LastingStderr:
+    """stderr for what is said of long work, which is worth more: when it cannot be written any more, that is forgotten.
+
+    Its reader may have left (`2>&1 | head`), its terminal been closed, or its disk be full.
+    """
+
+    def __init__(self) -> None:
+        # Not what rich puts in its place later.
+        self._stream = sys.stderr
+
+    def write(self, text: str) -> int:
+        """As a stream does."""
+        with self._lasting():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As a stream does."""
+        with self._lasting():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the stream's."""
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            _forget("stderr")
+            self._stream = sys.stderr
 
 
 def replace_closed_streams() -> None:

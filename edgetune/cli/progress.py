@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from edgetune.byte_size import bytes_text
 from edgetune.cli.interruption import raise_if_interrupted
-from edgetune.cli.output import notices
+from edgetune.cli.output import LastingStderr, notices
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -33,7 +33,8 @@ def shown(*, quiet: bool) -> Iterator[Observer]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("train"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True, highlight=False), expand=True) as progress:
+    terminal = Console(file=cast(IO[str], LastingStderr()), highlight=False)
+    with Progress(*columns, console=terminal, expand=True) as progress:
         yield BarObserver(progress)
 
 

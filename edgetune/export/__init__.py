@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from edgetune import __version__
@@ -151,18 +151,21 @@ def _write_kept(bundle: Bundle, folder: Path, parameters: Parameters) -> None:
 
 
 def _validation_rows(adapter: Path, say: Callable[[str], None]) -> Path | None:
-    """The rows that the adapter's training was validated on, when they are still there, unchanged."""
+    """The rows that the adapter's training was validated on, where they lie unchanged beside the adapter or here."""
     source = adapter / ADAPTER_MANIFEST
     if not source.is_file():
         return None
     provenance = load_manifest(source, AdapterManifest).provenance
     if VALIDATION_DATA not in provenance:
         return None
-    rows = adapter / provenance[VALIDATION_DATA]
-    if not rows.is_file() or sha256_of(rows) != provenance.get(VALIDATION_SHA256):
-        say(f"the validation rows {rows} are gone or changed: no answer losses")
-        return None
-    return rows
+    told = PurePath(provenance[VALIDATION_DATA])
+    # An adapter may come from anywhere.
+    name = told if not told.is_absolute() and ".." not in told.parts else PurePath(told.name)
+    for rows in (adapter.resolve().parent / name, Path(name)):
+        if rows.is_file() and sha256_of(rows) == provenance.get(VALIDATION_SHA256):
+            return rows
+    say(f"the validation rows {name} are neither beside the adapter nor here, unchanged; --valid names them")
+    return None
 
 
 def _examples(bundle: Bundle, rows: Path | None) -> list[Example]:

@@ -97,6 +97,8 @@ class Abilities:
     """Whether `auto` may take it here."""
     forward: bool = False
     """Whether it has `open_forward`."""
+    emulation: bool = False
+    """Whether it simulates hardware for each product: nobody waits for the time that it takes."""
 
 
 class Runtime(Protocol):

@@ -31,7 +31,7 @@ def abilities() -> Abilities:
     """See `edgetune.runtimes.Runtime.abilities`."""
     require_hls4ml()
     require_compiler()
-    return replace(stock.abilities(), whole=False, int8=None, preferred=False, forward=False)
+    return replace(stock.abilities(), whole=False, int8=None, preferred=False, forward=False, emulation=True)
 
 
 def version() -> str:

@@ -113,6 +113,8 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
         yield f"--runtime qnn trains on an NPU, not on --device-type {config.device_type}; leave that out"
     if config.runtime == "qnn" and config.plan not in _ON_QNN:
         yield f"--runtime qnn does not execute --plan {config.plan}, only {', '.join(_ON_QNN)}"
+    if config.runtime == "openvino" and accelerated and config.require_npu and config.device_type != "NPU":
+        yield "--require-npu means nothing on OpenVINO's CPU; give --device-type NPU as well, or leave it out"
     if config.memory_budget is not None and (config.plan == "whole" or config.runtime == "ort-training" or accelerated):
         yield (
             "the whole step as one graph keeps all activations and takes no --memory-budget; "

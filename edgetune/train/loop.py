@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
@@ -115,8 +114,11 @@ class _Run:
         self._rows = load_examples(data, encoder, manifest.max_length, truncate=config.truncate)
         self._notice_lengths(data, self._rows)
         self._valid: list[Example] = []
+        self._valid_sha256 = ""
         if valid is not None:
             rows = load_examples(valid, encoder, manifest.max_length, truncate=config.truncate)
+            # Later the file may be gone, or another.
+            self._valid_sha256 = sha256_of(valid)
             self._notice_lengths(valid, rows)
             self._valid = rows.examples
         workload = Workload(manifest, self._rows.examples, self._valid, config)
@@ -299,9 +301,11 @@ class _Run:
         if self._config.init_adapter is not None:
             provenance["init_adapter"] = self._config.init_adapter.resolve().name
         if self._valid_path is not None:
-            # Seen from the adapter, so that no path of this machine is told; export measures on the same rows again.
-            provenance[VALIDATION_DATA] = os.path.relpath(self._valid_path, self._output)
-            provenance[VALIDATION_SHA256] = sha256_of(self._valid_path)
+            # For `export`, which measures on them again. Of a place elsewhere only the name: it is nobody's business.
+            path, beside = self._valid_path.resolve(), self._output.resolve().parent
+            known = path.relative_to(beside) if path.is_relative_to(beside) else Path(path.name)
+            provenance[VALIDATION_DATA] = known.as_posix()
+            provenance[VALIDATION_SHA256] = self._valid_sha256
         if self.validation_losses:
             provenance["validation_loss"] = repr(self.validation_losses[-1])
         if self.placements:

@@ -47,7 +47,7 @@ class Flash:
 
 @dataclass(frozen=True)
 class ShapeUse:
-    """How many batches of the run have a shape."""
+    """How many batches of an epoch have a shape."""
 
     sequences: int
     length: int
@@ -69,7 +69,7 @@ class Preflight:
     gradient_accumulation_steps: int
     longest_row: int
     shapes: list[ShapeUse]
-    """Of the batches of an epoch, the most frequent first; fixed shapes where the device takes no others."""
+    """The most frequent first; fixed shapes where the device takes no others. Of a long epoch, by its beginning."""
     steps: int
     peak_memory_bytes: int | None
     """Highest resident memory; none where it is not known."""
@@ -231,7 +231,11 @@ class _Planned:
 
     def _choose_length(self, config: TrainConfig, length: int) -> Choice:
         work = Work(length, length**2)
-        choice = choose(self._bundle.manifest, config, work, lambda text: None, self._profile, elsewhere=not self._here)
+        cut = [replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length]) for row in self._rows]
+        trunk = plan_of_trunk(self._bundle, config, cut)
+        choice = choose(
+            self._bundle.manifest, config, work, lambda text: None, self._profile, trunk, elsewhere=not self._here
+        )
         require_fit(self._profile, choice, config, length)
         return choice
 
@@ -273,9 +277,10 @@ def _flash(bundle: Bundle, choice: Choice, steps: int) -> Flash:
 
 
 def _uses(workload: Workload) -> list[ShapeUse]:
-    epoch = workload.step_shapes()[: workload.schedule.steps_per_epoch]
-    counts = Counter((shape.sequences, shape.length) for step in epoch for shape in step)
-    return [ShapeUse(*shape, count) for shape, count in counts.most_common()]
+    steps = workload.schedule.steps_per_epoch
+    looked_at = workload.step_shapes()[:steps]
+    counts = Counter((shape.sequences, shape.length) for step in looked_at for shape in step)
+    return [ShapeUse(*shape, round(count * steps / len(looked_at))) for shape, count in counts.most_common()]
 
 
 def _memory(choice: Choice) -> str:

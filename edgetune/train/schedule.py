@@ -47,7 +47,16 @@ class StepSchedule:
         """Whether validation loss is due after `step` steps: at the end, and after each epoch where there are two."""
         if step == self.total_steps:
             return True
-        return self.total_steps >= 2 * self.steps_per_epoch and step % self.steps_per_epoch == 0
+        return self._validates_epochs and step % self.steps_per_epoch == 0
+
+    def validations(self) -> int:
+        """How often validation loss is due: before the first step, and after those of `validates_after`."""
+        epochs, rest = divmod(self.total_steps, self.steps_per_epoch)
+        return 2 if not self._validates_epochs else 1 + epochs + (rest > 0)
+
+    @property
+    def _validates_epochs(self) -> bool:
+        return self.total_steps >= 2 * self.steps_per_epoch
 
 
 def schedule_steps(rows: int, config: TrainConfig) -> StepSchedule:

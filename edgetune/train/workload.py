@@ -72,9 +72,7 @@ class Workload:
 
     def validations(self) -> int:
         """How often the validation rows are measured."""
-        if not self._valid:
-            return 0
-        return 1 + sum(self.schedule.validates_after(step + 1) for step in range(self.schedule.total_steps))
+        return self.schedule.validations() if self._valid else 0
 
     def work(self) -> Work:
         """The largest batch, and the other shapes that there are."""
@@ -83,7 +81,7 @@ class Workload:
         positions, scores = sizes[0][0], max(scores for _, scores in sizes)
         if self.schedule.total_steps > _LOOKED_AT:
             # A later step may fill the room there is.
-            positions, scores = self._batcher.room.positions, max(scores, self._batcher.room.scores)
+            positions, scores = max(positions, self._batcher.room.positions), max(scores, self._batcher.room.scores)
         return Work(positions, scores, tuple(sizes[1:]))
 
     def room(self) -> Room:
