@@ -21,7 +21,7 @@ from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Abilities
 from edgetune.train.choice import choose
-from edgetune.train.consistency import settle
+from edgetune.train.consistency import resolve_config
 
 FOOTPRINT = Footprint(
     products="fp32",
@@ -146,7 +146,7 @@ LAYERED_ONLY = FakeRuntime(whole=False, exact=replace(FOOTPRINT, products="bf16"
 
 
 def chosen(manifest: BundleManifest, config: TrainConfig) -> tuple[str, str]:
-    config = settle(config, None, pytest.fail)
+    config = resolve_config(config, None, pytest.fail)
     choice = choose(manifest, config, WORK, lambda notice: None)
     assert (choice.predicted_peak_bytes is None) == (choice.plan == WHOLE_STEP)
     return choice.name, choice.plan.products
@@ -180,13 +180,13 @@ def test_what_a_runtime_cannot_do_is_refused(manifest: BundleManifest) -> None:
     with runtimes(**{"openvino": LAYERED_ONLY, "onnxruntime": STOCK, "ort-training": FakeRuntime(exact=None)}):
         for name, plan in (("openvino", "int8"), ("ort-training", "stream")):
             with pytest.raises(UsageError, match=f"--runtime {name} does not execute --plan {plan}"):
-                settle(TrainConfig(runtime=name, plan=plan), None, pytest.fail)  # type: ignore[arg-type]
+                resolve_config(TrainConfig(runtime=name, plan=plan), None, pytest.fail)  # type: ignore[arg-type]
         assert chosen(manifest, TrainConfig(runtime="ort-training")) == ("ort-training", "fp32")
         for config in (TrainConfig(plan="whole"), TrainConfig(runtime="ort-training")):
             with pytest.raises(UsageError, match="takes no --memory-budget"):
-                settle(replace(config, memory_budget="3GB"), None, pytest.fail)
+                resolve_config(replace(config, memory_budget="3GB"), None, pytest.fail)
         with pytest.raises(UsageError, match="is no size"):
-            settle(TrainConfig(memory_budget="much"), None, pytest.fail)
+            resolve_config(TrainConfig(memory_budget="much"), None, pytest.fail)
 
 
 def test_a_budget_that_is_too_small_is_answered_with_one_that_works(manifest: BundleManifest) -> None:

@@ -23,7 +23,7 @@ from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceE
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.runtimes import openvino, qnn
 from edgetune.train import TrainResult, train
-from edgetune.train.accelerated import as_on, on_accelerator
+from edgetune.train.accelerated import apply_profile, on_accelerator
 from edgetune.train.consistency import settle
 from edgetune.train.workload import Workload
 
@@ -84,34 +84,34 @@ def test_a_chip_that_is_no_number_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "my-board.toml"
     path.write_text(VALID.replace('backend_type = "htp"', 'soc_model = "8 Elite"'))
     with pytest.raises(UsageError, match="soc_model is '8 Elite', expected a number such as 69"):
-        as_on(load_profile(str(path)), TrainConfig(), pytest.fail)
+        apply_profile(load_profile(str(path)), TrainConfig(), pytest.fail)
 
 
 @needs_openvino
 @pytest.mark.parametrize("config", [{"plan": "stream"}, {"runtime": "onnxruntime"}, {"memory_budget": "2GB"}])
 def test_what_is_asked_for_comes_first(config: dict[str, Any], tmp_path: Path) -> None:
     given = TrainConfig(**config)
-    assert as_on(load_profile(profile_on(tmp_path, "CPU")), given, pytest.fail) == given
+    assert apply_profile(load_profile(profile_on(tmp_path, "CPU")), given, pytest.fail) == given
 
 
 @needs_qnn
 def test_the_chip_is_the_profiles_unless_another_is_asked_for() -> None:
     profile = load_profile("android-snapdragon-8-elite")
-    assert as_on(profile, TrainConfig(), pytest.fail).soc_model == 69
-    assert as_on(profile, TrainConfig(soc_model=43), pytest.fail).soc_model == 43
+    assert apply_profile(profile, TrainConfig(), pytest.fail).soc_model == 69
+    assert apply_profile(profile, TrainConfig(soc_model=43), pytest.fail).soc_model == 43
 
 
 @pytest.mark.parametrize("config", [{}, {"runtime": "openvino", "plan": "whole"}])
 def test_a_device_without_an_accelerator_changes_nothing(config: dict[str, Any]) -> None:
     given = TrainConfig(**config)
-    assert as_on(load_profile("generic-x86"), given, pytest.fail) == given
+    assert apply_profile(load_profile("generic-x86"), given, pytest.fail) == given
 
 
 def test_a_device_that_openvino_does_not_have_is_refused(tmp_path: Path) -> None:
     for kind in ("auto", "TPU"):
         path = profile_on(tmp_path, kind)
         with pytest.raises(UsageError, match=f"device_type is '{kind}', expected CPU, GPU, NPU"):
-            as_on(load_profile(path), TrainConfig(), pytest.fail)
+            apply_profile(load_profile(path), TrainConfig(), pytest.fail)
     done = call("train", GOLDEN / "bundle", *ROWS, "--output", tmp_path / "adapter", "--device", path)
     assert done.exit_code == 2
     assert not (tmp_path / "adapter").exists()

@@ -32,7 +32,7 @@ def on_accelerator(runtime: str, plan: ExecutionPlan) -> bool:
     return accelerator is not None and (runtime == _ALWAYS or accelerator.device_type not in ("auto", "CPU"))
 
 
-def as_on(
+def apply_profile(
     profile: Profile, config: TrainConfig, notice: Callable[[str], None], *, elsewhere: bool = False
 ) -> TrainConfig:
     """The configuration with what a device's profile says of its accelerator and the configuration does not.
@@ -49,8 +49,10 @@ def as_on(
         UsageError: The profile names a kind of device that OpenVINO does not have, or a chip without a number.
     """
     absent = []
-    for asked in [_asking(profile, config, name) for name in _leading(profile, config, elsewhere=elsewhere)]:
-        reason = "" if elsewhere else _absence(profile, config, asked)
+    for asked in [
+        _with_runtime(profile, config, name) for name in _accelerator_runtimes(profile, config, elsewhere=elsewhere)
+    ]:
+        reason = "" if elsewhere else _why_absent(profile, config, asked)
         if not reason:
             return asked
         absent.append(reason)
@@ -62,7 +64,7 @@ def as_on(
     return config
 
 
-def _leading(profile: Profile, config: TrainConfig, *, elsewhere: bool) -> Sequence[str]:
+def _accelerator_runtimes(profile: Profile, config: TrainConfig, *, elsewhere: bool) -> Sequence[str]:
     """The device's runtimes with which the configuration means its accelerator, the preferred first."""
     names = [name for name in profile.runtime.names if name in (_ALWAYS, _WITH_WHOLE)]
     if config.runtime != "auto":
@@ -78,7 +80,7 @@ def _leading(profile: Profile, config: TrainConfig, *, elsewhere: bool) -> Seque
     return names if whole and place == "accelerator" else []
 
 
-def _asking(profile: Profile, config: TrainConfig, runtime: str) -> TrainConfig:
+def _with_runtime(profile: Profile, config: TrainConfig, runtime: str) -> TrainConfig:
     """The configuration that names a runtime, and its device as the profile does."""
     options = profile.runtime.options
     if runtime == _ALWAYS:
@@ -96,7 +98,7 @@ def _asking(profile: Profile, config: TrainConfig, runtime: str) -> TrainConfig:
     return replace(config, runtime=_WITH_WHOLE, plan="whole", device_type=device_type)
 
 
-def _absence(profile: Profile, config: TrainConfig, asked: TrainConfig) -> str:
+def _why_absent(profile: Profile, config: TrainConfig, asked: TrainConfig) -> str:
     """Why the accelerator cannot be taken here; empty where it can."""
     try:
         find_runtime(asked.runtime).abilities()

@@ -11,7 +11,7 @@ from edgetune.data.buckets import parse_buckets
 from edgetune.device import Profile
 from edgetune.errors import UsageError
 from edgetune.runtimes import find_runtime
-from edgetune.train.accelerated import ACCELERATED, as_on, is_accelerated
+from edgetune.train.accelerated import ACCELERATED, apply_profile, is_accelerated
 from edgetune.train.candidates import footprint_of
 from edgetune.train.schedule import check_options
 
@@ -20,30 +20,30 @@ _ON_QNN = ("auto", "whole", "int8")
 
 
 @dataclass(frozen=True)
-class _Belonging:
+class _Requirement:
     """Options that mean nothing without another."""
 
     options: tuple[str, ...]
     """Fields of `TrainConfig`."""
-    to: str
+    needed: str
     """As people ask for it."""
     holds: Callable[[TrainConfig], bool]
 
 
-_BELONGINGS = (
-    _Belonging(
+_REQUIREMENTS = (
+    _Requirement(
         ("require_npu", "buckets", "device_type"),
         f"a runtime that compiles the whole step, {ACCELERATED}",
         lambda config: is_accelerated(config.runtime, config.plan),
     ),
-    _Belonging(("soc_model",), "--runtime qnn", lambda config: config.runtime == "qnn"),
-    _Belonging(("trunk_cache",), "--plan split", lambda config: config.plan == "split"),
-    _Belonging(
+    _Requirement(("soc_model",), "--runtime qnn", lambda config: config.runtime == "qnn"),
+    _Requirement(("trunk_cache",), "--plan split", lambda config: config.plan == "split"),
+    _Requirement(
         ("vitisai_config",),
         "--plan split on another runtime than fpga-hls",
         lambda config: config.plan == "split" and config.runtime != "fpga-hls",
     ),
-    _Belonging(
+    _Requirement(
         ("queries", "perturbation_size", "report_gradient_cosine"),
         "--method forward-only",
         lambda config: config.method == "forward-only",
@@ -51,7 +51,7 @@ _BELONGINGS = (
 )
 
 
-def settle(
+def resolve_config(
     config: TrainConfig, profile: Profile | None, notice: Callable[[str], None], *, elsewhere: bool = False
 ) -> TrainConfig:
     """The configuration as it holds on a device. What is wrong whatever the bundle is refused.
@@ -70,7 +70,7 @@ def settle(
     check_options(config)
     if profile is not None:
         # The name alone: a path of this machine is nobody else's business.
-        config = replace(as_on(profile, config, notice, elsewhere=elsewhere), device=profile.name)
+        config = replace(apply_profile(profile, config, notice, elsewhere=elsewhere), device=profile.name)
     check_plan(config)
     if not elsewhere:
         _check_runtime(config)
@@ -88,22 +88,22 @@ def check_plan(config: TrainConfig) -> None:
         parse_bytes(config.memory_budget)
     if config.buckets is not None:
         parse_buckets(config.buckets)
-    problems = [*_homeless(config), *_contradictions(config)]
+    problems = [*_without_effect(config), *_contradictions(config)]
     if problems:
         raise UsageError("\n".join(problems))
 
 
-def _homeless(config: TrainConfig) -> Iterator[str]:
+def _without_effect(config: TrainConfig) -> Iterator[str]:
     """Options that were given without what they belong to."""
     default = TrainConfig()
-    for belonging in _BELONGINGS:
-        if belonging.holds(config):
+    for requirement in _REQUIREMENTS:
+        if requirement.holds(config):
             continue
-        for option in belonging.options:
+        for option in requirement.options:
             if (value := getattr(config, option)) != getattr(default, option):
                 flag = f"--{option.replace('_', '-')}"
                 given = flag if value is True else f"{flag} {value}"
-                yield f"{given} means nothing without {belonging.to}; give that as well, or leave {flag} out"
+                yield f"{given} means nothing without {requirement.needed}; give that as well, or leave {flag} out"
 
 
 def _contradictions(config: TrainConfig) -> Iterator[str]:

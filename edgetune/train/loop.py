@@ -29,7 +29,7 @@ from edgetune.placement import Placement, placement_record
 from edgetune.runtimes import Parameters, Placed, Session, StepResult
 from edgetune.storage import atomic_folder, sha256_of
 from edgetune.train.choice import choose
-from edgetune.train.consistency import settle
+from edgetune.train.consistency import resolve_config
 from edgetune.train.device_limits import in_fixed_shapes, require_fit
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
@@ -68,7 +68,7 @@ def train(
         EdgetuneError: A loss or gradient was not finite.
     """
     profile = None if config.device is None else load_profile(config.device)
-    config = settle(config, profile, observer.on_notice)
+    config = resolve_config(config, profile, observer.on_notice)
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
         run = _Run(open_bundle(bundle), data, valid, output, config, profile, observer)
         steps = run.execute(partial)

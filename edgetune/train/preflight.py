@@ -16,7 +16,7 @@ from edgetune.errors import ResourceError, UsageError
 from edgetune.footprint import Work
 from edgetune.runtimes.forward_only import passes_a_step
 from edgetune.train.choice import Choice, choose
-from edgetune.train.consistency import settle
+from edgetune.train.consistency import resolve_config
 from edgetune.train.device_limits import in_fixed_shapes, require_fit
 from edgetune.train.run_time import predict_times
 from edgetune.train.trunk_plan import plan_of_trunk
@@ -120,7 +120,7 @@ def preflight(
         ResourceError: Nothing fits; the message says what would.
     """
     notes: list[str] = []
-    config = settle(config, profile, notes.append, elsewhere=not here)
+    config = resolve_config(config, profile, notes.append, elsewhere=not here)
     opened = open_bundle(bundle)
     rows = _rows(opened, data, config, length, notes)
     measured = _rows(opened, valid, config, length, notes) if valid is not None else []
