@@ -24,7 +24,7 @@ from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.runtimes import openvino, qnn
 from edgetune.train import TrainResult, train
 from edgetune.train.accelerated import apply_profile, on_accelerator
-from edgetune.train.consistency import settle
+from edgetune.train.consistency import resolve_config
 from edgetune.train.workload import Workload
 
 GOLDEN = Path(__file__).parent.parent / "artifacts" / "golden"
@@ -129,7 +129,7 @@ def test_options_of_accelerators_hold_where_the_profile_leads_to_one(tmp_path: P
 
 @needs_qnn
 def test_the_profiles_npu_may_be_required(tmp_path: Path) -> None:
-    settled = settle(TrainConfig(require_npu=True), load_profile(npu(tmp_path)), pytest.fail)
+    settled = resolve_config(TrainConfig(require_npu=True), load_profile(npu(tmp_path)), pytest.fail)
     assert (settled.runtime, settled.require_npu) == ("qnn", True)
 
 
@@ -139,7 +139,7 @@ def test_an_accelerator_that_is_wanted_and_not_found_is_an_error(option: dict[st
     profile = load_profile(profile_on(tmp_path, "NPU"))
     for config in (TrainConfig(**option), TrainConfig("openvino", plan="whole", **option)):
         with pytest.raises(IncompatibleError, match=r"OpenVINO finds no NPU here .*leave out --require-npu"):
-            settle(config, profile, pytest.fail)
+            resolve_config(config, profile, pytest.fail)
 
 
 def test_a_missing_package_is_said_and_the_cpu_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,11 +150,11 @@ def test_a_missing_package_is_said_and_the_cpu_computes(tmp_path: Path, monkeypa
     expected = 'my-board: onnxruntime-qnn is not installed; pip install "edgetune[qnn]"; the CPU computes'
     assert expected in seen.notices
     with pytest.raises(MissingDependencyError, match="onnxruntime-qnn is not installed"):
-        settle(TrainConfig("qnn"), profile, pytest.fail)
+        resolve_config(TrainConfig("qnn"), profile, pytest.fail)
     openvino.core.cache_clear()
     monkeypatch.setattr(openvino, "find_spec", lambda name: None)
     notices: list[str] = []
-    settled = settle(TrainConfig(), load_profile(profile_on(tmp_path, "NPU")), notices.append)
+    settled = resolve_config(TrainConfig(), load_profile(profile_on(tmp_path, "NPU")), notices.append)
     openvino.core.cache_clear()
     assert settled.runtime == "auto"
     assert notices == ['my-board: openvino is not installed; pip install "edgetune[openvino]"; the CPU computes']
@@ -168,19 +168,19 @@ def test_a_memory_budget_leads_to_the_cpu_on_every_npu(tmp_path: Path) -> None:
 
 def test_elsewhere_a_runtime_that_was_asked_for_gets_the_profiles_device() -> None:
     profile = load_profile("intel-core-ultra")
-    settled = settle(TrainConfig("openvino", plan="whole"), profile, pytest.fail, elsewhere=True)
+    settled = resolve_config(TrainConfig("openvino", plan="whole"), profile, pytest.fail, elsewhere=True)
     assert settled.device_type == "NPU"
-    assert settle(TrainConfig(), profile, pytest.fail, elsewhere=True) == TrainConfig(device=profile.name)
+    assert resolve_config(TrainConfig(), profile, pytest.fail, elsewhere=True) == TrainConfig(device=profile.name)
     phone = load_profile("android-snapdragon-8-elite")
-    assert settle(TrainConfig("qnn"), phone, pytest.fail, elsewhere=True).soc_model == 69
+    assert resolve_config(TrainConfig("qnn"), phone, pytest.fail, elsewhere=True).soc_model == 69
 
 
 @needs_openvino
 def test_a_whole_step_that_was_asked_for_runs_on_the_profiles_device(tmp_path: Path) -> None:
     asked = TrainConfig("openvino", plan="whole")
-    assert settle(asked, load_profile(profile_on(tmp_path, "CPU")), pytest.fail).device_type == "CPU"
+    assert resolve_config(asked, load_profile(profile_on(tmp_path, "CPU")), pytest.fail).device_type == "CPU"
     notices: list[str] = []
-    settled = settle(asked, load_profile(profile_on(tmp_path, "NPU")), notices.append)
+    settled = resolve_config(asked, load_profile(profile_on(tmp_path, "NPU")), notices.append)
     assert settled == replace(asked, device="my-board")
     assert notices == ["my-board: OpenVINO finds no NPU here (pip install it); the CPU computes"]
 
@@ -204,7 +204,7 @@ def test_what_openvino_executes_may_be_the_cpus(runtime: str, plan: ExecutionPla
 def test_forward_only_has_a_place_of_its_own(placement: dict[str, str], tmp_path: Path) -> None:
     path = Path(npu(tmp_path))
     path.write_text(VALID.replace('forward-only = "cpu"', f'forward-only = "{placement["forward_only"]}"'))
-    settled = settle(TrainConfig(method="forward-only"), load_profile(str(path)), pytest.fail)
+    settled = resolve_config(TrainConfig(method="forward-only"), load_profile(str(path)), pytest.fail)
     assert settled.runtime == ("auto" if placement["forward_only"] == "cpu" else "qnn")
 
 
