@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from edgetune.config import DeviceType, RuntimeName
 from edgetune.errors import UsageError
 from edgetune.profile_file import read_as
 from edgetune.suggestion import did_you_mean
@@ -23,6 +24,8 @@ Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Where = Literal["accelerator", "cpu", "no"]
 
 SUFFIX = ".toml"
+_OPTIONS = ("soc_model", "device_type")
+"""Of providers, those that edgetune reads."""
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -223,6 +226,9 @@ def _contradictions(profile: Profile) -> Iterator[tuple[tuple[str, ...], str]]:
     """What the types do not tell: the key, and what is wrong with it."""
     if not _NAME.fullmatch(profile.name):
         yield ("name",), f"name is {profile.name!r:.60}, expected lower-case letters and digits with dashes between"
+    yield from _impossible_execution(profile.runtime)
+    if not profile.hardware.systems:
+        yield ("hardware", "systems"), f"systems is empty, expected one of {', '.join(get_args(System))} at least"
     placement = profile.placement
     forms = ("whole_step", "layered", "split_trunk", "forward_only", "inference")
     on_accelerator = [form for form in forms if getattr(placement, form) == "accelerator"]
@@ -231,6 +237,8 @@ def _contradictions(profile: Profile) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("placement", key), f"{key} is 'accelerator', but a device of class cpu has none"
     if profile.kind != "cpu" and not on_accelerator:
         yield ("placement",), f"nothing runs on the accelerator, but the class is {profile.kind}; expected cpu"
+    if all(getattr(placement, form) == "no" for form in forms):
+        yield ("placement",), "nothing runs anywhere; expected 'cpu' or 'accelerator' at least once"
     if profile.buckets is not None:
         shapes = profile.buckets.shapes
         if not shapes or any(size < 1 for shape in shapes for size in shape):
@@ -242,3 +250,23 @@ def _contradictions(profile: Profile) -> Iterator[tuple[tuple[str, ...], str]]:
             re.compile(known_as.text)
         except re.error as error:
             yield ("hardware", "known-as"), f"known-as is no regular expression: {error}"
+
+
+def _impossible_execution(runtime: Execution) -> Iterator[tuple[tuple[str, ...], str]]:
+    known = [name for name in get_args(RuntimeName) if name != "auto"]
+    if not any(name in known for name in runtime.names):
+        found = ", ".join(map(repr, runtime.names)) or "empty"
+        yield ("runtime", "names"), f"names is {found}, expected one of {', '.join(known)} at least"
+    for name in runtime.names:
+        # One that a later edgetune has is none of these, and not nearly one.
+        if name not in known and (meant := did_you_mean(name, known)):
+            yield ("runtime", "names"), f"names has {name!r:.60}{meant}"
+    for option in runtime.options:
+        if option not in _OPTIONS and (meant := did_you_mean(option, _OPTIONS)):
+            yield ("runtime", "options"), f"options has {option!r:.60}{meant}"
+    chip, kind = runtime.options.get("soc_model"), runtime.options.get("device_type")
+    if chip is not None and not chip.isdecimal():
+        yield ("runtime", "options"), f"soc_model is {chip!r:.60}, expected a number such as 69"
+    devices = [device for device in get_args(DeviceType) if device != "auto"]
+    if kind is not None and kind not in devices:
+        yield ("runtime", "options"), f"device_type is {kind!r:.60}, expected {', '.join(devices)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,8 +59,12 @@ def _read(path: Path, called: str) -> str:
     if path.is_dir():
         raise UsageError(f"{called} {path} is a folder; expected a TOML file")
     try:
-        if (size := path.stat().st_size) > _LARGEST:
-            raise UsageError(f"{called} {path} has {size:,} bytes; expected at most {_LARGEST:,}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            # A pipe might never end, a device never stop.
+            raise UsageError(f"{called} {path} is not a regular file; expected a TOML file")
+        if status.st_size > _LARGEST:
+            raise UsageError(f"{called} {path} has {status.st_size:,} bytes; expected at most {_LARGEST:,}")
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError as error:
         raise UsageError(f"{called} {path}: no such file") from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from edgetune import device
+from edgetune.cli import main
 from edgetune.device import load_profile, load_profiles, profile_names
 from edgetune.errors import UsageError
 from edgetune.runtimes import RUNTIMES
@@ -92,6 +95,13 @@ INVALID: dict[str, tuple[str, str, int, str]] = {
         10,
         "no regular expression",
     ),
+    "no system": ('systems = ["linux"]', "systems = []", 8, "systems is empty"),
+    "no runtime": ('names = ["qnn", "onnxruntime"]', "names = []", 13, "names is empty, expected one of openvino"),
+    "no known runtime": ('["qnn", "onnxruntime"]', '["torch"]', 13, "names is 'torch', expected one of"),
+    "misspelt runtime": ('"onnxruntime"]', '"onnxruntme"]', 13, "'onnxruntme'; did you mean 'onnxruntime'?"),
+    "misspelt option": ("backend_type", "soc_modell", 15, "options has 'soc_modell'; did you mean 'soc_model'?"),
+    "no chip": ('backend_type = "htp"', 'soc_model = "banana"', 15, "soc_model is 'banana', expected a number"),
+    "no device": ('backend_type = "htp"', 'device_type = "TPU"', 15, "device_type is 'TPU', expected CPU, GPU, NPU"),
     "no TOML": ('vendor = "Somebody"', "vendor = Somebody", 4, "Invalid value"),
 }
 """What is replaced by what, and the line and a part of the message."""
@@ -102,6 +112,22 @@ def board(tmp_path: Path) -> Path:
     path = tmp_path / "my-board.toml"
     path.write_text(VALID)
     return path
+
+
+@pytest.mark.parametrize("command", [("devices", "check"), ("train", "x", "--data", "y", "--output", "z", "--config")])
+def test_what_is_no_file_is_not_read(command: tuple[str, ...], tmp_path: Path) -> None:
+    pipe, endless = tmp_path / "pipe.toml", tmp_path / "endless.toml"
+    os.mkfifo(pipe)
+    endless.symlink_to("/dev/zero")
+    for path in (pipe, endless):
+        done = CliRunner().invoke(main, [*command, str(path)])
+        assert done.exit_code == 2 and "is not a regular file; expected a TOML file" in done.stderr
+
+
+def test_a_device_on_which_nothing_runs_is_none(board: Path) -> None:
+    board.write_text(re.sub('"(accelerator|cpu)"', '"no"', VALID).replace('class = "npu"', 'class = "cpu"'))
+    with pytest.raises(UsageError, match="nothing runs anywhere"):
+        load_profile(str(board))
 
 
 def test_edgetunes_profiles_are_right() -> None:

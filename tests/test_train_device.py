@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +22,13 @@ from edgetune.data.encode import Example
 from edgetune.device import load_profile
 from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.footprint import Work
 from edgetune.runtimes import openvino, qnn
 from edgetune.train import TrainResult, train
 from edgetune.train.accelerated import apply_profile, on_accelerator
+from edgetune.train.choice import choose
 from edgetune.train.consistency import resolve_config
+from edgetune.train.device_limits import require_place
 from edgetune.train.workload import Workload
 
 GOLDEN = Path(__file__).parent.parent / "artifacts" / "golden"
@@ -246,6 +250,7 @@ def test_without_a_device_the_plan_is_the_run_that_train_makes() -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert (found["device"], found["here"], found["runtime"], found["on_accelerator"]) == (None, True, "qnn", True)
+    assert found["emulated"] is (platform.machine() == "x86_64")
 
 
 def test_a_budget_takes_the_place_of_free_memory_in_plan_and_train(
@@ -268,3 +273,46 @@ def test_forward_only_trains_b_alone(tmp_path: Path) -> None:
         queries = {"queries": 2} if method == "forward-only" else {}
         _, seen = run(tmp_path / method, method=method, learning_rate=1e-3, **queries)
         assert seen.start[0].trainable_parameters == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "config"),
+    [
+        ("layered", TrainConfig("onnxruntime", plan="stream")),
+        ("whole_step", TrainConfig("onnxruntime", plan="whole")),
+        ("forward_only", TrainConfig("onnxruntime", method="forward-only", queries=2)),
+    ],
+)
+def test_what_runs_nowhere_on_a_device_is_refused_and_what_runs_beside_its_accelerator_is_said(
+    form: str, config: TrainConfig
+) -> None:
+    profile = load_profile("apple-silicon")
+    work = Work(64, 64 * 64)
+    choice = choose(open_bundle(GOLDEN / "bundle").manifest, config, work, lambda text: None)
+    heard: list[str] = []
+    for place, said in (("cpu", 0), ("accelerator", 1)):
+        require_place(replace(profile, placement=replace(profile.placement, **{form: place})), choice, heard.append)
+        assert len(heard) == said
+    assert heard[0].startswith("apple-silicon: ") and heard[0].endswith("on onnxruntime; the CPU computes")
+    nowhere = replace(profile, placement=replace(profile.placement, **{form: "no"}))
+    with pytest.raises(IncompatibleError, match=f"placement.{form.replace('_', '-')} is 'no'"):
+        require_place(nowhere, choice, heard.append)
+
+
+def test_a_whole_step_is_refused_where_not_even_the_leanest_plan_fits(tmp_path: Path) -> None:
+    small = tmp_path / "my-board.toml"
+    small.write_text(VALID.replace('value = "2GB"', 'value = "20MB"'))
+    for plan in ("whole", "auto"):
+        done = call("plan", GOLDEN / "bundle", "--device", small, "--runtime", "onnxruntime", "--plan", plan)
+        assert done.exit_code == 6 and "my-board is too small" in done.stderr, done.output
+
+
+def test_truncating_cuts_to_what_the_device_takes(tmp_path: Path) -> None:
+    board = tmp_path / "my-board.toml"
+    text = VALID.replace('names = ["qnn", "onnxruntime"]', 'names = ["onnxruntime"]')
+    limit = '[limits]\nlongest-row = { value = 30, source = "manual" }\n'
+    board.write_text(text.replace("[[limits.notes]]", f"{limit}\n[[limits.notes]]", 1))
+    refused = call("plan", GOLDEN / "bundle", *ROWS, "--device", board)
+    assert refused.exit_code == 6 and "rows of at most 30 tokens with --batch-size 1" in refused.stderr
+    cut = call("plan", GOLDEN / "bundle", *ROWS, "--device", board, "--truncate", "--json")
+    assert cut.exit_code == 0 and json.loads(cut.stdout)["longest_row"] == 30

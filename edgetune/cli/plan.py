@@ -137,7 +137,7 @@ def _show(found: Preflight) -> None:
     facts = Table.grid(padding=(0, 2))
     rows = {
         "device": ", ".join(filter(None, (found.device, "this machine" if found.here else "not this machine"))),
-        "runtime": f"{found.runtime}, on the {'accelerator' if found.on_accelerator else 'CPU'}",
+        "runtime": f"{found.runtime}, {_where(found)}",
         "plan": found.plan,
         "batch": _batch(found),
         "shapes": ", ".join(f"{each.sequences} × {each.length} ({each.batches}×)" for each in found.shapes[:6]),
@@ -153,6 +153,12 @@ def _show(found: Preflight) -> None:
     for note in found.notes:
         facts.add_row(Text("note", style="bold"), Text(note))
     console().print(facts)
+
+
+def _where(found: Preflight) -> str:
+    if found.emulated:
+        return "in an emulation of the hardware"
+    return "on the accelerator" if found.on_accelerator else "on the CPU"
 
 
 def _batch(found: Preflight) -> str:

@@ -6,6 +6,7 @@ same numbers, at the speed of an emulation.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,7 +38,9 @@ def abilities() -> Abilities:
         MissingDependencyError: The package `onnxruntime-qnn` is not installed.
     """
     _require_package()
-    return Abilities(whole=False, exact=None, int8=None, preferred=False, forward=True)
+    # On x86-64 the package has the emulation, and no computer with such a processor has the NPU.
+    emulation = platform.machine().lower() in ("x86_64", "amd64")
+    return Abilities(whole=False, exact=None, int8=None, preferred=False, forward=True, emulation=emulation)
 
 
 def version() -> str:

@@ -18,7 +18,7 @@ from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Runtime, find_runtime
 from edgetune.train.accelerated import accelerated_plan, is_accelerated, on_accelerator
-from edgetune.train.candidates import candidates, footprint_of
+from edgetune.train.candidates import STOCK, candidates, footprint_of
 
 _SHARE = 0.85
 """Of the memory that is free, or that a device has, which others need as well, that a plan may take."""
@@ -76,10 +76,14 @@ def choose(
     for name in candidates(config, plan, profile, notice, elsewhere=elsewhere):
         runtime = find_runtime(name)
         if is_accelerated(name, plan):
-            return Choice(name, runtime, accelerated_plan(manifest, config), None)
+            whole = accelerated_plan(manifest, config)
+            _refuse_without_room(profile, manifest, whole, work)
+            return Choice(name, runtime, whole, None)
         footprint = footprint_of(name, plan, config.method)
         if footprint is None:
-            return Choice(name, runtime, replace(WHOLE_STEP, forward_only=forward_only), None)
+            whole = replace(WHOLE_STEP, forward_only=forward_only)
+            _refuse_without_room(profile, manifest, whole, work)
+            return Choice(name, runtime, whole, None)
         planned.append(_Planned(name, runtime, Planner(manifest, footprint, work, given), footprint))
     return _fitting(planned, config, notice, profile, elsewhere=elsewhere)
 
@@ -153,6 +157,27 @@ def _fitting(
         f"{hard[1]} is too small: a run may take {bytes_text(hard[0])}, {_SHARE:.0%} of its memory, and the smallest "
         f"plan for this bundle and these rows needs {_budget(smallest)}; {hint}{fewer}"
     )
+
+
+def _refuse_without_room(profile: Profile | None, manifest: BundleManifest, whole: ExecutionPlan, work: Work) -> None:
+    """Refuse a whole step, whose memory is not predicted, where not even the smallest layered plan would fit.
+
+    Raises:
+        ResourceError: The device has less memory.
+    """
+    if profile is None or (memory := profile.hardware.memory) is None:
+        return
+    footprint = footprint_of(STOCK, "auto", "backpropagation")
+    if footprint is None:
+        return
+    given = replace(LAYERED, forward_only=whole.forward_only)
+    least = Planner(manifest, footprint, work, given).smallest("stream").peak_memory_bytes
+    if least > (most := int(_SHARE * memory.value)):
+        raise ResourceError(
+            f"{profile.name} is too small: a run may take {bytes_text(most)}, {_SHARE:.0%} of its memory, and the "
+            f"whole step needs more than the {bytes_text(least)} that training layer by layer does; use a smaller "
+            "model, or fewer or shorter rows in a batch (--batch-size)"
+        )
 
 
 def _limits(config: TrainConfig, profile: Profile | None) -> Iterator[tuple[int, str | None]]:

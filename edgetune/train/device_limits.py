@@ -2,12 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from edgetune.config import TrainConfig
 from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
 from edgetune.device import Profile
-from edgetune.errors import ResourceError
+from edgetune.errors import IncompatibleError, ResourceError
+from edgetune.execution import ExecutionPlan
+from edgetune.manifest import BundleManifest
 from edgetune.train.choice import Choice
 from edgetune.train.workload import Workload
+
+_FORMS = {
+    "whole_step": "the whole step as one graph",
+    "layered": "training layer by layer",
+    "split_trunk": "a split bundle's trunk",
+    "forward_only": "forward-only training",
+}
+"""What a profile places, as messages call it."""
+_OF_TRUNK = "VitisAIExecutionProvider"
+"""The provider that a trunk asks for itself; its placement says what became of that."""
+
+
+def require_place(profile: Profile | None, choice: Choice, notice: Callable[[str], None]) -> None:
+    """Refuse what the device's profile says runs nowhere on it.
+
+    Args:
+        profile: The device's, where one was given.
+        choice: What shall run there.
+        notice: Hears that the CPU computes what the device's accelerator could.
+
+    Raises:
+        IncompatibleError: The device does not run this form of training.
+    """
+    if profile is None:
+        return
+    form = _form(choice.plan)
+    place = getattr(profile.placement, form)
+    if place == "no":
+        key = form.replace("_", "-")
+        raise IncompatibleError(
+            f"{profile.name} does not run {_FORMS[form]} (placement.{key} is 'no'); choose another --plan or --method"
+        )
+    provider = profile.runtime.provider
+    if place == "accelerator" and not choice.on_accelerator and not (form == "split_trunk" and provider == _OF_TRUNK):
+        notice(f"{profile.name}: {_FORMS[form]} does not reach its accelerator on {choice.name}; the CPU computes")
+
+
+def _form(plan: ExecutionPlan) -> str:
+    if plan.trunk_layers:
+        return "split_trunk"
+    if plan.forward_only:
+        return "forward_only"
+    return "whole_step" if plan.form == "whole" else "layered"
+
+
+def longest_row(profile: Profile | None, manifest: BundleManifest) -> int:
+    """Tokens of the longest row that bundle and device take: what `--truncate` cuts to."""
+    limit = None if profile is None else profile.limits.longest_row
+    return manifest.max_length if limit is None else min(manifest.max_length, limit.value)
 
 
 def require_fit(profile: Profile | None, choice: Choice, config: TrainConfig, longest: int) -> None:
@@ -27,9 +80,10 @@ def require_fit(profile: Profile | None, choice: Choice, config: TrainConfig, lo
     problems = []
     limits = profile.limits
     own = _own_shapes(profile, choice)
-    rows = [bucket.length for bucket in own[-1:]] + ([limits.longest_row.value] if limits.longest_row else [])
-    if rows and longest > min(rows):
-        problems.append(f"rows of at most {min(rows):,} tokens, the longest has {longest:,} (--truncate)")
+    if limits.longest_row is not None and longest > (most := limits.longest_row.value):
+        problems.append(f"rows of at most {most:,} tokens, the longest has {longest:,} (--truncate)")
+    if own and longest > (most := own[-1].length):
+        problems.append(f"rows of at most {most:,} tokens, the longest has {longest:,} (leave longer ones out)")
     if limits.largest_batch is not None and config.batch_size > limits.largest_batch.value:
         problems.append(f"at most {limits.largest_batch.value} rows in a batch, not {config.batch_size} (--batch-size)")
     strange = [bucket for bucket in _asked_shapes(config) if own and bucket not in own]

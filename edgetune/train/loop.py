@@ -30,7 +30,7 @@ from edgetune.runtimes import Parameters, Placed, Session, StepResult
 from edgetune.storage import atomic_folder, sha256_of
 from edgetune.train.choice import choose
 from edgetune.train.consistency import resolve_config
-from edgetune.train.device_limits import in_fixed_shapes, require_fit
+from edgetune.train.device_limits import in_fixed_shapes, longest_row, require_fit, require_place
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.record import RunRecord, peak_memory_bytes
@@ -111,12 +111,13 @@ class _Run:
         self._output, self._valid_path = output, valid
         manifest = bundle.manifest
         encoder = load_encoder(bundle.path, manifest.tokenizer)
-        self._rows = load_examples(data, encoder, manifest.max_length, truncate=config.truncate)
+        most = longest_row(profile, manifest) if config.truncate else manifest.max_length
+        self._rows = load_examples(data, encoder, most, truncate=config.truncate)
         self._notice_lengths(data, self._rows)
         self._valid: list[Example] = []
         self._valid_sha256 = ""
         if valid is not None:
-            rows = load_examples(valid, encoder, manifest.max_length, truncate=config.truncate)
+            rows = load_examples(valid, encoder, most, truncate=config.truncate)
             # Later the file may be gone, or another.
             self._valid_sha256 = sha256_of(valid)
             self._notice_lengths(valid, rows)
@@ -125,6 +126,7 @@ class _Run:
         self._schedule = workload.schedule
         trunk = plan_of_trunk(bundle, config, [*self._rows.examples, *self._valid])
         self.choice = choose(manifest, config, workload.work(), observer.on_notice, profile, trunk)
+        require_place(profile, self.choice, observer.on_notice)
         require_fit(profile, self.choice, config, workload.longest())
         self._workload = in_fixed_shapes(workload, profile, self.choice, config)
         self.placements: list[Placement] = []

@@ -17,7 +17,7 @@ from edgetune.footprint import Work
 from edgetune.runtimes.forward_only import passes_a_step
 from edgetune.train.choice import Choice, choose
 from edgetune.train.consistency import resolve_config
-from edgetune.train.device_limits import in_fixed_shapes, require_fit
+from edgetune.train.device_limits import in_fixed_shapes, longest_row, require_fit, require_place
 from edgetune.train.run_time import predict_times
 from edgetune.train.trunk_plan import plan_of_trunk
 from edgetune.train.workload import Workload
@@ -65,6 +65,8 @@ class Preflight:
     runtime: str
     plan: str
     on_accelerator: bool
+    emulated: bool
+    """Whether this machine would simulate that hardware."""
     batch_size: int
     gradient_accumulation_steps: int
     longest_row: int
@@ -122,28 +124,32 @@ def preflight(
     notes: list[str] = []
     config = resolve_config(config, profile, notes.append, elsewhere=not here)
     opened = open_bundle(bundle)
-    rows = _rows(opened, data, config, length, notes)
-    measured = _rows(opened, valid, config, length, notes) if valid is not None else []
+    rows = _rows(opened, data, config, profile, length, notes)
+    measured = _rows(opened, valid, config, profile, length, notes) if valid is not None else []
     planned = _Planned(opened, rows, measured, profile, here)
     config, choice, notices = planned.fitting(config, pick_batch)
     notes += notices
     workload = in_fixed_shapes(planned.workload(config), profile, choice, config)
     flash = _flash(opened, choice, workload.schedule.total_steps)
     if profile is not None and (limit := profile.hardware.flash) is not None and flash.total > limit.value:
+        smaller = "" if opened.manifest.base.weights == "int4" else ", or prepare it with --base int4"
         raise ResourceError(
             f"{profile.name} has {bytes_text(limit.value)} of flash, the run needs {bytes_text(flash.total)}: bundle "
             f"{bytes_text(flash.bundle)}, adapter {bytes_text(flash.adapter)}, cache {bytes_text(flash.cache)}; use a "
-            "smaller model, or prepare it with --base int4"
+            f"smaller model{smaller}"
         )
     passes = passes_a_step(config.queries) if choice.plan.forward_only else 1
     times = predict_times(opened, workload, choice, profile, passes, here=here)
     memory = None if profile is None else profile.hardware.memory
+    if memory is None and not here:
+        notes.append("the profile has no figure hardware.memory: that the run fits into the device is not said")
     return Preflight(
         device=None if profile is None else profile.name,
         here=here,
         runtime=choice.name,
         plan=str(choice.plan),
         on_accelerator=choice.on_accelerator,
+        emulated=here and choice.runtime.abilities().emulation,
         batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         longest_row=workload.longest(),
@@ -189,6 +195,7 @@ class _Planned:
         trunk = plan_of_trunk(self._bundle, config, [*self._rows, *self._valid])
         work = workload.work()
         choice = choose(manifest, config, work, notes.append, self._profile, trunk, elsewhere=not self._here)
+        require_place(self._profile, choice, notes.append)
         require_fit(self._profile, choice, config, workload.longest())
         return choice, notes
 
@@ -215,19 +222,17 @@ class _Planned:
                 f"{fitting.gradient_accumulation_steps} ({choice.plan}{_memory(choice)})"
             )
         single = replace(config, batch_size=1)
-        for length in self._shorter():
+        fits, too_long = 0, max(len(row.input_ids) for row in self._rows)
+        found = None
+        while too_long - fits > 1:
+            length = (fits + too_long) // 2
             try:
-                choice = self._choose_length(single, length)
+                found, fits = self._choose_length(single, length), length
             except ResourceError:
-                continue
-            return f"rows of at most {length:,} tokens with --batch-size 1 ({choice.plan}{_memory(choice)})"
-        return "nothing of this bundle; use a smaller model, or a device with more memory"
-
-    def _shorter(self) -> Iterator[int]:
-        length = max(len(row.input_ids) for row in self._rows) // 2
-        while length >= 8:
-            yield length
-            length //= 2
+                too_long = length
+        if found is None:
+            return "nothing of this bundle; use a smaller model, or a device with more memory"
+        return f"rows of at most {fits:,} tokens with --batch-size 1 ({found.plan}{_memory(found)})"
 
     def _choose_length(self, config: TrainConfig, length: int) -> Choice:
         work = Work(length, length**2)
@@ -241,7 +246,12 @@ class _Planned:
 
 
 def _rows(
-    bundle: Bundle, data: Path | None, config: TrainConfig, length: int | None, notes: list[str]
+    bundle: Bundle,
+    data: Path | None,
+    config: TrainConfig,
+    profile: Profile | None,
+    length: int | None,
+    notes: list[str],
 ) -> Sequence[Example]:
     manifest = bundle.manifest
     if data is None:
@@ -262,7 +272,8 @@ def _rows(
         notes.append(f"no --data: rows of {tokens:,} tokens, all of them trained, {count} an epoch")
         return [Example(line, ids, ids) for line in range(1, count + 1)]
     encoder = load_encoder(bundle.path, manifest.tokenizer)
-    found = load_examples(data, encoder, manifest.max_length, truncate=config.truncate)
+    most = longest_row(profile, manifest) if config.truncate else manifest.max_length
+    found = load_examples(data, encoder, most, truncate=config.truncate)
     if found.too_long:
         notes.append(f"{data}: {len(found.too_long):,} of {found.rows:,} rows are too long and would be left out")
     return found.examples
