@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from edgetune.adamw import BETA1, BETA2, CLIP_EPSILON, EPSILON
 from edgetune.manifest import Lora
-from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators
+from edgetune.prepare.operators import IR_VERSION, OPSET, Operators
 
 
 def build_adamw(lora: Lora) -> ir.Model:

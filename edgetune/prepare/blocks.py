@@ -10,9 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgetune.frozen import BLOCK_SIZE, FORWARD
-from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators
-
-_CONTRIB = "com.microsoft"
+from edgetune.prepare.operators import CONTRIB, IR_VERSION, OPSET, Operators
 
 
 def build_dequantise(bits: int) -> ir.Model:
@@ -49,7 +47,7 @@ def _inputs() -> list[ir.Value]:
 
 def _dequantised(op: Operators, inputs: list[ir.Value], bits: int) -> ir.Value:
     layout = {"bits": bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
-    weight = op.op("GatherBlockQuantized", inputs, attributes=layout, domain=_CONTRIB)
+    weight = op.op("GatherBlockQuantized", inputs, attributes=layout, domain=CONTRIB)
     weight.dtype = ir.DataType.FLOAT
     return weight
 
@@ -58,5 +56,5 @@ def _model(op: Operators, inputs: list[ir.Value], weight: ir.Value, shape: tuple
     weight.name, weight.shape = "weight", ir.Shape(shape)
     for number, node in enumerate(op.nodes):
         node.name = f"{number}_{node.op_type}"
-    graph = ir.Graph(inputs, [weight], nodes=op.nodes, name=name, opset_imports={"": OPSET, _CONTRIB: 1})
+    graph = ir.Graph(inputs, [weight], nodes=op.nodes, name=name, opset_imports={"": OPSET, CONTRIB: 1})
     return ir.Model(graph, ir_version=IR_VERSION)

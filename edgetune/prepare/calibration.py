@@ -16,7 +16,7 @@ from edgetune.data.encode import Example
 from edgetune.manifest import Architecture, Lora
 from edgetune.onnx_session import open_graph
 from edgetune.prepare.int8 import frozen_product
-from edgetune.prepare.lowering import Operators
+from edgetune.prepare.operators import Operators
 from edgetune.prepare.weights import attach_weights, cancel_transposes
 from edgetune.runtimes.accelerator.loss_scale import LossScale
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators
-
-NORM, WEIGHT = "model.norm.weight", "lm_head.weight"
+from edgetune.prepare.operators import IR_VERSION, OPSET, Operators
+from edgetune.runtimes.layered.head import NORM, WEIGHT
 
 
 def build_head(hidden_size: int, epsilon: float) -> dict[str, ir.Model]:

@@ -12,15 +12,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
 
 from edgetune.frozen import BACKWARD, FORWARD, INT8, SCALES
 from edgetune.prepare.blocks import build_requantise
-from edgetune.prepare.lowering import Operators
+from edgetune.prepare.operators import CONTRIB, Operators, remove_unused
 from edgetune.prepare.shapes import dimensions, fold
 
 _LINEAR = ("_proj.weight", "lm_head.weight")
-_CONTRIB = "com.microsoft"
 _ZERO_POINT = 128
 _LARGEST = 127.0
 _SMALLEST_ROW = 1e-30
@@ -62,18 +60,13 @@ def quantise_products(model: ir.Model) -> ir.Model:
         product = op.op(
             "MatMulIntegerToFloat",
             [quantised, matrix, _scalar(op, 1, np.float32), scales, _scalar(op, _ZERO_POINT, np.uint8)],
-            domain=_CONTRIB,
+            domain=CONTRIB,
         )
         result = op.op("Mul", [product, row_scales])
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
-        for number, fresh in enumerate(op.nodes):
-            fresh.name = f"{node.name or node.outputs[0].name}/{number}_{fresh.op_type}"
-        ir.convenience.replace_nodes_and_values(graph, node, [node], op.nodes, [node.outputs[0]], [result])
-    model.opset_imports[_CONTRIB] = 1
-    passes.RemoveUnusedNodesPass()(model)
-    for value in list(graph.inputs):
-        if not value.uses():
-            graph.inputs.remove(value)
+        op.replace(graph, node, {node.outputs[0]: result})
+    model.opset_imports[CONTRIB] = 1
+    remove_unused(model)
     fold(model)
     return model
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
 
 from edgetune.checkpoint import Checkpoint
 from edgetune.config import PrepareConfig
@@ -23,7 +22,8 @@ from edgetune.prepare.blocks import build_dequantise
 from edgetune.prepare.gradient import ARTIFACTS, differentiate
 from edgetune.prepare.head import build_head
 from edgetune.prepare.int8 import build_int8
-from edgetune.prepare.lowering import IR_VERSION, OPSET, lower
+from edgetune.prepare.lowering import lower
+from edgetune.prepare.operators import IR_VERSION, OPSET, remove_unused
 from edgetune.prepare.shapes import dimensions, resolve_shapes
 from edgetune.prepare.skeleton import skeleton
 from edgetune.prepare.sublayers import ANCHOR, SUBLAYERS, Sublayer, export_sublayer
@@ -147,10 +147,7 @@ def _with_inputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
 def _finished(model: ir.Model) -> ir.Model:
     cancel_transposes(model.graph)
     _transpose_the_narrow_side(model.graph)
-    passes.RemoveUnusedNodesPass()(model)
-    for value in list(model.graph.inputs):
-        if not value.uses():
-            model.graph.inputs.remove(value)
+    remove_unused(model)
     return model
 
 

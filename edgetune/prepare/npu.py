@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import common as passes
 
 from edgetune.config import Base, NpuForm
 from edgetune.errors import IncompatibleError
@@ -24,13 +23,12 @@ from edgetune.frozen import BLOCK_SIZE, FORWARD, FrozenWeights
 from edgetune.manifest import Architecture
 from edgetune.prepare.calibration import Range
 from edgetune.prepare.int8 import frozen_product
-from edgetune.prepare.lowering import Operators
+from edgetune.prepare.operators import CONTRIB, Operators, remove_unused
 from edgetune.prepare.shapes import dimensions
 from edgetune.prepare.weights import attach_weights, cancel_transposes
 
 DATA = "int8.onnx.data"
 """The int8 weights of both graphs."""
-_CONTRIB = "com.microsoft"
 _MARGIN = 2.0
 """Ranges are so much wider than what was measured: other rows, and adapters that have learnt."""
 _LEVELS = 65535
@@ -146,15 +144,10 @@ def quantise_frozen(model: ir.Model, form: NpuForm, weights: _Int8Weights, range
         else:
             result = _block_product(op, graph, x, weights.blocks(name, direction))
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
-        for number, fresh in enumerate(op.nodes):
-            fresh.name = f"{node.name or node.outputs[0].name}/{number}_{fresh.op_type}"
-        ir.convenience.replace_nodes_and_values(graph, node, [node], op.nodes, [node.outputs[0]], [result])
+        op.replace(graph, node, {node.outputs[0]: result})
     if form == "blocks":
-        model.opset_imports[_CONTRIB] = 1
-    passes.RemoveUnusedNodesPass()(model)
-    for value in list(graph.inputs):
-        if not value.uses():
-            graph.inputs.remove(value)
+        model.opset_imports[CONTRIB] = 1
+    remove_unused(model)
 
 
 def _rounded_product(
@@ -187,7 +180,7 @@ def _block_product(
     columns, blocks, size = tensor.shape.numpy()
     attributes = {"K": blocks * size, "N": columns, "bits": 8, "block_size": size}
     inputs = [x, _initializer(graph, tensor), op.constant(scales)]
-    return op.op("MatMulNBits", inputs, attributes=attributes, domain=_CONTRIB)
+    return op.op("MatMulNBits", inputs, attributes=attributes, domain=CONTRIB)
 
 
 def _initializer(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:

@@ -8,7 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from edgetune.manifest import TensorSpec
-from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators, lower
+from edgetune.prepare.lowering import lower
+from edgetune.prepare.operators import IR_VERSION, OPSET, Operators
 
 
 def evaluation_graph(forward: ir.Model, parameters: Sequence[str]) -> ir.Model:

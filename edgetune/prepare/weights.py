@@ -22,7 +22,7 @@ from edgetune.errors import VerificationError
 from edgetune.frozen import BITS, BLOCK_SIZE, FrozenIndex, Layout, Stored
 from edgetune.genai import HALF, MODEL, QUANTISED, WEIGHTS
 from edgetune.manifest import Architecture
-from edgetune.prepare.lowering import Operators
+from edgetune.prepare.operators import CONTRIB, Operators
 from edgetune.prepare.shapes import fold
 
 ReadLinear = Callable[[str, Sequence[str]], ir.Value]
@@ -214,14 +214,14 @@ def absorb_transposes(model: ir.Model) -> None:
     For the artifacts only, which hold such operators anyway. ONNX Runtime Training 1.19.2 pushes a Transpose through
     `DequantizeLinear` without transposing the scales of its blocks, and then refuses the graph.
     """
-    model.opset_imports["com.microsoft"] = 1
+    model.opset_imports[CONTRIB] = 1
     for node in list(model.graph):
         if not _swaps_matrix(node) or node.inputs[0] is None or node.inputs[0].producer() is None:
             continue
         for user, index in list(node.outputs[0].uses()):
             flipped = user.attributes["transB"].as_int() if "transB" in user.attributes else 0
             if index == 1 and user.op_type in ("MatMul", "FusedMatMul"):
-                user.op_type, user.domain = "FusedMatMul", "com.microsoft"
+                user.op_type, user.domain = "FusedMatMul", CONTRIB
                 user.attributes["transB"] = ir.AttrInt64("transB", 1 - flipped)
                 user.replace_input_with(1, node.inputs[0])
     passes.RemoveUnusedNodesPass()(model)
