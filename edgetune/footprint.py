@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from edgetune.architecture import frozen_weights
 from edgetune.execution import ExecutionPlan, Products
 from edgetune.frozen import BITS, BLOCK_SIZE, LAYERS
 from edgetune.manifest import BundleManifest, TensorSpec
@@ -110,11 +111,7 @@ class Sizes:
         self.vocabulary = a.vocab_size
         self.adapter = sum(math.prod(shape) for shape in manifest.lora.from_layer(trunk_layers).shapes().values())
         self.pieces = dict(zip(SUBLAYERS, (pieces.attention, pieces.mlp), strict=True))
-        queries, keys = (heads * a.head_dim for heads in (a.num_attention_heads, a.num_key_value_heads))
-        self.weights = {
-            "attention": a.hidden_size * 2 * (queries + keys),
-            "mlp": 3 * a.hidden_size * a.intermediate_size,
-        }
+        self.weights = frozen_weights(a)
         """Frozen weights of a layer's sublayers."""
         self.kept = {name: sum(map(_channels, _kept(manifest, name))) if layered else 0 for name in SUBLAYERS}
         """What a piece keeps for the backward pass: numbers for each position."""

@@ -17,6 +17,7 @@ from edgetune.rope import rope_tables
 
 MASKED = np.float32(-1e4)
 """Added to the attention scores of positions that must not be looked at."""
+Ints = NDArray[np.int64]
 RowT = TypeVar("RowT")
 
 
@@ -86,42 +87,61 @@ def lay_out(
         longest: Tokens of the longest row among those that longrope chooses the same factors for.
         sliding_window: Positions that a token looks back on, itself included (transformers' `sliding_window`).
     """
+    input_ids, labels, rows, positions = _tokens(packs, length, pad_token_id)
+    cos, sin = rope_tables(rope, positions, np.array([longest]))
+    return Batch(
+        input_ids,
+        labels,
+        _attention_bias(rows, sliding_window),
+        cos,
+        sin,
+        rows,
+        tuple(example for pack in packs for example in pack),
+        tokens=int((rows >= 0).sum()),
+        trained_tokens=int((labels != IGNORED).sum()),
+    )
+
+
+def _tokens(packs: Sequence[Sequence[Example]], length: int, pad_token_id: int) -> tuple[Ints, Ints, Ints, Ints]:
+    """Token ids, labels and rows as in `Batch`, and each token's position in its row; (B, T) each."""
     shape = len(packs), length
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
     rows = np.full(shape, -1, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
-    examples: list[Example] = []
+    row = 0
     for sequence, pack in enumerate(packs):
         start = 0
         for example in pack:
             end = start + len(example.input_ids)
             input_ids[sequence, start:end] = example.input_ids
             labels[sequence, start : end - 1] = example.labels[1:]
-            rows[sequence, start:end] = len(examples)
+            rows[sequence, start:end] = row
             positions[sequence, start:end] = np.arange(end - start)
-            examples.append(example)
-            start = end
+            row, start = row + 1, end
+    return input_ids, labels, rows, positions
+
+
+def _attention_bias(rows: Ints, sliding_window: int | None) -> NDArray[np.float32]:
+    """(B, 1, T, T): what is added to the attention scores of sequences that hold these rows."""
+    # Padding sees padding, so that no row of the softmax is empty.
+    visible = causal_mask(rows.shape[1], sliding_window) & (rows[:, :, None] == rows[:, None, :])
+    return np.where(visible, np.float32(0), MASKED)[:, None]
+
+
+def causal_mask(length: int, sliding_window: int | None) -> NDArray[np.bool_]:
+    """(T, T): whether position t may look at position s.
+
+    Args:
+        length: Positions, T.
+        sliding_window: Positions that a token looks back on, itself included (transformers' `sliding_window`); all
+            earlier ones when it is None.
+    """
     place = np.arange(length)
     visible = place <= place[:, None]
     if sliding_window is not None:
         visible &= place > place[:, None] - sliding_window
-    # Padding sees padding, so that no row of the softmax is empty.
-    visible = visible & (rows[:, :, None] == rows[:, None, :])
-    attn_bias = np.where(visible, np.float32(0), MASKED)[:, None]
-    cos, sin = rope_tables(rope, positions, np.array([longest]))
-    trained = int((labels != IGNORED).sum())
-    return Batch(
-        input_ids,
-        labels,
-        attn_bias,
-        cos,
-        sin,
-        rows,
-        tuple(examples),
-        tokens=int((rows >= 0).sum()),
-        trained_tokens=trained,
-    )
+    return visible
 
 
 def make_batch(

@@ -11,13 +11,14 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from edgetune.architecture import frozen_weights
 from edgetune.manifest import Architecture
 
 MULTIPLE = 8
 """Every sequence is a multiple of this long: a vector register of float32."""
 ATTENTION_COST = 2.0
 """How much longer a multiplication of the attention takes than one of a projection, as measured: there is a softmax."""
-_PASS_COST = 32
+PASS_COST = 32
 """What a pass costs beside its positions, in positions, about as measured: reading the weights, starting operators."""
 
 
@@ -71,9 +72,7 @@ def round_up(length: int, limit: int | None = None) -> int:
 def attention_share(architecture: Architecture) -> float:
     """Cost of looking at one more position, by the cost of all else that is done for a position."""
     heads = architecture.num_attention_heads * architecture.head_dim
-    key_values = architecture.num_key_value_heads * architecture.head_dim
-    hidden = architecture.hidden_size
-    projections = hidden * (2 * heads + 2 * key_values) + 3 * hidden * architecture.intermediate_size
+    projections = sum(frozen_weights(architecture).values())
     # Forward and backward, attention multiplies six times a position, head and dimension, a frozen weight twice.
     return ATTENTION_COST * 3 * heads / projections
 
@@ -96,7 +95,7 @@ def pass_work(passes: Sequence[Pass], attention: float) -> float:
         passes: The passes.
         attention: What `attention_share` says of the model.
     """
-    return sum(len(item.packs) * item.length * (1 + attention * item.length) + _PASS_COST for item in passes)
+    return sum(len(item.packs) * item.length * (1 + attention * item.length) + PASS_COST for item in passes)
 
 
 def pad(lengths: Sequence[int], room: Room) -> list[Pass]:

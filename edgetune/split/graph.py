@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from edgetune.architecture import frozen_weights
 from edgetune.bundle import Bundle
 from edgetune.errors import ResourceError
 from edgetune.frozen import LAYERS, FrozenWeights
@@ -49,9 +50,7 @@ def build_trunk(bundle: Bundle, layers: int) -> TrunkGraph:
         ResourceError: Their float32 weights are more than an ONNX file can hold.
     """
     architecture, pieces = bundle.manifest.architecture, pieces_of(bundle.manifest)
-    a = architecture
-    queries, keys = (heads * a.head_dim for heads in (a.num_attention_heads, a.num_key_value_heads))
-    weights = a.hidden_size * 2 * (queries + keys) + 3 * a.hidden_size * a.intermediate_size
+    weights = sum(frozen_weights(architecture).values())
     most = _LARGEST_PROTOBUF // (_FLOAT * weights)
     if layers > most:
         raise ResourceError(
