@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,8 +87,21 @@ def write_core(core: Core, folder: Path, fpga: Fpga) -> Path:
     require_hls4ml()
     from hls4ml.model.graph import ModelGraph
 
-    project = core.size.name.replace(".", "_")
-    layers = [
+    config = _project_config(core, folder, fpga)
+    # It tells on stdout what it thinks of names and factors; ours are chosen so that it changes nothing.
+    with contextlib.redirect_stdout(io.StringIO()):
+        graph = ModelGraph.from_layer_list(config, _layers(core), inputs=["x"], outputs=["product"])
+        graph.write()
+    return folder / "firmware" / f"{_project_name(core)}-{graph.config.get_config_value('Stamp')}.so"
+
+
+def _project_name(core: Core) -> str:
+    return core.size.name.replace(".", "_")
+
+
+def _layers(core: Core) -> list[dict[str, Any]]:
+    """hls4ml's description of y = W·x."""
+    return [
         {"class_name": "InputLayer", "name": "x", "input_shape": [core.size.inputs], "data_format": "channels_last"},
         {
             "class_name": "Dense",
@@ -100,15 +114,19 @@ def write_core(core: Core, folder: Path, fpga: Fpga) -> Path:
             "outputs": ["product"],
         },
     ]
+
+
+def _project_config(core: Core, folder: Path, fpga: Fpga) -> dict[str, Any]:
+    """hls4ml's configuration: where the project goes, what it is for, and the types of its numbers."""
     precisions = {
         "weight": str(core.weight_type),
         "bias": str(core.weight_type),
         "accum": core.sum_type.exactly(),
         "result": str(core.output_type),
     }
-    config = {
+    return {
         "OutputDir": str(folder),
-        "ProjectName": project,
+        "ProjectName": _project_name(core),
         "Backend": "Vitis",
         "Part": fpga.part,
         "ClockPeriod": fpga.clock_ns,
@@ -119,11 +137,6 @@ def write_core(core: Core, folder: Path, fpga: Fpga) -> Path:
         },
         "WriterConfig": {"TBOutputStream": "both", "Namespace": None, "WriteWeightsTxt": True, "WriteTar": False},
     }
-    # It tells on stdout what it thinks of names and factors; ours are chosen so that it changes nothing.
-    with contextlib.redirect_stdout(io.StringIO()):
-        graph = ModelGraph.from_layer_list(config, layers, inputs=["x"], outputs=["product"])
-        graph.write()
-    return folder / "firmware" / f"{project}-{graph.config.get_config_value('Stamp')}.so"
 
 
 def simulate(cores: Sequence[Core], folder: Path, fpga: Fpga) -> list[Simulation]:
@@ -162,8 +175,7 @@ class Simulation:
         )
         if built.returncode or not library.is_file():
             raise EdgetuneError(f"{core.size.name}: the C simulation does not compile:\n{built.stderr[-_SHOWN:]}")
-        name = f"{core.size.name.replace('.', '_')}_float"
-        self._function = getattr(ctypes.CDLL(str(library)), name)
+        self._function = getattr(ctypes.CDLL(str(library)), f"{_project_name(core)}_float")
         self._function.restype = None
         self._function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
