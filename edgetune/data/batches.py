@@ -32,7 +32,7 @@ class Batch:
     input_ids: NDArray[np.int64]
     """(B, T) token ids."""
     labels: NDArray[np.int64]
-    """(B, T): the token that shall follow position t, −100 where nothing is trained."""
+    """(B, T): the token to be predicted at position t, −100 where nothing is trained."""
     attn_bias: NDArray[np.float32]
     """(B, 1, T, T): 0 where position t may look, −1e4 elsewhere (later positions, other rows)."""
     rope_cos: NDArray[np.float32]
@@ -59,7 +59,7 @@ class Batch:
         }
 
     def only(self, row: int) -> Batch:
-        """The same batch with the labels of one row: its loss is that row's.
+        """The same batch with the labels of one row only, so that its loss is that row's.
 
         Args:
             row: Index into `examples`.
@@ -77,14 +77,14 @@ def lay_out(
     longest: int,
     sliding_window: int | None,
 ) -> Batch:
-    """Lay out all that a training graph takes.
+    """Make the batch of rows that were assigned to sequences.
 
     Args:
         packs: The rows of each sequence, at least one row in all.
         length: Positions of a sequence, T; no pack has more tokens. The rest is padding, on the right.
         rope: The model's rotary embedding.
         pad_token_id: Fills the padding; no row looks at it.
-        longest: Tokens of the longest row among those that longrope chooses the same factors for.
+        longest: Tokens of the longest of the rows for which longrope chooses its factors together.
         sliding_window: Positions that a token looks back on, itself included (transformers' `sliding_window`).
     """
     input_ids, labels, rows, positions = _tokens(packs, length, pad_token_id)
@@ -173,12 +173,12 @@ def make_batch(
 
 
 def epoch_batches(examples: Sequence[RowT], batch_size: int, seed: int, shuffle: bool) -> Iterator[list[RowT]]:
-    """Groups of rows without end, epoch after epoch; the last one of an epoch may be smaller.
+    """Groups of rows, epoch after epoch without end; the last group of an epoch may be smaller.
 
     Args:
         examples: The rows.
-        batch_size: Rows a group.
-        seed: With the number of the epoch it decides the order of that epoch.
+        batch_size: Rows per group.
+        seed: Decides the order of each epoch, together with the number of the epoch.
         shuffle: Draw a new order every epoch; otherwise the file's.
 
     Raises:

@@ -24,9 +24,9 @@ from edgetune.hls.resources import CoreSize, Fpga
 
 COMPILER = "g++"
 _LONGEST_BUILD = 600
-"""Seconds."""
+"""Seconds that a build may take."""
 _SHOWN = 2000
-"""Characters of a compiler's complaint."""
+"""Characters of the compiler's error output that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,17 @@ class Core:
         return accumulator(self.weight_type, self.input_type, self.size.inputs)
 
     def expected(self, vectors: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The same by numpy: the products are whole numbers of steps, so that their sum is exact."""
+        """The results (count, outputs) in numpy; exact, since all products are whole multiples of one step.
+
+        Args:
+            vectors: (count, inputs).
+        """
         inputs = self.input_type.rounded(vectors.astype(np.float64))
         return self.output_type.rounded(inputs @ self.weight_type.rounded(self.weight.astype(np.float64)).T)
 
 
 def require_hls4ml() -> None:
-    """Check that projects can be written; it is not imported, for that takes memory.
+    """Check that projects can be written, without importing hls4ml, which takes memory.
 
     Raises:
         MissingDependencyError: hls4ml is not installed.
@@ -77,9 +81,9 @@ def write_core(core: Core, folder: Path, fpga: Fpga) -> Path:
     """Write the HLS project of a core; returns the library that `build_lib.sh` in it will make.
 
     Args:
-        core: What it computes.
-        folder: Where the project goes; it is made.
-        fpga: What it is for.
+        core: The projection.
+        folder: The folder of the project, which is made.
+        fpga: The FPGA that it is for.
 
     Raises:
         MissingDependencyError: hls4ml is not installed.
@@ -143,9 +147,9 @@ def simulate(cores: Sequence[Core], folder: Path, fpga: Fpga) -> list[Simulation
     """Write and compile the C simulations of cores, several at the same time.
 
     Args:
-        cores: What they compute.
+        cores: The projections.
         folder: An empty folder for their projects.
-        fpga: What the projects are for.
+        fpga: The FPGA that the projects are for.
 
     Raises:
         MissingDependencyError: hls4ml or g++ is not installed.
@@ -161,8 +165,8 @@ class Simulation:
     """A C simulation, compiled where its project lies.
 
     Args:
-        core: What it computes.
-        library: What `write_core` said.
+        core: The projection.
+        library: The path that `write_core` returned.
 
     Raises:
         EdgetuneError: The compiler gave up.
@@ -180,7 +184,7 @@ class Simulation:
         self._function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
     def run(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(count, inputs) → (count, outputs)."""
+        """Project vectors: (count, inputs) → (count, outputs)."""
         vectors = np.ascontiguousarray(vectors, np.float32)
         results = np.empty((len(vectors), self._outputs), dtype=np.float32)
         for vector, result in zip(vectors, results, strict=True):

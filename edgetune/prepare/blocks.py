@@ -1,4 +1,4 @@
-"""Graphs that turn weights in blocks into matrices: float32, or int8 with other steps.
+"""Graphs that turn block-quantised weights into matrices: float32, or int8 with other scales.
 
 Inputs are `packed` (out, in · bits / 8) uint8, `scales` (out, in / 32) and `rows` (out): 0, 1, 2, …. ONNX Runtime's
 `GatherBlockQuantized` takes weights as inputs and is more than twice as fast as `DequantizeLinear`.
@@ -14,14 +14,14 @@ from edgetune.prepare.operators import CONTRIB, IR_VERSION, OPSET, Operators
 
 
 def build_dequantise(bits: int) -> ir.Model:
-    """Blocks to float32: output `weight` (out, in)."""
+    """The graph that turns blocks into float32: output `weight` (out, in)."""
     op = Operators()
     inputs = _inputs()
     return _model(op, inputs, _dequantised(op, inputs, bits), ("out", "in"), "dequantise")
 
 
 def build_requantise(form: str, bits: int) -> ir.Model:
-    """Blocks to int8: output `weight` (out, in), or (in, out) for the forward pass.
+    """The graph that turns blocks into int8: output `weight` (out, in), or (in, out) for the forward pass.
 
     The scales are those of the blocks divided by those of int8.
     """

@@ -33,9 +33,9 @@ def differentiate(
 
     Args:
         forward: The graph of `resolve_shapes(export_forward(…))`; it is changed: the parameters become initializers.
-        parameters: First values of the LoRA parameters, for the checkpoint.
+        parameters: Initial values of the LoRA parameters, for the checkpoint.
         output: The folder to write to.
-        say: Hears about the side environment when it has to be made first.
+        say: Called with a line of text if the side environment has to be made first.
 
     Returns:
         The gradient-coverage report: how often each operator occurs between the parameters and the loss.

@@ -1,4 +1,4 @@
-"""The portable graphs' contracts, and the one that evaluates."""
+"""The evaluation graph, and the inputs and outputs of graphs as the manifest lists them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgetune.prepare.operators import IR_VERSION, OPSET, Operators
 
 
 def evaluation_graph(forward: ir.Model, parameters: Sequence[str]) -> ir.Model:
-    """The forward graph with outputs `loss` (1) and `predictions` (batch, sequence): the likeliest token each time.
+    """The forward graph with outputs `loss` (1) and `predictions` (batch, sequence): the likeliest next tokens.
 
     Args:
         forward: The graph of `resolve_shapes(export_forward(…))`; it is left as it is.

@@ -30,7 +30,7 @@ _ZERO_POINTS_BYTE = {4: 0x88, 8: 0x80}
 """A byte of zero points by their bits: two of 8, or one of 128."""
 _IN_BLOCKS = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 _LAYOUTS: dict[Base, Layout] = {"fp32": "transposed", "fp16": "half", "int4": "int4", "int8": "int8"}
-"""Of a linear layer's tensors."""
+"""How each base stores the tensors of linear layers."""
 
 
 def attach_weights(model: ir.Model, folder: Path, architecture: Architecture, base: Base) -> None:
@@ -73,7 +73,7 @@ _LINEAR = ".MatMul.weight"
 
 
 def _stored_names(name: str, architecture: Architecture) -> list[str]:
-    """What the GenAI model calls the checkpoint's tensor `name`, or its parts one above the other."""
+    """The GenAI model's names for the checkpoint's tensor `name`, or for its parts, which are stacked by rows."""
     module = name.removesuffix(".weight")
     if module == "model.norm":
         return [f"model.layers.{architecture.num_hidden_layers}.final_norm_layernorm.weight"]
@@ -175,7 +175,7 @@ class _Source:
         return value
 
     def _zero_points(self, rows: int, blocks: int) -> ir.Value:
-        """One tensor for all layers of a shape."""
+        """Zero points (rows, blocks), shared by all layers of the same shape."""
         name = f"zero_points_{rows}x{blocks}"
         count = (rows * blocks * self._bits + 7) // 8
         points = np.full(count, _ZERO_POINTS_BYTE[self._bits], dtype=np.uint8)

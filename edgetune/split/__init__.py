@@ -90,7 +90,7 @@ def _split_point(manifest: BundleManifest, config: SplitConfig) -> int:
 
 
 def _calibration_rows(bundle: Bundle, data: Path, length: int, count: int) -> list[Example]:
-    """So many rows, from the whole file."""
+    """At most `count` rows, taken from the file at regular intervals."""
     encoder = load_encoder(bundle.path, bundle.manifest.tokenizer)
     rows = load_examples(data, encoder, length, truncate=True).examples
     if not rows:
@@ -99,7 +99,7 @@ def _calibration_rows(bundle: Bundle, data: Path, length: int, count: int) -> li
 
 
 def _feed(bundle: Bundle, example: Example, length: int | None = None) -> dict[str, np.ndarray]:
-    """The trunk's inputs for one row, as it is or padded to a length."""
+    """The trunk's inputs for one row, padded to a length where one is given."""
     architecture = bundle.manifest.architecture
     batch = make_batch(
         [example], architecture.rope, bundle.manifest.tokenizer.pad_token_id, multiple_of=length or 1,
