@@ -65,6 +65,13 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def frozen_weights(architecture: Architecture) -> dict[str, int]:
+    """Number of weights in the projections of one decoder layer, by sublayer: `attention` and `mlp`."""
+    a = architecture
+    queries, keys = (heads * a.head_dim for heads in (a.num_attention_heads, a.num_key_value_heads))
+    return {"attention": 2 * a.hidden_size * (queries + keys), "mlp": 3 * a.hidden_size * a.intermediate_size}
+
+
 def check_sizes(architecture: Architecture, *, blocks: bool) -> None:
     """Refuse sizes that the runtimes cannot take.
 

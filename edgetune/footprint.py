@@ -1,8 +1,8 @@
-"""How much memory a layered plan takes: what a process holds at once, added up.
+"""The peak memory of a layered plan: everything that a process holds at once, added up.
 
-Highest resident memory = the process itself + adapters with gradients and moments + hidden states between the
-sublayers + kept activations + weights as they are multiplied + what the graphs hold while they run + pages of the
-weights' file. Sizes come from the bundle's manifest; what only measuring tells is the runtime's `Footprint`.
+Peak resident memory = the process itself + adapters with gradients and moments + hidden states between the sublayers +
+kept activations + weights in the form in which they are multiplied + memory of the graphs while they run + pages of the
+weights' file. The sizes come from the bundle's manifest; what can only be measured is the runtime's `Footprint`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from edgetune.architecture import frozen_weights
 from edgetune.execution import ExecutionPlan, Products
 from edgetune.frozen import BITS, BLOCK_SIZE, LAYERS
 from edgetune.manifest import BundleManifest, TensorSpec
@@ -19,59 +20,60 @@ from edgetune.trunk import FOLDER
 
 SUBLAYERS = ("attention", "mlp")
 _FLOAT = 4
+"""Bytes of a float32."""
 _ADAPTER_COPIES = 5
-"""Parameters, gradients, two moments, and the copy that is written at the end."""
+"""Arrays of the adapter's size: parameters, gradients, two moments, and the copy that is written at the end."""
 _FORWARD_COPIES = 3
-"""Without a backward pass: parameters, what is measured in their place, and the copy that is written."""
+"""The same without a backward pass: parameters, their perturbed copy, and the copy that is written."""
 _WITHOUT_FIRST = 0.7
-"""About what share of a piece's weights is not the first of its matrices."""
+"""Share of a piece's weights that are not in its first matrix, roughly."""
 _HALF = 2
-"""Bytes of a number in 16 bits: of an fp16 base, and of the hidden states that a lean plan keeps."""
+"""Bytes of a 16-bit number: in an fp16 base, and in the hidden states that a lean plan keeps."""
 _TURNS = 2
-"""Arrays in which a lean plan computes hidden states by turns."""
+"""Arrays between which a lean plan alternates when it computes hidden states."""
 _BETWEEN_GRAPHS = 6
-"""Arrays of hidden states beside those between the sublayers: three gradients, two sums of pieces, one on the way."""
+"""Arrays of hidden states besides those between sublayers: three gradients, two sums over pieces, one in transit."""
 _BETWEEN_FORWARD = 2
-"""The same without a backward pass: one sum of pieces, one on the way."""
+"""The same without a backward pass: one sum over pieces, one in transit."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a runtime takes in the layered form; found by `python -m benchmarks.footprints`."""
+    """What a runtime needs for the layered form; measured by `python -m benchmarks.footprints`."""
 
     products: Products
     storage: int
-    """Bytes of a number in hidden states, kept activations and the head's weights."""
+    """Bytes per number in hidden states, kept activations and the head's weights."""
     base: int
-    """Bytes of a process that has everything loaded but nothing of the model."""
+    """Bytes of a process that has loaded everything except the model."""
     attention_states: float
-    """What the attention's graphs hold: bytes for each position and channel of a piece's queries."""
+    """Memory of the attention graphs: bytes per position and query channel of a piece."""
     attention_scores: float
-    """And for each score of each head of a piece."""
+    """Further memory of the attention graphs: bytes per attention score of each head of a piece."""
     mlp_states: float
-    """What the feed-forward network's graphs hold: bytes for each position and inner channel of a piece."""
+    """Memory of the feed-forward network's graphs: bytes per position and inner channel of a piece."""
     hidden_states: float
-    """What either holds besides: bytes for each position and hidden channel."""
+    """Further memory of either sublayer's graphs, and of the head's: bytes per position and hidden channel."""
     graph_weights: float
-    """What either, and the head's, hold of the weights they are given: bytes for each."""
+    """Bytes that the graphs of the sublayers and the head hold per weight that they are given."""
     logits: float
-    """What the head's graphs hold: bytes for each logit."""
+    """Memory of the head's graphs: bytes per logit."""
     together: bool
-    """Each graph has memory of its own; otherwise all share what the largest needs."""
+    """Whether each graph has memory of its own; otherwise all share as much as the largest needs."""
     shapes: int
-    """Shapes of a batch whose memory is held at the same time: of compiled graphs, or what cannot be used again."""
+    """Number of batch shapes whose memory is held at once: of compiled graphs, or memory that cannot be reused."""
     shape: int
-    """Bytes that a shape takes whatever its size: compiled code, where graphs are compiled for shapes."""
+    """Bytes per batch shape, whatever its size: compiled code, where graphs are compiled for shapes."""
     cache: int
-    """Bytes on the disk for compiled graphs, at most."""
+    """Most bytes on disk for compiled graphs."""
     weight: float
-    """Bytes of a sublayer's frozen weight as it is multiplied."""
+    """Bytes per frozen weight of a sublayer in the form in which it is multiplied."""
     forward: float
-    """Of what the sublayers' graphs hold: the share of those of the forward pass."""
+    """Share of the sublayer graphs' memory that is the forward pass's."""
     backward: int
-    """Bytes of `base` that are the backward graphs', loaded or compiled."""
+    """Bytes of `base` that belong to the backward graphs, loaded or compiled."""
     dequantise: float
-    """Time to dequantise a weight, in the time that a product needs for one weight and position."""
+    """Time to dequantise a weight, relative to the time of a product per weight and position."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +81,19 @@ class Work:
     """The largest batch of a run."""
 
     positions: int
-    """Of all its sequences together."""
+    """Positions of all its sequences together."""
     scores: int
-    """Attention scores of one head: the squares of the sequences' lengths, added up."""
+    """Attention scores of one head: the sum of the squared lengths of its sequences."""
     others: tuple[tuple[int, int], ...] = ()
-    """Positions and scores of each other shape that batches have."""
+    """Positions and scores of every other batch shape of the run."""
 
 
 class Sizes:
-    """What of a bundle decides how much memory and work a step takes.
+    """The sizes of a bundle that decide how much memory and work a step takes.
 
     Args:
-        manifest: Of a bundle; without the layered form nothing is known of what is kept.
-        trunk_layers: Lowest layers that a trunk computes.
+        manifest: The manifest of the bundle; without the layered form, what pieces keep is unknown and counts as 0.
+        trunk_layers: Number of lowest layers that a trunk computes.
     """
 
     def __init__(self, manifest: BundleManifest, trunk_layers: int = 0) -> None:
@@ -101,41 +103,37 @@ class Sizes:
         self.layers = a.num_hidden_layers - trunk_layers
         self.trunk_layers = trunk_layers
         self.trunk = trunk_bytes(manifest) if trunk_layers else 0
-        """What the trunk's graph holds: its weights as they are stored and as they are multiplied."""
+        """Bytes of the trunk's graph: its weights as they are stored and as they are multiplied."""
         self.hidden = a.hidden_size
         self.heads = a.num_attention_heads // pieces.attention
         self.queries = self.heads * a.head_dim
-        """Of a piece, as the number of its heads is."""
+        """Query channels of a piece; `heads` counts the heads of a piece, too."""
         self.inner = a.intermediate_size // pieces.mlp
         self.vocabulary = a.vocab_size
         self.adapter = sum(math.prod(shape) for shape in manifest.lora.from_layer(trunk_layers).shapes().values())
         self.pieces = dict(zip(SUBLAYERS, (pieces.attention, pieces.mlp), strict=True))
-        queries, keys = (heads * a.head_dim for heads in (a.num_attention_heads, a.num_key_value_heads))
-        self.weights = {
-            "attention": a.hidden_size * 2 * (queries + keys),
-            "mlp": 3 * a.hidden_size * a.intermediate_size,
-        }
-        """Frozen weights of a layer's sublayers."""
+        self.weights = frozen_weights(a)
+        """Number of frozen weights of each sublayer of a layer."""
         self.kept = {name: sum(map(_channels, _kept(manifest, name))) if layered else 0 for name in SUBLAYERS}
-        """What a piece keeps for the backward pass: numbers for each position."""
+        """Numbers per position that a piece keeps for the backward pass."""
         self.stored = stored_bytes(manifest.base.weights)
-        """Of a weight in the file."""
+        """Bytes per weight in the file."""
 
     @property
     def head(self) -> int:
-        """Weights of the logits."""
+        """Number of weights of the output projection."""
         return self.vocabulary * self.hidden
 
 
 def stored_bytes(base: str) -> float:
-    """Of a linear weight in the file, with its share of a scale."""
+    """Bytes per linear weight in the file, including its share of a scale."""
     if base in BITS:
         return BITS[base] / 8 + _FLOAT / BLOCK_SIZE
     return _HALF if base == "fp16" else _FLOAT
 
 
 def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionPlan) -> int:
-    """Highest resident memory of a run, in bytes, file pages included."""
+    """Peak resident memory of a run in bytes, file pages included."""
     s, f = sizes, footprint
     positions = work.positions
     layer = sum(s.pieces[name] * s.kept[name] for name in SUBLAYERS)
@@ -153,12 +151,12 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
 
 
 def trunk_bytes(manifest: BundleManifest) -> int:
-    """What ONNX Runtime holds of a trunk: its file, and the same weights once more as it multiplies them."""
+    """Bytes that ONNX Runtime holds for a trunk: its file, and the same weights once more as it multiplies them."""
     return 2 * sum(file.size for file in manifest.files if file.path.startswith(f"{FOLDER}/"))
 
 
 def _states(s: Sizes, f: Footprint, plan: ExecutionPlan) -> int:
-    """Bytes of all hidden states for each position and channel."""
+    """Bytes of all hidden states, per position and channel."""
     if plan.forward_only:
         return f.storage * (_TURNS + _BETWEEN_FORWARD)
     if not plan.lean:
@@ -168,7 +166,7 @@ def _states(s: Sizes, f: Footprint, plan: ExecutionPlan) -> int:
 
 
 def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
-    """Weights as they are multiplied that are in memory at the same time."""
+    """Bytes of the weights that are in memory at the same time, in the form in which they are multiplied."""
     if plan.resident:
         return f.weight * s.layers * sum(s.weights.values()) + f.storage * s.head
     # The head's weight shares memory with a piece's first one.
@@ -177,7 +175,7 @@ def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
 
 
 def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
-    """What graphs hold while they run."""
+    """Bytes that the graphs hold while they run."""
     rows, tokens = min(plan.head_rows, work.positions), head_tokens(s, plan)
     head = rows * (f.logits * tokens + f.hidden_states * s.hidden) + f.graph_weights * tokens * s.hidden
     share = f.forward if plan.forward_only else 1.0
@@ -192,7 +190,7 @@ def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
 
 
 def _sublayers(s: Sizes, f: Footprint, positions: int, scores: int) -> tuple[float, float]:
-    """What the graphs of attention and of the feed-forward network hold for batches of one shape."""
+    """Bytes of the graphs of attention and of the feed-forward network, for batches of one shape."""
     states = f.hidden_states * positions * s.hidden
     weights = {name: f.graph_weights * s.weights[name] / s.pieces[name] for name in SUBLAYERS}
     attention = f.attention_states * positions * s.queries + f.attention_scores * scores * s.heads
@@ -200,12 +198,12 @@ def _sublayers(s: Sizes, f: Footprint, positions: int, scores: int) -> tuple[flo
 
 
 def _pages(s: Sizes) -> float:
-    """Pages of the weights' file, which are given back after each sublayer."""
+    """Bytes of mapped pages of the weights' file, which are given back after each sublayer."""
     return s.stored * max(*s.weights.values(), s.head)
 
 
 def head_tokens(sizes: Sizes, plan: ExecutionPlan) -> int:
-    """Tokens of the vocabulary whose weights the head takes at a time."""
+    """Number of vocabulary tokens whose weights the head takes at a time."""
     return min(plan.head_tokens or sizes.vocabulary, sizes.vocabulary)
 
 
@@ -215,5 +213,5 @@ def _kept(manifest: BundleManifest, sublayer: str) -> Iterator[TensorSpec]:
 
 
 def _channels(spec: TensorSpec) -> int:
-    """Numbers for each position: the sizes that are no batch and no sequence."""
+    """Numbers per position: the product of all dimensions other than batch and sequence."""
     return math.prod(size for size in spec.shape if isinstance(size, int))

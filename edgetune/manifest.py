@@ -38,7 +38,7 @@ class BaseModel:
     sha256: str
     """Identity: SHA-256 over a line `NAME SHA256` for each of the checkpoint's safetensors files, in order of names."""
     weights: str
-    """How the frozen weights are stored: `int4` or `fp32`."""
+    """How the frozen weights are stored: `int4`, `int8`, `fp16` or `fp32`."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class ModelManifest:
     tokenizer: Tokenizer
     lora: Lora
     weights: str
-    """How this folder stores its weights: `int4` or `fp32`."""
+    """How this folder stores its weights: `int4` or `fp32` when merged, otherwise as `base.weights`."""
     adapter: str | None
     """The `.onnx_adapter` that is active unless another is asked for; none when it was merged into the weights."""
     losses: dict[str, float]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edgetune.frozen import LAYERS, Range
+from edgetune.architecture import frozen_weights
+from edgetune.frozen import BLOCK_SIZE, LAYERS, Range
 from edgetune.manifest import Architecture, BundleManifest
 
 MOST_WEIGHTS = 10_000_000
@@ -39,12 +40,11 @@ class Pieces:
 
 def cut(architecture: Architecture) -> Pieces:
     """As few pieces of equal size as hold no more than `MOST_WEIGHTS` each; a group of heads stays together."""
-    a = architecture
-    channels = (2 * a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim
-    blocks = a.intermediate_size // 32 if a.intermediate_size % 32 == 0 else 1
+    a, weights = architecture, frozen_weights(architecture)
+    blocks = a.intermediate_size // BLOCK_SIZE if a.intermediate_size % BLOCK_SIZE == 0 else 1
     return Pieces(
-        _divisor(a.num_key_value_heads, a.hidden_size * channels / MOST_WEIGHTS),
-        _divisor(blocks, 3 * a.hidden_size * a.intermediate_size / MOST_WEIGHTS),
+        _divisor(a.num_key_value_heads, weights["attention"] / MOST_WEIGHTS),
+        _divisor(blocks, weights["mlp"] / MOST_WEIGHTS),
     )
 
 

@@ -57,11 +57,15 @@ def test_each_device_is_recognised_and_nothing_else(name: str) -> None:
     assert all(MACHINES[other].architecture == profile.hardware.architecture for other in strangers)
 
 
-def test_what_is_not_here_names_its_install_step() -> None:
+@pytest.mark.parametrize(("installed", "missing"), [(False, ["onnxruntime-qnn"]), (True, [])])
+def test_what_is_not_here_names_its_install_step(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, missing: list[str]
+) -> None:
+    monkeypatch.setattr(device_check, "_installed", lambda name: installed)
     found = check(load_profile("windows-snapdragon-x"), PI)
     assert not found.here
     assert "linux" in found.why
-    assert found.packages_missing == ["onnxruntime-qnn"] or found.provider_found
+    assert (found.packages_missing, found.provider_found) == (missing, installed)
     assert found.install == "pip install onnxruntime-qnn"
 
 

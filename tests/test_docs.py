@@ -129,6 +129,23 @@ def test_the_index_lists_every_page() -> None:
     assert pages - listed == set()
 
 
+def test_the_readme_places_every_module_and_folder() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    listing = readme.partition("\n    edgetune/\n")[2].partition("\n    devices/")[0]
+    named = set(re.findall(r"(?<![\w/*])\w+(?:\.py|/(?= ))", listing))
+    files = [path.relative_to(ROOT / "edgetune") for path in (ROOT / "edgetune").rglob("*.py")]
+    there = {name for file in files for name in (file.name, f"{file.parent.name}/")}
+    top = {f"{file.parts[0]}/" if len(file.parts) > 1 else file.name for file in files}
+    assert top - named == {"__init__.py", "__main__.py"}
+    assert named - there == set(), "these are gone"
+
+
+def test_the_environment_has_the_extras_that_contributing_says() -> None:
+    said = re.search(r"^\| `\.venv` \| `\.\[(.*?)\]`", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    installed = re.search(r"--editable '\.\[(.*?)\]'", (ROOT / "Makefile").read_text())
+    assert said and installed and said[1] == installed[1]
+
+
 def test_command_lines_parse() -> None:
     commands = [(page, command) for page in PAGES for command in commands_of(page.read_text(encoding="utf-8"))]
     assert len(commands) >= LEAST_COMMANDS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,12 +14,14 @@ import onnx
 import pytest
 from prepared_bundles import CONFIG, prepare_tiny
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
-from tiny_phi3 import weights
+from tiny_phi3 import checkpoint, weights
 
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import NpuForm
+from edgetune.errors import DataError
 from edgetune.execution import INT8_STEP, WHOLE_STEP, Accelerator
 from edgetune.frozen import FrozenWeights
+from edgetune.prepare import prepare
 from edgetune.runtimes import qnn, stock
 
 MEAN_COSINE = {"blocks": 0.9999, "qdq": 0.999}
@@ -90,6 +94,25 @@ def test_the_whole_step_is_one_node_with_good_gradients(int8_bundle: tuple[NpuFo
     assert result.loss == pytest.approx(expected.loss, abs=5e-3 if form == "blocks" else 2e-2)
     assert np.mean(cosines(found, gradients)) >= MEAN_COSINE[form]
     assert result.grad_norm == pytest.approx(expected.grad_norm, rel=0.02)
+
+
+CHAT = '{"messages": [{"role": "user", "content": "Is it on?"}, {"role": "assistant", "content": "Yes."}]}\n'
+
+
+@pytest.mark.parametrize("template", ["file", "config"])
+def test_a_bad_calibration_row_is_found_before_anything_is_built(tmp_path: Path, template: str) -> None:
+    """Wherever the checkpoint keeps its chat template."""
+    source = Path(shutil.copytree(checkpoint("multi-head"), tmp_path / "checkpoint"))
+    if template == "config":
+        config = source / "tokenizer_config.json"
+        jinja = source / "chat_template.jinja"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": jinja.read_text()}))
+        jinja.unlink()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(CHAT + CHAT.replace("assistant", "asistant"))
+    with pytest.raises(DataError, match=r"^\S+rows\.jsonl:2: [^\n]*$"):
+        prepare(str(source), tmp_path / "bundle", replace(CONFIG, npu="qdq", calibration=rows), pytest.fail)
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_calibration_rows_decide_the_ranges(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, IncompatibleError
 
 Span = tuple[int, int]
-"""First character and the one after the last."""
+"""First character, and the one after the last."""
 
 
 def answer_spans(template: ChatTemplate, messages: Sequence[Message], text: str) -> list[Span]:

@@ -14,17 +14,17 @@ from edgetune.manifest import BundleManifest
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Sizes of a batch, without the batch."""
+    """The sizes of a batch, without its arrays."""
 
     sequences: int
     length: int
     """Positions of each sequence."""
     trained_tokens: int
-    """Labels of all of them."""
+    """Number of labels in all sequences that are not −100."""
 
     @property
     def positions(self) -> int:
-        """Of all sequences together."""
+        """Positions of all sequences together."""
         return self.sequences * self.length
 
     @property
@@ -34,7 +34,7 @@ class BatchShape:
 
 
 class Batcher:
-    """Lays rows out in batches.
+    """Packs rows into batches.
 
     Args:
         manifest: The bundle's.
@@ -71,11 +71,11 @@ class Batcher:
         """No batch has more positions or more attention scores than `batch_size` sequences of `longest` positions."""
 
     def step(self, drawn: Sequence[Sequence[Example]]) -> list[Batch]:
-        """The batches of one optimizer step, every row once.
+        """The batches of one optimizer step; every row occurs once.
 
-        The gradient of a step is the mean over its trained tokens, so that it does not matter which rows share a batch.
-        It matters with longrope when a row is long: its batch has the long factors then, as in transformers. Then only
-        rows that were drawn together are laid out together.
+        The gradient of a step is the mean over its trained tokens, so it does not matter which rows share a batch. The
+        exception is longrope with a long row, which gives its whole batch the long factors, as in transformers: then
+        only rows that were drawn together share a batch.
 
         Args:
             drawn: The step's rows, in groups of `batch_size` at most.
@@ -83,11 +83,11 @@ class Batcher:
         return [self._lay_out(pool, item) for pool in self._pools(drawn) for item in self._passes(pool)]
 
     def shapes(self, drawn: Sequence[Sequence[Example]]) -> list[BatchShape]:
-        """What `step` would give, without making it."""
+        """The shapes of the batches that `step` would return, without making them."""
         return [_shape(pool, item) for pool in self._pools(drawn) for item in self._passes(pool)]
 
     def measure(self, examples: Sequence[Example]) -> Iterator[Batch]:
-        """Batches of rows whose order does not matter, every row once; the longest first.
+        """Batches of rows whose order does not matter, the longest first; every row occurs once.
 
         With longrope, each row has the factors that it has on its own.
         """
@@ -96,7 +96,7 @@ class Batcher:
                 yield self._lay_out(pool, item)
 
     def measure_shapes(self, examples: Sequence[Example]) -> list[BatchShape]:
-        """What `measure` would give, without making it."""
+        """The shapes of the batches that `measure` would yield, without making them."""
         return [_shape(pool, item) for pool in self._measured(examples) for item in self._passes(pool)]
 
     def _pools(self, drawn: Sequence[Sequence[Example]]) -> list[list[Example]]:

@@ -17,6 +17,7 @@ from edgetune.rope import rope_tables
 
 MASKED = np.float32(-1e4)
 """Added to the attention scores of positions that must not be looked at."""
+Ints = NDArray[np.int64]
 RowT = TypeVar("RowT")
 
 
@@ -31,7 +32,7 @@ class Batch:
     input_ids: NDArray[np.int64]
     """(B, T) token ids."""
     labels: NDArray[np.int64]
-    """(B, T): the token that shall follow position t, −100 where nothing is trained."""
+    """(B, T): the token to be predicted at position t, −100 where nothing is trained."""
     attn_bias: NDArray[np.float32]
     """(B, 1, T, T): 0 where position t may look, −1e4 elsewhere (later positions, other rows)."""
     rope_cos: NDArray[np.float32]
@@ -58,7 +59,7 @@ class Batch:
         }
 
     def only(self, row: int) -> Batch:
-        """The same batch with the labels of one row: its loss is that row's.
+        """The same batch with the labels of one row only, so that its loss is that row's.
 
         Args:
             row: Index into `examples`.
@@ -76,52 +77,71 @@ def lay_out(
     longest: int,
     sliding_window: int | None,
 ) -> Batch:
-    """Lay out all that a training graph takes.
+    """Make the batch of rows that were assigned to sequences.
 
     Args:
         packs: The rows of each sequence, at least one row in all.
         length: Positions of a sequence, T; no pack has more tokens. The rest is padding, on the right.
         rope: The model's rotary embedding.
         pad_token_id: Fills the padding; no row looks at it.
-        longest: Tokens of the longest row among those that longrope chooses the same factors for.
+        longest: Tokens of the longest of the rows for which longrope chooses its factors together.
         sliding_window: Positions that a token looks back on, itself included (transformers' `sliding_window`).
     """
+    input_ids, labels, rows, positions = _tokens(packs, length, pad_token_id)
+    cos, sin = rope_tables(rope, positions, np.array([longest]))
+    return Batch(
+        input_ids,
+        labels,
+        _attention_bias(rows, sliding_window),
+        cos,
+        sin,
+        rows,
+        tuple(example for pack in packs for example in pack),
+        tokens=int((rows >= 0).sum()),
+        trained_tokens=int((labels != IGNORED).sum()),
+    )
+
+
+def _tokens(packs: Sequence[Sequence[Example]], length: int, pad_token_id: int) -> tuple[Ints, Ints, Ints, Ints]:
+    """Token ids, labels and rows as in `Batch`, and each token's position in its row; (B, T) each."""
     shape = len(packs), length
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
     rows = np.full(shape, -1, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
-    examples: list[Example] = []
+    row = 0
     for sequence, pack in enumerate(packs):
         start = 0
         for example in pack:
             end = start + len(example.input_ids)
             input_ids[sequence, start:end] = example.input_ids
             labels[sequence, start : end - 1] = example.labels[1:]
-            rows[sequence, start:end] = len(examples)
+            rows[sequence, start:end] = row
             positions[sequence, start:end] = np.arange(end - start)
-            examples.append(example)
-            start = end
+            row, start = row + 1, end
+    return input_ids, labels, rows, positions
+
+
+def _attention_bias(rows: Ints, sliding_window: int | None) -> NDArray[np.float32]:
+    """(B, 1, T, T): what is added to the attention scores of sequences that hold these rows."""
+    # Padding sees padding, so that no row of the softmax is empty.
+    visible = causal_mask(rows.shape[1], sliding_window) & (rows[:, :, None] == rows[:, None, :])
+    return np.where(visible, np.float32(0), MASKED)[:, None]
+
+
+def causal_mask(length: int, sliding_window: int | None) -> NDArray[np.bool_]:
+    """(T, T): whether position t may look at position s.
+
+    Args:
+        length: Positions, T.
+        sliding_window: Positions that a token looks back on, itself included (transformers' `sliding_window`); all
+            earlier ones when it is None.
+    """
     place = np.arange(length)
     visible = place <= place[:, None]
     if sliding_window is not None:
         visible &= place > place[:, None] - sliding_window
-    # Padding sees padding, so that no row of the softmax is empty.
-    visible = visible & (rows[:, :, None] == rows[:, None, :])
-    attn_bias = np.where(visible, np.float32(0), MASKED)[:, None]
-    cos, sin = rope_tables(rope, positions, np.array([longest]))
-    trained = int((labels != IGNORED).sum())
-    return Batch(
-        input_ids,
-        labels,
-        attn_bias,
-        cos,
-        sin,
-        rows,
-        tuple(examples),
-        tokens=int((rows >= 0).sum()),
-        trained_tokens=trained,
-    )
+    return visible
 
 
 def make_batch(
@@ -153,12 +173,12 @@ def make_batch(
 
 
 def epoch_batches(examples: Sequence[RowT], batch_size: int, seed: int, shuffle: bool) -> Iterator[list[RowT]]:
-    """Groups of rows without end, epoch after epoch; the last one of an epoch may be smaller.
+    """Groups of rows, epoch after epoch without end; the last group of an epoch may be smaller.
 
     Args:
         examples: The rows.
-        batch_size: Rows a group.
-        seed: With the number of the epoch it decides the order of that epoch.
+        batch_size: Rows per group.
+        seed: Decides the order of each epoch, together with the number of the epoch.
         shuffle: Draw a new order every epoch; otherwise the file's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Few shapes for accelerators: what compiles a graph for each shape gets batches of a few, filled up with padding."""
+"""Buckets: for accelerators that compile a graph per shape, batches are padded to one of few shapes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parse_buckets(text: str) -> list[Bucket]:
     """Read what `--buckets` was given: `BxT` for B sequences of T positions, several with commas.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: The text is no such list, or a shape has more than 2^20 positions.
     """
     found = [_BUCKET.fullmatch(part.strip()) for part in text.split(",")]
     buckets = [Bucket(int(match[2]), int(match[1])) for match in found if match]
@@ -42,7 +42,7 @@ def parse_buckets(text: str) -> list[Bucket]:
 
 
 def default_buckets(room: Room) -> list[Bucket]:
-    """Four shapes at most: sequences as long as the longest row and half as long, as many as there is room for or one.
+    """At most four shapes: sequences as long as the longest row or half as long, one or as many as there is room for.
 
     Args:
         room: The largest pass.
@@ -69,12 +69,12 @@ def check_buckets(buckets: Sequence[Bucket], longest: int) -> None:
 def pack_into(
     lengths: Sequence[int], buckets: Sequence[Bucket], architecture: Architecture, *, packing: bool
 ) -> list[Pass]:
-    """Spread rows over passes that have the shapes of buckets, so that the work is least.
+    """Spread rows over passes with the shapes of buckets, with the least work.
 
     Args:
         lengths: Tokens of each row, at least one row, none longer than the longest bucket.
         buckets: The shapes.
-        architecture: Decides what attention costs.
+        architecture: Sizes of the model, which decide what attention costs.
         packing: Put several rows into one sequence; otherwise each has its own.
 
     Returns:
@@ -90,7 +90,7 @@ def pack_into(
 
 
 def _filled(packs: list[list[int]], batches: Sequence[int]) -> list[list[list[int]]]:
-    """The sequences in groups of the given sizes: the largest that is full, and one that takes the rest.
+    """Sequences in groups of the given sizes: full ones of the largest size, then the smallest that takes the rest.
 
     One padded group is better than several small ones: every pass reads all weights.
     """

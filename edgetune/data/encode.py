@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """What became of a file of rows."""
+    """The encoded rows of a file, and which rows were left out or cut."""
 
     examples: list[Example]
     rows: int
@@ -170,7 +170,7 @@ def load_encoder(folder: Path, tokenizer: manifest.Tokenizer) -> Encoder:
 
     Args:
         folder: Holds `tokenizer.json` and, when the model has a template, `chat_template.jinja`.
-        tokenizer: What the manifest says of it.
+        tokenizer: The tokenizer's entry in the manifest.
 
     Raises:
         IncompatibleError: The files are not what the manifest says.
@@ -225,7 +225,7 @@ def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bo
 
     Args:
         path: JSONL.
-        encoder: Of the model that shall be trained.
+        encoder: The encoder of the model to be trained.
         max_length: Longest row that is taken, in tokens.
         truncate: Cut longer rows instead of leaving them out. One whose trained tokens are all cut off is left out.
 

@@ -11,14 +11,15 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from edgetune.architecture import frozen_weights
 from edgetune.manifest import Architecture
 
 MULTIPLE = 8
-"""Every sequence is a multiple of this long: a vector register of float32."""
+"""Lengths of sequences are multiples of this, the float32 numbers in a vector register."""
 ATTENTION_COST = 2.0
-"""How much longer a multiplication of the attention takes than one of a projection, as measured: there is a softmax."""
-_PASS_COST = 32
-"""What a pass costs beside its positions, in positions, about as measured: reading the weights, starting operators."""
+"""Measured time of a multiplication in attention, with its share of the softmax, relative to one in a projection."""
+PASS_COST = 32
+"""Measured cost of a pass beside that of its positions, in positions: reading weights, starting operators."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Pass:
     length: int
     """Positions of each sequence, T."""
     packs: list[list[int]]
-    """The rows of each sequence, as indices into the lengths that were given."""
+    """The rows of each sequence, as indices into the given lengths."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,25 @@ class Room:
     longest: int
     """The longest row, rounded up."""
     limit: int
-    """Longest sequence that several rows may make, rounded up; not below `longest`."""
+    """Longest sequence that may hold several rows, rounded up; at least `longest`."""
 
     @property
     def positions(self) -> int:
-        """Of all sequences of a pass, at most."""
+        """Most positions of all sequences of a pass together."""
         return self.batch_size * self.longest
 
     @property
     def scores(self) -> int:
-        """Attention scores of one head, at most."""
+        """Most attention scores of one head in a pass."""
         return self.positions * self.longest
 
     def sequences(self, length: int) -> int:
-        """Sequences of `length` positions that need no more positions and no more attention scores than that pass."""
+        """Number of sequences of `length` positions that need no more positions and scores than the largest pass."""
         return min(self.positions // length, self.scores // length**2)
 
 
 def round_up(length: int, limit: int | None = None) -> int:
-    """The next of few lengths, so that few shapes occur: sixteen between a power of two and the next.
+    """Round a length up to one of few, so that few shapes occur: sixteen between a power of two and the next.
 
     Args:
         length: Tokens, at least one.
@@ -69,34 +70,32 @@ def round_up(length: int, limit: int | None = None) -> int:
 
 
 def attention_share(architecture: Architecture) -> float:
-    """Cost of looking at one more position, by the cost of all else that is done for a position."""
+    """Cost of attending to one more position, relative to the cost of all else that is computed for a position."""
     heads = architecture.num_attention_heads * architecture.head_dim
-    key_values = architecture.num_key_value_heads * architecture.head_dim
-    hidden = architecture.hidden_size
-    projections = hidden * (2 * heads + 2 * key_values) + 3 * hidden * architecture.intermediate_size
+    projections = sum(frozen_weights(architecture).values())
     # Forward and backward, attention multiplies six times a position, head and dimension, a frozen weight twice.
     return ATTENTION_COST * 3 * heads / projections
 
 
 def pack(lengths: Sequence[int], room: Room, attention: float) -> list[Pass]:
-    """Spread rows over sequences and passes so that the work is least.
+    """Spread rows over sequences and passes, with the least work.
 
     Args:
         lengths: Tokens of each row, at least one row, none longer than `room.longest`.
         room: The largest pass.
-        attention: What `attention_share` says of the model.
+        attention: The `attention_share` of the model.
     """
     return min(_candidates(lengths, room), key=lambda passes: pass_work(passes, attention))
 
 
 def pass_work(passes: Sequence[Pass], attention: float) -> float:
-    """What passes cost, in positions.
+    """Cost of passes, in positions.
 
     Args:
         passes: The passes.
-        attention: What `attention_share` says of the model.
+        attention: The `attention_share` of the model.
     """
-    return sum(len(item.packs) * item.length * (1 + attention * item.length) + _PASS_COST for item in passes)
+    return sum(len(item.packs) * item.length * (1 + attention * item.length) + PASS_COST for item in passes)
 
 
 def pad(lengths: Sequence[int], room: Room) -> list[Pass]:
@@ -126,7 +125,7 @@ def best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
     """Best fit decreasing: the longest row first, each into the sequence that it fills most."""
     packs: list[list[int]] = []
     spaces: list[tuple[int, int]] = []
-    """What is left of each sequence, and which one it is; in order."""
+    """Free positions of each sequence and its index, in ascending order."""
     for row in longest_first(lengths):
         found = bisect_left(spaces, (lengths[row], 0))
         space, index = spaces.pop(found) if found < len(spaces) else (length, len(packs))
@@ -138,5 +137,5 @@ def best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:
-    """The rows in the order of their lengths."""
+    """Indices of the rows, the longest first."""
     return sorted(range(len(lengths)), key=lambda row: -lengths[row])

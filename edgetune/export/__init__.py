@@ -6,7 +6,6 @@ import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Literal
 
@@ -31,11 +30,15 @@ from edgetune.manifest import (
     ModelManifest,
     write_manifest,
 )
+from edgetune.provenance import version_of
 from edgetune.runtimes import Parameters
 from edgetune.storage import CHUNK, atomic_folder, sha256_of, write_file
 
 ADAPTER = "adapters/adapter.onnx_adapter"
 """Where a kept adapter lies in the model folder."""
+
+_TOOLS = ("onnx", "onnxruntime")
+"""Packages whose versions the manifest records."""
 
 Kind = Literal["merged", "base + adapter"]
 
@@ -67,7 +70,7 @@ def export(
         adapter: The adapter folder.
         output: The folder to write.
         config: Merged or kept apart, and in which precision.
-        say: Takes a line on what is being done.
+        say: Called with a line of text as each stage begins.
         valid: Rows to measure on; without them, those that the adapter's training was validated on.
 
     Raises:
@@ -75,11 +78,13 @@ def export(
         DataError: `valid` has bad rows.
         IncompatibleError: The adapter does not fit the bundle.
         VerificationError: A file of adapter or bundle was changed.
+        MissingDependencyError: A host package is not installed.
         ResourceError: The disk is full.
+        LockedError: Another process writes `output`.
         EdgetuneError: Olive failed.
     """
-    lora = bundle.manifest.lora
-    parameters = read_adapter(adapter, lora, bundle.manifest.base, bundle.manifest.tokenizer)
+    versions = {name: version_of(name) for name in _TOOLS}
+    parameters = read_adapter(adapter, bundle.manifest.lora, bundle.manifest.base, bundle.manifest.tokenizer)
     examples = _examples(bundle, valid or _validation_rows(adapter, say))
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
         listed = {file.path: file for file in bundle.manifest.files}
@@ -96,27 +101,38 @@ def export(
         written = [] if config.merge else [ADAPTER]
         written += [name for name in (MODEL, WEIGHTS) if name not in {file.path for file in files}]
         files += [File(name, (folder / name).stat().st_size, sha256_of(folder / name)) for name in written]
-        manifest = ModelManifest(
-            format=MODEL_FORMAT,
-            format_version=FORMAT_VERSION,
-            base=bundle.manifest.base,
-            tokenizer=bundle.manifest.tokenizer,
-            lora=lora,
-            weights=config.precision if config.merge else bundle.manifest.base.weights,
-            adapter=None if config.merge else ADAPTER,
-            losses=losses,
-            provenance={
-                "bundle_manifest_sha256": bundle.manifest.manifest_sha256,
-                "adapter_sha256": sha256_of(adapter / ADAPTER_WEIGHTS),
-                "edgetune": __version__,
-                "onnx": version("onnx"),
-                "onnxruntime": version("onnxruntime"),
-            },
-            files=sorted(files, key=lambda file: file.path),
-        )
+        manifest = _manifest(bundle, adapter, config, losses, versions, files)
         write_file(folder / MANIFEST, write_manifest(manifest))
     kind: Kind = "merged" if config.merge else "base + adapter"
     return ExportReport(output, kind, losses, sum(file.size for file in files))
+
+
+def _manifest(
+    bundle: Bundle,
+    adapter: Path,
+    config: ExportConfig,
+    losses: dict[str, float],
+    versions: dict[str, str],
+    files: list[File],
+) -> ModelManifest:
+    source = bundle.manifest
+    return ModelManifest(
+        format=MODEL_FORMAT,
+        format_version=FORMAT_VERSION,
+        base=source.base,
+        tokenizer=source.tokenizer,
+        lora=source.lora,
+        weights=config.precision if config.merge else source.base.weights,
+        adapter=None if config.merge else ADAPTER,
+        losses=losses,
+        provenance={
+            "bundle_manifest_sha256": source.manifest_sha256,
+            "adapter_sha256": sha256_of(adapter / ADAPTER_WEIGHTS),
+            "edgetune": __version__,
+            **versions,
+        },
+        files=sorted(files, key=lambda file: file.path),
+    )
 
 
 def _copy(source: Path, folder: Path, file: File) -> File:

@@ -1,4 +1,4 @@
-"""The adapter beside the base: the graph takes A and B as inputs, an `.onnx_adapter` holds their values.
+"""The adapter beside the base: the graph takes A and B as inputs, and an `.onnx_adapter` holds their values.
 
 Every slot gets `x·A·B` added to what its `MatMul` or `MatMulNBits` gives. A (in_features, rank) and B
 (rank, out_features) are inputs with zeros as default, so that the base answers as before without an adapter;

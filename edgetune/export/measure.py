@@ -30,7 +30,7 @@ class Measured:
 
     Args:
         folder: Holds the weights, and the graph unless one is given.
-        graph: To be used in place of the folder's `model.onnx`; its weights lie outside, in `folder`.
+        graph: Used in place of the folder's `model.onnx`; its weights are external data in `folder`.
     """
 
     def __init__(self, folder: Path, graph: onnx.ModelProto | None = None) -> None:
@@ -47,8 +47,8 @@ class Measured:
 
         Args:
             examples: The rows, at least one.
-            values: LoRA inputs of the graph.
-            adapter: An `.onnx_adapter` with the LoRA inputs.
+            values: The graph's LoRA inputs, by name.
+            adapter: An `.onnx_adapter` that holds the LoRA inputs.
         """
         import onnxruntime as ort
 

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     import onnx
 
 _PIECE = 64 << 20
-"""Bytes of fp32 weights that are worked on at once, about."""
+"""Bytes of fp32 weights that are processed at once, roughly."""
 _SMALLEST = 256
-"""Inputs that are worked on at once, at least; a multiple of every block size."""
+"""Fewest inputs that are processed at once; a multiple of every block size."""
 
 
 def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters) -> None:
     """Write the fp32 GenAI graph and weights with the adapter folded in.
 
     Args:
-        source: A verified GenAI folder, whatever its weights are stored as.
+        source: A verified GenAI folder, however its weights are stored.
         output: Folder for `model.onnx` and `model.onnx.data`.
         lora: The slots.
         parameters: A (rank, in_features) and B (out_features, rank), as `Lora.shapes` names them.
@@ -88,7 +88,7 @@ def _merged(weight: Block, part: Part | None, scaling: float, parameters: Parame
 
 
 def _transposed(weight: Block, start: int, stop: int) -> NDArray[np.float32]:
-    """W transposed, of the inputs from `start` to `stop`, both on a block's border."""
+    """W transposed (stop − start, outputs), for the inputs from `start` to `stop`, both on block boundaries."""
     if weight.scales is None:
         return np.array(weight.values[:, start:stop].T, dtype=np.float32)
     packed, scales = (
@@ -101,7 +101,7 @@ def _transposed(weight: Block, start: int, stop: int) -> NDArray[np.float32]:
 def _read_weight(
     node: onnx.NodeProto, stored: onnx.TensorProto, tensors: dict[str, onnx.TensorProto], mapped: mmap.mmap
 ) -> Block:
-    """A layer's weight, which its tensor `stored` holds."""
+    """The weight of a layer; `stored` is its tensor in the graph."""
     if node.op_type == "MatMul":
         dtype = np.float16 if stored.name.endswith(HALF) else np.float32
         return Block(_array(stored, dtype, mapped).T, None)

@@ -19,7 +19,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
-"""The checkpoint's projections and the builder's, from the first output row to the last."""
+"""The builder's projections for each of the checkpoint's, from the first output row to the last."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def find_parts(graph: onnx.GraphProto, lora: Lora) -> Iterator[list[Part]]:
     """The parts of every slot.
 
     Args:
-        graph: Of a GenAI model.
+        graph: The graph of a GenAI model.
         lora: The slots.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A merged fp32 model in int4 again: Olive's blockwise round-to-nearest pass."""
+"""A merged fp32 model is quantised to int4 again, by Olive's blockwise round-to-nearest pass."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def quantise_layers(source: Path, output: Path) -> None:
 
 
 def _restore_outputs(model: onnx.ModelProto) -> None:
-    """The pass renames what its layers give, `logits` as well, by which GenAI asks for it."""
+    """Undo the pass's renaming of graph outputs: GenAI asks for `logits` by name."""
     for output in model.graph.output:
         if output.name != weight_name(output.name):
             node = next(node for node in model.graph.node if output.name in node.output)

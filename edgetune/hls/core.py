@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,9 @@ from edgetune.hls.resources import CoreSize, Fpga
 
 COMPILER = "g++"
 _LONGEST_BUILD = 600
-"""Seconds."""
+"""Seconds that a build may take."""
 _SHOWN = 2000
-"""Characters of a compiler's complaint."""
+"""Characters of the compiler's error output that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,17 @@ class Core:
         return accumulator(self.weight_type, self.input_type, self.size.inputs)
 
     def expected(self, vectors: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The same by numpy: the products are whole numbers of steps, so that their sum is exact."""
+        """The results (count, outputs) in numpy; exact, since all products are whole multiples of one step.
+
+        Args:
+            vectors: (count, inputs).
+        """
         inputs = self.input_type.rounded(vectors.astype(np.float64))
         return self.output_type.rounded(inputs @ self.weight_type.rounded(self.weight.astype(np.float64)).T)
 
 
 def require_hls4ml() -> None:
-    """Check that projects can be written; it is not imported, for that takes memory.
+    """Check that projects can be written, without importing hls4ml, which takes memory.
 
     Raises:
         MissingDependencyError: hls4ml is not installed.
@@ -76,9 +81,9 @@ def write_core(core: Core, folder: Path, fpga: Fpga) -> Path:
     """Write the HLS project of a core; returns the library that `build_lib.sh` in it will make.
 
     Args:
-        core: What it computes.
-        folder: Where the project goes; it is made.
-        fpga: What it is for.
+        core: The projection.
+        folder: The folder of the project, which is made.
+        fpga: The FPGA that it is for.
 
     Raises:
         MissingDependencyError: hls4ml is not installed.
@@ -86,8 +91,21 @@ def write_core(core: Core, folder: Path, fpga: Fpga) -> Path:
     require_hls4ml()
     from hls4ml.model.graph import ModelGraph
 
-    project = core.size.name.replace(".", "_")
-    layers = [
+    config = _project_config(core, folder, fpga)
+    # It tells on stdout what it thinks of names and factors; ours are chosen so that it changes nothing.
+    with contextlib.redirect_stdout(io.StringIO()):
+        graph = ModelGraph.from_layer_list(config, _layers(core), inputs=["x"], outputs=["product"])
+        graph.write()
+    return folder / "firmware" / f"{_project_name(core)}-{graph.config.get_config_value('Stamp')}.so"
+
+
+def _project_name(core: Core) -> str:
+    return core.size.name.replace(".", "_")
+
+
+def _layers(core: Core) -> list[dict[str, Any]]:
+    """hls4ml's description of y = W·x."""
+    return [
         {"class_name": "InputLayer", "name": "x", "input_shape": [core.size.inputs], "data_format": "channels_last"},
         {
             "class_name": "Dense",
@@ -100,15 +118,19 @@ def write_core(core: Core, folder: Path, fpga: Fpga) -> Path:
             "outputs": ["product"],
         },
     ]
+
+
+def _project_config(core: Core, folder: Path, fpga: Fpga) -> dict[str, Any]:
+    """hls4ml's configuration: where the project goes, what it is for, and the types of its numbers."""
     precisions = {
         "weight": str(core.weight_type),
         "bias": str(core.weight_type),
         "accum": core.sum_type.exactly(),
         "result": str(core.output_type),
     }
-    config = {
+    return {
         "OutputDir": str(folder),
-        "ProjectName": project,
+        "ProjectName": _project_name(core),
         "Backend": "Vitis",
         "Part": fpga.part,
         "ClockPeriod": fpga.clock_ns,
@@ -119,20 +141,15 @@ def write_core(core: Core, folder: Path, fpga: Fpga) -> Path:
         },
         "WriterConfig": {"TBOutputStream": "both", "Namespace": None, "WriteWeightsTxt": True, "WriteTar": False},
     }
-    # It tells on stdout what it thinks of names and factors; ours are chosen so that it changes nothing.
-    with contextlib.redirect_stdout(io.StringIO()):
-        graph = ModelGraph.from_layer_list(config, layers, inputs=["x"], outputs=["product"])
-        graph.write()
-    return folder / "firmware" / f"{project}-{graph.config.get_config_value('Stamp')}.so"
 
 
 def simulate(cores: Sequence[Core], folder: Path, fpga: Fpga) -> list[Simulation]:
     """Write and compile the C simulations of cores, several at the same time.
 
     Args:
-        cores: What they compute.
+        cores: The projections.
         folder: An empty folder for their projects.
-        fpga: What the projects are for.
+        fpga: The FPGA that the projects are for.
 
     Raises:
         MissingDependencyError: hls4ml or g++ is not installed.
@@ -148,8 +165,8 @@ class Simulation:
     """A C simulation, compiled where its project lies.
 
     Args:
-        core: What it computes.
-        library: What `write_core` said.
+        core: The projection.
+        library: The path that `write_core` returned.
 
     Raises:
         EdgetuneError: The compiler gave up.
@@ -162,13 +179,12 @@ class Simulation:
         )
         if built.returncode or not library.is_file():
             raise EdgetuneError(f"{core.size.name}: the C simulation does not compile:\n{built.stderr[-_SHOWN:]}")
-        name = f"{core.size.name.replace('.', '_')}_float"
-        self._function = getattr(ctypes.CDLL(str(library)), name)
+        self._function = getattr(ctypes.CDLL(str(library)), f"{_project_name(core)}_float")
         self._function.restype = None
         self._function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
     def run(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(count, inputs) → (count, outputs)."""
+        """Project vectors: (count, inputs) → (count, outputs)."""
         vectors = np.ascontiguousarray(vectors, np.float32)
         results = np.empty((len(vectors), self._outputs), dtype=np.float32)
         for vector, result in zip(vectors, results, strict=True):

@@ -1,4 +1,4 @@
-"""The cores of a bundle's trunk: a projection each, with the precision that its calibration rows asked for."""
+"""The cores of a bundle's trunk: one for each projection, with the ranges that were seen on calibration rows."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def trunk_cores(bundle: Bundle, info: TrunkInfo, fpga: Fpga) -> list[Core]:
 
     Args:
         bundle: A split bundle.
-        info: Its trunk.
-        fpga: Where they go.
+        info: The description of its trunk.
+        fpga: The FPGA that has to hold them.
 
     Raises:
-        IncompatibleError: The FPGA's memories do not hold the weights.
+        IncompatibleError: The weights do not fit into the FPGA's memories.
     """
     frozen, backend = FrozenWeights(bundle.path), OrtBackend(bundle, "fp32")
     shapes = {name: frozen.shape(f"{name}.weight") for name in info.linear}

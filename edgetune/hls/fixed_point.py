@@ -1,4 +1,4 @@
-"""Fixed-point types that hold what was seen."""
+"""Fixed-point types that hold the values seen on calibration rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 WIDTH = 16
 """Bits of weights and activations: a DSP48E2 multiplies 27 × 18 (AMD UG579)."""
 _HEADROOM = 4.0
-"""How much larger a value may get, while adapters change it, than any that was seen on the calibration rows."""
+"""How much larger values may get while adapters change, relative to the largest seen on the calibration rows."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ class FixedPoint:
         return f"ap_fixed<{self.width},{self.integer}>"
 
     def rounded(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What the type makes of values."""
+        """Values rounded to the type and saturated, of any shape."""
         steps = np.rint(values * 2.0**self.fraction)
         return np.clip(steps, -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1) / 2.0**self.fraction
 
 
 def holding(largest: float, headroom: float = _HEADROOM) -> FixedPoint:
-    """The type of `WIDTH` bits with the finest steps that reaches so far."""
+    """The type of `WIDTH` bits with the finest step that holds values up to `largest` · `headroom`."""
     needed = math.ceil(math.log2(max(largest * headroom, 2.0**-WIDTH))) + 1
     # One step below the power of two is the largest positive value.
     return FixedPoint(WIDTH, min(needed, WIDTH))
 
 
 def accumulator(weight: FixedPoint, activation: FixedPoint, terms: int) -> FixedPoint:
-    """A type that holds the exact sum of so many products."""
+    """A type that holds the exact sum of `terms` products of a weight and an activation."""
     grown = math.ceil(math.log2(terms)) if terms > 1 else 0
     return FixedPoint(weight.width + activation.width + grown, weight.integer + activation.integer + grown)

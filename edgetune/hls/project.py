@@ -1,4 +1,4 @@
-"""The HLS project of a trunk, for somebody with Vitis to synthesise."""
+"""The HLS project of a trunk, ready to be synthesised with Vitis."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class HlsProject:
     path: Path
     fpga: Fpga
     layers: int
-    """Decoder layers whose projections are there."""
+    """Number of decoder layers whose projections it holds."""
     cores: Sequence[Core]
     total: Estimate
 
@@ -41,17 +41,17 @@ class HlsProject:
 def write_hls_project(bundle: Bundle, output: Path, say: Callable[[str], None], *, force: bool = False) -> HlsProject:
     """Write the HLS projects of a trunk's projections for a Kria KV260.
 
-    Nothing is synthesised, and no FPGA was asked: what the cores take is an estimate.
+    Nothing is synthesised: what the cores take of the FPGA is an estimate.
 
     Args:
         bundle: A split bundle.
         output: The folder to write.
-        say: Hears what happens, a line a stage.
+        say: Called with a line of text for each core.
         force: Replace a project that is already there.
 
     Raises:
         UsageError: The output exists.
-        IncompatibleError: The bundle has no trunk, or the FPGA does not hold its weights.
+        IncompatibleError: The bundle has no trunk, or its weights do not fit into the FPGA.
         MissingDependencyError: hls4ml is not installed.
     """
     info = read_trunk_info(bundle)
@@ -73,7 +73,7 @@ def write_hls_project(bundle: Bundle, output: Path, say: Callable[[str], None], 
 
 
 def _forget_place(folder: Path) -> None:
-    """The project can be moved; hls4ml notes where it was written."""
+    """Let the project be moved: hls4ml notes where it was written."""
     path = folder / "hls4ml_config.yml"
     path.write_text(path.read_text(encoding="utf-8").replace(str(folder), "."), encoding="utf-8")
 

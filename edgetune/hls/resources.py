@@ -1,4 +1,4 @@
-"""What cores take of an FPGA, by counting; what a synthesis makes of them, it alone says.
+"""What cores take of an FPGA, estimated by counting; only a synthesis tells the real figures.
 
 A multiplier is one DSP48E2, which multiplies 27 × 18 bits (AMD UG579). A weight memory holds as many words as the reuse
 factor, each of all weights that are multiplied at the same time; a 36 Kb block RAM is at most 72 bits wide and then 512
@@ -15,7 +15,7 @@ from edgetune.hls.fixed_point import WIDTH
 
 _BLOCK_WIDTH, _BLOCK_DEPTH = 72, 512
 _DSP_SHARE = 0.8
-"""Of the FPGA's DSPs that the cores may take together."""
+"""Share of the FPGA's DSPs that the cores may take together."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class Fpga:
 
     name: str
     part: str
-    """What Vitis HLS calls it."""
+    """Its part number for Vitis HLS."""
     dsp: int
     block_ram: int
-    """36 Kb each."""
+    """Number of block RAMs of 36 Kb."""
     ultra_ram: int
-    """288 Kb each."""
+    """Number of UltraRAMs of 288 Kb."""
     clock_ns: float
 
     def weights(self) -> int:
-        """How many weights its memories hold."""
+        """Number of weights that its memories hold."""
         return (self.block_ram * 36 + self.ultra_ram * 288) * 1024 // WIDTH
 
 
@@ -52,17 +52,17 @@ class CoreSize:
 
     @property
     def multiplications(self) -> int:
-        """For one vector; as many as weights."""
+        """Multiplications for one vector, which are as many as the weights."""
         return self.inputs * self.outputs
 
     @property
     def dsp(self) -> int:
-        """Multipliers."""
+        """Number of multipliers, one DSP each."""
         return math.ceil(self.multiplications / self.reuse)
 
     @property
     def block_ram(self) -> int:
-        """Of weights, or as much UltraRAM."""
+        """Number of block RAMs for the weights; UltraRAM of the same capacity does as well."""
         return math.ceil(self.dsp * WIDTH / _BLOCK_WIDTH) * math.ceil(self.reuse / _BLOCK_DEPTH)
 
 
@@ -71,15 +71,15 @@ class Estimate:
     """What all cores take together."""
 
     multiplications: int
-    """For each token."""
+    """Multiplications for each token."""
     dsp: int
     block_ram: int
     cycles: int
-    """For each token through all cores, one after the other; attention and the rest are not counted."""
+    """Clock cycles for each token through all cores, one after the other; attention and the rest are not counted."""
 
 
 def estimate(cores: Iterable[CoreSize]) -> Estimate:
-    """Add up."""
+    """What cores take together."""
     cores = list(cores)
     return Estimate(
         sum(core.multiplications for core in cores),
@@ -90,11 +90,11 @@ def estimate(cores: Iterable[CoreSize]) -> Estimate:
 
 
 def shared(sizes: Sequence[tuple[str, int, int]], fpga: Fpga) -> list[CoreSize]:
-    """Cores that fit into the FPGA's DSPs together, each with its share by its multiplications.
+    """Cores that fit into the FPGA's DSPs together, each with a share in proportion to its multiplications.
 
     Args:
         sizes: Name, inputs and outputs of each.
-        fpga: Where they go.
+        fpga: The FPGA that has to hold them.
     """
     total = sum(inputs * outputs for _, inputs, outputs in sizes)
     least = math.ceil(total / (_DSP_SHARE * fpga.dsp))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from edgetune import __version__
 from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
 from edgetune.config import PrepareConfig
+from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.errors import VerificationError
 from edgetune.frozen import BITS
 from edgetune.manifest import (
@@ -25,6 +26,7 @@ from edgetune.manifest import (
     Lora,
     Tokenizer,
 )
+from edgetune.provenance import version_of
 from edgetune.side_environment import ensure_side_environment
 from edgetune.storage import atomic_folder, sha256_of
 
@@ -42,19 +44,26 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         checkpoint: A local folder or a hub id.
         output: The bundle to write.
         config: Slots, base and limits.
-        say: Hears what happens, a line a stage.
+        say: Called with a line of text as each stage begins.
 
     Raises:
-        UsageError: No checkpoint there, or the output exists.
+        UsageError: There is no checkpoint or no file of calibration rows, or the output exists.
+        DataError: Calibration rows that cannot be used; raised before anything is built.
         IncompatibleError: Another family, or an operator without gradient.
         VerificationError: The checkpoint is incomplete or broken, or names no end-of-text token.
+        MissingDependencyError: A host package is not installed, or the side environment cannot be made.
+        ResourceError: The disk is full, or the system ended a stage for want of memory.
+        LockedError: Another process writes the output.
+        EdgetuneError: Olive failed.
     """
+    versions = {name: version_of(name) for name in HOST_TOOLS}
     source = open_checkpoint(checkpoint, download=config.download, blocks=config.base in BITS)
     positions = source.architecture.max_position_embeddings
     if config.max_length > positions:
         say(f"The longest row is {positions} tokens, the model's positions, not {config.max_length}")
         config = replace(config, max_length=positions)
     bos, eos = _special_tokens(source)
+    _check_calibration_rows(source, config, bos, eos)
     from edgetune.prepare.genai_model import stop_at_end_of_turn
     from edgetune.prepare.layers import build_layers
 
@@ -77,7 +86,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         if (added := stop_at_end_of_turn(folder, tokenizer)) is not None:
             say(f"Answers end at token {added} as well, which closes a turn in the chat template")
         say("Hashing …")
-        manifest = _manifest(source, folder, config, tokenizer, lora, coverage, roles)
+        manifest = _manifest(source, folder, config, tokenizer, lora, coverage, roles, versions)
         sealed = seal_bundle(folder, manifest)
     return Bundle(output, sealed)
 
@@ -136,17 +145,33 @@ def _build_int8_step(
     tokenizer: Tokenizer,
 ) -> list[str]:
     """Write the graphs for NPUs; returns their roles."""
-    from edgetune.data.encode import load_encoder, load_examples
     from edgetune.prepare.calibration import calibrate, synthetic_rows
     from edgetune.prepare.npu import write_int8_graphs
 
     architecture, base = source.architecture, config.base
-    rows = synthetic_rows(architecture, config.max_length)
-    if config.calibration is not None:
-        encoder = load_encoder(folder, tokenizer)
-        rows = load_examples(config.calibration, encoder, config.max_length, truncate=True).examples
+    if config.calibration is None:
+        rows = synthetic_rows(architecture, config.max_length)
+    else:
+        # The model builder may have written another tokenizer.json than the checkpoint's; training uses this one.
+        rows = _encoded(config.calibration, folder, tokenizer, config.max_length)
     ranges = calibrate(lowered["step"], folder, architecture, base, lora, rows)
     return write_int8_graphs(lowered, folder, architecture, base, config.npu, ranges)
+
+
+def _check_calibration_rows(source: Checkpoint, config: PrepareConfig, bos: str | None, eos: str) -> None:
+    """Read the rows once before the long stages, so that a bad one does not cost their work."""
+    if config.npu == "none" or config.calibration is None:
+        return
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        shutil.copyfile(source.path / "tokenizer.json", folder / "tokenizer.json")
+        copy_chat_template(source, folder)
+        _encoded(config.calibration, folder, _tokenizer(source, folder, bos, eos), config.max_length)
+
+
+def _encoded(rows: Path, folder: Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """The rows of a file as token ids, long ones cut."""
+    return load_examples(rows, load_encoder(folder, tokenizer), max_length, truncate=True).examples
 
 
 def _manifest(
@@ -157,6 +182,7 @@ def _manifest(
     lora: Lora,
     coverage: dict[str, int],
     more: list[str],
+    versions: dict[str, str],
 ) -> BundleManifest:
     from edgetune.prepare.portable import describe_graph
 
@@ -172,7 +198,7 @@ def _manifest(
         max_length=config.max_length,
         graphs=graphs,
         gradient_coverage=coverage,
-        provenance={"edgetune": __version__, **{name: version(name) for name in HOST_TOOLS}},
+        provenance={"edgetune": __version__, **versions},
         files=list_files(folder, without=MANIFEST),
     )
 

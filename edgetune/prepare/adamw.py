@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from edgetune.adamw import BETA1, BETA2, CLIP_EPSILON, EPSILON
 from edgetune.manifest import Lora
-from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators
+from edgetune.prepare.operators import IR_VERSION, OPSET, Operators
 
 
 def build_adamw(lora: Lora) -> ir.Model:
@@ -40,7 +40,7 @@ def build_adamw(lora: Lora) -> ir.Model:
 
 
 def build_flat_adamw() -> ir.Model:
-    """The same update of a flat vector of any size, where the loop knows the factor that clips.
+    """The same update of a flat vector of any size; the loop computes the factor that clips.
 
     Inputs: `learning_rate`, `weight_decay`, `step` (1 for the first), `clip` (1,); `parameter`, `gradient`, `exp_avg`,
     `exp_avg_sq` (size). Outputs: `parameter.next`, `exp_avg.next`, `exp_avg_sq.next`, which may lie

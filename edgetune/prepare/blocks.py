@@ -1,4 +1,4 @@
-"""Graphs that turn weights in blocks into matrices: float32, or int8 with other steps.
+"""Graphs that turn block-quantised weights into matrices: float32, or int8 with other scales.
 
 Inputs are `packed` (out, in · bits / 8) uint8, `scales` (out, in / 32) and `rows` (out): 0, 1, 2, …. ONNX Runtime's
 `GatherBlockQuantized` takes weights as inputs and is more than twice as fast as `DequantizeLinear`.
@@ -10,20 +10,18 @@ import numpy as np
 import onnx_ir as ir
 
 from edgetune.frozen import BLOCK_SIZE, FORWARD
-from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators
-
-_CONTRIB = "com.microsoft"
+from edgetune.prepare.operators import CONTRIB, IR_VERSION, OPSET, Operators
 
 
 def build_dequantise(bits: int) -> ir.Model:
-    """Blocks to float32: output `weight` (out, in)."""
+    """The graph that turns blocks into float32: output `weight` (out, in)."""
     op = Operators()
     inputs = _inputs()
     return _model(op, inputs, _dequantised(op, inputs, bits), ("out", "in"), "dequantise")
 
 
 def build_requantise(form: str, bits: int) -> ir.Model:
-    """Blocks to int8: output `weight` (out, in), or (in, out) for the forward pass.
+    """The graph that turns blocks into int8: output `weight` (out, in), or (in, out) for the forward pass.
 
     The scales are those of the blocks divided by those of int8.
     """
@@ -49,7 +47,7 @@ def _inputs() -> list[ir.Value]:
 
 def _dequantised(op: Operators, inputs: list[ir.Value], bits: int) -> ir.Value:
     layout = {"bits": bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
-    weight = op.op("GatherBlockQuantized", inputs, attributes=layout, domain=_CONTRIB)
+    weight = op.op("GatherBlockQuantized", inputs, attributes=layout, domain=CONTRIB)
     weight.dtype = ir.DataType.FLOAT
     return weight
 
@@ -58,5 +56,5 @@ def _model(op: Operators, inputs: list[ir.Value], weight: ir.Value, shape: tuple
     weight.name, weight.shape = "weight", ir.Shape(shape)
     for number, node in enumerate(op.nodes):
         node.name = f"{number}_{node.op_type}"
-    graph = ir.Graph(inputs, [weight], nodes=op.nodes, name=name, opset_imports={"": OPSET, _CONTRIB: 1})
+    graph = ir.Graph(inputs, [weight], nodes=op.nodes, name=name, opset_imports={"": OPSET, CONTRIB: 1})
     return ir.Model(graph, ir_version=IR_VERSION)

@@ -1,4 +1,4 @@
-"""Ranges of what meets the frozen weights, forward and backward: measured on rows, for fixed-point accelerators."""
+"""Ranges of the factors and results of products with frozen weights, measured on rows, for fixed-point accelerators."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from edgetune.data.encode import Example
 from edgetune.manifest import Architecture, Lora
 from edgetune.onnx_session import open_graph
 from edgetune.prepare.int8 import frozen_product
-from edgetune.prepare.lowering import Operators
+from edgetune.prepare.operators import Operators
 from edgetune.prepare.weights import attach_weights, cancel_transposes
 from edgetune.runtimes.accelerator.loss_scale import LossScale
 
 _BATCHES, _ROWS, _LENGTH = 4, 2, 64
-"""Of synthetic rows."""
+"""Number of synthetic batches, rows in each, and tokens in each row."""
 _ADAPTER = 0.02
-"""Standard deviation of the B matrices in every second batch: ranges shall hold for what is learnt, too."""
+"""Standard deviation of the B matrices in every second batch: the ranges have to hold for trained adapters, too."""
 Range = tuple[float, float]
 
 
 def synthetic_rows(architecture: Architecture, max_length: int) -> list[Example]:
-    """Random tokens, for want of better ones."""
+    """Rows of random tokens, for want of real ones."""
     generator = np.random.default_rng(0)
     length = min(_LENGTH, max_length)
     return [
@@ -46,9 +46,9 @@ def calibrate(
     lora: Lora,
     rows: Sequence[Example],
 ) -> dict[str, Range]:
-    """Run the step on the CPU and see what comes.
+    """Measure ranges by running the step on the CPU.
 
-    Gradients are in the scale of `LossScale`, at its largest.
+    Gradients are multiplied by the largest factor that `LossScale` may choose.
 
     Args:
         step: The lowered step graph whose frozen weights are inputs; it is left as it is.
@@ -56,10 +56,10 @@ def calibrate(
         architecture: Sizes of the model.
         base: How the GenAI model stores linear layers.
         lora: The slots.
-        rows: What to run on.
+        rows: The rows to run.
 
     Returns:
-        Smallest and largest number of each factor and each result of a product with a frozen weight, by its name.
+        The range of each factor and each result of a product with a frozen weight, by the name of the value.
     """
     model = ir.from_proto(ir.to_proto(step))
     names = _observe(model)
@@ -78,7 +78,7 @@ def calibrate(
 
 
 def _observe(model: ir.Model) -> list[str]:
-    """Make the bounds of every factor and result outputs; returns the names of these values."""
+    """Make the bounds of every factor and result the only outputs; returns the names of the values."""
     cancel_transposes(model.graph)
     values: dict[str, ir.Value] = {}
     for node in model.graph:

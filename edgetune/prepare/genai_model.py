@@ -30,7 +30,7 @@ def build_genai_model(checkpoint: Path, output: Path, base: Base) -> None:
     Raises:
         EdgetuneError: Olive failed; the message holds the end of what it printed.
     """
-    # For the builder all that is stored shorter than it is computed is int4; `lean_builder` makes the difference.
+    # Whatever is stored in fewer bits than fp32 is built as int4; `lean_builder` makes int8 or fp16 of it.
     precision = "fp32" if base == "fp32" else "int4"
     config: dict[str, object] = {"precision": precision, "extra_options": {"hf_remote": False, "hf_token": "false"}}
     if precision == "int4":

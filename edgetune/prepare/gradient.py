@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgetune.adamw import BETA1, BETA2, EPSILON
 from edgetune.config import TrainConfig
 from edgetune.errors import IncompatibleError
-from edgetune.prepare.lowering import IR_VERSION, OPSET
+from edgetune.prepare.operators import IR_VERSION, OPSET
 from edgetune.side_environment import ensure_side_environment, run_worker
 
 ARTIFACTS = {
@@ -33,9 +33,9 @@ def differentiate(
 
     Args:
         forward: The graph of `resolve_shapes(export_forward(…))`; it is changed: the parameters become initializers.
-        parameters: First values of the LoRA parameters, for the checkpoint.
+        parameters: Initial values of the LoRA parameters, for the checkpoint.
         output: The folder to write to.
-        say: Hears about the side environment when it has to be made first.
+        say: Called with a line of text if the side environment has to be made first.
 
     Returns:
         The gradient-coverage report: how often each operator occurs between the parameters and the loss.

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators
-
-NORM, WEIGHT = "model.norm.weight", "lm_head.weight"
+from edgetune.prepare.operators import IR_VERSION, OPSET, Operators
+from edgetune.runtimes.layered.head import NORM, WEIGHT
 
 
 def build_head(hidden_size: int, epsilon: float) -> dict[str, ir.Model]:
     """The three graphs by their names.
 
     Inputs: `hidden` and `label_weights` (rows, hidden_size), `model.norm.weight` (hidden_size), `lm_head.weight`
-    (tokens, hidden_size): the piece. The label weights are W[label], with one of the pieces; with all others zeros.
+    (tokens, hidden_size): the piece. `label_weights` is W[label] for one of the pieces and zero for all others.
 
     - `head`: outputs `logsumexp` (rows, 1) over the piece, `target` (rows, 1): the label's logit, or 0.
     - `head_grad`: also takes `logsumexp` (rows, 1) over the vocabulary and `scale` (1); output `hidden.grad`.
     - `head_step`: also takes `scale`; outputs `losses` (rows, 1) and `hidden.grad`. The piece is the vocabulary.
 
-    `hidden.grad` (rows, hidden_size) is that of scale · Σ losses; those of the pieces add up.
+    `hidden.grad` (rows, hidden_size) is the gradient of scale · Σ losses; the gradients of the pieces add up to it.
 
     Args:
-        hidden_size: Of the model.
-        epsilon: Of the final norm.
+        hidden_size: Channels of a hidden state.
+        epsilon: The epsilon of the final norm.
     """
     return {
         "head": _Head(hidden_size, epsilon).forward(),
@@ -99,7 +98,7 @@ class _Head:
         return self._op.op("ReduceSum", [products, self._op.integers(-1)], attributes={"keepdims": 1})
 
     def _hidden_gradient(self, expected: ir.Value) -> ir.Value:
-        """From softmax(z)·W."""
+        """The gradient of `hidden`, from softmax(z)·W."""
         op = self._op
         d_scaled = op.op("Sub", [expected, self._label_weights])
         d_normal = op.op("Mul", [op.op("Mul", [d_scaled, self._norm]), self._input("scale", [1])])

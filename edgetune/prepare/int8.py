@@ -1,4 +1,4 @@
-"""The layered form with int8 products: what multiplies a frozen weight is quantised, row by row, when it is there.
+"""The layered form with int8 products: what is multiplied with a frozen weight is quantised at run time, row by row.
 
 A row of x becomes u = round(x / s) + 128 with s = max|x| / 127, a weight an int8 matrix with a scale for every column
 of the product (edgetune.runtimes.layered.requantise makes both). Products with adapters, attention, norms and
@@ -12,19 +12,17 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
 
 from edgetune.frozen import BACKWARD, FORWARD, INT8, SCALES
 from edgetune.prepare.blocks import build_requantise
-from edgetune.prepare.lowering import Operators
+from edgetune.prepare.operators import CONTRIB, Operators, remove_unused
 from edgetune.prepare.shapes import dimensions, fold
 
 _LINEAR = ("_proj.weight", "lm_head.weight")
-_CONTRIB = "com.microsoft"
 _ZERO_POINT = 128
 _LARGEST = 127.0
 _SMALLEST_ROW = 1e-30
-"""Instead of the largest magnitude of a row of zeros."""
+"""Stands in for the largest magnitude of a row of zeros."""
 
 
 def build_int8(sublayers: Mapping[str, ir.Model], bits: int) -> dict[str, ir.Model]:
@@ -32,7 +30,7 @@ def build_int8(sublayers: Mapping[str, ir.Model], bits: int) -> dict[str, ir.Mod
 
     Args:
         sublayers: The float32 graphs by their names; they are left as they are.
-        bits: Of weights that are stored in blocks.
+        bits: Bits per weight where weights are stored in blocks.
     """
     graphs = {name: quantise_products(ir.from_proto(ir.to_proto(graph))) for name, graph in sublayers.items()}
     graphs |= {form: build_requantise(form, bits) for form in (FORWARD, BACKWARD)}
@@ -40,7 +38,7 @@ def build_int8(sublayers: Mapping[str, ir.Model], bits: int) -> dict[str, ir.Mod
 
 
 def quantise_products(model: ir.Model) -> ir.Model:
-    """Replace products with frozen weights.
+    """Replace products with frozen weights by int8 products.
 
     Precondition: frozen weights (out, in) are inputs `…_proj.weight`, used by MatMul as they are (in the backward pass)
     or through a Transpose (in the forward pass). Postcondition: instead of `W` the graph takes what it needs of
@@ -62,24 +60,19 @@ def quantise_products(model: ir.Model) -> ir.Model:
         product = op.op(
             "MatMulIntegerToFloat",
             [quantised, matrix, _scalar(op, 1, np.float32), scales, _scalar(op, _ZERO_POINT, np.uint8)],
-            domain=_CONTRIB,
+            domain=CONTRIB,
         )
         result = op.op("Mul", [product, row_scales])
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
-        for number, fresh in enumerate(op.nodes):
-            fresh.name = f"{node.name or node.outputs[0].name}/{number}_{fresh.op_type}"
-        ir.convenience.replace_nodes_and_values(graph, node, [node], op.nodes, [node.outputs[0]], [result])
-    model.opset_imports[_CONTRIB] = 1
-    passes.RemoveUnusedNodesPass()(model)
-    for value in list(graph.inputs):
-        if not value.uses():
-            graph.inputs.remove(value)
+        op.replace(graph, node, {node.outputs[0]: result})
+    model.opset_imports[CONTRIB] = 1
+    remove_unused(model)
     fold(model)
     return model
 
 
 def frozen_product(node: ir.Node) -> tuple[ir.Value, ir.Value, str] | None:
-    """What is multiplied with a frozen weight of a linear layer, the weight, and in which form it is taken."""
+    """The other factor, the weight and its form of a product with a frozen linear weight; None for any other node."""
     if node.op_type != "MatMul" or node.inputs[0] is None or node.inputs[1] is None:
         return None
     weight, form = node.inputs[1], BACKWARD
@@ -91,7 +84,7 @@ def frozen_product(node: ir.Node) -> tuple[ir.Value, ir.Value, str] | None:
 
 
 def _quantised_rows(op: Operators, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Unsigned rows of x, and each row's scale (…, 1)."""
+    """The rows of x as uint8, and the scale of each row (…, 1)."""
     largest = op.op("ReduceMax", [x, op.integers(-1)], attributes={"keepdims": 1})
     least = op.op("ReduceMin", [x, op.integers(-1)], attributes={"keepdims": 1})
     bound = op.op("Max", [largest, op.op("Neg", [least]), op.floats(_SMALLEST_ROW)])
@@ -101,12 +94,12 @@ def _quantised_rows(op: Operators, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _scalar(op: Operators, value: int, dtype: type[np.generic]) -> ir.Value:
-    """Of rank 0, as scales and zero points of a whole tensor have to be."""
+    """A constant of rank 0, as scales and zero points of a whole tensor have to be."""
     return op.constant(np.array(value, dtype=dtype))
 
 
 def _operand(graph: ir.Graph, weight: ir.Value, form: str) -> tuple[ir.Value, ir.Value]:
-    """The inputs that take the place of a weight."""
+    """The inputs that take the place of a weight: its int8 matrix, and the scales of the matrix's columns."""
     out, wide = dimensions(weight)
     shapes = {FORWARD: ((wide, out), out), BACKWARD: ((out, wide), wide)}
     matrix_shape, columns = shapes[form]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
 
 from edgetune.checkpoint import Checkpoint
 from edgetune.config import PrepareConfig
@@ -23,7 +22,8 @@ from edgetune.prepare.blocks import build_dequantise
 from edgetune.prepare.gradient import ARTIFACTS, differentiate
 from edgetune.prepare.head import build_head
 from edgetune.prepare.int8 import build_int8
-from edgetune.prepare.lowering import IR_VERSION, OPSET, lower
+from edgetune.prepare.lowering import lower
+from edgetune.prepare.operators import IR_VERSION, OPSET, remove_unused
 from edgetune.prepare.shapes import dimensions, resolve_shapes
 from edgetune.prepare.skeleton import skeleton
 from edgetune.prepare.sublayers import ANCHOR, SUBLAYERS, Sublayer, export_sublayer
@@ -38,15 +38,15 @@ def build_layers(
     config: PrepareConfig,
     say: Callable[[str], None],
 ) -> list[str]:
-    """Write the layered form into the folder of a bundle whose GenAI model is there.
+    """Write the layered form into a bundle folder that holds the GenAI model already.
 
     Args:
         checkpoint: Folder with a Phi-3 `config.json`; no weight is read.
-        scratch: A folder for files in between.
-        folder: The bundle to be.
-        source: The same checkpoint, read.
+        scratch: A folder for intermediate files.
+        folder: The folder of the bundle that is being built.
+        source: The same checkpoint, as `open_checkpoint` returned it.
         config: Rank, alpha and targets of the slots, and how the weights are stored.
-        say: Hears about the side environment when it has to be made first.
+        say: Called with a line of text if the side environment has to be made first.
 
     Returns:
         The roles of the graphs, which are their files in the bundle without `.onnx`.
@@ -79,14 +79,14 @@ def build_sublayers(
     - `NAME_grad`: takes `output.grad` and `carry`, shaped as `hidden`, instead of `residual`. Outputs `hidden.grad` =
       carry + the gradient through this piece, and `<parameter>.grad` of every LoRA parameter. The first piece's carry
       is `output.grad`, the gradient of the residual; that of the others the `hidden.grad` of the piece before.
-    - `NAME_grad_kept`: takes what was kept as well, and computes less again.
+    - `NAME_grad_kept`: also takes the kept activations, and recomputes less.
 
     Args:
         checkpoint: Folder with a Phi-3 `config.json`; no weight is read.
-        scratch: A folder for files in between.
+        scratch: A folder for intermediate files.
         architecture: Sizes of the model.
         config: Rank, alpha and targets of the slots.
-        say: Hears about the side environment when it has to be made first.
+        say: Called with a line of text if the side environment has to be made first.
 
     Raises:
         IncompatibleError: An operator has no gradient.
@@ -134,7 +134,7 @@ def _vector_jacobian_product(training: ir.Model, hidden: str, trainable: list[st
 
 
 def _with_inputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
-    """Cut the graph: what it computes under these names is given to it."""
+    """Cut the graph: the values of these names become inputs instead of being computed."""
     for name in names:
         computed = _value(model, name)
         given = ir.Value(shape=computed.shape, type=computed.type)
@@ -147,10 +147,7 @@ def _with_inputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
 def _finished(model: ir.Model) -> ir.Model:
     cancel_transposes(model.graph)
     _transpose_the_narrow_side(model.graph)
-    passes.RemoveUnusedNodesPass()(model)
-    for value in list(model.graph.inputs):
-        if not value.uses():
-            model.graph.inputs.remove(value)
+    remove_unused(model)
     return model
 
 

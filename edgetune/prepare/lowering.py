@@ -10,41 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-from onnx_ir import tape
-from onnx_ir.passes import common as passes
 
 from edgetune.errors import IncompatibleError
+from edgetune.prepare.operators import CONTRIB, Operators, remove_unused
 from edgetune.prepare.shapes import dimensions, fold, resolve_shapes
 
-OPSET, IR_VERSION = 21, 10
-"""Of every graph: the oldest with int4 blocks, and the newest that ONNX Runtime Training 1.19.2 reads."""
 _IGNORED_LABEL = -100
 
 Values = Sequence[ir.Value | None]
-Lowering = Callable[["Operators", Values, dict[str, Any]], Sequence[ir.Value | None]]
-
-
-class Operators(tape.Tape):
-    """Standard operators, and constants of the types that these graphs use."""
-
-    def floats(self, *numbers: float) -> ir.Value:
-        """A float32 constant of shape (len(numbers),): never of rank 0."""
-        return self.constant(np.array(numbers, dtype=np.float32))
-
-    def integers(self, *numbers: int) -> ir.Value:
-        """An int64 constant of shape (len(numbers),)."""
-        return self.constant(np.array(numbers, dtype=np.int64))
-
-    def constant(self, array: np.ndarray) -> ir.Value:
-        """A constant."""
-        return self.op("Constant", [], attributes={"value": ir.tensor(array)})
-
-    def swap_last(self, value: ir.Value, rank: int) -> ir.Value:
-        """Transpose of the two last dimensions."""
-        permutation = [*range(rank - 2), rank - 1, rank - 2]
-        return self.op("Transpose", [value], attributes={"perm": permutation})
+Lowering = Callable[[Operators, Values, dict[str, Any]], Sequence[ir.Value | None]]
 
 
 def _softmax_cross_entropy(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
@@ -240,14 +215,14 @@ def lower(model: ir.Model, parameters: Sequence[str], outputs: Sequence[str] = (
     """
     _expose_gradients(model, parameters, outputs)
     for name in [domain for domain in model.opset_imports if domain]:
-        if name != "com.microsoft":
+        if name != CONTRIB:
             del model.opset_imports[name]
     fold(model)
     _lower_nodes(model)
     foreign = sorted({f"{n.op_type} ({n.name})" for n in model.graph if n.domain not in ("", "ai.onnx")})
     if foreign:
         raise IncompatibleError("no standard form is known for " + ", ".join(foreign))
-    model.opset_imports.pop("com.microsoft", None)
+    model.opset_imports.pop(CONTRIB, None)
     return resolve_shapes(model)
 
 
@@ -261,15 +236,11 @@ def _lower_nodes(model: ir.Model) -> None:
             results = LOWERINGS[node.op_type](op, node.inputs, attributes)
         else:
             continue
-        kept = [(old, new) for old, new in zip(node.outputs, results, strict=False) if new is not None]
-        for old, new in kept:
+        kept = {old: new for old, new in zip(node.outputs, results, strict=False) if new is not None}
+        for old, new in kept.items():
             if old.dtype is not None:
                 new.dtype = old.dtype
-        for number, fresh in enumerate(op.nodes):
-            fresh.name = f"{node.name or node.outputs[0].name}/{number}_{fresh.op_type}"
-        ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], op.nodes, [old for old, _ in kept], [new for _, new in kept]
-        )
+        op.replace(model.graph, node, kept)
 
 
 def _expose_gradients(model: ir.Model, parameters: Sequence[str], outputs: Sequence[str]) -> None:
@@ -294,7 +265,4 @@ def _expose_gradients(model: ir.Model, parameters: Sequence[str], outputs: Seque
             gradient.name = f"{name}.grad"
             gradient.shape, gradient.type = parameter.shape, parameter.type
             graph.outputs.append(gradient)
-    passes.RemoveUnusedNodesPass()(model)
-    for value in list(graph.inputs):
-        if not value.uses():
-            graph.inputs.remove(value)
+    remove_unused(model)

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import common as passes
 
 from edgetune.config import Base, NpuForm
 from edgetune.errors import IncompatibleError
@@ -24,20 +23,19 @@ from edgetune.frozen import BLOCK_SIZE, FORWARD, FrozenWeights
 from edgetune.manifest import Architecture
 from edgetune.prepare.calibration import Range
 from edgetune.prepare.int8 import frozen_product
-from edgetune.prepare.lowering import Operators
+from edgetune.prepare.operators import CONTRIB, Operators, remove_unused
 from edgetune.prepare.shapes import dimensions
 from edgetune.prepare.weights import attach_weights, cancel_transposes
 
 DATA = "int8.onnx.data"
 """The int8 weights of both graphs."""
-_CONTRIB = "com.microsoft"
 _MARGIN = 2.0
-"""Ranges are so much wider than what was measured: other rows, and adapters that have learnt."""
+"""Factor by which ranges are wider than measured, for other rows and for trained adapters."""
 _LEVELS = 65535
 _LARGEST = 127
 _BLOCK_ZERO = 128
 _ALIGNMENT = 4096
-"""Of a tensor in the file, so that it can be mapped."""
+"""Tensors begin at multiples of so many bytes in the file, so that they can be mapped."""
 
 
 def write_int8_graphs(
@@ -52,11 +50,11 @@ def write_int8_graphs(
 
     Args:
         graphs: The lowered graphs `step` and `loss`, whose frozen weights are inputs; they are changed.
-        folder: The bundle to be, with the GenAI model and the layered form.
+        folder: The folder of the bundle that is being built; it holds the GenAI model and the layered form already.
         architecture: Sizes of the model.
         base: How the GenAI model stores linear layers.
-        form: Which of the two.
-        ranges: What `calibrate` measured.
+        form: `qdq` or `blocks`.
+        ranges: The ranges that `calibrate` measured.
 
     Returns:
         The roles that were written.
@@ -71,11 +69,11 @@ def write_int8_graphs(
 
 
 class _Int8Weights:
-    """Quantised frozen weights, written once however many graphs take them.
+    """Quantised frozen weights, each written once, however many graphs take it.
 
     Args:
-        file: Where they go.
-        folder: Of the file, with the weights as the bundle stores them.
+        file: The data file, open for writing.
+        folder: The folder of the file; it holds the weights as the bundle stores them, too.
     """
 
     def __init__(self, file: BinaryIO, folder: Path) -> None:
@@ -85,7 +83,7 @@ class _Int8Weights:
         self._scales: dict[str, NDArray[np.float32]] = {}
 
     def columns(self, weight: str, direction: str) -> tuple[ir.ExternalTensor, NDArray[np.float32]]:
-        """int8 (K, N), and a scale for each of the N columns."""
+        """The weight as int8 (K, N), and a scale for each of the N columns."""
         name = f"{weight}.{direction}"
         if name not in self._tensors:
             matrix = self._matrix(weight, direction)
@@ -95,7 +93,7 @@ class _Int8Weights:
         return self._tensors[name], self._scales[name]
 
     def blocks(self, weight: str, direction: str) -> tuple[ir.ExternalTensor, NDArray[np.float32]]:
-        """uint8 (N, K / 32, 32) around 128, and a scale for each block (N · K / 32)."""
+        """The weight as uint8 (N, K / 32, 32) with zero point 128, and a scale for each block (N · K / 32)."""
         name = f"{weight}.{direction}"
         if name not in self._tensors:
             blocks = self._matrix(weight, direction).T
@@ -110,7 +108,7 @@ class _Int8Weights:
         return self._tensors[name], self._scales[name]
 
     def _matrix(self, weight: str, direction: str) -> NDArray[np.float32]:
-        """(K, N) of x (…, K) times W."""
+        """The float32 weight (K, N), as a product x (…, K) takes it."""
         matrix = self._frozen.whole(weight)
         return matrix.T if direction == FORWARD else matrix
 
@@ -125,10 +123,10 @@ class _Int8Weights:
 
 
 def quantise_frozen(model: ir.Model, form: NpuForm, weights: _Int8Weights, ranges: Mapping[str, Range]) -> None:
-    """Replace every product with a frozen weight.
+    """Replace every product with a frozen weight by its int8 form.
 
     Precondition: frozen weights (out, in) are inputs, used by MatMul as they are or through a Transpose.
-    Postcondition: the weights of linear layers are no inputs any more.
+    Postcondition: the weights of linear layers are not inputs any more.
     """
     graph = model.graph
     cancel_transposes(graph)
@@ -146,15 +144,10 @@ def quantise_frozen(model: ir.Model, form: NpuForm, weights: _Int8Weights, range
         else:
             result = _block_product(op, graph, x, weights.blocks(name, direction))
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
-        for number, fresh in enumerate(op.nodes):
-            fresh.name = f"{node.name or node.outputs[0].name}/{number}_{fresh.op_type}"
-        ir.convenience.replace_nodes_and_values(graph, node, [node], op.nodes, [node.outputs[0]], [result])
+        op.replace(graph, node, {node.outputs[0]: result})
     if form == "blocks":
-        model.opset_imports[_CONTRIB] = 1
-    passes.RemoveUnusedNodesPass()(model)
-    for value in list(graph.inputs):
-        if not value.uses():
-            graph.inputs.remove(value)
+        model.opset_imports[CONTRIB] = 1
+    remove_unused(model)
 
 
 def _rounded_product(
@@ -187,7 +180,7 @@ def _block_product(
     columns, blocks, size = tensor.shape.numpy()
     attributes = {"K": blocks * size, "N": columns, "bits": 8, "block_size": size}
     inputs = [x, _initializer(graph, tensor), op.constant(scales)]
-    return op.op("MatMulNBits", inputs, attributes=attributes, domain=_CONTRIB)
+    return op.op("MatMulNBits", inputs, attributes=attributes, domain=CONTRIB)
 
 
 def _initializer(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:

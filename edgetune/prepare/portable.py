@@ -1,4 +1,4 @@
-"""The portable graphs' contracts, and the one that evaluates."""
+"""The evaluation graph, and the inputs and outputs of graphs as the manifest lists them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 import onnx_ir as ir
 
 from edgetune.manifest import TensorSpec
-from edgetune.prepare.lowering import IR_VERSION, OPSET, Operators, lower
+from edgetune.prepare.lowering import lower
+from edgetune.prepare.operators import IR_VERSION, OPSET, Operators
 
 
 def evaluation_graph(forward: ir.Model, parameters: Sequence[str]) -> ir.Model:
-    """The forward graph with outputs `loss` (1) and `predictions` (batch, sequence): the likeliest token each time.
+    """The forward graph with outputs `loss` (1) and `predictions` (batch, sequence): the likeliest next tokens.
 
     Args:
         forward: The graph of `resolve_shapes(export_forward(…))`; it is left as it is.

@@ -32,17 +32,17 @@ EXAMPLE_BATCH, EXAMPLE_SEQUENCE = 2, 8
 
 @dataclass(frozen=True)
 class Argument:
-    """A graph input that is no parameter."""
+    """A graph input that is not a parameter."""
 
     axes: Axes
-    """Symbolic dimensions."""
+    """Names of the symbolic dimensions."""
     example: torch.Tensor
-    """What the exporter traces with."""
+    """The tensor that the exporter traces with."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Where the parameters of a module went that are arguments now."""
+    """Parameters that were taken out of a module: their names, their shapes, and where they belong."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -60,7 +60,7 @@ def skeleton(checkpoint: Path, config: PrepareConfig, layers: int | None = None)
     Args:
         checkpoint: Folder with a Phi-3 `config.json`; no weight is read.
         config: Rank, alpha and targets of the slots.
-        layers: How many decoder layers; all when it is not given.
+        layers: Number of decoder layers; all of the model when it is not given.
     """
     import torch
     from peft import LoraConfig, inject_adapter_in_model
@@ -103,15 +103,15 @@ def _attention(
     scaling: float,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers' eager form computes it, but for the scale, which the smaller factor takes.
+    """Attention as in transformers' eager form, except that the query is scaled instead of the scores.
 
     Args:
         module: Has `num_key_value_groups`, the query heads that share a key.
         query: (batch, heads, sequence, head_dim).
         key: (batch, key-value heads, sequence, head_dim).
-        value: The same.
+        value: (batch, key-value heads, sequence, head_dim).
         attention_mask: (batch, 1, sequence, sequence), added to the scores.
-        scaling: Of the scores.
+        scaling: The factor on the scores.
     """
     import torch
     from transformers.models.phi3.modeling_phi3 import repeat_kv
@@ -126,8 +126,8 @@ def take_parameters(module: torch.nn.Module, keep: tuple[str, ...] = ("",)) -> P
     """Take the parameters out of a module, so that they can come in as arguments.
 
     Args:
-        module: It is changed.
-        keep: Only parameters whose names begin so.
+        module: The module; it is changed.
+        keep: Take only parameters whose names begin with one of these.
     """
     taken = [(name, parameter) for name, parameter in module.named_parameters() if name.startswith(keep)]
     places = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in taken]
@@ -138,7 +138,7 @@ def take_parameters(module: torch.nn.Module, keep: tuple[str, ...] = ("",)) -> P
 
 
 def rotary_arguments(architecture: Any) -> dict[str, Argument]:
-    """`attn_bias`, `rope_cos` and `rope_sin`, which the loop makes: no mask logic, no Range, no trigonometry inside."""
+    """`attn_bias`, `rope_cos` and `rope_sin`: the loop makes them, so that the graph computes no mask and no angle."""
     import torch
 
     head_dim = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
@@ -163,9 +163,9 @@ def export_module(
 
     Args:
         module: Has `config`; `forward` takes the arguments by name, then the list `weights`, ordered as `parameters`.
-        parameters: Those that `weights` stands for.
-        arguments: Every other input.
-        outputs: Names and symbolic dimensions of what `forward` returns.
+        parameters: The parameters that `weights` holds.
+        arguments: All other inputs, by name.
+        outputs: Names and symbolic dimensions of the tensors that `forward` returns.
         output: The ONNX file to write.
     """
     import torch

@@ -36,7 +36,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One of the two."""
+    """A sublayer of every decoder layer."""
 
     name: str
     kept: tuple[str, ...]
@@ -54,14 +54,14 @@ def export_sublayer(
     Inputs: `hidden` and `residual` (batch, sequence, hidden_size), the anchor, for attention `attn_bias`, `rope_cos`
     and `rope_sin`, then the parameters of `edgetune.pieces`. Outputs: `objective` (1), the sum of `output`; `output`,
     shaped as `hidden`; what can be kept: `query`, `key`, `value`, `context` (batch, key-value heads, query heads of
-    each or 1, sequence, head_dim) with their rotation, or `gate`, `up` (batch, sequence, inner channels).
+    each or 1, sequence, head_dim) after rotation, or `gate`, `up` (batch, sequence, inner channels).
 
     Args:
         checkpoint: Folder with a Phi-3 `config.json`; no weight is read.
         output: The ONNX file to write.
         architecture: Sizes of the model.
         config: Rank, alpha and targets of the slots.
-        sublayer: Which one.
+        sublayer: The sublayer to export.
 
     Returns:
         The LoRA parameters among the inputs.
@@ -92,7 +92,7 @@ def export_sublayer(
 
 
 def _shape(part: Part, architecture: Architecture, config: PrepareConfig) -> tuple[int, ...] | None:
-    """Shape of a part; none where the projection carries no LoRA parameters."""
+    """Shape of a part; None for a LoRA parameter of a projection without a slot."""
     a = architecture
     queries = a.num_attention_heads * a.head_dim
     features = {
@@ -115,7 +115,7 @@ def _shape(part: Part, architecture: Architecture, config: PrepareConfig) -> tup
 
 
 class _Piece(torch.nn.Module):
-    """What both have in common."""
+    """What the modules of both sublayers have in common."""
 
     def __init__(self, config: Phi3Config, names: tuple[str, ...], scaling: float) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class _Piece(torch.nn.Module):
         return dict(zip(self._names, weights, strict=True))
 
     def small(self, x: torch.Tensor, slot: str, weights: Tensors) -> torch.Tensor | None:
-        """(alpha / rank) · x·Aᵀ; none where the projection is not trained."""
+        """(alpha / rank) · x·Aᵀ; None where the projection is not trained."""
         a = weights.get(f"{slot}.lora_A.weight")
         return None if a is None else torch.nn.functional.linear(x, a) * self._scaling
 

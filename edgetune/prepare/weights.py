@@ -22,7 +22,7 @@ from edgetune.errors import VerificationError
 from edgetune.frozen import BITS, BLOCK_SIZE, FrozenIndex, Layout, Stored
 from edgetune.genai import HALF, MODEL, QUANTISED, WEIGHTS
 from edgetune.manifest import Architecture
-from edgetune.prepare.lowering import Operators
+from edgetune.prepare.operators import CONTRIB, Operators
 from edgetune.prepare.shapes import fold
 
 ReadLinear = Callable[[str, Sequence[str]], ir.Value]
@@ -30,7 +30,7 @@ _ZERO_POINTS_BYTE = {4: 0x88, 8: 0x80}
 """A byte of zero points by their bits: two of 8, or one of 128."""
 _IN_BLOCKS = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 _LAYOUTS: dict[Base, Layout] = {"fp32": "transposed", "fp16": "half", "int4": "int4", "int8": "int8"}
-"""Of a linear layer's tensors."""
+"""How each base stores the tensors of linear layers."""
 
 
 def attach_weights(model: ir.Model, folder: Path, architecture: Architecture, base: Base) -> None:
@@ -73,7 +73,7 @@ _LINEAR = ".MatMul.weight"
 
 
 def _stored_names(name: str, architecture: Architecture) -> list[str]:
-    """What the GenAI model calls the checkpoint's tensor `name`, or its parts one above the other."""
+    """The GenAI model's names for the checkpoint's tensor `name`, or for its parts, which are stacked by rows."""
     module = name.removesuffix(".weight")
     if module == "model.norm":
         return [f"model.layers.{architecture.num_hidden_layers}.final_norm_layernorm.weight"]
@@ -175,7 +175,7 @@ class _Source:
         return value
 
     def _zero_points(self, rows: int, blocks: int) -> ir.Value:
-        """One tensor for all layers of a shape."""
+        """Zero points (rows, blocks), shared by all layers of the same shape."""
         name = f"zero_points_{rows}x{blocks}"
         count = (rows * blocks * self._bits + 7) // 8
         points = np.full(count, _ZERO_POINTS_BYTE[self._bits], dtype=np.uint8)
@@ -214,14 +214,14 @@ def absorb_transposes(model: ir.Model) -> None:
     For the artifacts only, which hold such operators anyway. ONNX Runtime Training 1.19.2 pushes a Transpose through
     `DequantizeLinear` without transposing the scales of its blocks, and then refuses the graph.
     """
-    model.opset_imports["com.microsoft"] = 1
+    model.opset_imports[CONTRIB] = 1
     for node in list(model.graph):
         if not _swaps_matrix(node) or node.inputs[0] is None or node.inputs[0].producer() is None:
             continue
         for user, index in list(node.outputs[0].uses()):
             flipped = user.attributes["transB"].as_int() if "transB" in user.attributes else 0
             if index == 1 and user.op_type in ("MatMul", "FusedMatMul"):
-                user.op_type, user.domain = "FusedMatMul", "com.microsoft"
+                user.op_type, user.domain = "FusedMatMul", CONTRIB
                 user.attributes["transB"] = ir.AttrInt64("transB", 1 - flipped)
                 user.replace_input_with(1, node.inputs[0])
     passes.RemoveUnusedNodesPass()(model)

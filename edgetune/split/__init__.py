@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.errors import DataError, UsageError
 from edgetune.frozen import EMBEDDING, FrozenWeights
 from edgetune.manifest import BundleManifest, Graph, TensorSpec
+from edgetune.provenance import version_of
 from edgetune.storage import atomic_folder, write_file
 from edgetune.trunk import FOLDER, GRAPH, INDEX, LinearRange, TrunkInfo, has_trunk, write_trunk_info
 
@@ -29,19 +29,22 @@ def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Call
         data: JSONL rows that the int8 scales are chosen on, such as the training rows.
         output: The split bundle to write.
         config: Where to split, and for which length.
-        say: Hears what happens, a line a stage.
+        say: Called with a line of text as each stage begins.
 
     Raises:
         UsageError: A path is not there, the output exists, or there is no such split point.
         DataError: Rows that cannot be read, or none that fits the length.
         IncompatibleError: The trunk breaks a rule of Vitis AI.
-        ResourceError: The trunk is larger than an ONNX file can be.
+        MissingDependencyError: A host package is not installed.
+        ResourceError: The trunk is larger than an ONNX file can be, or the disk is full.
+        LockedError: Another process writes the output.
         VerificationError: A file of the bundle was changed.
     """
     from edgetune.split.conformance import require_conformance
     from edgetune.split.graph import build_trunk
     from edgetune.split.quantise import observe, quantise
 
+    onnxruntime = version_of("onnxruntime")
     source = open_bundle(bundle)
     manifest = source.manifest
     layers, length = _split_point(manifest, config), config.length or manifest.max_length
@@ -67,7 +70,7 @@ def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Call
             )
         write_file(folder / INDEX, write_trunk_info(TrunkInfo(layers, length, linear)))
         say("Hashing …")
-        sealed = seal_bundle(folder, _manifest(manifest, folder, length))
+        sealed = seal_bundle(folder, _manifest(manifest, folder, length, onnxruntime))
     return Bundle(output, sealed)
 
 
@@ -87,7 +90,7 @@ def _split_point(manifest: BundleManifest, config: SplitConfig) -> int:
 
 
 def _calibration_rows(bundle: Bundle, data: Path, length: int, count: int) -> list[Example]:
-    """So many rows, from the whole file."""
+    """At most `count` rows, taken from the file at regular intervals."""
     encoder = load_encoder(bundle.path, bundle.manifest.tokenizer)
     rows = load_examples(data, encoder, length, truncate=True).examples
     if not rows:
@@ -96,7 +99,7 @@ def _calibration_rows(bundle: Bundle, data: Path, length: int, count: int) -> li
 
 
 def _feed(bundle: Bundle, example: Example, length: int | None = None) -> dict[str, np.ndarray]:
-    """The trunk's inputs for one row, as it is or padded to a length."""
+    """The trunk's inputs for one row, padded to a length where one is given."""
     architecture = bundle.manifest.architecture
     batch = make_batch(
         [example], architecture.rope, bundle.manifest.tokenizer.pad_token_id, multiple_of=length or 1,
@@ -110,7 +113,7 @@ def _feed(bundle: Bundle, example: Example, length: int | None = None) -> dict[s
     }
 
 
-def _manifest(manifest: BundleManifest, folder: Path, length: int) -> BundleManifest:
+def _manifest(manifest: BundleManifest, folder: Path, length: int, onnxruntime: str) -> BundleManifest:
     graphs = [graph for graph in manifest.graphs if graph.role != GRAPH] if has_trunk(manifest) else manifest.graphs
     a = manifest.architecture
     hidden: list[int | str] = [1, length, a.hidden_size]
@@ -125,6 +128,6 @@ def _manifest(manifest: BundleManifest, folder: Path, length: int) -> BundleMani
     return replace(
         manifest,
         graphs=[*graphs, graph],
-        provenance={**manifest.provenance, "trunk": f"onnxruntime {version('onnxruntime')} quantize_static"},
+        provenance={**manifest.provenance, "trunk": f"onnxruntime {onnxruntime} quantize_static"},
         files=list_files(folder, without=MANIFEST),
     )

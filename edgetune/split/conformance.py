@@ -1,9 +1,9 @@
-"""Whether a graph keeps Vitis AI's rules, checked without Vitis AI.
+"""Checks a graph against the rules that Vitis AI documents, without Vitis AI.
 
 Sources: "Supported Operators" and "ONNX Operators" of Vitis AI 6.2 (vitisai.docs.amd.com, gen2), the Vitis AI User
 Guide UG1414 3.5 ("Programming with VOE"), "Model Compatibility" of Ryzen AI, and Quark's "Supported Data and Op Types".
-A graph that passes is one that the documents allow; which of its operators the compiler places on the accelerator, it
-alone says.
+A graph that passes is one that the documents allow; which of its operators run on the accelerator, only the compiler
+decides.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ OPERATORS = frozenset(
         "DequantizeLinear", "QuantizeLinear",
     }
 )  # fmt: skip
-"""What may occur."""
+"""Operators that may occur."""
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
-"""What has to be int8."""
+"""Operators that have to compute in int8."""
 _TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT64})
 """float32, int8, and int64 for shapes and axes."""
 _SHOWN = 20
@@ -45,17 +45,17 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Violation:
-    """One rule that is broken at one place."""
+    """A rule that a graph breaks in one place."""
 
     rule: str
     """Name of the rule."""
     where: str
-    """Node or value."""
+    """Name of the node or value."""
     found: str
     """What is there, and what was expected."""
 
     def __str__(self) -> str:
-        """In a line."""
+        """The violation in one line."""
         return f"{self.rule}: {self.where}: {self.found}"
 
 
@@ -89,7 +89,7 @@ def require_conformance(path: Path) -> None:
     """Refuse a graph that breaks a rule.
 
     Raises:
-        IncompatibleError: Naming every violation, the first 20 in words.
+        IncompatibleError: The graph breaks a rule; the first 20 violations are named, the others counted.
     """
     found = check_file(path)
     if found:

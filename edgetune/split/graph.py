@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from edgetune.architecture import frozen_weights
 from edgetune.bundle import Bundle
 from edgetune.errors import ResourceError
 from edgetune.frozen import LAYERS, FrozenWeights
@@ -24,34 +25,33 @@ OPSET, IR_VERSION = 17, 8
 TABLES = ("attn_bias", "rope_cos", "rope_sin")
 _LARGEST_PROTOBUF = 2**31 - 1
 _FLOAT = 4
+"""Bytes of a float32."""
 
 
 @dataclass
 class TrunkGraph:
-    """The graph, and where its projections are."""
+    """The trunk's graph, and which of its products belong to which projection."""
 
     model: ir.Model
     """Inputs `hidden` (batch, sequence, hidden_size), `attn_bias`, `rope_cos`, `rope_sin`; output `output`."""
     inputs: dict[str, str] = field(default_factory=dict)
-    """By a product's name in the graph, the name of what is multiplied."""
+    """Name of the activation that is multiplied, by the name of the product's result in the graph."""
     modules: dict[str, str] = field(default_factory=dict)
-    """By a product's name in the graph, the projection in the checkpoint that it is a part of."""
+    """Projection in the checkpoint that the product is part of, by the name of the product's result in the graph."""
 
 
 def build_trunk(bundle: Bundle, layers: int) -> TrunkGraph:
     """Put the lowest layers of a bundle together.
 
     Args:
-        bundle: It has the layered form.
-        layers: How many, from the first one on.
+        bundle: A bundle with the layered form.
+        layers: Number of layers, from the first one on.
 
     Raises:
         ResourceError: Their float32 weights are more than an ONNX file can hold.
     """
     architecture, pieces = bundle.manifest.architecture, pieces_of(bundle.manifest)
-    a = architecture
-    queries, keys = (heads * a.head_dim for heads in (a.num_attention_heads, a.num_key_value_heads))
-    weights = a.hidden_size * 2 * (queries + keys) + 3 * a.hidden_size * a.intermediate_size
+    weights = sum(frozen_weights(architecture).values())
     most = _LARGEST_PROTOBUF // (_FLOAT * weights)
     if layers > most:
         raise ResourceError(
@@ -70,7 +70,7 @@ def build_trunk(bundle: Bundle, layers: int) -> TrunkGraph:
 
 
 class _Composer:
-    """Repeats the sublayers' graphs."""
+    """Builds the trunk's graph out of copies of the sublayers' graphs."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._frozen, self._backend = FrozenWeights(bundle.path), OrtBackend(bundle, "fp32")
@@ -158,7 +158,7 @@ class _Composer:
             self._modules[out.name] = modules[own[1]]
 
     def _matrix(self, parameter: str, part: Part) -> np.ndarray:
-        """A weight as a product takes it: (in, out)."""
+        """A float32 weight as a product takes it, (in, out)."""
         block = self._frozen.linear(parameter, part.rows, part.columns)
         return np.ascontiguousarray(self._backend.weight("", block, np.empty)[""].T)
 

@@ -27,16 +27,16 @@ _LARGEST = 127
 _SMALLER = 4
 """Exponents that are tried below the one that holds everything."""
 _KEPT = 1 << 16
-"""Values of a row of a tensor that the error is measured on."""
+"""Most values of a tensor in one row on which the error is measured."""
 _LEAST = 2.0**-24
-"""Magnitude of a tensor of zeros."""
+"""Stands in for the largest magnitude of a tensor of zeros."""
 
 
 class Observed:
-    """What a tensor was seen to hold.
+    """The values that a tensor had on calibration rows: their largest magnitude, and a sample.
 
     Args:
-        values: Any shape.
+        values: The tensor on the first row, of any shape.
     """
 
     def __init__(self, values: NDArray[np.float32]) -> None:
@@ -45,13 +45,13 @@ class Observed:
         self.add(values)
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Of another row."""
+        """Add the tensor on another row, of any shape."""
         flat = values.reshape(-1)
         self.largest = max(self.largest, float(np.abs(flat).max()))
         self._samples.append(flat[:: -(-flat.size // _KEPT)].copy())
 
     def scale(self) -> float:
-        """The best power of two."""
+        """The power of two with the smallest squared error on the sample."""
         highest = int(np.ceil(np.log2(max(self.largest, _LEAST) / _LARGEST)))
         values = np.concatenate(self._samples)
         errors = {
@@ -68,11 +68,14 @@ def _rounded(values: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
 
 
 def observe(trunk: TrunkGraph, feeds: Iterable[Feed]) -> dict[str, Observed]:
-    """Run the float32 graph and look at everything that is multiplied, and what comes out.
+    """Run the float32 graph and record the factors and results of all products.
 
     Args:
         trunk: The graph with symbolic dimensions, so that rows need no padding.
         feeds: The graph's inputs for each calibration row.
+
+    Returns:
+        What was recorded of each tensor, by its name in the graph; weights are among them.
     """
     model = ir.from_proto(ir.to_proto(trunk.model))
     values = {str(value.name): value for node in model.graph for value in node.outputs}
@@ -101,8 +104,8 @@ def quantise(trunk: TrunkGraph, seen: Mapping[str, Observed], feed: Feed, length
 
     Args:
         trunk: The float32 graph.
-        seen: What `observe` found.
-        feed: The static graph's inputs; the quantiser wants to see one.
+        seen: What `observe` recorded.
+        feed: The static graph's inputs for one row, which the quantiser insists on running.
         length: Positions of a row.
         output: The ONNX file.
     """

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
-from edgetune.data.batches import MASKED
+from edgetune.data.batches import MASKED, causal_mask
 from edgetune.frozen import FrozenWeights
 from edgetune.pieces import LAYER_PREFIX
 
@@ -46,10 +46,7 @@ class DecoderLayers:
 
     def forward(self, hidden: Floats, rope_cos: Floats, rope_sin: Floats) -> Floats:
         """See `TrunkLayers.forward`."""
-        place = np.arange(len(hidden))
-        visible = place <= place[:, None]
-        if (window := self._architecture.sliding_window) is not None:
-            visible &= place > place[:, None] - window
+        visible = causal_mask(len(hidden), self._architecture.sliding_window)
         bias = np.where(visible, np.float32(0), MASKED)[None, None]
         states = hidden[None]
         for layer in range(self.layers):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
-from edgetune.data.batches import MASKED, Batch
+from edgetune.data.batches import MASKED, Batch, causal_mask
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.execution import ExecutionPlan
 from edgetune.frozen import EMBEDDING, FrozenWeights
@@ -108,11 +108,7 @@ class QuantisedLayers:
     def __init__(self, bundle: Bundle, vitisai_config: Path | None = None) -> None:
         self._info = read_trunk_info(bundle)
         self._session = open_trunk_graph(bundle, vitisai_config)
-        length, window = self._info.length, bundle.manifest.architecture.sliding_window
-        place = np.arange(length)
-        visible = place <= place[:, None]
-        if window is not None:
-            visible &= place > place[:, None] - window
+        visible = causal_mask(self._info.length, bundle.manifest.architecture.sliding_window)
         # Rows lie at the start; what is behind them sees them, but nobody looks at it.
         self._bias = np.where(visible, np.float32(0), MASKED)[None, None]
 
