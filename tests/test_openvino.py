@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,13 +24,12 @@ from edgetune.config import Base, DeviceType
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan, Products
 from edgetune.frozen import INT8, SCALES, FrozenWeights
-from edgetune.runtimes import find_runtime, openvino, stock, verified_cache
+from edgetune.runtimes import find_runtime, openvino, stock
 from edgetune.runtimes.accelerator import graphs
 from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
 from edgetune.runtimes.layered.channels import Channels, groups_of
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 from edgetune.runtimes.layered.openvino import OpenVinoBackend
-from edgetune.runtimes.verified_cache import VerifiedFolder
 
 installed = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)
@@ -220,31 +218,6 @@ def test_the_shape_that_was_not_used_for_longest_makes_room(
         for length in (8, 16, 8, 24):
             session.evaluate(batch_of(bundle, rows_of(0, [length])))
         assert [length for _, _, length in session._graphs._graphs] == [8, 24]  # type: ignore[attr-defined]
-
-
-def test_files_that_were_not_left_by_a_session_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with VerifiedFolder(tmp_path / "cache") as folder:
-        assert folder is not None
-        for age, name in enumerate(("new", "newer", "newest")):
-            (folder / name).write_bytes(bytes(10))
-            os.utime(folder / name, (age, age))
-    (folder / "newest").write_bytes(bytes(9) + b"1")
-    (folder / "planted").write_bytes(b"code")
-    (folder / "link").symlink_to(folder / "new")
-    with VerifiedFolder(folder):
-        assert {path.name for path in folder.iterdir()} == {"new", "newer", "sha256.json"}
-    monkeypatch.setattr(verified_cache, "MOST_BYTES", 15)
-    with VerifiedFolder(folder):
-        assert {path.name for path in folder.iterdir()} == {"newer", "sha256.json"}
-    (folder / "sha256.json").write_text("[")
-    with VerifiedFolder(folder):
-        assert {path.name for path in folder.iterdir()} == {"sha256.json"}
-
-
-def test_where_nothing_can_be_written_nothing_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("in the way")
-    with VerifiedFolder(tmp_path / "cache") as folder:
-        assert folder is None
 
 
 @installed
