@@ -256,6 +256,18 @@ def test_a_device_that_is_not_there_is_named(prepared: Prepared, device: DeviceT
 
 
 @installed
+def test_a_refusal_without_words_is_named_by_its_kind(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetune.runtimes.accelerator.openvino import OpenVinoCompiler
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(OpenVinoCompiler, "_compile", refuse)
+    with pytest.raises(IncompatibleError, match=r"cannot compile the graph 'step' \(RuntimeError\); train with"):
+        openvino.place(prepared("multi-head", "int4"), WHOLE_STEP, 1, 8)
+
+
+@installed
 def test_the_cpu_is_no_npu(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "int4")
     plan = replace(WHOLE_STEP, accelerator=Accelerator(require=True))
