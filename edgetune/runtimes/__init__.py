@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
+from edgetune.config import RuntimeName
 from edgetune.data.batches import Batch
 from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
@@ -96,7 +97,7 @@ class Abilities:
     preferred: bool
     """Whether `auto` may take it here."""
     forward: bool = False
-    """Whether it has `open_forward`."""
+    """Whether it is a `ForwardRuntime`."""
 
 
 class Runtime(Protocol):
@@ -120,10 +121,14 @@ class Runtime(Protocol):
         """Load the bundle's graphs and start from `parameters` with a fresh optimizer."""
         ...
 
+
+class ForwardRuntime(Runtime, Protocol):
+    """A runtime whose abilities say `forward`."""
+
     def open_forward(
         self, bundle: Bundle, parameters: Parameters, plan: ExecutionPlan
     ) -> AbstractContextManager[Forward]:
-        """Load the bundle's forward graphs alone, with these parameters; only where the abilities say so."""
+        """Load the bundle's forward graphs alone, with these parameters."""
         ...
 
 
@@ -140,7 +145,7 @@ class PlacingRuntime(Runtime, Protocol):
         ...
 
 
-RUNTIMES: dict[str, str] = {
+RUNTIMES: dict[RuntimeName, str] = {
     "openvino": "edgetune.runtimes.openvino",
     "onnxruntime": "edgetune.runtimes.stock",
     "ort-training": "edgetune.runtimes.ort_training",
