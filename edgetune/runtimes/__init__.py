@@ -5,7 +5,7 @@ A runtime opens a bundle and gives a session with few methods; the training loop
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -145,6 +145,22 @@ class PlacingRuntime(Runtime, Protocol):
         ...
 
 
+@runtime_checkable
+class InstallingRuntime(Runtime, Protocol):
+    """A runtime that installs something of its own on first use."""
+
+    def install(self, notice: Callable[[str], None]) -> None:
+        """See that it is there.
+
+        Args:
+            notice: Hears what is installed, and where.
+
+        Raises:
+            MissingDependencyError: It cannot be installed.
+        """
+        ...
+
+
 RUNTIMES: dict[RuntimeName, str] = {
     "openvino": "edgetune.runtimes.openvino",
     "onnxruntime": "edgetune.runtimes.stock",
@@ -164,6 +180,16 @@ def find_runtime(name: str) -> Runtime:
     if name not in RUNTIMES:
         raise UsageError(f"runtime {name!r} is unknown; choose auto, {', '.join(RUNTIMES)}")
     return cast(Runtime, import_module(RUNTIMES[name]))
+
+
+def install(runtime: Runtime, notice: Callable[[str], None]) -> None:
+    """Let a runtime install what it installs on first use, if anything, before its first session.
+
+    Raises:
+        MissingDependencyError: It cannot be installed.
+    """
+    if isinstance(runtime, InstallingRuntime):
+        runtime.install(notice)
 
 
 def preferred_runtimes(among: Collection[str] | None = None) -> Iterator[str]:
