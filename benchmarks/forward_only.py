@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +27,7 @@ from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.encode import load_encoder, load_examples
 from edgetune.footprint import Work
+from edgetune.runtimes import ForwardRuntime
 from edgetune.train.choice import choose
 
 GOAL = 0.8
@@ -102,7 +103,7 @@ def measure(asked: Namespace) -> None:
     work = Work(batcher.room.positions, batcher.room.scores)
     choice = choose(manifest, config, work, lambda notice: print(notice, file=sys.stderr))
     parameters = initial_parameters(manifest.lora, seed=0)
-    with choice.runtime.open_forward(bundle, parameters, choice.plan) as forward:
+    with cast(ForwardRuntime, choice.runtime).open_forward(bundle, parameters, choice.plan) as forward:
         for start in range(0, len(rows.examples), asked.batch_size):
             for batch in batcher.step([rows.examples[start : start + asked.batch_size]]):
                 forward.evaluate(batch)

@@ -154,7 +154,8 @@ def _providers(profile: Profile) -> list[str]:
         # A plugin, which a session registers; it is offered by its package.
         found.append(wanted)
     if wanted == "OpenVINOExecutionProvider" and _installed("openvino"):
-        from edgetune.runtimes.openvino import DEVICE, has_device
+        from edgetune.runtimes.openvino import has_device
+        from edgetune.runtimes.openvino_core import DEVICE
 
         if has_device(profile.runtime.options.get("device_type", DEVICE)):
             found.append(wanted)

@@ -79,6 +79,17 @@ def test_what_was_cut_off_is_removed(store: ContextStore, tmp_path: Path, name: 
     assert files(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["null", "[]", "5", '"x"', '{"key": null}', "[" * 100_000, '{"key":' * 100_000, "9" * 5000, "1e999", "\x00"],
+    ids=["null", "list", "number", "text", "no key", "deep list", "deep object", "huge", "infinite", "binary"],
+)
+def test_a_record_that_is_none_is_removed(store: ContextStore, tmp_path: Path, text: str) -> None:
+    files(tmp_path)[1].write_text(text)
+    assert store.load(KEY) is None
+    assert files(tmp_path) == []
+
+
 def test_a_link_is_not_followed(store: ContextStore, tmp_path: Path) -> None:
     compiled = files(tmp_path)[0]
     (tmp_path / "elsewhere").write_bytes(DATA)
@@ -113,6 +124,24 @@ def test_old_contexts_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(contexts, "_MOST_BYTES", 0)
     store.save(replace(KEY, length=10), DATA, PARTITIONS)
     assert [length for length in range(11) if store.load(replace(KEY, length=length))] == [7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("missing", ["compiled", "record.json"])
+def test_an_incomplete_context_is_dropped_with_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setattr(contexts, "_MOST_BYTES", 0)
+    store = ContextStore(tmp_path)
+    store.save(replace(KEY, length=99), DATA, PARTITIONS)
+    (incomplete,) = (tmp_path / ".cache" / "contexts").iterdir()
+    (incomplete / missing).unlink()
+    (incomplete.parent / "file").write_text("no context")
+    (incomplete.parent / ".another.partial-1").mkdir()
+    for length in range(6):
+        store.save(replace(KEY, length=length), DATA, PARTITIONS)
+    assert not incomplete.exists()
+    assert (incomplete.parent / ".another.partial-1").exists(), "somebody writes it"
+    assert sum(store.load(replace(KEY, length=length)) is not None for length in range(6)) == 4
 
 
 def model_with(**attributes: object) -> onnx.ModelProto:

@@ -24,7 +24,7 @@ from edgetune.data.encode import Example
 from edgetune.errors import UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.manifest import Rope
-from edgetune.runtimes import OptimizerConfig, find_runtime
+from edgetune.runtimes import OptimizerConfig, find_runtime, openvino_core
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig, signs
 from edgetune.train import TrainResult, train
 
@@ -324,6 +324,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for module in (portable, onnxruntime, optimizer):
         monkeypatch.setattr(module, "open_graph", open_graph)
     if find_spec("openvino"):
+        openvino_core.core()
         from edgetune.runtimes.layered import openvino
 
         load = openvino.OpenVinoBackend.load

@@ -43,6 +43,21 @@ class HalfPrecision:
         return [results[0], *halves]
 
 
+class NotFinite:
+    """Neither the loss nor the gradient is."""
+
+    def __init__(self) -> None:
+        self.scales: list[float] = []
+
+    def compile(self, role: str, batch: int, length: int) -> NotFinite:
+        self.placement = Placement(role, batch, length, "", "", [], cached=False)
+        return self
+
+    def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[NDArray[Any]]:
+        self.scales.append(float(inputs["loss_scale"][0]))
+        return [np.full(1, np.nan, np.float32) for _ in outputs]
+
+
 def test_it_is_a_power_of_two_that_follows_the_batch() -> None:
     scale = LossScale()
     for tokens in (0, 1, 2, 100, 511, 512, 1 << 20):
@@ -95,3 +110,13 @@ def test_a_gradient_that_no_scale_helps_is_not_applied(prepared: Prepared, satur
     session = AcceleratorSession(bundle, parameters, OPTIMIZER, AcceleratorGraphs(half))
     assert not session.step([batch], LEARNING_RATE).applied
     np.testing.assert_equal(session.adapter(), dict(parameters))
+
+
+def test_what_is_not_finite_does_not_make_the_scale_grow(prepared: Prepared) -> None:
+    batch = batch_of(prepared("multi-head", "fp32"), rows_of(0, [9, 12]))
+    broken = NotFinite()
+    graphs = AcceleratorGraphs(broken)
+    graphs._scale.overflowed()
+    for _ in range(201):
+        assert math.isnan(graphs.gradients(batch, 1.0, {}, {"a.grad": np.zeros(1, np.float32)}))
+    assert broken.scales == [LossScale().of(batch.trained_tokens) / 2] * 201

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,13 +24,12 @@ from edgetune.config import Base, DeviceType
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan, Products
 from edgetune.frozen import INT8, SCALES, FrozenWeights
-from edgetune.runtimes import find_runtime, openvino, stock, verified_cache
+from edgetune.runtimes import find_runtime, openvino, openvino_core, stock
 from edgetune.runtimes.accelerator import graphs
 from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
 from edgetune.runtimes.layered.channels import Channels, groups_of
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
-from edgetune.runtimes.layered.openvino import OpenVinoBackend
-from edgetune.runtimes.verified_cache import VerifiedFolder
+from edgetune.runtimes.openvino_core import core, has_bfloat16
 
 installed = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)
@@ -113,6 +111,9 @@ def test_pieces_whose_channels_are_not_in_turn_add_up(
 def test_weights_are_rounded_to_a_step(
     prepared: Prepared, base: Base, columns: tuple[int, int] | None, group: int
 ) -> None:
+    shared = core()
+    from edgetune.runtimes.layered.openvino import OpenVinoBackend
+
     bundle = prepared("grouped-query", base)
     block = FrozenWeights(bundle.path).linear(PROJECTION, columns=columns)
     expected = OrtBackend(bundle, "fp32").weight("", block, np.empty)[""]
@@ -120,9 +121,9 @@ def test_weights_are_rounded_to_a_step(
         block = replace(block, group=group)
         order = np.arange(expected.shape[1]).reshape(-1, group // 2, 2).swapaxes(1, 2).ravel()
         expected = expected[:, order]
-    exact = OpenVinoBackend("CPU", None, KEEP, Channels())
+    exact = OpenVinoBackend(shared, "CPU", None, KEEP, Channels())
     np.testing.assert_allclose(exact.restore(exact.weight("", block, np.empty)[""]), expected, rtol=2**-8)
-    int8 = OpenVinoBackend("CPU", None, replace(KEEP, products="int8"), Channels())
+    int8 = OpenVinoBackend(shared, "CPU", None, replace(KEEP, products="int8"), Channels())
     found = int8.weight(INT8, block, np.empty)
     weight, scales = found[""], found[SCALES]
     assert (weight.dtype, weight.shape, scales.shape) == (np.int8, expected.shape, expected.shape[:1])
@@ -159,6 +160,23 @@ def test_compiled_models_are_kept_beside_a_bundle_that_still_verifies(prepared: 
     assert not damaged.exists() or damaged.read_bytes() != bytes(data), "what was damaged is not used"
     assert losses[0] == losses[1] == losses[2]
     open_bundle(folder)
+
+
+@installed
+def test_a_second_training_leaves_the_first_ones_cache_alone(prepared: Prepared, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(prepared("multi-head", "int4").path, folder, ignore=shutil.ignore_patterns(".cache"))
+    bundle = open_bundle(folder)
+    batch, other = (batch_of(bundle, rows_of(0, [length])) for length in (9, 40))
+    with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, KEEP) as first:
+        expected = first.step([batch], LEARNING_RATE)
+        compiled = set(folder.rglob("*.blob"))
+        with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, KEEP) as second:
+            assert second.step([batch], LEARNING_RATE) == expected
+            second.step([other], LEARNING_RATE)
+        assert set(folder.rglob("*.blob")) == compiled != set()
+    with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, KEEP):
+        assert set(folder.rglob("*.blob")) == compiled
 
 
 @installed
@@ -222,38 +240,13 @@ def test_the_shape_that_was_not_used_for_longest_makes_room(
         assert [length for _, _, length in session._graphs._graphs] == [8, 24]  # type: ignore[attr-defined]
 
 
-def test_files_that_were_not_left_by_a_session_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with VerifiedFolder(tmp_path / "cache") as folder:
-        assert folder is not None
-        for age, name in enumerate(("new", "newer", "newest")):
-            (folder / name).write_bytes(bytes(10))
-            os.utime(folder / name, (age, age))
-    (folder / "newest").write_bytes(bytes(9) + b"1")
-    (folder / "planted").write_bytes(b"code")
-    (folder / "link").symlink_to(folder / "new")
-    with VerifiedFolder(folder):
-        assert {path.name for path in folder.iterdir()} == {"new", "newer", "sha256.json"}
-    monkeypatch.setattr(verified_cache, "MOST_BYTES", 15)
-    with VerifiedFolder(folder):
-        assert {path.name for path in folder.iterdir()} == {"newer", "sha256.json"}
-    (folder / "sha256.json").write_text("[")
-    with VerifiedFolder(folder):
-        assert {path.name for path in folder.iterdir()} == {"sha256.json"}
-
-
-def test_where_nothing_can_be_written_nothing_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("in the way")
-    with VerifiedFolder(tmp_path / "cache") as folder:
-        assert folder is None
-
-
 @installed
 @each_bundle
 def test_the_whole_step_follows_the_cpu(prepared: Prepared, variant: str, base: Base) -> None:
     bundle = prepared(variant, base)
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(1, [17, 23]))
-    exact = "BF16" not in openvino.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    exact = "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     with stock.open_session(bundle, parameters, OPTIMIZER) as reference:
         expected = reference.step([batch], LEARNING_RATE)
         gradients = reference.gradients()  # type: ignore[attr-defined]
@@ -271,7 +264,7 @@ def test_the_whole_step_follows_the_cpu(prepared: Prepared, variant: str, base: 
 @installed
 @pytest.mark.parametrize("device", ["NPU", "GPU"])
 def test_a_device_that_is_not_there_is_named(prepared: Prepared, device: DeviceType) -> None:
-    if any(name.startswith(device) for name in openvino.core().available_devices):
+    if any(name.startswith(device) for name in core().available_devices):
         pytest.skip(f"there is a {device} here")
     bundle = prepared("multi-head", "int4")
     plan = replace(WHOLE_STEP, accelerator=Accelerator(device))
@@ -280,6 +273,18 @@ def test_a_device_that_is_not_there_is_named(prepared: Prepared, device: DeviceT
         openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, plan),
     ):
         pass
+
+
+@installed
+def test_a_refusal_without_words_is_named_by_its_kind(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetune.runtimes.accelerator.openvino import OpenVinoCompiler
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(OpenVinoCompiler, "_compile", refuse)
+    with pytest.raises(IncompatibleError, match=r"cannot compile the graph 'step' \(RuntimeError\); train with"):
+        openvino.place(prepared("multi-head", "int4"), WHOLE_STEP, 1, 8)
 
 
 @installed
@@ -303,6 +308,10 @@ def refuse(*arguments, **options):
 subprocess.Popen.__init__ = multiprocessing.Process.start = socket.socket.connect = refuse
 from edgetune.runtimes import openvino
 openvino.abilities()
+openvino.has_device("NPU")
+import edgetune.runtimes.accelerator.openvino
+import edgetune.runtimes.layered.openvino
+assert "openvino" in sys.modules
 assert "openvino_telemetry" not in sys.modules
 assert "openvino.tools.ovc" not in sys.modules
 """
@@ -310,15 +319,28 @@ assert "openvino.tools.ovc" not in sys.modules
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
+@installed
+def test_the_backend_does_not_import_the_runtime_that_imports_it() -> None:
+    program = """
+import sys
+from edgetune.runtimes.openvino_core import core
+core()
+import edgetune.runtimes.layered.openvino
+assert "edgetune.runtimes.openvino" not in sys.modules
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    openvino.core.cache_clear()
-    monkeypatch.setattr(openvino, "find_spec", lambda name: None)
+    openvino_core.core.cache_clear()
+    monkeypatch.setattr(openvino_core, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r'pip install "edgetune\[openvino\]"'):
         find_runtime("openvino").abilities()
 
 
 def test_the_processors_flags_say_what_openvino_says() -> None:
-    assert openvino.has_bfloat16() == ("BF16" in openvino.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    assert has_bfloat16() == ("BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def test_to_choose_another_runtime_does_not_load_openvino(prepared: Prepared) -> None:

@@ -91,6 +91,13 @@ def test_without_figures_the_time_is_unknown_and_a_missing_runtime_is_said(bundl
         assert any("this edgetune has no runtime qnn" in note for note in found["notes"])
 
 
+def test_what_a_runtime_installs_to_be_timed_is_a_note(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.runtimes.stock.install", lambda notice: notice("Installing …"), raising=False)
+    asked = ("plan", bundle.path, "--runtime", "onnxruntime", "--length", "16", "--steps", "1")
+    assert "Installing …" in answer(*asked)["notes"]
+    assert "Installing …" not in answer(*asked, "--device", "raspberry-pi-5")["notes"]
+
+
 def test_flash_is_the_files_and_what_is_written(bundle: Bundle, tmp_path: Path) -> None:
     found = answer("plan", bundle.path, "--device", "raspberry-pi-5", "--length", "16", "--steps", "2")
     files = [bundle.path / file.path for file in bundle.manifest.files] + [bundle.path / "manifest.json"]

@@ -23,7 +23,7 @@ from edgetune.device import load_profile
 from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Work
-from edgetune.runtimes import openvino, qnn
+from edgetune.runtimes import openvino_core, qnn
 from edgetune.train import TrainResult, train
 from edgetune.train.accelerated import apply_profile, on_accelerator
 from edgetune.train.choice import choose
@@ -155,11 +155,11 @@ def test_a_missing_package_is_said_and_the_cpu_computes(tmp_path: Path, monkeypa
     assert expected in seen.notices
     with pytest.raises(MissingDependencyError, match="onnxruntime-qnn is not installed"):
         resolve_config(TrainConfig("qnn"), profile, pytest.fail)
-    openvino.core.cache_clear()
-    monkeypatch.setattr(openvino, "find_spec", lambda name: None)
+    openvino_core.core.cache_clear()
+    monkeypatch.setattr(openvino_core, "find_spec", lambda name: None)
     notices: list[str] = []
     settled = resolve_config(TrainConfig(), load_profile(profile_on(tmp_path, "NPU")), notices.append)
-    openvino.core.cache_clear()
+    openvino_core.core.cache_clear()
     assert settled.runtime == "auto"
     assert notices == ['my-board: openvino is not installed; pip install "edgetune[openvino]"; the CPU computes']
 

@@ -97,6 +97,12 @@ def left_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"bundle", "train.jsonl", "valid.jsonl"}
 
 
+def test_what_a_runtime_installs_is_a_notice(bundle: Bundle, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigram_runtime.install", lambda notice: notice("Installing …"), raising=False)
+    _, seen = run(bundle, data, FAST)
+    assert "Installing …" in seen.notices
+
+
 def test_a_run_learns_and_leaves_a_sealed_adapter(bundle: Bundle, data: Path) -> None:
     result, seen = run(bundle, data, TrainConfig(learning_rate=0.5, schedule="constant", epochs=20))
     assert {path.name for path in result.path.iterdir()} == {

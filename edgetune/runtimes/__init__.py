@@ -5,7 +5,7 @@ A runtime opens a bundle and gives a session with few methods; the training loop
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
+from edgetune.config import RuntimeName
 from edgetune.data.batches import Batch
 from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
@@ -96,7 +97,7 @@ class Abilities:
     preferred: bool
     """Whether `auto` may take it here."""
     forward: bool = False
-    """Whether it has `open_forward`."""
+    """Whether it is a `ForwardRuntime`."""
     emulation: bool = False
     """Whether it simulates hardware for each product: nobody waits for the time that it takes."""
 
@@ -122,10 +123,14 @@ class Runtime(Protocol):
         """Load the bundle's graphs and start from `parameters` with a fresh optimizer."""
         ...
 
+
+class ForwardRuntime(Runtime, Protocol):
+    """A runtime whose abilities say `forward`."""
+
     def open_forward(
         self, bundle: Bundle, parameters: Parameters, plan: ExecutionPlan
     ) -> AbstractContextManager[Forward]:
-        """Load the bundle's forward graphs alone, with these parameters; only where the abilities say so."""
+        """Load the bundle's forward graphs alone, with these parameters."""
         ...
 
 
@@ -142,7 +147,23 @@ class PlacingRuntime(Runtime, Protocol):
         ...
 
 
-RUNTIMES: dict[str, str] = {
+@runtime_checkable
+class InstallingRuntime(Runtime, Protocol):
+    """A runtime that installs something of its own on first use."""
+
+    def install(self, notice: Callable[[str], None]) -> None:
+        """See that it is there.
+
+        Args:
+            notice: Hears what is installed, and where.
+
+        Raises:
+            MissingDependencyError: It cannot be installed.
+        """
+        ...
+
+
+RUNTIMES: dict[RuntimeName, str] = {
     "openvino": "edgetune.runtimes.openvino",
     "onnxruntime": "edgetune.runtimes.stock",
     "ort-training": "edgetune.runtimes.ort_training",
@@ -161,6 +182,16 @@ def find_runtime(name: str) -> Runtime:
     if name not in RUNTIMES:
         raise UsageError(f"runtime {name!r} is unknown; choose auto, {', '.join(RUNTIMES)}")
     return cast(Runtime, import_module(RUNTIMES[name]))
+
+
+def install(runtime: Runtime, notice: Callable[[str], None]) -> None:
+    """Let a runtime install what it installs on first use, if anything, before its first session.
+
+    Raises:
+        MissingDependencyError: It cannot be installed.
+    """
+    if isinstance(runtime, InstallingRuntime):
+        runtime.install(notice)
 
 
 def preferred_runtimes(among: Collection[str] | None = None) -> Iterator[str]:

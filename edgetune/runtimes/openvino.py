@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from importlib import metadata
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from edgetune.bundle import Bundle
-from edgetune.errors import IncompatibleError, MissingDependencyError
+from edgetune.errors import IncompatibleError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Footprint
 from edgetune.placement import Placement
 from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
 from edgetune.runtimes.layered.channels import Channels, groups_of
+from edgetune.runtimes.openvino_core import DEVICE, MOST_SHAPES, core, has_bfloat16, require_package
 from edgetune.runtimes.verified_cache import CACHE, MOST_BYTES, VerifiedFolder
 
 if TYPE_CHECKING:
@@ -27,11 +24,6 @@ if TYPE_CHECKING:
     from edgetune.runtimes.accelerator.openvino import OpenVinoCompiler
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
-DEVICE = "CPU"
-_CPU_INFO = Path("/proc/cpuinfo")
-_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "avx_ne_convert"})
-MOST_SHAPES = 6
-"""Compiled forms of one graph that are held at a time; a batch of another shape needs another."""
 _BF16 = Footprint(
     products="bf16",
     storage=2,
@@ -83,7 +75,7 @@ def abilities() -> Abilities:
     Raises:
         MissingDependencyError: The package `openvino` is not installed.
     """
-    _require_package()
+    require_package()
     short = has_bfloat16()
     # Without bfloat16 there is nothing in which it is ahead of stock ONNX Runtime.
     exact, int8 = (_BF16, _INT8) if short else (_FP32, None)
@@ -110,11 +102,10 @@ def open_session(
 
         yield AcceleratorSession(bundle, parameters, optimizer, _graphs(bundle, plan))
         return
-    core()
     from edgetune.runtimes.layered.session import LayeredSession
 
-    with VerifiedFolder(_cache_of(bundle.path)) as cache:
-        yield LayeredSession(bundle, parameters, optimizer, plan, _backend(bundle, plan, cache))
+    with _backend(bundle, plan) as backend:
+        yield LayeredSession(bundle, parameters, optimizer, plan, backend)
 
 
 @contextmanager
@@ -130,12 +121,10 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
 
         yield AcceleratorForward(parameters, _graphs(bundle, plan))
         return
-    core()
     from edgetune.runtimes.layered.parameters import FlatParameters
     from edgetune.runtimes.layered.session import LayeredForward, in_order_of
 
-    with VerifiedFolder(_cache_of(bundle.path)) as cache:
-        backend = _backend(bundle, plan, cache)
+    with _backend(bundle, plan) as backend:
         yield LayeredForward(bundle, FlatParameters(in_order_of(backend, parameters)), plan, backend)
 
 
@@ -155,7 +144,6 @@ def has_device(kind: str) -> bool:
 
 
 def _graphs(bundle: Bundle, plan: ExecutionPlan) -> AcceleratorGraphs:
-    core()
     from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
 
     return AcceleratorGraphs(_compiler(bundle, plan))
@@ -176,61 +164,16 @@ def _compiler(bundle: Bundle, plan: ExecutionPlan) -> OpenVinoCompiler:
     return OpenVinoCompiler(bundle, core(), device, metadata.version("openvino"))
 
 
-def _backend(bundle: Bundle, plan: ExecutionPlan, cache: Path | None) -> OpenVinoBackend:
+@contextmanager
+def _backend(bundle: Bundle, plan: ExecutionPlan) -> Iterator[OpenVinoBackend]:
+    shared = core()
+    # Imports `openvino`, now that it keeps to itself.
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
     # What is unpacked once and for all is put right.
     order = Channels(None if plan.resident else groups_of(bundle.manifest))
-    return OpenVinoBackend(DEVICE, cache, plan, order)
-
-
-@cache
-def core() -> Any:
-    """OpenVINO's core, imported so that it keeps to itself.
-
-    Importing `openvino` imports its model converter, which tells Google Analytics that it was imported. Nothing here
-    converts models, and `openvino` does without the converter.
-
-    Raises:
-        MissingDependencyError: The package is not installed.
-    """
-    _require_package()
-    converter = "openvino.tools.ovc"
-    absent = "openvino" not in sys.modules and converter not in sys.modules
-    if absent:
-        # This is how Python is told that a module cannot be imported.
-        cast(dict[str, Any], sys.modules)[converter] = None
-    try:
-        import openvino
-    finally:
-        if absent:
-            del sys.modules[converter]
-    return openvino.Core()
-
-
-def has_bfloat16() -> bool:
-    """Whether OpenVINO computes in bfloat16 on this processor.
-
-    On Linux the processor's flags tell, by OpenVINO's own rule: to load it takes memory that whichever runtime is
-    chosen instead does not have.
-    """
-    with suppress(OSError):
-        words = _CPU_INFO.read_text(errors="replace").split()
-        if "flags" in words:  # of x86
-            return not _BFLOAT16_FLAGS.isdisjoint(words)
-    return "BF16" in _property("OPTIMIZATION_CAPABILITIES")
-
-
-def _require_package() -> None:
-    if find_spec("openvino") is None:
-        raise MissingDependencyError('openvino is not installed; pip install "edgetune[openvino]"')
-
-
-def _property(name: str) -> Any:
-    return core().get_property(DEVICE, name)
-
-
-def _cache_of(bundle: Path) -> Path:
-    """Where compiled models of this version and processor are kept."""
-    processor = re.sub(r"[^A-Za-z0-9.]+", "-", str(_property("FULL_DEVICE_NAME"))).strip("-")
-    return bundle / CACHE / f"openvino-{metadata.version('openvino')}-{processor}"
+    # Where compiled models of this version and processor are kept.
+    processor = re.sub(r"[^A-Za-z0-9.]+", "-", shared.get_property(DEVICE, "FULL_DEVICE_NAME")).strip("-")
+    folder = bundle.path / CACHE / f"openvino-{metadata.version('openvino')}-{processor}"
+    with VerifiedFolder(folder) as cache:
+        yield OpenVinoBackend(shared, DEVICE, cache, plan, order)

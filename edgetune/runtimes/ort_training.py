@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -37,42 +36,50 @@ def version() -> str:
     return side_environment_version() or "onnxruntime-training-cpu"
 
 
+def install(notice: Callable[[str], None]) -> None:
+    """Make the side environment when it is not there; see `edgetune.runtimes.InstallingRuntime`.
+
+    Raises:
+        MissingDependencyError: No wheel for this platform, no CPython 3.11, or pip could not install.
+        UsageError: The cache folder cannot be written.
+        ResourceError: The disk is full.
+    """
+    ensure_side_environment(notice)
+
+
 @contextmanager
 def open_session(
     bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
 ) -> Iterator[OrtTrainingSession]:
-    """Start the worker; see `edgetune.runtimes.Runtime`. The side environment is made first when it is not there.
+    """Start the worker; see `edgetune.runtimes.Runtime`.
 
     Raises:
         UsageError: The plan is not the whole step, which is all that the artifacts hold.
+        MissingDependencyError: The side environment is not there; `install` makes it.
     """
     if plan.form != "whole":
         raise UsageError("the ort-training runtime takes no plan but `whole`; use --runtime onnxruntime for the others")
-    ensure_side_environment(lambda line: print(line, file=sys.stderr))
     arguments = [str(bundle.path.absolute()), str(optimizer.weight_decay), str(optimizer.max_grad_norm)]
-    with TemporaryFile() as errors:
-        worker = subprocess.Popen(
-            worker_command(_WORKER, arguments),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        )
+    command = worker_command(_WORKER, arguments)
+    with (
+        TemporaryFile() as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as worker,
+    ):
         try:
             yield OrtTrainingSession(worker, errors, parameters)
         finally:
-            if worker.stdin is not None:
-                with suppress(BrokenPipeError):
-                    worker.stdin.close()
             worker.kill()
-            worker.wait()
+            # What the worker did not take any more cannot be sent.
+            with suppress(BrokenPipeError):
+                cast(IO[bytes], worker.stdin).close()
 
 
 class OrtTrainingSession:
     """A model in training in a worker process."""
 
     def __init__(self, worker: subprocess.Popen[bytes], errors: IO[bytes], parameters: Parameters) -> None:
-        self._worker = worker
-        self._errors = errors
+        self._worker, self._errors = worker, errors
+        self._requests, self._answers = cast(IO[bytes], worker.stdin), cast(IO[bytes], worker.stdout)
         self._receive()
         self._ask("parameters", {}, parameters)
 
@@ -97,16 +104,14 @@ class OrtTrainingSession:
     def _ask(
         self, request: str, header: Mapping[str, object], arrays: Mapping[str, np.ndarray[Any, Any]]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        if self._worker.stdin is None:
-            raise EdgetuneError("the ONNX Runtime Training worker has no input")
         try:
-            wire.send(self._worker.stdin, {"request": request, **header}, arrays)
+            wire.send(self._requests, {"request": request, **header}, arrays)
         except BrokenPipeError:
             raise self._failure() from None
         return self._receive()
 
     def _receive(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        message = wire.receive(cast(IO[bytes], self._worker.stdout))
+        message = wire.receive(self._answers)
         if message is None:
             raise self._failure()
         return message

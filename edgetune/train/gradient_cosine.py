@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.errors import UsageError
-from edgetune.runtimes import OptimizerConfig, Parameters
+from edgetune.runtimes import ForwardRuntime, OptimizerConfig, Parameters
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
 from edgetune.train.choice import Choice
 
@@ -74,7 +74,8 @@ def measure_gradient_cosine(
     Raises:
         UsageError: The runtime does not tell its gradients.
     """
-    with forward_only.runtime.open_forward(bundle, parameters, forward_only.plan) as forward:
+    runtime = cast(ForwardRuntime, forward_only.runtime)
+    with runtime.open_forward(bundle, parameters, forward_only.plan) as forward:
         estimate = ForwardOnlySession(forward, parameters, _NO_CHANGE, config).gradient(batches)
     with exact.runtime.open_session(bundle, parameters, _NO_CHANGE, exact.plan) as session:
         if not isinstance(session, Differentiated):

@@ -26,7 +26,7 @@ from edgetune.data.encode import Example, Examples, load_encoder, load_examples
 from edgetune.device import Profile, load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError
 from edgetune.placement import Placement, placement_record
-from edgetune.runtimes import Parameters, Placed, Session, StepResult
+from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
 from edgetune.storage import atomic_folder, sha256_of
 from edgetune.train.choice import choose
 from edgetune.train.consistency import resolve_config
@@ -140,6 +140,7 @@ class _Run:
             batches, queries = next(self._workload.steps()), query_config(config)
             self.cosine = measure_gradient_cosine(bundle, self._parameters, batches, queries, self.choice, exact)
             observer.on_notice(str(self.cosine))
+        install(self.choice.runtime, observer.on_notice)
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
         self.seconds = 0.0

@@ -14,6 +14,7 @@ from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.device import Profile
 from edgetune.errors import ResourceError, UsageError
 from edgetune.footprint import Work
+from edgetune.runtimes import install
 from edgetune.runtimes.forward_only import passes_a_step
 from edgetune.train.choice import Choice, choose
 from edgetune.train.consistency import resolve_config
@@ -138,6 +139,8 @@ def preflight(
             f"{bytes_text(flash.bundle)}, adapter {bytes_text(flash.adapter)}, cache {bytes_text(flash.cache)}; use a "
             f"smaller model{smaller}"
         )
+    if here or profile is None:
+        install(choice.runtime, notes.append)
     passes = passes_a_step(config.queries) if choice.plan.forward_only else 1
     times = predict_times(opened, workload, choice, profile, passes, here=here)
     memory = None if profile is None else profile.hardware.memory

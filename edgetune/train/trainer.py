@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from edgetune.bundle import Bundle
 from edgetune.config import TrainConfig
-from edgetune.runtimes import OptimizerConfig, Parameters, Session
+from edgetune.runtimes import ForwardRuntime, OptimizerConfig, Parameters, Session
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
 from edgetune.train.choice import Choice
 
@@ -24,7 +25,7 @@ def open_trainer(bundle: Bundle, parameters: Parameters, config: TrainConfig, ch
     """
     optimizer = OptimizerConfig(config.weight_decay, config.max_grad_norm)
     if choice.plan.forward_only:
-        with choice.runtime.open_forward(bundle, parameters, choice.plan) as forward:
+        with cast(ForwardRuntime, choice.runtime).open_forward(bundle, parameters, choice.plan) as forward:
             yield ForwardOnlySession(forward, parameters, optimizer, query_config(config))
     else:
         with choice.runtime.open_session(bundle, parameters, optimizer, choice.plan) as session:

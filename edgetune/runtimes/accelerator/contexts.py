@@ -130,10 +130,17 @@ class ContextStore:
             self._drop_old()
 
     def _drop_old(self) -> None:
-        found = [path for path in self._folder.iterdir() if (path / _RECORD).is_file()]
+        found = []
+        for path in self._folder.iterdir():
+            if path.name.startswith("."):
+                continue  # a lock, or what another process writes
+            try:
+                found.append(((path / _RECORD).stat().st_mtime, (path / _COMPILED).stat().st_size, path))
+            except OSError:
+                shutil.rmtree(path, ignore_errors=True)
         total = 0
-        for number, path in enumerate(sorted(found, key=lambda path: -(path / _RECORD).stat().st_mtime)):
-            total += (path / _COMPILED).stat().st_size
+        for number, (_, size, path) in enumerate(sorted(found, reverse=True)):
+            total += size
             if number >= _LEAST_KEPT and total > _MOST_BYTES:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -150,7 +157,10 @@ def _sealed(data: bytes, partitions: list[Partition]) -> str:
 def _read_record(path: Path) -> _Record:
     if not _is_plain(path) or path.stat().st_size > _LARGEST_RECORD:
         raise ValueError("not a record")
-    record: _Record = _converter.structure(json.loads(path.read_bytes()), _Record)
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError("not a record")
+    record: _Record = _converter.structure(content, _Record)
     return record
 
 

@@ -76,9 +76,11 @@ class AcceleratorGraphs:
         while True:
             scale = self._scale.of(batch.trained_tokens)
             loss, *found = graph.run({**feed, "loss_scale": np.array([scale], np.float32)}, ["loss", *sums])
-            if not np.isfinite(loss).all() or all(_fits(array) for array in found):
+            if all(_fits(array) for array in found):
                 self._scale.fitted()
                 break
+            if not np.isfinite(loss).all():
+                break  # no scale helps
             if not self._scale.overflowed():
                 # The caller sees what is not finite and drops the step; a saturated number would pass for a gradient.
                 found = [np.where(np.abs(array) < _LARGEST_HALF, array, np.inf) for array in found]

@@ -16,7 +16,8 @@ _HEADROOM = 3
 _LARGEST = 15
 """Log2 of the largest scale: it is a float16 itself on its way in."""
 _PATIENCE = 200
-"""Steps without overflow after which the scale doubles, up to where it began."""
+"""Batches without overflow after which the scale doubles, up to where it began. Batches, not steps: if it is too large
+again, one batch is computed twice."""
 
 
 class LossScale:
@@ -41,7 +42,7 @@ class LossScale:
         return self._headroom >= -_HEADROOM
 
     def fitted(self) -> None:
-        """A gradient was finite."""
+        """The gradient of a batch was finite."""
         self._calm += 1
         if self._calm >= _PATIENCE and self._headroom < _HEADROOM:
             self._headroom += 1

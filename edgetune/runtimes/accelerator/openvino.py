@@ -16,6 +16,7 @@ from edgetune.bundle import Bundle
 from edgetune.errors import EdgetuneError, IncompatibleError
 from edgetune.placement import Node, Partition, Placement
 from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
+from edgetune.runtimes.accelerator.error_line import last_line
 from edgetune.runtimes.accelerator.graphs import Arrays
 
 _PROPERTIES = {"NUM_STREAMS": 1}
@@ -49,7 +50,7 @@ class OpenVinoCompiler:
         except RuntimeError as error:
             raise IncompatibleError(
                 f"OpenVINO's {self._device} cannot compile the graph {role!r} "
-                f"({str(error).strip().splitlines()[-1][:300]}); train with --runtime onnxruntime"
+                f"({last_line(error)}); train with --runtime onnxruntime"
             ) from error
         devices = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
         precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -113,6 +114,6 @@ class OpenVinoGraph:
         except RuntimeError as error:
             raise EdgetuneError(
                 f"{self.placement.provider} failed in the graph {self.placement.graph!r} "
-                f"({str(error).strip().splitlines()[-1][:300]}); the step was not applied"
+                f"({last_line(error)}); the step was not applied"
             ) from error
         return [self._request.get_tensor(name).data.copy() for name in outputs]

@@ -21,6 +21,7 @@ from edgetune.errors import EdgetuneError, IncompatibleError
 from edgetune.placement import Node, Partition, Placement, named
 from edgetune.runtimes.accelerator.contexts import Context, ContextKey, ContextStore
 from edgetune.runtimes.accelerator.ep_context import check_ep_context
+from edgetune.runtimes.accelerator.error_line import first_line
 from edgetune.runtimes.accelerator.graphs import Arrays
 
 _NO_LOG = 4
@@ -67,7 +68,7 @@ def _register(name: str, library: str) -> None:
     try:
         ort.register_execution_provider_library(name, library)
     except Exception as error:  # the bindings raise what they like, RuntimeError mostly
-        raise EdgetuneError(f"{library} cannot be loaded ({_line(error)}); install its package again") from error
+        raise EdgetuneError(f"{library} cannot be loaded ({first_line(error)}); install its package again") from error
 
 
 class PluginCompiler:
@@ -172,7 +173,7 @@ class PluginCompiler:
                 session = ort.InferenceSession(model, options, enable_fallback=0)
         except Exception as error:  # the bindings' own classes, and RuntimeError
             raise IncompatibleError(
-                f"{self._plugin.name} cannot compile the graph ({_line(error)}); train with --runtime onnxruntime"
+                f"{self._plugin.name} cannot compile the graph ({first_line(error)}); train with --runtime onnxruntime"
             ) from error
         session.disable_fallback()
         return session
@@ -207,8 +208,8 @@ class PluginGraph:
             results: list[NDArray[Any]] = self._session.run(list(outputs), dict(inputs))
         except Exception as error:  # the bindings' own classes, and RuntimeError
             raise EdgetuneError(
-                f"{self.placement.provider} failed in the graph {self.placement.graph!r} ({_line(error)}); the step "
-                "was not applied, and the CPU did not take its place; train with --runtime onnxruntime"
+                f"{self.placement.provider} failed in the graph {self.placement.graph!r} ({first_line(error)}); the "
+                "step was not applied, and the CPU did not take its place; train with --runtime onnxruntime"
             ) from error
         if self._session.get_providers() != self._providers:
             raise EdgetuneError(f"ONNX Runtime left {self.placement.provider} for {self._session.get_providers()}")
@@ -240,8 +241,3 @@ def _partitions(session: ort.InferenceSession) -> list[Partition]:
         Partition(part.ep_name, [Node(node.op_type, node.name) for node in part.get_nodes()])
         for part in session.get_provider_graph_assignment_info()
     ]
-
-
-def _line(error: Exception) -> str:
-    """The first line of what the bindings say."""
-    return str(error).strip().partition("\n")[0][:300]

@@ -22,7 +22,7 @@ from edgetune.runtimes.layered.channels import Channels
 from edgetune.runtimes.layered.openvino_products import Products, is_linear
 from edgetune.runtimes.layered.openvino_tensor import BFLOAT16, from_bfloat16, tensor, to_bfloat16
 from edgetune.runtimes.layered.openvino_weights import OpenVinoWeights
-from edgetune.runtimes.openvino import MOST_SHAPES
+from edgetune.runtimes.openvino_core import MOST_SHAPES
 
 _STATES = {"hidden", "residual", "output", "hidden.grad", "output.grad", "carry"}
 _KEPT = {"query", "key", "value", "context", "gate", "up"}
@@ -32,7 +32,7 @@ class OpenVinoGraph:
     """A graph, compiled for every shape of its inputs that occurs.
 
     Args:
-        path: The ONNX file.
+        model: As it was read from its ONNX file.
         compile_model: Compiles a model whose shapes are known.
         element: The type that stands for storage.
         products: With frozen weights.
@@ -40,7 +40,7 @@ class OpenVinoGraph:
 
     def __init__(
         self,
-        path: Path,
+        model: ov.Model,
         compile_model: Callable[[ov.Model], ov.CompiledModel],
         element: ov.Type,
         products: Products,
@@ -48,7 +48,7 @@ class OpenVinoGraph:
         self._compile = compile_model
         self._element = element
         self._products = products
-        self._model = ov.Core().read_model(path)
+        self._model = model
         self._plain = [value.any_name for value in self._model.inputs]
         self.inputs = tuple(name for plain in self._plain for name in products.inputs(plain))
         self.outputs = tuple(value.any_name for value in self._model.outputs)
@@ -96,6 +96,7 @@ class OpenVinoBackend:
     """Runs graphs on an OpenVINO device.
 
     Args:
+        core: OpenVINO's, shared with others.
         device: Such as `CPU`.
         cache: Folder in which compiled models are kept for the next start; none is kept without it.
         plan: How the step is executed.
@@ -105,21 +106,21 @@ class OpenVinoBackend:
     fixed_shapes = True
     sublayers = LAYERS
 
-    def __init__(self, device: str, cache: Path | None, plan: ExecutionPlan, channels: Channels) -> None:
-        self._core = ov.Core()
-        self._device = device
+    def __init__(self, core: ov.Core, device: str, cache: Path | None, plan: ExecutionPlan, channels: Channels) -> None:
+        self._core, self._device = core, device
+        # Not a property of the core, which others use as well.
+        self._properties = {"NUM_STREAMS": 1, **({} if cache is None else {"CACHE_DIR": str(cache)})}
         self._short = "BF16" in self._core.get_property(device, "OPTIMIZATION_CAPABILITIES")
         self.storage = BFLOAT16 if self._short else np.dtype(np.float32)
         self.channels = channels
         self._products = Products(plan.products == "int8")
         self._weights = OpenVinoWeights(lambda model: self._compile(model, ov.Type.f32), self.storage)
-        if cache is not None:
-            self._core.set_property({"CACHE_DIR": str(cache)})
 
     def load(self, graph: Path) -> OpenVinoGraph:
         """See `Backend.load`."""
         element = ov.Type.bf16 if self._short else ov.Type.f32
-        return OpenVinoGraph(graph, lambda model: self._compile(model, element), element, self._products)
+        model = self._core.read_model(graph)
+        return OpenVinoGraph(model, lambda model: self._compile(model, element), element, self._products)
 
     def weight(self, form: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
         """See `Backend.weight`."""
@@ -134,4 +135,5 @@ class OpenVinoBackend:
         return from_bfloat16(values) if self._short else values
 
     def _compile(self, model: ov.Model, precision: ov.Type) -> ov.CompiledModel:
-        return self._core.compile_model(model, self._device, {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1})
+        properties = {"INFERENCE_PRECISION_HINT": precision, **self._properties}
+        return self._core.compile_model(model, self._device, properties)
