@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -316,3 +317,15 @@ def test_truncating_cuts_to_what_the_device_takes(tmp_path: Path) -> None:
     assert refused.exit_code == 6 and "rows of at most 30 tokens with --batch-size 1" in refused.stderr
     cut = call("plan", GOLDEN / "bundle", *ROWS, "--device", board, "--truncate", "--json")
     assert cut.exit_code == 0 and json.loads(cut.stdout)["longest_row"] == 30
+
+
+@needs_openvino
+def test_flash_has_room_for_what_is_compiled(tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(GOLDEN / "bundle", tmp_path / "bundle", ignore=shutil.ignore_patterns(".cache")))
+    options = (*ROWS, "--valid", GOLDEN / "train.jsonl", "--runtime", "openvino", "--plan", "whole", "--steps", 2)
+    planned = json.loads(call("plan", bundle, *options, "--batch-size", 2, "--json").stdout)
+    shutil.rmtree(bundle / ".cache", ignore_errors=True)
+    done = call("train", bundle, *options, "--batch-size", 2, "--output", tmp_path / "adapter")
+    assert done.exit_code == 0, done.stderr
+    kept = sum(path.stat().st_size for path in (bundle / ".cache").rglob("*") if path.is_file())
+    assert 0 < kept < planned["flash"]["cache"] < 5 * kept

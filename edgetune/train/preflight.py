@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edgetune.architecture import tensor_shapes
 from edgetune.bundle import MANIFEST, Bundle, open_bundle
 from edgetune.byte_size import bytes_text
 from edgetune.config import TrainConfig
@@ -15,6 +17,7 @@ from edgetune.device import Profile
 from edgetune.errors import ResourceError, UsageError
 from edgetune.footprint import Work
 from edgetune.runtimes import install
+from edgetune.runtimes.accelerator.contexts import most_context_bytes
 from edgetune.runtimes.forward_only import passes_a_step
 from edgetune.train.choice import Choice, choose
 from edgetune.train.consistency import resolve_config
@@ -131,7 +134,7 @@ def preflight(
     config, choice, notices = planned.fitting(config, pick_batch)
     notes += notices
     workload = in_fixed_shapes(planned.workload(config), profile, choice, config)
-    flash = _flash(opened, choice, workload.schedule.total_steps)
+    flash = _flash(opened, choice, workload)
     if profile is not None and (limit := profile.hardware.flash) is not None and flash.total > limit.value:
         smaller = "" if opened.manifest.base.weights == "int4" else ", or prepare it with --base int4"
         raise ResourceError(
@@ -282,12 +285,20 @@ def _rows(
     return found.examples
 
 
-def _flash(bundle: Bundle, choice: Choice, steps: int) -> Flash:
-    manifest = bundle.manifest
+def _flash(bundle: Bundle, choice: Choice, workload: Workload) -> Flash:
+    manifest, steps = bundle.manifest, workload.schedule.total_steps
     files = sum(file.size for file in manifest.files) + (bundle.path / MANIFEST).stat().st_size
     parameters = sum(rows * columns for rows, columns in manifest.lora.shapes().values())
     adapter = _FLOAT * parameters + _ADAPTER_FILES + _RECORD_LINE * steps
-    return Flash(files, adapter, 0 if choice.footprint is None else choice.footprint.cache)
+    cache = 0 if choice.footprint is None else choice.footprint.cache
+    if choice.plan.accelerator is not None:
+        weights = sum(math.prod(shape) for shape in tensor_shapes(manifest.architecture).values())
+        training = {(shape.sequences, shape.length) for step in workload.step_shapes() for shape in step}
+        measuring = {(shape.sequences, shape.length) for shape in workload.validation_shapes()}
+        # Measuring takes a graph of its own, which is all that forward-only training takes.
+        graphs = len(training | measuring) if choice.plan.forward_only else len(training) + len(measuring)
+        cache = most_context_bytes(weights, graphs)
+    return Flash(files, adapter, cache)
 
 
 def _uses(workload: Workload) -> list[ShapeUse]:

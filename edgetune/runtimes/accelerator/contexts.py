@@ -32,6 +32,10 @@ _MOST_BYTES = 1 << 30
 _LEAST_KEPT = 4
 """However large they are."""
 _LARGEST_RECORD = 16 << 20
+_LOWERING = 2
+"""Version of what edgetune's compilers make of a graph before it is compiled; a change there is a change here."""
+_WEIGHT, _GRAPH = 5, 1_000_000
+"""Bytes of a frozen weight in a context and of all else, a little more than OpenVINO's CPU took, which keeps float32."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class ContextKey:
     length: int
     options: dict[str, str]
     """Of the compiler and the session."""
+    lowering: int = _LOWERING
 
     @classmethod
     def of(
@@ -143,6 +148,17 @@ class ContextStore:
             total += size
             if number >= _LEAST_KEPT and total > _MOST_BYTES:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def most_context_bytes(weights: int, graphs: int) -> int:
+    """Bytes that the contexts of a run may take: each has the frozen weights.
+
+    Args:
+        weights: Frozen ones of the model.
+        graphs: That are compiled, one for each role and shape.
+    """
+    each = _WEIGHT * weights + _GRAPH
+    return min(graphs * each, max(_LEAST_KEPT * each, _MOST_BYTES))
 
 
 _converter = cattrs.Converter(forbid_extra_keys=True)

@@ -65,7 +65,8 @@ class OpenVinoCompiler:
             batch,
             length,
             runtime=f"openvino {self._version}",
-            device=f"{self._device} {self._core.get_property(self._device, 'FULL_DEVICE_NAME')}",
+            device=f"{self._device} {self._core.get_property(self._device, 'FULL_DEVICE_NAME')}, "
+            f"{' '.join(sorted(self._core.get_property(self._device, 'OPTIMIZATION_CAPABILITIES')))}",
             options={name: str(value) for name, value in _PROPERTIES.items()},
         )
         if (kept := self._store.load(key)) is not None:
