@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -190,8 +191,11 @@ def test_fifty_steps_on_the_emulation_end_where_the_cpus_do(
     assert emulated.final_loss == pytest.approx(cpu.final_loss, rel=0.05)
     assert emulated.final_loss != cpu.final_loss
     provenance = json.loads((tmp_path / "fpga-hls" / "edgetune.json").read_text())["provenance"]
-    assert provenance["runtime_version"].startswith("hls4ml 1.3")
-    assert "C simulation" in provenance["runtime_version"]
+    assert re.match(r"FPGA emulation \(hls4ml 1\.3[.\w]* C simulation\), ", provenance["runtime_version"])
+    (placement,) = emulated.placement
+    assert (placement["graph"], placement["provider"], placement["accelerated_nodes"]) == ("trunk", "fpga-hls", 4)
+    assert placement["device"].startswith("FPGA emulation (hls4ml C simulation); estimate for a Kria KV260")
+    assert placement["device"] in provenance["placement"]
 
 
 @pytest.mark.parametrize("variant", ["grouped-query", "partial"])
@@ -210,6 +214,20 @@ def test_with_exact_products_adapters_and_gradients_are_the_cpus(prepared: Prepa
     gradients = expected.gradients()
     for name, gradient in found.gradients().items():
         assert relative(gradient, gradients[name]) <= 1e-4, name
+
+
+def test_the_emulation_says_what_it_is_and_what_it_would_take() -> None:
+    sizes = {"self_attn.qkv_proj": (128, 384), "self_attn.o_proj": (128, 128)}
+    sizes |= {"mlp.gate_up_proj": (128, 384), "mlp.down_proj": (192, 128)}
+    cores = shared([(f"model.layers.0.{name}", *size) for name, size in sizes.items()], KV260)
+    assert cores is not None
+    placement = fpga_hls.emulation(cores, KV260)
+    assert placement.accelerated == placement.accelerator_partitions == 4
+    assert [node.operator for node in placement.fallen_back] == ["RMSNorm", "Attention", "RMSNorm", "SwiGLU"]
+    text = str(placement)
+    assert "FPGA emulation (hls4ml C simulation)" in text and "not synthesised" in text
+    assert "576 of 1,248 DSPs, 130 of 144 block RAMs and 0 of 64 UltraRAMs" in text
+    assert "139,264 of at most 1,511,424 weights" in text
 
 
 @installed
