@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune.errors import MissingDependencyError
+from edgetune.placement import Node, Partition
 
 if TYPE_CHECKING:
     import onnxruntime
 
+RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
+"""Entry of a session's configuration, for `partitions_of`."""
 _ERRORS_ONLY = 3
 _AS_REQUESTED = 1
 
@@ -21,6 +24,7 @@ def open_graph(
     *,
     exact_int8: bool = False,
     provider: tuple[str, dict[str, str]] | None = None,
+    record_placement: bool = False,
 ) -> onnxruntime.InferenceSession:
     """Load a graph.
 
@@ -29,9 +33,10 @@ def open_graph(
         weights_folder: Where the external data of a graph lies that is not beside it.
         exact_int8: Let no 8-bit product saturate, as it otherwise may on older x86 processors.
         provider: An execution provider and its options, asked before the CPU.
+        record_placement: Let `partitions_of` say where the nodes run; with a provider it always can.
 
     Raises:
-        MissingDependencyError: The provider could not be used.
+        MissingDependencyError: The provider could not be used, or takes no node.
     """
     import onnxruntime
 
@@ -51,12 +56,40 @@ def open_graph(
         )
     if exact_int8:
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if record_placement or provider is not None:
+        options.add_session_config_entry(RECORD_PLACEMENT, "1")
     asked = [] if provider is None else [provider]
     session = onnxruntime.InferenceSession(model, options, providers=[*asked, "CPUExecutionProvider"])
-    if provider is not None and provider[0] not in session.get_providers():
-        # onnxruntime falls back without an error.
-        raise MissingDependencyError(f"{provider[0]} is installed but cannot be used with {provider[1]}; see its log")
+    if provider is not None:
+        _require_use(session, *provider)
     return session
+
+
+def partitions_of(session: onnxruntime.InferenceSession) -> list[Partition]:
+    """Which provider executes which nodes of a graph that was opened with `RECORD_PLACEMENT`.
+
+    Returns:
+        Nothing where onnxruntime is too old to say it; a vendor's often is.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return []
+    return [
+        Partition(part.ep_name, [Node(node.op_type, node.name) for node in part.get_nodes()])
+        for part in session.get_provider_graph_assignment_info()
+    ]
+
+
+def _require_use(session: onnxruntime.InferenceSession, name: str, options: dict[str, str]) -> None:
+    """See to it that a provider is used: without it, onnxruntime runs everything on the CPU and says nothing."""
+    if name not in session.get_providers():
+        raise MissingDependencyError(f"{name} is installed but cannot be used with {options}; see its log")
+    partitions = partitions_of(session)
+    if partitions and all(part.provider != name for part in partitions):
+        count = sum(len(part.nodes) for part in partitions)
+        raise MissingDependencyError(
+            f"{name} is installed but takes none of the graph's {count} nodes with {options}; see its log, or use an "
+            "onnxruntime without it to train on the CPU"
+        )
 
 
 @cache

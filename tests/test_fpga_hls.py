@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -81,14 +83,51 @@ def test_sums_are_exact() -> None:
 def test_resources_are_counted() -> None:
     core = CoreSize("x", 128, 384, reuse=256)
     assert core.dsp == 192
-    assert core.block_ram == 43, "192 weights of 16 bits are 3,072 bits wide, 43 times 72; 256 deep is less than 512"
-    assert CoreSize("x", 64, 64, reuse=4096).block_ram == 8, "a word of 16 bits, 4,096 deep"
+    assert core.columns == 43, "192 weights of 16 bits are 3,072 bits wide, 43 times 72"
+    assert core.column_blocks == core.column_ultras == 1, "256 deep is less than 512"
+    deep = CoreSize("x", 64, 64, reuse=4096)
+    assert (deep.columns, deep.column_blocks, deep.column_ultras) == (1, 8, 1), "a word of 16 bits, 4,096 deep"
     cores = shared([("a", 128, 384), ("b", 128, 128), ("c", 128, 384), ("d", 192, 128)], KV260)
-    total = estimate(cores)
+    assert cores is not None
+    total = estimate(cores, KV260)
     assert total.multiplications == 128 * 384 * 2 + 128 * 128 + 192 * 128
     assert total.dsp <= 0.8 * KV260.dsp
+    assert (total.block_ram, total.ultra_ram) == (sum(core.columns for core in cores), 0), "all fit into block RAM"
     assert total.cycles == sum(core.reuse for core in cores)
     assert KV260.weights() == (144 * 36 + 64 * 288) * 64
+
+
+def test_columns_are_divided_between_block_rams_and_ultrarams() -> None:
+    """173 columns more than 512 deep: 64 of them in UltraRAM, two block RAMs for each of the others."""
+    cores = [CoreSize("x", 1024, 778, reuse=1024)]
+    assert cores[0].columns == 173
+    total = estimate(cores, KV260)
+    assert (total.block_ram, total.ultra_ram) == (2 * (173 - 64), 64)
+    assert not total.fits(KV260), "218 of 144 block RAMs"
+    assert "218 of 144 block RAMs and 64 of 64 UltraRAMs" in total.of(KV260)
+    mixed = [CoreSize("shallow", 64, 144 * 9, reuse=64), CoreSize("deep", 64, 64, reuse=4096)]
+    total = estimate(mixed, KV260)
+    assert mixed[0].columns == 288
+    assert (total.block_ram, total.ultra_ram) == (288 - 63, 64), "the deep column first"
+
+
+def test_cores_are_slower_where_only_deeper_memories_fit() -> None:
+    """A layer of the demo: at the DSPs' pace its weights need 218 block RAMs beside all UltraRAMs."""
+    sizes = [("qkv", 256, 768), ("o", 256, 256), ("gate_up", 256, 1280), ("down", 640, 256)]
+    cores = shared(sizes, KV260)
+    assert cores is not None
+    ultra, block = 0, 0
+    columns = [(math.ceil(core.dsp * 16 / 72), core.reuse) for core in cores]
+    for depth in sorted((depth for count, depth in columns for _ in range(count)), reverse=True):
+        if ultra < 64:
+            ultra += math.ceil(depth / 4096)
+        else:
+            block += math.ceil(depth / 512)
+    assert block <= 144
+    assert all(core.multiplications % core.reuse == 0 and core.reuse % core.inputs == 0 for core in cores)
+    assert all(core.dsp * core.reuse == core.multiplications for core in cores)
+    assert estimate(cores, KV260).fits(KV260)
+    assert shared([(f"{layer}.{name}", *size) for layer in "01" for name, *size in sizes], KV260) is None
 
 
 def exact_products(bundle: Bundle) -> dict[str, Product]:
@@ -119,7 +158,7 @@ def test_a_simulation_computes_the_cores_bits(tmp_path: Path) -> None:
     """Against numpy, with values that round, that lie on ties and that saturate."""
     generator = np.random.default_rng(0)
     weight = generator.uniform(-0.7, 0.7, (24, 32)).astype(np.float32)
-    (size,) = shared([("model.layers.0.mlp.down_proj", 32, 24)], KV260)
+    size = CoreSize("model.layers.0.mlp.down_proj", 32, 24, reuse=1)
     core = Core(size, weight, holding(0.7, 1.0), FixedPoint(16, 3), FixedPoint(16, 4))
     vectors = generator.standard_normal((12, 32)).astype(np.float32)
     vectors[0] = np.where(weight[0] > 0, -100, 100)
@@ -152,8 +191,11 @@ def test_fifty_steps_on_the_emulation_end_where_the_cpus_do(
     assert emulated.final_loss == pytest.approx(cpu.final_loss, rel=0.05)
     assert emulated.final_loss != cpu.final_loss
     provenance = json.loads((tmp_path / "fpga-hls" / "edgetune.json").read_text())["provenance"]
-    assert provenance["runtime_version"].startswith("hls4ml 1.3")
-    assert "C simulation" in provenance["runtime_version"]
+    assert re.match(r"FPGA emulation \(hls4ml 1\.3[.\w]* C simulation\), ", provenance["runtime_version"])
+    (placement,) = emulated.placement
+    assert (placement["graph"], placement["provider"], placement["accelerated_nodes"]) == ("trunk", "fpga-hls", 4)
+    assert placement["device"].startswith("FPGA emulation (hls4ml C simulation); estimate for a Kria KV260")
+    assert placement["device"] in provenance["placement"]
 
 
 @pytest.mark.parametrize("variant", ["grouped-query", "partial"])
@@ -172,6 +214,20 @@ def test_with_exact_products_adapters_and_gradients_are_the_cpus(prepared: Prepa
     gradients = expected.gradients()
     for name, gradient in found.gradients().items():
         assert relative(gradient, gradients[name]) <= 1e-4, name
+
+
+def test_the_emulation_says_what_it_is_and_what_it_would_take() -> None:
+    sizes = {"self_attn.qkv_proj": (128, 384), "self_attn.o_proj": (128, 128)}
+    sizes |= {"mlp.gate_up_proj": (128, 384), "mlp.down_proj": (192, 128)}
+    cores = shared([(f"model.layers.0.{name}", *size) for name, size in sizes.items()], KV260)
+    assert cores is not None
+    placement = fpga_hls.emulation(cores, KV260)
+    assert placement.accelerated == placement.accelerator_partitions == 4
+    assert [node.operator for node in placement.fallen_back] == ["RMSNorm", "Attention", "RMSNorm", "SwiGLU"]
+    text = str(placement)
+    assert "FPGA emulation (hls4ml C simulation)" in text and "not synthesised" in text
+    assert "576 of 1,248 DSPs, 130 of 144 block RAMs and 0 of 64 UltraRAMs" in text
+    assert "139,264 of at most 1,511,424 weights" in text
 
 
 @installed
@@ -206,9 +262,27 @@ def test_the_project_says_what_it_is(halves: Bundle, tmp_path: Path) -> None:
 def test_a_model_that_is_too_large_is_refused(halves: Bundle) -> None:
     small = replace(KV260, block_ram=10, ultra_ram=1)
     with pytest.raises(
-        IncompatibleError, match=r"1 layers of the trunk have 139,264 weights, the memories of a Kria KV260"
+        IncompatibleError,
+        match=r"1 layers of the trunk have 139,264 weights, .* Kria KV260: 10 .*; use a smaller model",
     ):
         trunk_cores(halves, read_trunk_info(halves), small)
+    # There would be room for every bit, but not in columns of 72 bits.
+    narrow = replace(KV260, block_ram=61, ultra_ram=0)
+    assert narrow.weights() > 139264
+    with pytest.raises(
+        IncompatibleError, match="61 block RAMs and 0 UltraRAMs hold 140,544 of 16 bits if none is left"
+    ):
+        trunk_cores(halves, read_trunk_info(halves), narrow)
+
+
+def test_a_refusal_says_how_many_layers_fit(prepared: Prepared) -> None:
+    bundle = prepared("multi-head", "int4")
+    names = [slot.name for slot in bundle.manifest.lora.slots]
+    info = TrunkInfo(2, 128, {name: LinearRange(1.0, 1.0) for name in names})
+    for_one_layer = replace(KV260, block_ram=100, ultra_ram=0)
+    with pytest.raises(IncompatibleError, match=r"the 2 layers .* split the bundle with --layers 1"):
+        trunk_cores(bundle, info, for_one_layer)
+    assert len(trunk_cores(bundle, info, KV260)) == 8
 
 
 def test_without_a_compiler_it_is_said_before_anything_is_loaded(

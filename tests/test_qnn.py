@@ -26,6 +26,8 @@ from edgetune.errors import EdgetuneError, IncompatibleError, MissingDependencyE
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.placement import Node, Partition
 from edgetune.runtimes import Placed, Session, find_runtime, qnn, stock
+from edgetune.runtimes.accelerator.contexts import Context
+from edgetune.runtimes.accelerator.plugin import Plugin, PluginCompiler
 from edgetune.train import train
 from edgetune.train.observer import StartInfo, StepMetrics
 
@@ -244,6 +246,18 @@ def test_a_provider_that_takes_nothing_does_not_train_on_the_cpu_in_silence(
         session.step([batch_of(bundle, rows_of(0, [7]))], LEARNING_RATE)
 
 
+@pytest.mark.parametrize("options", [{"soc_model": "9999"}, {}])
+def test_a_chip_that_may_be_unknown_is_named_where_nothing_is_taken(
+    prepared: Prepared, options: dict[str, str]
+) -> None:
+    plugin = Plugin("QNNExecutionProvider", "library", "1", "HTP", options, {})
+    compiler = PluginCompiler(prepared("multi-head", "int4"), plugin, require=False)
+    nothing = Context(b"", [Partition("CPUExecutionProvider", [Node("MatMul", "product")])])
+    with pytest.raises(IncompatibleError, match="takes none of the 1 nodes") as refused:
+        compiler._placement("step", 1, 8, nothing, cached=False)
+    assert ("perhaps it does not know the chip 9999 (--soc-model)" in str(refused.value)) == bool(options)
+
+
 @installed
 def test_a_failure_at_run_time_is_not_repeated_on_the_cpu(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     from onnxruntime.capi import onnxruntime_pybind11_state as bindings
@@ -377,6 +391,26 @@ def test_inspect_shows_where_the_nodes_run(prepared: Prepared) -> None:
         ("loss", 1, []),
     ]
     assert all(each["cached"] for each in told)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "reason"),
+    [
+        ("64x4096", "--buckets 64x4096 is longer than the bundle's rows, which have at most 128 tokens"),
+        ("1x8,1x129", "--buckets 1x129 is longer"),
+        ("1024x128", "--buckets 1024x128 has 131,072 positions"),
+    ],
+)
+def test_inspect_compiles_no_shape_that_nobody_trains(
+    prepared: Prepared, buckets: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qnn, "abilities", lambda: None)
+    monkeypatch.setattr(qnn, "place", lambda *arguments: pytest.fail("it was compiled"))
+    bundle = prepared("grouped-query", "int4")
+    assert bundle.manifest.max_length == 128
+    refused = CliRunner().invoke(main, ["inspect", str(bundle.path), "--placement", "qnn", "--buckets", buckets])
+    assert refused.exit_code == 2, refused.output
+    assert reason in refused.stderr
 
 
 @installed

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,10 +33,20 @@ from edgetune.evaluate import evaluate
 from edgetune.execution import ExecutionPlan
 from edgetune.frozen import FrozenWeights
 from edgetune.onnx_session import open_graph
+from edgetune.placement import Node
 from edgetune.runtimes import Parameters, stock
+from edgetune.runtimes.layered import trunk as trunk_module
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
-from edgetune.runtimes.layered.trunk import QuantisedLayers, Trunk, open_trunk, open_trunk_graph, vitisai_options
+from edgetune.runtimes.layered.trunk import (
+    VITIS_AI,
+    QuantisedLayers,
+    Trunk,
+    open_trunk,
+    open_trunk_graph,
+    trunk_placement,
+    vitisai_options,
+)
 from edgetune.split import split
 from edgetune.split.conformance import check_file
 from edgetune.split.graph import build_trunk
@@ -54,6 +66,8 @@ ROWS = [
 
 class FloatLayers:
     """The trunk before it is quantised."""
+
+    placement = None
 
     def __init__(self, bundle: Bundle, layers: int) -> None:
         self._session = open_graph(ir.to_proto(build_trunk(bundle, layers).model).SerializeToString())
@@ -224,6 +238,10 @@ def test_training_learns_and_the_adapter_fits_everything_else(
     assert result.last_validation_loss is not None
     assert result.last_validation_loss < 0.8 * result.first_validation_loss
     assert result.plan.startswith("split, 1 layers in the trunk")
+    (placement,) = result.placement
+    assert (placement["graph"], placement["batch"], placement["length"]) == (GRAPH, 1, 48)
+    assert (placement["provider"], placement["fallen_back"]) == ("CPUExecutionProvider", [])
+    assert placement["accelerated_nodes"] > 9, "the products and what is between them"
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["layers_to_transform"] == [1]
     manifest = halves.manifest
@@ -363,6 +381,63 @@ def test_an_emulation_is_not_timed(halves: Bundle, data: Path, monkeypatch: pyte
         assert done.exit_code == 0, done.stderr
         found = json.loads(done.stdout)
         assert found["run_seconds"] is None and "simulates hardware" in found["time_from"]
+
+
+def test_only_a_trunk_is_reported(halves: Bundle) -> None:
+    adapter = adapter_of(halves)
+    assert LayeredSession(halves, adapter, OPTIMIZER, WHOLE, OrtBackend(halves, "fp32")).placements() == []
+    (placement,) = session_above(halves, upper(adapter), open_trunk(halves, ABOVE)).placements()
+    assert str(placement).startswith(f"{GRAPH} 1x48: ")
+    assert str(placement).endswith("on CPUExecutionProvider (no accelerator) in 1 partition, compiled now")
+
+
+def test_a_provider_that_takes_no_node_is_an_error(
+    halves: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against one that onnxruntime registers for every graph and that takes none of these operators."""
+    if "AzureExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("this onnxruntime has no provider that takes nothing")
+    monkeypatch.setattr(trunk_module, "VITIS_AI", "AzureExecutionProvider")
+    with pytest.raises(MissingDependencyError, match="AzureExecutionProvider is installed but takes none of the"):
+        open_trunk(copy_without_cache(halves, tmp_path / "bundle"), ABOVE)
+
+
+def copy_without_cache(bundle: Bundle, folder: Path) -> Bundle:
+    shutil.copytree(bundle.path, folder)
+    return replace(bundle, path=folder)
+
+
+class Divided:
+    """A session whose graph Vitis AI shares with the CPU."""
+
+    class Part:
+        def __init__(self, provider: str, *nodes: tuple[str, str]) -> None:
+            self.ep_name = provider
+            self.nodes = [SimpleNamespace(op_type=operator, name=name) for operator, name in nodes]
+
+        def get_nodes(self) -> list[SimpleNamespace]:
+            return self.nodes
+
+    def get_providers(self) -> list[str]:
+        return [VITIS_AI, "CPUExecutionProvider"]
+
+    def get_provider_graph_assignment_info(self) -> list[Divided.Part]:
+        return [
+            self.Part(VITIS_AI, ("MatMul", "query"), ("Add", "sum")),
+            self.Part("CPUExecutionProvider", ("Softmax", "weights")),
+        ]
+
+
+def test_what_falls_back_from_an_accelerator_is_named() -> None:
+    placement = trunk_placement(Divided(), 48)
+    assert (placement.provider, placement.accelerated, placement.accelerator_partitions) == (VITIS_AI, 2, 1)
+    assert placement.fallen_back == [Node("Softmax", "weights")]
+
+
+def test_an_onnxruntime_that_does_not_tell_is_said() -> None:
+    placement = trunk_placement(SimpleNamespace(get_providers=Divided().get_providers), 48)
+    assert placement.partitions == []
+    assert "this onnxruntime does not say which nodes it takes" in str(placement)
 
 
 def test_vitis_ai_is_asked_with_the_documented_options(tmp_path: Path) -> None:

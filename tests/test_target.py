@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from edgetune.config import Base, TargetConfig, TargetName
 from edgetune.errors import IncompatibleError, ResourceError, UsageError, VerificationError
 from edgetune.manifest import TensorSpec
 from edgetune.target import MANIFEST, ROLES, Target, lay_out, packs
+from edgetune.target.budget import SizedFile, refuse_what_is_too_large
 from edgetune.target.external_data import Span, external_spans, redirect
 from edgetune.target.platforms import GB, PLATFORMS, STORE_SHARD, Limit, Platform
 from edgetune.target.shards import ALIGNMENT, moved, plan_shards
@@ -235,6 +237,16 @@ def test_what_a_store_does_not_take_is_refused_with_all_sizes(golden: Bundle, tm
         assert part in message
     assert "nobody" not in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_both_graphs_of_a_page_have_a_copy_of_the_weights() -> None:
+    """A module has 65,536 pages of 64 KiB (WebAssembly's memory32), and two sessions lie in it."""
+    module = 65536 * 65536
+    for weights, fits in ((module // 2, True), (module // 2 + 1, False), (module - 1, False)):
+        shards = [SizedFile("model/weights-00.bin", 10**9, "weights")]
+        shards.append(SizedFile("model/weights-01.bin", weights - 10**9, "weights"))
+        with nullcontext() if fits else pytest.raises(ResourceError, match=r"at most 2\.1 GB of weights would fit"):
+            refuse_what_is_too_large("web", PLATFORMS["web"], shards, {Span("weights", 0, weights): "embedding"})
 
 
 def test_int4_is_proposed_where_it_would_fit(prepared: Prepared, golden: Bundle, tmp_path: Path) -> None:

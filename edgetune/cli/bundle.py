@@ -84,7 +84,7 @@ def _write_hls(bundle: Bundle, output: Path, *, force: bool, quiet: bool, as_jso
     total, fpga = made.total, made.fpga
     click.echo(
         f"{made.path}: {len(made.cores)} cores of {made.layers} layers for the {fpga.name}, not synthesised; estimate: "
-        f"{total.dsp} of {fpga.dsp:,} DSPs, {total.block_ram} of {fpga.block_ram} block RAMs (or UltraRAMs)"
+        f"{total.of(fpga)}"
     )
 
 

@@ -20,6 +20,7 @@ from edgetune.errors import UsageError
 from edgetune.execution import INT8_STEP, WHOLE_STEP, Accelerator
 
 if TYPE_CHECKING:
+    from edgetune.data.buckets import Bucket
     from edgetune.describe import Description
     from edgetune.manifest import TensorSpec
     from edgetune.placement import Placement
@@ -35,6 +36,8 @@ edgetune inspect bundle --placement qnn
 edgetune inspect bundle --placement qnn --buckets 4x128,1x512 --require-npu --json
 """
 
+_MOST_POSITIONS = 1 << 15
+"""Of all sequences of a shape together: a step of an accelerator has hundreds or thousands."""
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """A layer in a name such as `past_key_values.0.key`."""
 
@@ -100,6 +103,7 @@ def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Acceler
     shapes = parse_buckets(buckets) if buckets is not None else None
     found.abilities()
     bundle = bundle_at(folder)
+    _check_shapes(shapes or [], bundle.manifest.max_length)
     shapes = shapes or parse_buckets(f"1x{bundle.manifest.max_length}")
     plans = [replace(WHOLE_STEP, accelerator=accelerator)]
     if runtime == "qnn" and any(graph.role == INT8_STEP for graph in bundle.manifest.graphs):
@@ -114,6 +118,21 @@ def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Acceler
         print_json([placement_record(placement) for placement in placements])
     else:
         _show_placements(placements)
+
+
+def _check_shapes(shapes: list[Bucket], longest: int) -> None:
+    """Refuse what would be compiled for ever, and in gigabytes, for batches that no run has."""
+    for shape in shapes:
+        if shape.length > longest:
+            raise UsageError(
+                f"--buckets {shape} is longer than the bundle's rows, which have at most {longest:,} tokens; give at "
+                f"most {longest:,} positions, or prepare with a larger --max-length"
+            )
+        if shape.batch > 1 and shape.batch * shape.length > _MOST_POSITIONS:
+            raise UsageError(
+                f"--buckets {shape} has {shape.batch * shape.length:,} positions, and {_MOST_POSITIONS:,} are the most "
+                f"that are compiled; give at most {max(1, _MOST_POSITIONS // shape.length)} sequences"
+            )
 
 
 def _show_placements(placements: list[Placement]) -> None:

@@ -11,6 +11,7 @@ from edgetune.frozen import FrozenWeights
 from edgetune.hls.core import Core
 from edgetune.hls.fixed_point import holding
 from edgetune.hls.resources import Fpga, shared
+from edgetune.pieces import LAYER_PREFIX
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 from edgetune.trunk import TrunkInfo
 
@@ -24,20 +25,15 @@ def trunk_cores(bundle: Bundle, info: TrunkInfo, fpga: Fpga) -> list[Core]:
         fpga: The FPGA that has to hold them.
 
     Raises:
-        IncompatibleError: The weights do not fit into the FPGA's memories.
+        IncompatibleError: The FPGA does not hold them.
     """
     frozen, backend = FrozenWeights(bundle.path), OrtBackend(bundle, "fp32")
     shapes = {name: frozen.shape(f"{name}.weight") for name in info.linear}
-    count = sum(outputs * inputs for outputs, inputs in shapes.values())
-    if count > fpga.weights():
-        raise IncompatibleError(
-            f"the {info.layers} layers of the trunk have {count:,} weights, the memories of a {fpga.name} hold "
-            f"{fpga.weights():,} of 16 bits; split the bundle with fewer --layers, or use a smaller model: this way is "
-            "for models of about a million weights a layer at most"
-        )
     sizes = [(name, inputs, outputs) for name, (outputs, inputs) in shapes.items()]
+    if (fitting := shared(sizes, fpga)) is None:
+        raise _too_large(info, sizes, fpga)
     cores = []
-    for size in shared(sizes, fpga):
+    for size in fitting:
         weight = _weight(frozen, backend, f"{size.name}.weight")
         seen = info.linear[size.name]
         cores.append(
@@ -50,6 +46,21 @@ def trunk_cores(bundle: Bundle, info: TrunkInfo, fpga: Fpga) -> list[Core]:
             )
         )
     return cores
+
+
+def _too_large(info: TrunkInfo, sizes: list[tuple[str, int, int]], fpga: Fpga) -> IncompatibleError:
+    def lowest(layers: int) -> list[tuple[str, int, int]]:
+        prefixes = tuple(LAYER_PREFIX.format(layer) for layer in range(layers))
+        return [size for size in sizes if size[0].startswith(prefixes)]
+
+    most = next((layers for layers in reversed(range(1, info.layers)) if shared(lowest(layers), fpga)), 0)
+    advice = f"split the bundle with --layers {most}" if most else "use a smaller model"
+    count = sum(inputs * outputs for _, inputs, outputs in sizes)
+    return IncompatibleError(
+        f"the {info.layers} layers of the trunk have {count:,} weights, which no reuse factors fit into the memories "
+        f"of a {fpga.name}: {fpga.block_ram} block RAMs and {fpga.ultra_ram} UltraRAMs hold {fpga.weights():,} of 16 "
+        f"bits if none is left partly empty; {advice}"
+    )
 
 
 def _weight(frozen: FrozenWeights, backend: OrtBackend, name: str) -> NDArray[np.float32]:

@@ -51,12 +51,12 @@ def write_hls_project(bundle: Bundle, output: Path, say: Callable[[str], None], 
 
     Raises:
         UsageError: The output exists.
-        IncompatibleError: The bundle has no trunk, or its weights do not fit into the FPGA.
+        IncompatibleError: The bundle has no trunk, or the FPGA does not hold it.
         MissingDependencyError: hls4ml is not installed.
     """
     info = read_trunk_info(bundle)
     cores = trunk_cores(bundle, info, KV260)
-    total = estimate(core.size for core in cores)
+    total = estimate((core.size for core in cores), KV260)
     project = HlsProject(output, KV260, info.layers, cores, total)
     with atomic_folder(output, replace=force, marker=DESCRIPTION) as folder:
         for core in cores:
@@ -93,7 +93,7 @@ def _description(bundle: Bundle, project: HlsProject) -> dict[str, object]:
                 "outputs": core.size.outputs,
                 "reuse": core.size.reuse,
                 "dsp": core.size.dsp,
-                "block_ram": core.size.block_ram,
+                "columns": core.size.columns,
                 "weight": str(core.weight_type),
                 "input": str(core.input_type),
                 "sum": core.sum_type.exactly(),
@@ -108,7 +108,7 @@ def _readme(bundle: Bundle, project: HlsProject) -> str:
     fpga, total = project.fpga, project.total
     rows = "\n".join(
         f"| {core.size.name} | {core.size.inputs} → {core.size.outputs} | {core.size.reuse} | {core.size.dsp} "
-        f"| {core.size.block_ram} |"
+        f"| {core.size.columns} × {core.size.reuse:,} |"
         for core in project.cores
     )
     return f"""# HLS cores of {bundle.manifest.base.name}
@@ -119,11 +119,14 @@ Attention, norms, adapters and gradients stay on the processor.
 Nothing here was synthesised and no FPGA was used: the figures are an estimate by counting. `./synthesise.sh` runs
 Vitis HLS over every core.
 
-| core | size | reuse | DSP | 36 Kb block RAM |
+| core | size | reuse | DSP | weight memory: columns of 72 bits × depth |
 | --- | --- | --- | --- | --- |
 {rows}
-| together | {total.multiplications:,} multiplications a token | | {total.dsp} | {total.block_ram} |
-| the {fpga.name} has | | | {fpga.dsp:,} | {fpga.block_ram}, and {fpga.ultra_ram} UltraRAM of 288 Kb |
+
+Together, with {total.multiplications:,} multiplications a token: {total.of(fpga)}.
+A column is a 36 Kb block RAM for every 512 of depth, or an UltraRAM for every 4,096. UltraRAM starts with zeros, and
+hls4ml asks for block RAM: columns that are counted as UltraRAM need a memory that is filled at start, which is left to
+whoever builds the design.
 
 Look-up tables and flip-flops are not estimated; synthesis reports them. A token takes at least {total.cycles:,} cycles
 of {fpga.clock_ns:g} ns through the cores. The weights lie on the FPGA, {fpga.weights():,} of 16 bits at most: this is

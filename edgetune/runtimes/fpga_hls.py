@@ -7,7 +7,7 @@ added to the products on the CPU, which also has all gradients, and every step g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +18,18 @@ from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.frozen import FrozenWeights
 from edgetune.hls.core import require_compiler, require_hls4ml, simulate
 from edgetune.hls.cores import trunk_cores
-from edgetune.hls.resources import KV260
+from edgetune.hls.resources import KV260, CoreSize, Fpga, estimate
+from edgetune.placement import Node, Partition, Placement
 from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session, stock
 from edgetune.runtimes.layered.decoder import DecoderLayers
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
-from edgetune.runtimes.layered.trunk import Trunk
-from edgetune.trunk import read_trunk_info
+from edgetune.runtimes.layered.trunk import CPU, Trunk
+from edgetune.trunk import FOLDER, read_trunk_info
+
+NAME = "fpga-hls"
+_ON_CPU = {"self_attn": ("RMSNorm", "Attention"), "mlp": ("RMSNorm", "SwiGLU")}
+"""What else than projections a decoder layer computes, by the module of the checkpoint."""
 
 
 def abilities() -> Abilities:
@@ -38,7 +43,7 @@ def version() -> str:
     """See `edgetune.runtimes.Runtime.version`."""
     import hls4ml
 
-    return f"hls4ml {hls4ml.__version__} C simulation, {stock.version()}"
+    return f"FPGA emulation (hls4ml {hls4ml.__version__} C simulation), {stock.version()}"
 
 
 @contextmanager
@@ -58,10 +63,29 @@ def open_session(
     with TemporaryDirectory(prefix="edgetune-hls-") as folder:
         simulations = simulate(cores, Path(folder), KV260)
         products = {core.size.name: each.run for core, each in zip(cores, simulations, strict=True)}
-        layers = DecoderLayers(bundle, info.layers, products)
+        layers = DecoderLayers(bundle, info.layers, products, emulation([core.size for core in cores], KV260))
         backend = OrtBackend(bundle, "fp32")
         if plan.trunk_layers:
             trunk = Trunk(FrozenWeights(bundle.path), layers, plan.trunk_cache_bytes)
             yield LayeredSession(bundle, parameters, optimizer, plan, backend, trunk)
         else:
             yield LayeredSession(bundle, parameters, optimizer, plan, backend, emulated=layers)
+
+
+def emulation(cores: Sequence[CoreSize], fpga: Fpga) -> Placement:
+    """What is emulated, what it would take of the FPGA, and what the CPU computes in the trunk's layers.
+
+    Args:
+        cores: Of whole layers; each takes one position of one row at a time.
+        fpga: What is emulated.
+    """
+    total = estimate(cores, fpga)
+    device = (
+        f"FPGA emulation (hls4ml C simulation); estimate for a {fpga.name}, not synthesised: {total.of(fpga)}, for "
+        f"{total.multiplications:,} of at most {fpga.weights():,} weights"
+    )
+    modules = list(dict.fromkeys(core.name.rpartition(".")[0] for core in cores))
+    reason = "only frozen projections are emulated"
+    others = [Node(operator, module, reason) for module in modules for operator in _ON_CPU[module.rpartition(".")[2]]]
+    partitions = [Partition(NAME, [Node("Dense", core.name)]) for core in cores]
+    return Placement(FOLDER, 1, 1, NAME, device, [*partitions, Partition(CPU, others)], cached=False)

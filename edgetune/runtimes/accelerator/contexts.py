@@ -35,7 +35,7 @@ _LARGEST_RECORD = 16 << 20
 _LOWERING = 2
 """Version of what edgetune's compilers make of a graph before it is compiled; a change there is a change here."""
 _WEIGHT, _GRAPH = 5, 1_000_000
-"""Bytes of a frozen weight in a context and of all else, a little more than OpenVINO's CPU took, which keeps float32."""
+"""Bytes of a frozen weight in a context and of all else: more than OpenVINO's CPU takes, which keeps float32."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
 from edgetune.errors import EdgetuneError, IncompatibleError
-from edgetune.placement import Node, Partition, Placement, named
+from edgetune.onnx_session import RECORD_PLACEMENT, partitions_of
+from edgetune.placement import Partition, Placement, named
 from edgetune.runtimes.accelerator.contexts import Context, ContextKey, ContextStore
 from edgetune.runtimes.accelerator.ep_context import check_ep_context
 from edgetune.runtimes.accelerator.error_line import first_line
@@ -28,7 +29,6 @@ _NO_LOG = 4
 """Fatal errors only: what a provider refuses is told by the placement."""
 _ALL = 0
 _REASON = re.compile(r"Node name: (.+?) Node index: \d+\s+REASON : (.+)")
-_RECORD = "session.record_ep_graph_assignment_info"
 _NO_CPU = "session.disable_cpu_ep_fallback"
 
 
@@ -117,7 +117,7 @@ class PluginCompiler:
         options.add_free_dimension_override_by_name("sequence", length)
         with TemporaryDirectory() as scratch:
             compiled = Path(scratch) / "context.onnx"
-            options.add_session_config_entry(_RECORD, "1")
+            options.add_session_config_entry(RECORD_PLACEMENT, "1")
             options.add_session_config_entry("ep.context_enable", "1")
             options.add_session_config_entry("ep.context_embed_mode", "1")
             options.add_session_config_entry("ep.context_file_path", str(compiled))
@@ -131,7 +131,7 @@ class PluginCompiler:
             # Nothing is written where the provider took nothing; with weights outside, a context is not kept.
             alone = sorted(Path(scratch).iterdir()) == [compiled]
             data = compiled.read_bytes() if alone else b""
-        partitions = _partitions(session)
+        partitions = partitions_of(session)
         if any(part.provider != self._plugin.name for part in partitions):
             reasons = self._reasons(path, batch, length)
             partitions = [_explained(part, reasons) for part in partitions]
@@ -182,9 +182,11 @@ class PluginCompiler:
         name, device = self._plugin.name, self._plugin.device
         placement = Placement(role, batch, length, name, device, context.partitions, cached=cached)
         if not placement.accelerated:
+            chip = self._plugin.options.get("soc_model")
+            cause = "" if chip is None else f"perhaps it does not know the chip {chip} (--soc-model); "
             raise IncompatibleError(
                 f"{name} takes none of the {len(placement.fallen_back)} nodes of the graph {role!r} for "
-                f"{batch}x{length}; train with --runtime onnxruntime"
+                f"{batch}x{length}; {cause}train with --runtime onnxruntime"
             )
         if self._require and placement.fallen_back:
             raise IncompatibleError(
@@ -234,10 +236,3 @@ def _redirected(target: int, *descriptors: int) -> Iterator[None]:
 
 def _explained(part: Partition, reasons: dict[str, str]) -> Partition:
     return replace(part, nodes=[replace(node, reason=reasons.get(node.name, "")) for node in part.nodes])
-
-
-def _partitions(session: ort.InferenceSession) -> list[Partition]:
-    return [
-        Partition(part.ep_name, [Node(node.op_type, node.name) for node in part.get_nodes()])
-        for part in session.get_provider_graph_assignment_info()
-    ]

@@ -12,6 +12,7 @@ from edgetune.bundle import Bundle
 from edgetune.data.batches import MASKED, causal_mask
 from edgetune.frozen import FrozenWeights
 from edgetune.pieces import LAYER_PREFIX
+from edgetune.placement import Placement
 
 Floats = NDArray[np.float32]
 Product = Callable[[Floats], Floats]
@@ -34,10 +35,13 @@ class DecoderLayers:
         bundle: Holds the norms.
         layers: How many.
         products: Of every projection in them, by its name in the checkpoint.
+        placement: Where the products are computed.
     """
 
-    def __init__(self, bundle: Bundle, layers: int, products: Mapping[str, Product]) -> None:
-        self.layers = layers
+    def __init__(
+        self, bundle: Bundle, layers: int, products: Mapping[str, Product], placement: Placement | None = None
+    ) -> None:
+        self.layers, self.placement = layers, placement
         self._architecture = bundle.manifest.architecture
         self._frozen = FrozenWeights(bundle.path)
         self._products = products

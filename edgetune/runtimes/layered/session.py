@@ -14,6 +14,7 @@ from edgetune.data.encode import IGNORED
 from edgetune.execution import ExecutionPlan
 from edgetune.frozen import EMBEDDING, LAYERS, FrozenWeights
 from edgetune.pieces import attention_parts, mlp_parts, pieces_of
+from edgetune.placement import Placement
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
 from edgetune.runtimes.layered.backend import Arrays, Backend
 from edgetune.runtimes.layered.decoder import DecoderLayers
@@ -79,6 +80,11 @@ class LayeredForward:
         hidden = self._forward(batch, for_backward=False)
         rows, labels = _trained(batch)
         return float(self._head.losses(self._rows(hidden, rows), labels).mean())
+
+    def placements(self) -> list[Placement]:
+        """Where the lowest layers run, if another device computes them."""
+        below = self._emulated or self._trunk
+        return [] if below is None or below.placement is None else [below.placement]
 
     def set_parameter(self, name: str, values: NDArray[np.float32]) -> None:
         """See `edgetune.runtimes.Forward.set_parameter`."""

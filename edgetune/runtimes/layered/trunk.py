@@ -20,18 +20,22 @@ from edgetune.data.batches import MASKED, Batch, causal_mask
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.execution import ExecutionPlan
 from edgetune.frozen import EMBEDDING, FrozenWeights
-from edgetune.onnx_session import open_graph
+from edgetune.onnx_session import open_graph, partitions_of
+from edgetune.placement import Partition, Placement
 from edgetune.runtimes.verified_cache import CACHE
 from edgetune.trunk import GRAPH, TrunkInfo, read_trunk_info
 
 Floats = NDArray[np.float32]
-VITIS_AI = "VitisAIExecutionProvider"
+VITIS_AI, CPU = "VitisAIExecutionProvider", "CPUExecutionProvider"
 _CACHE = f"{CACHE}/vitisai"
 """In the bundle, where Vitis AI keeps what it compiled; not part of the bundle and not verified."""
 
 
 class TrunkLayers(Protocol):
     """What computes the layers for one row."""
+
+    placement: Placement | None
+    """Where they run, if it is known."""
 
     def forward(self, hidden: Floats, rope_cos: Floats, rope_sin: Floats) -> Floats:
         """(positions, hidden_size) from the embedding to what enters the first layer above the trunk.
@@ -58,6 +62,7 @@ class Trunk:
         self._most = cache_bytes
         self._kept: OrderedDict[bytes, Floats] = OrderedDict()
         self._used = 0
+        self.placement = layers.placement
         self.computed = 0
         """Rows that went through the trunk, those that were kept not counted."""
 
@@ -108,6 +113,7 @@ class QuantisedLayers:
     def __init__(self, bundle: Bundle, vitisai_config: Path | None = None) -> None:
         self._info = read_trunk_info(bundle)
         self._session = open_trunk_graph(bundle, vitisai_config)
+        self.placement: Placement | None = trunk_placement(self._session, self._info.length)
         visible = causal_mask(self._info.length, bundle.manifest.architecture.sliding_window)
         # Rows lie at the start; what is behind them sees them, but nobody looks at it.
         self._bias = np.where(visible, np.float32(0), MASKED)[None, None]
@@ -146,7 +152,7 @@ def open_trunk_graph(bundle: Bundle, vitisai_config: Path | None = None) -> Any:
     `cacheKey`). What they compile to was not tried: no such device was there.
 
     Raises:
-        MissingDependencyError: `vitisai_config` is given and there is no such provider, or it gave the graph up.
+        MissingDependencyError: `vitisai_config` is given and there is no such provider, or it takes no node.
     """
     import onnxruntime
 
@@ -157,11 +163,22 @@ def open_trunk_graph(bundle: Bundle, vitisai_config: Path | None = None) -> Any:
                 f"{vitisai_config} configures {VITIS_AI}, which this onnxruntime does not have; install the one of "
                 "Vitis AI (VOE) or Ryzen AI Software, or leave --vitisai-config away to use the CPU"
             )
-        return open_graph(path, exact_int8=True)
+        return open_graph(path, exact_int8=True, record_placement=True)
     with suppress(OSError):  # a bundle that cannot be written to has no cache
         (bundle.path / _CACHE).mkdir(parents=True, exist_ok=True)
     (sha256,) = (file.sha256 for file in bundle.manifest.files if file.path == f"{GRAPH}.onnx")
     return open_graph(path, provider=(VITIS_AI, vitisai_options(bundle.path, sha256, vitisai_config)))
+
+
+def trunk_placement(session: Any, length: int) -> Placement:
+    """Where a trunk's graph runs: a session of `open_trunk_graph`, and the positions that it takes."""
+    provider, partitions = session.get_providers()[0], partitions_of(session)
+    if provider == CPU:
+        # onnxruntime makes a partition of every node there.
+        nodes = [node for part in partitions for node in part.nodes]
+        return Placement(GRAPH, 1, length, CPU, "no accelerator", [Partition(CPU, nodes)], cached=False)
+    device = "Vitis AI" if partitions else "Vitis AI; this onnxruntime does not say which nodes it takes"
+    return Placement(GRAPH, 1, length, provider, device, partitions, cached=False)
 
 
 def vitisai_options(bundle: Path, sha256: str, config: Path | None) -> dict[str, str]:
