@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edgetune.bundle import list_files, load_manifest, verify_files
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
+from edgetune.json_file import read_object
 from edgetune.manifest import (
     ADAPTER_FORMAT,
     FORMAT_VERSION,
@@ -42,7 +43,6 @@ VALIDATION_SHA256 = "validation_data_sha256"
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's path in the checkpoint."""
-_CONFIG_LIMIT = 1 << 20
 _SHOWN = 5
 
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -178,7 +178,7 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
         raise VerificationError(
             f"{path}: no {WEIGHTS}{pickled}; save the adapter with PEFT's save_pretrained(safe_serialization=True)"
         )
-    config = _read_config(path / CONFIG)
+    config = read_object(path / CONFIG, "save the adapter again")
     trained = _trained(config, lora)
     problems = [*_config_problems(config, lora), *_tensor_problems(weights, trained)]
     if problems:
@@ -228,20 +228,6 @@ def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenize
 def _described(lora: Lora) -> str:
     modules = ", ".join(sorted(lora.target_modules))
     return f"rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.slots)} slots on {modules}"
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        data = file.read(_CONFIG_LIMIT + 1)
-    try:
-        if len(data) > _CONFIG_LIMIT:
-            raise ValueError(f"more than {_CONFIG_LIMIT:,} bytes")
-        config = json.loads(data.decode("utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path}: not a PEFT configuration ({error}); save the adapter again") from error
-    return config
 
 
 def _config_problems(config: Mapping[str, Any], lora: Lora) -> list[str]:
