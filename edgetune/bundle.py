@@ -13,8 +13,8 @@ from edgetune.manifest import Architecture, BundleManifest, File, ManifestT, rea
 from edgetune.storage import recover, sha256_of, write_file
 
 MANIFEST = "manifest.json"
-_READ_ELSEWHERE = {".jinja", ".safetensors", ".bin"}
-"""Kinds that a bundle may have no file of, and that libraries look for in a model's folder."""
+_READ_ELSEWHERE = {".jinja", ".safetensors", ".bin", ".data"}
+"""Kinds that a bundle may list no file of, and that are looked for in a model's folder."""
 LARGEST_MANIFEST = 16 << 20
 """Bytes; a model with 40 layers has some 300,000."""
 _LARGEST_SIZE = 2**31 - 1

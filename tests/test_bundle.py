@@ -319,8 +319,12 @@ def test_a_template_has_to_be_pinned(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["chat_template.jinja", "added_tokens.json", "more.onnx", "more.bin", "model.safetensors", "layers/x.onnx"]
-)
+    "name",
+    [
+        "chat_template.jinja", "added_tokens.json", "more.onnx", "more.bin", "model.safetensors", "model.onnx.data",
+        "layers/x.onnx",
+    ],
+)  # fmt: skip
 def test_an_unlisted_file_that_something_might_read_is_refused(folder: Path, name: str) -> None:
     (folder / "layers").mkdir()
     (folder / "layers" / "listed.onnx").write_text("{}")

@@ -26,7 +26,7 @@ def trunk_cores(bundle: Bundle, info: TrunkInfo, fpga: Fpga) -> list[Core]:
     Raises:
         IncompatibleError: The FPGA's memories do not hold the weights.
     """
-    frozen, backend = FrozenWeights(bundle.path), OrtBackend(bundle, "fp32")
+    frozen, backend = FrozenWeights(bundle.path, bundle.manifest.architecture), OrtBackend(bundle, "fp32")
     shapes = {name: frozen.shape(f"{name}.weight") for name in info.linear}
     count = sum(outputs * inputs for outputs, inputs in shapes.values())
     if count > fpga.weights():
