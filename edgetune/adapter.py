@@ -66,7 +66,11 @@ def initial_parameters(lora: Lora, seed: int) -> dict[str, NDArray[np.float32]]:
 
     Returns:
         A (rank, in_features) and B (out_features, rank) of every slot, under the names of `Lora.shapes`.
+
+    Raises:
+        VerificationError: There are no slots.
     """
+    _require_slots(lora)
     generator = np.random.default_rng(seed)
     shapes = lora.shapes()
     # One large array goes back to the system as soon as nobody holds it; many small ones would stay in the heap.
@@ -165,8 +169,10 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
     Raises:
         UsageError: There is no adapter at `path`.
         IncompatibleError: It belongs to another base or tokenizer, or is of another form; names all that differs.
-        VerificationError: A file was changed, cut off, holds pickle or numbers that are not finite.
+        VerificationError: A file was changed, cut off, holds pickle or numbers that are not finite; or the bundle has
+            no slots.
     """
+    _require_slots(lora)
     recover(path)
     if not (path / CONFIG).is_file():
         raise UsageError(f"{path}: no adapter here (no {CONFIG}); give the folder that `edgetune train` or PEFT saved")
@@ -188,6 +194,12 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
     parameters = _read_tensors(weights, trained)
     _require_finite(parameters, str(weights))
     return parameters if trained is lora else initial_parameters(lora, seed=0) | parameters
+
+
+def _require_slots(lora: Lora) -> None:
+    """Rows can be looked at without any, which is why a bundle opens without them."""
+    if not lora.slots:
+        raise VerificationError("the bundle's manifest lists no LoRA slots, so there is nothing to train; make it anew")
 
 
 def _trained(config: Mapping[str, Any], lora: Lora) -> Lora:

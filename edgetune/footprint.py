@@ -8,13 +8,12 @@ weights' file. Sizes come from the bundle's manifest; what only measuring tells 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edgetune.execution import ExecutionPlan, Products
 from edgetune.frozen import BITS, BLOCK_SIZE, LAYERS
 from edgetune.manifest import BundleManifest, TensorSpec
-from edgetune.pieces import cut, pieces_of
+from edgetune.pieces import cut, kept_outputs, pieces_of
 from edgetune.trunk import FOLDER
 
 SUBLAYERS = ("attention", "mlp")
@@ -116,7 +115,8 @@ class Sizes:
             "mlp": 3 * a.hidden_size * a.intermediate_size,
         }
         """Frozen weights of a layer's sublayers."""
-        self.kept = {name: sum(map(_channels, _kept(manifest, name))) if layered else 0 for name in SUBLAYERS}
+        kept = {name: kept_outputs(manifest, f"{LAYERS}/{name}") if layered else [] for name in SUBLAYERS}
+        self.kept = {name: sum(map(_channels, specs)) for name, specs in kept.items()}
         """What a piece keeps for the backward pass: numbers for each position."""
         self.stored = stored_bytes(manifest.base.weights)
         """Of a weight in the file."""
@@ -207,11 +207,6 @@ def _pages(s: Sizes) -> float:
 def head_tokens(sizes: Sizes, plan: ExecutionPlan) -> int:
     """Tokens of the vocabulary whose weights the head takes at a time."""
     return min(plan.head_tokens or sizes.vocabulary, sizes.vocabulary)
-
-
-def _kept(manifest: BundleManifest, sublayer: str) -> Iterator[TensorSpec]:
-    outputs = manifest.graph(f"{LAYERS}/{sublayer}").outputs
-    return (output for output in outputs if output.name != "output")
 
 
 def _channels(spec: TensorSpec) -> int:
