@@ -17,6 +17,10 @@ from edgetune.cli.interruption import raise_if_interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
+
+_DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Unicode's marks, embeddings, overrides and isolates of a direction: a name can look like another with them."""
 
 
 def print_json(value: object) -> None:
@@ -34,7 +38,7 @@ def notices(*, quiet: bool) -> Callable[[str], None]:
         raise_if_interrupted()
         if not quiet:
             try:
-                click.echo(text, err=True)
+                click.echo(printable(text), err=True)
             except OSError:
                 # Its reader left (`2>&1 | head`) or its disk is full: the work is worth more than what is said of it.
                 _forget("stderr")
@@ -58,8 +62,23 @@ def replace_closed_streams() -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters made visible, so that what a file or a model says cannot steer the terminal."""
-    return "".join(ascii(char)[1:-1] if category(char) == "Cc" and char not in "\n\t" else char for char in text)
+    """`text` with what could steer the terminal made visible, whatever file or model says it.
+
+    That is control characters, those that turn the direction of what follows, and halves of a character, which cannot
+    be written. Characters that join others, as in emoji, stay.
+    """
+    return "".join(ascii(char)[1:-1] if _steers(char) else char for char in text)
+
+
+def _steers(char: str) -> bool:
+    return char in _DIRECTIONS or (category(char) in ("Cc", "Cs") and char not in "\n\t")
+
+
+def cell(text: str, style: str = "") -> Text:
+    """`text` as a table shows it: printable, and no markup of rich's, however it looks."""
+    from rich.text import Text
+
+    return Text(printable(text), style=style)
 
 
 def _forget(name: str) -> None:
