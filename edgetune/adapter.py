@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edgetune.bundle import list_files, load_manifest, verify_files
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
+from edgetune.json_file import read_object
 from edgetune.manifest import (
     ADAPTER_FORMAT,
     FORMAT_VERSION,
@@ -42,7 +43,6 @@ VALIDATION_SHA256 = "validation_data_sha256"
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's path in the checkpoint."""
-_CONFIG_LIMIT = 1 << 20
 _SHOWN = 5
 
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -66,7 +66,11 @@ def initial_parameters(lora: Lora, seed: int) -> dict[str, NDArray[np.float32]]:
 
     Returns:
         A (rank, in_features) and B (out_features, rank) of every slot, under the names of `Lora.shapes`.
+
+    Raises:
+        VerificationError: There are no slots.
     """
+    _require_slots(lora)
     generator = np.random.default_rng(seed)
     shapes = lora.shapes()
     # One large array goes back to the system as soon as nobody holds it; many small ones would stay in the heap.
@@ -165,8 +169,10 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
     Raises:
         UsageError: There is no adapter at `path`.
         IncompatibleError: It belongs to another base or tokenizer, or is of another form; names all that differs.
-        VerificationError: A file was changed, cut off, holds pickle or numbers that are not finite.
+        VerificationError: A file was changed, cut off, holds pickle or numbers that are not finite; or the bundle has
+            no slots.
     """
+    _require_slots(lora)
     recover(path)
     if not (path / CONFIG).is_file():
         raise UsageError(f"{path}: no adapter here (no {CONFIG}); give the folder that `edgetune train` or PEFT saved")
@@ -178,7 +184,7 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
         raise VerificationError(
             f"{path}: no {WEIGHTS}{pickled}; save the adapter with PEFT's save_pretrained(safe_serialization=True)"
         )
-    config = _read_config(path / CONFIG)
+    config = read_object(path / CONFIG, "save the adapter again")
     trained = _trained(config, lora)
     problems = [*_config_problems(config, lora), *_tensor_problems(weights, trained)]
     if problems:
@@ -188,6 +194,12 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
     parameters = _read_tensors(weights, trained)
     _require_finite(parameters, str(weights))
     return parameters if trained is lora else initial_parameters(lora, seed=0) | parameters
+
+
+def _require_slots(lora: Lora) -> None:
+    """Rows can be looked at without any, which is why a bundle opens without them."""
+    if not lora.slots:
+        raise VerificationError("the bundle's manifest lists no LoRA slots, so there is nothing to train; make it anew")
 
 
 def _trained(config: Mapping[str, Any], lora: Lora) -> Lora:
@@ -228,20 +240,6 @@ def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenize
 def _described(lora: Lora) -> str:
     modules = ", ".join(sorted(lora.target_modules))
     return f"rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.slots)} slots on {modules}"
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        data = file.read(_CONFIG_LIMIT + 1)
-    try:
-        if len(data) > _CONFIG_LIMIT:
-            raise ValueError(f"more than {_CONFIG_LIMIT:,} bytes")
-        config = json.loads(data.decode("utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path}: not a PEFT configuration ({error}); save the adapter again") from error
-    return config
 
 
 def _config_problems(config: Mapping[str, Any], lora: Lora) -> list[str]:

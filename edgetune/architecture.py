@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgetune.errors import IncompatibleError, VerificationError
-from edgetune.frozen import BLOCK_SIZE
+from edgetune.errors import VerificationError
 from edgetune.manifest import Architecture
 from edgetune.rope import rope_from_config
-
-_GENAI_ROTARY_MULTIPLE = 16
 
 
 def read_architecture(config: dict[str, Any]) -> Architecture:
@@ -70,42 +67,6 @@ def frozen_weights(architecture: Architecture) -> dict[str, int]:
     a = architecture
     queries, keys = (heads * a.head_dim for heads in (a.num_attention_heads, a.num_key_value_heads))
     return {"attention": 2 * a.hidden_size * (queries + keys), "mlp": 3 * a.hidden_size * a.intermediate_size}
-
-
-def check_sizes(architecture: Architecture, *, blocks: bool) -> None:
-    """Refuse sizes that the runtimes cannot take.
-
-    Args:
-        architecture: The model's sizes.
-        blocks: The frozen weights will be quantised in blocks of 32.
-
-    Raises:
-        IncompatibleError: Naming all of them.
-    """
-    problems = []
-    if architecture.rope.dim % _GENAI_ROTARY_MULTIPLE:
-        problems.append(
-            f"{architecture.rope.dim} rotated dimensions a head, "
-            f"ONNX Runtime GenAI takes multiples of {_GENAI_ROTARY_MULTIPLE}"
-        )
-    if architecture.num_attention_heads % architecture.num_key_value_heads:
-        problems.append(
-            f"num_attention_heads is {architecture.num_attention_heads}, "
-            f"which is no multiple of num_key_value_heads {architecture.num_key_value_heads}"
-        )
-    inputs = {
-        "hidden_size": architecture.hidden_size,
-        "intermediate_size": architecture.intermediate_size,
-        "num_attention_heads · head_dim": architecture.num_attention_heads * architecture.head_dim,
-    }
-    if blocks:
-        problems += [
-            f"{name} is {size}, blocks need a multiple of {BLOCK_SIZE} (use --base fp16 or fp32)"
-            for name, size in inputs.items()
-            if size % BLOCK_SIZE
-        ]
-    if problems:
-        raise IncompatibleError("; ".join(problems))
 
 
 def _is_size(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import stat
 from collections import Counter
@@ -9,18 +10,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgetune.errors import UsageError, VerificationError
-from edgetune.manifest import Architecture, BundleManifest, File, ManifestT, read_manifest, write_manifest
+from edgetune.manifest import Architecture, BundleManifest, File, Lora, ManifestT, read_manifest, write_manifest
 from edgetune.storage import recover, sha256_of, write_file
 
 MANIFEST = "manifest.json"
-_READ_ELSEWHERE = {".jinja", ".safetensors", ".bin"}
-"""Kinds that a bundle may have no file of, and that libraries look for in a model's folder."""
+_READ_ELSEWHERE = {".jinja", ".safetensors", ".bin", ".data"}
+"""Kinds that a bundle may list no file of, and that are looked for in a model's folder."""
 LARGEST_MANIFEST = 16 << 20
 """Bytes; a model with 40 layers has some 300,000."""
 _LARGEST_SIZE = 2**31 - 1
 """Of a model's dimensions; indices of tensors are 32 bits wide here and there."""
+_MOST_PARAMETERS = 1 << 40
+"""Numbers in all slots together: four terabytes."""
 _LONGEST_PATH = 255
 """Characters of a listed path."""
+_PARAMETER = re.compile(r"model\..*\.lora_[AB]\.weight")
+"""An input of the graphs that hold a whole step; those of the layered form say no layer."""
 _PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\:\0]+")
 """A name that leads nowhere else, on Windows neither."""
 
@@ -129,7 +134,8 @@ def _contradictions(manifest: BundleManifest) -> list[str]:
         for graph in manifest.graphs
         if graph.file not in listed
     ]
-    problems += _impossible_sizes(manifest.architecture)
+    problems += _impossible_sizes(manifest.architecture) + _impossible_rows(manifest)
+    problems += _impossible_parameters(manifest.lora) + _other_inputs(manifest)
     layers = manifest.architecture.num_hidden_layers
     # The upper layers of a divided model keep their numbers.
     if (adapted := manifest.lora.layers()) and adapted[-1] != layers - 1:
@@ -153,11 +159,69 @@ def _impossible_sizes(architecture: Architecture) -> list[str]:
     if not 2 <= rope.dim <= architecture.head_dim or rope.dim % 2:
         problems.append(f"rope.dim is {rope.dim}, expected an even number from 2 to head_dim {architecture.head_dim}")
     factors = {"short_factor": rope.short_factor, "long_factor": rope.long_factor}
-    return problems + [
+    given = {name: values for name, values in factors.items() if values is not None}
+    problems += [
         f"rope.{name} has {len(values)} numbers, expected {rope.dim // 2}"
-        for name, values in factors.items()
-        if values is not None and len(values) != rope.dim // 2
+        for name, values in given.items()
+        if len(values) != rope.dim // 2
     ]
+    numbers = {"theta": [rope.theta], "attention_factor": [rope.attention_factor], **given}
+    return problems + [
+        f"rope.{name} is {low[0]:g}, expected a number above 0"
+        for name, values in numbers.items()
+        if (low := [value for value in values if value <= 0])
+    ]
+
+
+def _impossible_rows(manifest: BundleManifest) -> list[str]:
+    problems = []
+    tokens, pad = manifest.architecture.vocab_size, manifest.tokenizer.pad_token_id
+    if pad >= tokens:
+        problems.append(f"pad_token_id is {pad}, expected a token of the vocabulary: 0 to {tokens - 1}")
+    positions, longest = manifest.architecture.max_position_embeddings, manifest.max_length
+    if not 2 <= longest <= positions:
+        problems.append(f"max_length is {longest}, expected 2 to max_position_embeddings {positions}")
+    return problems
+
+
+def _impossible_parameters(lora: Lora) -> list[str]:
+    """What no slots can be; a bundle without any opens, as its rows can be looked at."""
+    counts = Counter(slot.name for slot in lora.slots)
+    problems = [f"slot {name!r:.80} is there {count} times" for name, count in counts.items() if count > 1]
+    problems += [
+        f"slot {slot.name!r:.80} takes {slot.in_features} and gives {slot.out_features} features, "
+        f"expected 1 to {_LARGEST_SIZE:,}"
+        for slot in lora.slots
+        if not all(1 <= size <= _LARGEST_SIZE for size in (slot.in_features, slot.out_features))
+    ]
+    widest = max((max(slot.in_features, slot.out_features) for slot in lora.slots), default=lora.rank)
+    if lora.rank > widest:
+        problems.append(f"lora.rank is {lora.rank}, expected at most the {widest} features of the widest slot")
+    if (count := sum(map(math.prod, lora.shapes().values()))) > _MOST_PARAMETERS:
+        problems.append(f"the slots have {count:,} parameters, expected at most {_MOST_PARAMETERS:,}")
+    return problems
+
+
+def _other_inputs(manifest: BundleManifest) -> list[str]:
+    """Graphs that take other parameters than those of the slots, or tables of another width."""
+    slots = {name: list(shape) for name, shape in manifest.lora.shapes().items()}
+    width = [manifest.architecture.rope.dim]
+    problems = []
+    for graph in manifest.graphs:
+        taken = {spec.name: spec.shape for spec in graph.inputs}
+        given = {name: shape for name, shape in taken.items() if _PARAMETER.fullmatch(name)}
+        if given and given != slots:
+            name = min(name for name in slots | given if slots.get(name) != given.get(name))
+            problems.append(
+                f"the {graph.role} graph takes {name:.80} of shape {given.get(name)!s:.40}, "
+                f"the slots' is {slots.get(name)}"
+            )
+        problems += [
+            f"the {graph.role} graph takes {name} of shape {taken[name]!s:.40}, rope.dim is {width[0]}"
+            for name in ("rope_cos", "rope_sin")
+            if name in taken and taken[name][-1:] != width
+        ]
+    return problems
 
 
 def _strangers(folder: Path, manifest: BundleManifest) -> list[str]:

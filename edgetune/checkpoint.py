@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune.architecture import check_sizes, read_architecture, tensor_shapes
+from edgetune.architecture import read_architecture, tensor_shapes
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
+from edgetune.frozen import BLOCK_SIZE
+from edgetune.json_file import read_object
 from edgetune.manifest import Architecture
 from edgetune.storage import sha256_of
 
@@ -28,6 +30,7 @@ _READ = (
 """What model builders need beside the weights and `config.json`."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _DTYPES = ("F32", "BF16", "F16")
+_GENAI_ROTARY_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def open_checkpoint(source: str, *, download: bool, blocks: bool) -> Checkpoint:
     weights = _find_weights(path)
     _check_tensors(path, weights, architecture)
     _check_tokenizer(path, config, architecture)
-    check_sizes(architecture, blocks=blocks)
+    _check_sizes(architecture, blocks=blocks)
     name = path.resolve().name if Path(source).is_dir() else source
     return Checkpoint(path, name, config, architecture, weights)
 
@@ -122,13 +125,7 @@ def _locate(source: str, *, download: bool) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise VerificationError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    return read_object(path, "copy or fetch the checkpoint again")
 
 
 def _check_family(path: Path, config: dict[str, Any]) -> None:
@@ -217,6 +214,34 @@ def _check_tokenizer(path: Path, config: dict[str, Any], architecture: Architect
         raise VerificationError(f"{file}: has token {largest}, config.json says vocab_size {architecture.vocab_size}")
     if pad is not None and not (type(pad) is int and 0 <= pad < architecture.vocab_size):
         raise VerificationError(f"{path / 'config.json'}: pad_token_id is {pad!r:.40}; expected a token's id or null")
+
+
+def _check_sizes(architecture: Architecture, *, blocks: bool) -> None:
+    """Refuse sizes that the runtimes cannot take, all of them at once."""
+    problems = []
+    if architecture.rope.dim % _GENAI_ROTARY_MULTIPLE:
+        problems.append(
+            f"{architecture.rope.dim} rotated dimensions a head, "
+            f"ONNX Runtime GenAI takes multiples of {_GENAI_ROTARY_MULTIPLE}"
+        )
+    if architecture.num_attention_heads % architecture.num_key_value_heads:
+        problems.append(
+            f"num_attention_heads is {architecture.num_attention_heads}, "
+            f"which is no multiple of num_key_value_heads {architecture.num_key_value_heads}"
+        )
+    inputs = {
+        "hidden_size": architecture.hidden_size,
+        "intermediate_size": architecture.intermediate_size,
+        "num_attention_heads · head_dim": architecture.num_attention_heads * architecture.head_dim,
+    }
+    if blocks:
+        problems += [
+            f"{name} is {size}, blocks need a multiple of {BLOCK_SIZE} (use --base fp16 or fp32)"
+            for name, size in inputs.items()
+            if size % BLOCK_SIZE
+        ]
+    if problems:
+        raise IncompatibleError("; ".join(problems))
 
 
 def copy_chat_template(checkpoint: Checkpoint, folder: Path) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from edgetune.adapter import CONFIG as ADAPTER_CONFIG
 from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
@@ -16,6 +16,7 @@ from edgetune.errors import UsageError, VerificationError
 from edgetune.genai import CONFIG as GENAI_CONFIG
 from edgetune.genai import MANIFEST as MODEL_MANIFEST
 from edgetune.genai import open_model
+from edgetune.json_file import read_object
 from edgetune.manifest import (
     AdapterManifest,
     Architecture,
@@ -59,6 +60,7 @@ _ADVICE: dict[Kind, str] = {
     "unsealed": "; copy it again from its source",
 }
 """What to do with it."""
+_COPY_AGAIN = "copy the folder again from its source"
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,17 @@ def _describe_adapter(path: Path) -> Description:
 
 def _describe_peft(path: Path) -> Description:
     """An adapter that PEFT saved: its configuration and the shapes in its weights are all there is."""
-    config = _read_json(path / ADAPTER_CONFIG)
+    config = read_object(path / ADAPTER_CONFIG, _COPY_AGAIN)
     shapes = _tensor_shapes(path / ADAPTER_WEIGHTS)
-    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
+    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules") or []
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
         message = f"{path / ADAPTER_CONFIG}: r and lora_alpha are {rank!r:.40} and {alpha!r:.40}, expected numbers"
         raise VerificationError(f"{message}; only LoRA adapters of PEFT are known")
+    # PEFT takes a pattern in the place of names as well.
+    names = targets if isinstance(targets, list) else [targets]
+    if not all(isinstance(name, str) for name in names):
+        message = f"{path / ADAPTER_CONFIG}: target_modules are {targets!r:.40}, expected names"
+        raise VerificationError(f"{message}; {_COPY_AGAIN}")
     files = list_files(path, without="")
     name = config.get("base_model_name_or_path")
     return Description(
@@ -183,7 +190,7 @@ def _describe_peft(path: Path) -> Description:
         lora=AdapterShape(
             rank=rank,
             alpha=alpha,
-            target_modules=[targets] if isinstance(targets, str) else [str(target) for target in targets or []],
+            target_modules=names,
             slots=sum(".lora_A." in tensor for tensor in shapes),
             parameters=sum(_count(shape) for shape in shapes.values()),
         ),
@@ -211,7 +218,7 @@ def _describe_genai(path: Path, files: list[File]) -> Description:
     from edgetune.onnx_signature import read_signature
 
     source = path / GENAI_CONFIG
-    config = _read_json(source)
+    config = read_object(source, _COPY_AGAIN)
     model = config.get("model")
     decoder = model.get("decoder") if isinstance(model, dict) else None
     file = decoder.get("filename") if isinstance(decoder, dict) else None
@@ -255,16 +262,6 @@ def _count(shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise VerificationError(f"{path}: not valid JSON ({error}); copy the folder again from its source") from error
-    if not isinstance(value, dict):
-        raise VerificationError(f"{path}: is a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -8,14 +8,13 @@ weights' file. The sizes come from the bundle's manifest; what can only be measu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edgetune.architecture import frozen_weights
 from edgetune.execution import ExecutionPlan, Products
 from edgetune.frozen import BITS, BLOCK_SIZE, LAYERS
 from edgetune.manifest import BundleManifest, TensorSpec
-from edgetune.pieces import cut, pieces_of
+from edgetune.pieces import cut, kept_outputs, pieces_of
 from edgetune.trunk import FOLDER
 
 SUBLAYERS = ("attention", "mlp")
@@ -114,7 +113,8 @@ class Sizes:
         self.pieces = dict(zip(SUBLAYERS, (pieces.attention, pieces.mlp), strict=True))
         self.weights = frozen_weights(a)
         """Number of frozen weights of each sublayer of a layer."""
-        self.kept = {name: sum(map(_channels, _kept(manifest, name))) if layered else 0 for name in SUBLAYERS}
+        kept = {name: kept_outputs(manifest, f"{LAYERS}/{name}") if layered else [] for name in SUBLAYERS}
+        self.kept = {name: sum(map(_channels, specs)) for name, specs in kept.items()}
         """Numbers per position that a piece keeps for the backward pass."""
         self.stored = stored_bytes(manifest.base.weights)
         """Bytes per weight in the file."""
@@ -205,11 +205,6 @@ def _pages(s: Sizes) -> float:
 def head_tokens(sizes: Sizes, plan: ExecutionPlan) -> int:
     """Number of vocabulary tokens whose weights the head takes at a time."""
     return min(plan.head_tokens or sizes.vocabulary, sizes.vocabulary)
-
-
-def _kept(manifest: BundleManifest, sublayer: str) -> Iterator[TensorSpec]:
-    outputs = manifest.graph(f"{LAYERS}/{sublayer}").outputs
-    return (output for output in outputs if output.name != "output")
 
 
 def _channels(spec: TensorSpec) -> int:

@@ -17,7 +17,11 @@ import numpy as np
 from cattrs.errors import BaseValidationError
 from numpy.typing import NDArray
 
+from edgetune.architecture import tensor_shapes
 from edgetune.errors import VerificationError
+from edgetune.genai import WEIGHTS
+from edgetune.json_file import read_object
+from edgetune.manifest import Architecture
 
 LAYERS = "layers"
 """Folder of a bundle with the graphs of the layered form."""
@@ -27,7 +31,8 @@ INT8 = "int8"
 FORWARD, BACKWARD, SCALES = "forward", "backward", ".scales"
 """The int8 graphs take `W.forward` and `W.backward`, and `.scales` of each, instead of a weight `W`."""
 EMBEDDING = "model.embed_tokens.weight"
-"""The checkpoint's name of it."""
+HEAD = "lm_head.weight"
+"""The checkpoint's names of them."""
 BLOCK_SIZE = 32
 """Neighbouring weights along the input that share a scale in an int4 or int8 model."""
 BITS = {"int4": 4, "int8": 8}
@@ -37,6 +42,9 @@ Range = tuple[int, int]
 _FLOAT = np.dtype(np.float32)
 _FLOATS: dict[str, np.dtype[Any]] = {"plain": _FLOAT, "transposed": _FLOAT, "half": np.dtype(np.float16)}
 """Element types of the layouts that are not in blocks."""
+_COPY_AGAIN = "copy the bundle again"
+_SHOWN = 5
+"""Problems in one message."""
 
 
 @dataclass(frozen=True)
@@ -106,32 +114,39 @@ class FrozenWeights:
 
     Args:
         folder: The verified bundle.
+        architecture: Of the bundle, whose tensors all have to be there; nothing is compared while a bundle is made.
 
     Raises:
-        VerificationError: The index is broken or points outside of the file.
+        VerificationError: The index is broken, points outside of the bundle's weights, or is of another model.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, architecture: Architecture | None = None) -> None:
+        source = folder / INDEX
         try:
-            self._index = _converter.structure(json.loads((folder / INDEX).read_bytes()), FrozenIndex)
-        except (OSError, ValueError, BaseValidationError) as error:
-            raise VerificationError(f"{folder / INDEX}: cannot be read ({error}); copy the bundle again") from error
-        path = folder / self._index.file
-        self._file = path
+            self._index = _converter.structure(read_object(source, _COPY_AGAIN), FrozenIndex)
+        except BaseValidationError as error:
+            raise VerificationError(f"{source}: cannot be read ({error}); {_COPY_AGAIN}") from error
+        self._file = folder / WEIGHTS
+        size = self._file.stat().st_size if self._file.is_file() else 0
+        if problems := _problems(self._index, size, architecture):
+            hidden = f"; … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise VerificationError(f"{source}: {'; '.join(problems[:_SHOWN])}{hidden}; {_COPY_AGAIN}")
         # Nothing writes to it; there are runtimes that take no array that is marked so.
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="c")
-        for name, pieces in self._index.tensors.items():
-            if any(end > self._bytes.size for piece in pieces for end in _ends(piece)):
-                raise VerificationError(f"{folder / INDEX}: {name} lies outside of {path}; copy the bundle again")
+        self._bytes = np.memmap(self._file, dtype=np.uint8, mode="c")
 
     def pieces(self, name: str) -> list[Stored]:
-        """The pieces of a tensor."""
+        """The pieces of a tensor.
+
+        Raises:
+            VerificationError: There is no such tensor.
+        """
+        if name not in self._index.tensors:
+            raise VerificationError(f"{self._file.parent / INDEX}: {name} is missing; {_COPY_AGAIN}")
         return self._index.tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape in the checkpoint."""
-        pieces = self.pieces(name)
-        return (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
+        return _shape(self.pieces(name))
 
     def plain(self, name: str) -> NDArray[np.float32]:
         """A tensor that is stored in float32 as the checkpoint has it."""
@@ -217,11 +232,55 @@ class FrozenWeights:
             mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def _ends(piece: Stored) -> list[int]:
+def _shape(pieces: list[Stored]) -> tuple[int, ...]:
+    return (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
+
+
+def _problems(index: FrozenIndex, size: int, architecture: Architecture | None) -> list[str]:
+    """What of an index cannot be, of a file with so many bytes."""
+    if index.file != WEIGHTS:
+        return [f"the weights' file is {index.file!r:.80}, expected {WEIGHTS!r}"]
+    wrong = ((name, _problem(name, pieces, size)) for name, pieces in index.tensors.items())
+    problems = [f"{name:.80} {problem}" for name, problem in wrong if problem]
+    if problems or architecture is None:
+        return problems
+    # A list of what a billion layers hold would fill the memory.
+    if architecture.num_hidden_layers > len(index.tensors):
+        return [f"has {len(index.tensors)} tensors, the manifest says {architecture.num_hidden_layers:,} layers"]
+    expected = tensor_shapes(architecture)
+    # The builder stores a tied head as well.
+    expected[HEAD] = expected[EMBEDDING]
+    found = {name: _shape(pieces) for name, pieces in index.tensors.items()}
+    return [
+        f"{name} is missing" if name not in found else f"{name} has shape {found[name]}, the manifest says {shape}"
+        for name, shape in expected.items()
+        if found.get(name) != shape
+    ]
+
+
+def _problem(name: str, pieces: list[Stored], size: int) -> str | None:
+    """What of a tensor cannot be; none where there is nothing."""
+    most = 2 if name.endswith("_proj.weight") else 1
+    if not 1 <= len(pieces) <= most or len({tuple(piece.shape[1:]) for piece in pieces}) > 1:
+        return f"has {len(pieces)} pieces that do not stand one above the other, expected 1 to {most} that do"
+    for piece in pieces:
+        in_blocks, dimensions = bool(piece.bits), len(piece.shape)
+        # What is no matrix is always stored as it is.
+        if min(piece.shape, default=0) < 1 or dimensions > 2 or (dimensions == 1 and piece.layout != "plain"):
+            return f"has a {piece.layout} piece of shape {piece.shape!s:.40}"
+        if in_blocks != (piece.scales is not None) or (in_blocks and piece.shape[1] % BLOCK_SIZE):
+            return f"has a {piece.layout} piece of shape {piece.shape!s:.40} with scales at {piece.scales}"
+        if any(start < 0 or start + length > size for start, length in _spans(piece)):
+            return f"lies outside of {WEIGHTS}"
+    return None
+
+
+def _spans(piece: Stored) -> list[Range]:
+    """First byte and length of what is in the file."""
     count = math.prod(piece.shape)
-    if not piece.bits:
-        return [piece.offset + _FLOATS[piece.layout].itemsize * count]
-    return [piece.offset + count * piece.bits // 8, (piece.scales or 0) + 4 * count // BLOCK_SIZE]
+    if piece.scales is None:
+        return [(piece.offset, _FLOATS[piece.layout].itemsize * count)]
+    return [(piece.offset, count * piece.bits // 8), (piece.scales, _FLOAT.itemsize * count // BLOCK_SIZE)]
 
 
 def dequantised(block: Block) -> NDArray[np.float32]:

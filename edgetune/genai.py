@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from edgetune.bundle import MANIFEST as BUNDLE_MANIFEST
 from edgetune.bundle import load_manifest, open_bundle, verify_files
 from edgetune.errors import UsageError, VerificationError
+from edgetune.json_file import read_object
 from edgetune.manifest import BundleManifest, ModelManifest
 from edgetune.storage import recover
 
@@ -48,6 +48,7 @@ _KNOWN_KEYS = {
     ("model", "decoder", "session_options"): {"log_id", "provider_options"},
 }  # fmt: skip
 """All that edgetune writes into `genai_config.json`. GenAI knows more, some of it loads libraries."""
+_MAKE_ANEW = "make the folder anew"
 
 
 def weight_name(stored: str) -> str:
@@ -123,17 +124,17 @@ def _ends(model: dict[str, Any]) -> tuple[int, ...]:
 
 def _check_config(path: Path) -> dict[str, Any]:
     """Refuse what could load code or leave the folder, and figures that are none."""
-    try:
-        config = json.loads(path.read_bytes().decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise VerificationError(f"{path}: not valid JSON ({error}); make the folder anew") from error
+    config = read_object(path, _MAKE_ANEW)
     for place, known in _KNOWN_KEYS.items():
         section = _section(config, place)
         name = ".".join(place) or "the file"
         if not isinstance(section, dict):
-            raise VerificationError(f"{path}: {name} is not an object; make the folder anew")
+            raise VerificationError(f"{path}: {name} is not an object; {_MAKE_ANEW}")
         if unknown := sorted(section.keys() - known):
             raise VerificationError(f"{path}: {name} has keys that edgetune does not write: {', '.join(unknown)}")
+    if "decoder" not in config.get("model", {}):
+        missing = "model.decoder" if "model" in config else "model"
+        raise VerificationError(f"{path}: {missing} is missing; {_MAKE_ANEW}")
     decoder = config["model"]["decoder"]
     if decoder.get("filename") != MODEL:
         raise VerificationError(f"{path}: decoder.filename is {decoder.get('filename')!r:.80}, expected {MODEL!r}")
@@ -142,9 +143,10 @@ def _check_config(path: Path) -> dict[str, Any]:
     length, ends = config["model"].get("context_length"), config["model"].get("eos_token_id")
     if not _is_count(length) or length < 1:
         raise VerificationError(f"{path}: context_length is {length!r:.40}, expected a positive integer")
-    if not all(_is_count(end) for end in (ends if isinstance(ends, list) else [ends])):
+    listed = ends if isinstance(ends, list) else [ends]
+    if not listed or not all(_is_count(end) for end in listed):
         raise VerificationError(f"{path}: eos_token_id is {ends!r:.40}, expected token ids")
-    return cast(dict[str, Any], config)
+    return config
 
 
 def _is_count(value: object) -> bool:

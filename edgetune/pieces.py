@@ -7,12 +7,14 @@ only its part of the weights and activations; a small model is one piece.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edgetune.architecture import frozen_weights
+from edgetune.errors import VerificationError
 from edgetune.frozen import BLOCK_SIZE, LAYERS, Range
-from edgetune.manifest import Architecture, BundleManifest
+from edgetune.manifest import Architecture, BundleManifest, TensorSpec
 
 MOST_WEIGHTS = 10_000_000
 """Frozen weights of a piece, about: larger ones are not faster, and need more memory."""
@@ -49,17 +51,48 @@ def cut(architecture: Architecture) -> Pieces:
 
 
 def pieces_of(manifest: BundleManifest) -> Pieces:
-    """How the graphs of a bundle were cut."""
+    """How the graphs of a bundle were cut.
 
-    def rows(role: str, name: str) -> int:
-        (spec,) = (spec for spec in manifest.graph(f"{LAYERS}/{role}").inputs if spec.name == name)
-        return int(spec.shape[0])
-
+    Raises:
+        VerificationError: The manifest does not say, or says what cannot be.
+    """
     a = manifest.architecture
     return Pieces(
-        a.num_attention_heads * a.head_dim // rows("attention", "q_proj.weight"),
-        a.intermediate_size // rows("mlp", "gate_proj.weight"),
+        _count(manifest, "attention", "q_proj.weight", a.num_attention_heads * a.head_dim, a.num_key_value_heads),
+        _count(manifest, "mlp", "gate_proj.weight", a.intermediate_size, a.intermediate_size),
     )
+
+
+def _count(manifest: BundleManifest, role: str, name: str, rows: int, units: int) -> int:
+    """Into how many pieces a weight's rows were cut, each of which has as many of the units that stay together."""
+    shapes = [spec.shape for spec in manifest.graph(f"{LAYERS}/{role}").inputs if spec.name == name]
+    size = shapes[0][0] if len(shapes) == 1 and shapes[0] else None
+    if not isinstance(size, int) or size < 1 or rows % size or units % (rows // size):
+        raise VerificationError(
+            f"the bundle's manifest: {LAYERS}/{role} takes {name} of shape {shapes!s:.60}, expected one matrix with "
+            f"an equal part of the {rows} rows; make the bundle anew"
+        )
+    return rows // size
+
+
+def kept_outputs(manifest: BundleManifest, role: str) -> list[TensorSpec]:
+    """What a sublayer's graph gives beside its output, for the backward pass.
+
+    Raises:
+        VerificationError: The manifest does not say, or says what cannot be.
+    """
+    kept = [spec for spec in manifest.graph(role).outputs if spec.name != "output"]
+    a = manifest.architecture
+    widest = max(a.num_attention_heads * a.head_dim, a.intermediate_size)
+    for spec in kept:
+        sizes = [size for size in spec.shape if isinstance(size, int)]
+        names = [size for size in spec.shape if not isinstance(size, int)]
+        if names != ["batch", "sequence"] or not 1 <= math.prod(sizes) <= widest:
+            raise VerificationError(
+                f"the bundle's manifest: {role} gives {spec.name:.40} of shape {spec.shape!s:.60}, expected batch, "
+                f"sequence and at most {widest} channels; make the bundle anew"
+            )
+    return kept
 
 
 def _divisor(count: int, least: float) -> int:

@@ -14,6 +14,7 @@ from cattrs.errors import BaseValidationError
 
 from edgetune.bundle import Bundle
 from edgetune.errors import IncompatibleError, VerificationError
+from edgetune.json_file import read_object
 from edgetune.manifest import BundleManifest
 
 FOLDER = "trunk"
@@ -22,6 +23,7 @@ GRAPH = f"{FOLDER}/int8"
 INDEX = f"{FOLDER}/trunk.json"
 PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The frozen projections of a layer, by their names in the checkpoint."""
+_SPLIT_AGAIN = "split the bundle again"
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,11 @@ def read_trunk_info(bundle: Bundle) -> TrunkInfo:
             f"`edgetune split {bundle.path} --data ROWS.jsonl --output SPLIT`"
         )
     try:
-        raw = json.loads(path.read_bytes())
-        if not isinstance(raw, dict):
-            raise ValueError("not an object")
-        info = _converter.structure(raw, TrunkInfo)
-    except (ValueError, BaseValidationError) as error:
-        raise VerificationError(f"{path}: cannot be read ({error}); split the bundle again") from error
+        info = _converter.structure(read_object(path, _SPLIT_AGAIN), TrunkInfo)
+    except BaseValidationError as error:
+        raise VerificationError(f"{path}: cannot be read ({error}); {_SPLIT_AGAIN}") from error
     if problem := _problem(info, bundle.manifest):
-        raise VerificationError(f"{path}: {problem}; split the bundle again")
+        raise VerificationError(f"{path}: {problem}; {_SPLIT_AGAIN}")
     return info
 
 
@@ -90,9 +89,9 @@ def _problem(info: TrunkInfo, manifest: BundleManifest) -> str | None:
         return (
             f"{info.layers} layers of {info.length} positions, expected 1 to {most} layers and 1 to {longest} positions"
         )
-    (hidden,) = (spec for spec in manifest.graph(GRAPH).inputs if spec.name == "hidden")
-    if hidden.shape != [1, info.length, architecture.hidden_size]:
-        return f"{info.length} positions, but the graph takes {hidden.shape}"
+    taken = [spec.shape for spec in manifest.graph(GRAPH).inputs if spec.name == "hidden"]
+    if taken != [[1, info.length, architecture.hidden_size]]:
+        return f"{info.length} positions, but the graph takes {taken or 'no hidden states'}"
     expected = {f"model.layers.{layer}.{module}" for layer in range(info.layers) for module in PROJECTIONS}
     if info.linear.keys() != expected:
         return f"{len(info.linear)} projections, expected {', '.join(PROJECTIONS)} of each layer"

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_bundle import make_bundle
+from tiny_bundle import LORA, SLOT, make_bundle
 
+from edgetune.adapter import initial_parameters, read_adapter
 from edgetune.bundle import (
     LARGEST_MANIFEST,
     MANIFEST,
@@ -26,7 +27,7 @@ from edgetune.bundle import (
     verify_files,
 )
 from edgetune.errors import EdgetuneError, IncompatibleError, LockedError, UsageError, VerificationError
-from edgetune.manifest import BundleManifest, File, Graph
+from edgetune.manifest import BundleManifest, File, Graph, Lora, TensorSpec
 from edgetune.storage import locked
 
 NAMES = ["loss.onnx", "parts/extra.bin", "tokenizer.json"]
@@ -282,7 +283,11 @@ def test_a_file_is_listed_once(folder: Path) -> None:
         ({"rope": {"dim": 0}}, "rope.dim is 0, expected an even number from 2 to head_dim 8"),
         ({"rope": {"dim": 10}}, "rope.dim is 10"),
         ({"rope": {"long_factor": [1.0]}}, "rope.long_factor has 1 numbers, expected 4"),
+        ({"rope": {"theta": 0.0}}, "rope.theta is 0, expected a number above 0"),
+        ({"rope": {"attention_factor": -1.0}}, "rope.attention_factor is -1"),
+        ({"rope": {"short_factor": [1.0, 2.0, 0.0, 1.0]}}, "rope.short_factor is 0"),
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3, and the highest layer with LoRA parameters is 0"),
+        ({"max_position_embeddings": 11}, "max_length is 12, expected 2 to max_position_embeddings 11"),
     ],
 )
 def test_sizes_that_no_model_has_are_refused(folder: Path, sizes: dict[str, Any], reason: str) -> None:
@@ -294,6 +299,62 @@ def test_sizes_that_no_model_has_are_refused(folder: Path, sizes: dict[str, Any]
     reseal(folder, change)
     with pytest.raises(VerificationError, match=reason):
         open_bundle(folder)
+
+
+def slots(*sizes: tuple[int, int], rank: int = 4) -> Lora:
+    return replace(LORA, rank=rank, slots=[replace(SLOT, in_features=ins, out_features=outs) for ins, outs in sizes])
+
+
+def takes(name: str, shape: list[int | str]) -> Graph:
+    return Graph("loss", "loss.onnx", [TensorSpec(name, "float", shape)], [])
+
+
+TABLE = "rope_cos"
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "no inputs": ({"lora": slots((0, 16))}, f"slot '{SLOT.name}' takes 0 and gives 16 features, expected 1 to 2,147"),
+    "no outputs": ({"lora": slots((16, 0))}, "takes 16 and gives 0 features"),
+    "a slot twice": ({"lora": slots((16, 16), (16, 8))}, f"slot '{SLOT.name}' is there 2 times"),
+    "rank": ({"lora": slots((8, 16), rank=17)}, "lora.rank is 17, expected at most the 16 features of the widest slot"),
+    "huge rank": ({"lora": slots((8, 16), rank=2**60)}, "lora.rank is 1152921504606846976.*\n.*the slots have"),
+    "huge slot": ({"lora": slots((2**30, 2**30), rank=2**20)}, "the slots have 2,251,799,813,685,248 parameters"),
+    "one token": ({"max_length": 1}, "max_length is 1, expected 2 to max_position_embeddings 64"),
+    "many tokens": ({"max_length": 2**40}, "max_length is 1099511627776"),
+    "other parameters": (
+        {"graphs": [takes(SLOT.a, [4, 17])]},
+        r"lora_A.weight of shape \[4, 17\], .* \[4, 16\]",
+    ),
+    "too few parameters": ({"graphs": [takes(SLOT.a, [4, 16])]}, r"lora_B.weight of shape None, .* \[16, 4\]"),
+    "another layer": ({"graphs": [takes("model.x.lora_A.weight", [1])]}, "the loss graph takes model.*, the slots' is"),
+    "a table": (
+        {"graphs": [takes(TABLE, ["b", "s", 4])]},
+        r"takes rope_cos of shape \['b', 's', 4\], rope.dim is 8",
+    ),
+    "no table": ({"graphs": [takes(TABLE, [])]}, r"graph takes rope_cos of shape \[\], rope.dim is 8"),
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSSIBLE)
+def test_parameters_and_rows_that_no_bundle_has_are_refused(folder: Path, kind: str) -> None:
+    changes, reason = IMPOSSIBLE[kind]
+    reseal(folder, lambda m: replace(m, **changes))
+    with pytest.raises(VerificationError, match=reason):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("pad", [16, 2**40])
+def test_rows_are_padded_with_a_token(folder: Path, pad: int) -> None:
+    reseal(folder, lambda m: replace(m, tokenizer=replace(m.tokenizer, pad_token_id=pad)))
+    with pytest.raises(VerificationError, match=f"pad_token_id is {pad}, expected a token of the vocabulary: 0 to 15"):
+        open_bundle(folder)
+
+
+def test_a_bundle_without_slots_opens_and_trains_nothing(folder: Path) -> None:
+    reseal(folder, lambda m: replace(m, lora=replace(LORA, slots=[])))
+    manifest = open_bundle(folder).manifest
+    with pytest.raises(VerificationError, match="lists no LoRA slots, so there is nothing to train; make it anew"):
+        initial_parameters(manifest.lora, seed=0)
+    with pytest.raises(VerificationError, match="lists no LoRA slots"):
+        read_adapter(folder, manifest.lora, manifest.base, manifest.tokenizer)
 
 
 @pytest.mark.parametrize("file", ["../outside.onnx", "/tmp/outside.onnx", "parts", "unlisted.onnx", ""])
@@ -319,8 +380,12 @@ def test_a_template_has_to_be_pinned(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["chat_template.jinja", "added_tokens.json", "more.onnx", "more.bin", "model.safetensors", "layers/x.onnx"]
-)
+    "name",
+    [
+        "chat_template.jinja", "added_tokens.json", "more.onnx", "more.bin", "model.safetensors", "model.onnx.data",
+        "layers/x.onnx",
+    ],
+)  # fmt: skip
 def test_an_unlisted_file_that_something_might_read_is_refused(folder: Path, name: str) -> None:
     (folder / "layers").mkdir()
     (folder / "layers" / "listed.onnx").write_text("{}")

@@ -185,8 +185,39 @@ def test_pickle_and_broken_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="only LoRA adapters"):
         describe(adapter)
     (adapter / "adapter_config.json").write_text("[1]")
-    with pytest.raises(VerificationError, match="is a JSON list, expected an object"):
+    with pytest.raises(VerificationError, match="expected a JSON object, found list"):
         describe(adapter)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ('{"r": 1%s}' % ("0" * 5000), "not valid JSON"),
+        ('{"r": 4, "lora_alpha": 1%s}' % ("0" * 400), "r and lora_alpha are 4 and 1000"),
+        ('{"r": 4, "lora_alpha": NaN}', "r and lora_alpha are 4 and nan"),
+        ('{"r": 4, "lora_alpha": 8, "target_modules": 5}', "target_modules are 5, expected names"),
+        ('{"r": 4, "lora_alpha": 8, "target_modules": [5]}', r"target_modules are \[5\], expected names"),
+    ],
+    ids=["digits", "large", "not a number", "a number", "a list of numbers"],
+)
+def test_a_configuration_of_peft_that_nobody_wrote_is_refused(tmp_path: Path, config: str, reason: str) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    (adapter / "edgetune.json").unlink()
+    (adapter / "adapter_config.json").write_text(config)
+    with pytest.raises(VerificationError, match=reason):
+        describe(adapter)
+    assert inspect(adapter)[0] == 5
+
+
+@pytest.mark.parametrize("targets", [None, "o_proj", ["o_proj"]])
+def test_names_of_target_modules_may_be_a_pattern_or_none(tmp_path: Path, targets: str | list[str] | None) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    (adapter / "edgetune.json").unlink()
+    config = {"r": 4, "lora_alpha": 8, "target_modules": targets}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    lora = describe(adapter).lora
+    assert lora is not None
+    assert lora.target_modules == ([] if targets is None else ["o_proj"])
 
 
 def test_a_model_is_described_from_its_graph(tmp_path: Path) -> None:
@@ -233,7 +264,7 @@ def test_a_model_whose_graph_is_elsewhere_is_refused(tmp_path: Path, name: str) 
         describe(model)
 
 
-@pytest.mark.parametrize("text", ["{", '{"model": 3}', '{"model": {"decoder": {}}}'])
+@pytest.mark.parametrize("text", ["{", '{"model": 3}', '{"model": {"decoder": {}}}', '{"a": 1%s}' % ("0" * 5000)])
 def test_a_model_without_a_usable_configuration_is_refused(tmp_path: Path, text: str) -> None:
     model = make_model(tmp_path / "model")
     (model / "genai_config.json").write_text(text)

@@ -193,6 +193,9 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "context_length": lambda config: config["model"].update(context_length="long"),
     "eos_token_id": lambda config: config["model"].update(eos_token_id=[2, "x"]),
     "decoder": lambda config: config["model"].update(decoder=[]),
+    "model is missing": lambda config: config.pop("model"),
+    "model.decoder is missing": lambda config: config["model"].pop("decoder"),
+    "eos_token_id is": lambda config: config["model"].update(eos_token_id=[]),
 }
 
 

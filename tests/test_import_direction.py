@@ -16,7 +16,7 @@ PACKAGE = ROOT / "edgetune"
 
 FOUNDATION: list[set[str]] = [
     {"errors"},
-    {"manifest", "config", "storage", "suggestion", "byte_size", "toml_file", "profile_file", "device"},
+    {"manifest", "config", "storage", "suggestion", "byte_size", "toml_file", "json_file", "profile_file", "device"},
     {"bundle"},
 ]
 PARTS = len(FOUNDATION)

@@ -353,6 +353,12 @@ def test_a_broken_description_is_refused(halves: Bundle, tmp_path: Path) -> None
             read_trunk_info(copy)
 
 
+def test_a_trunk_that_takes_nothing_is_refused(halves: Bundle) -> None:
+    graphs = [replace(graph, inputs=[]) if graph.role == GRAPH else graph for graph in halves.manifest.graphs]
+    with pytest.raises(VerificationError, match="48 positions, but the graph takes no hidden states; split the bundle"):
+        read_trunk_info(replace(halves, manifest=replace(halves.manifest, graphs=graphs)))
+
+
 def test_a_split_bundle_still_trains_whole(halves: Bundle, data: Path, tmp_path: Path) -> None:
     result = train(halves.path, data, None, tmp_path / "o", options_of(steps=1), Silent())
     assert "split" not in result.plan

@@ -11,7 +11,7 @@ import click
 
 from edgetune.cli.command import Command, json_option
 from edgetune.cli.inputs import PATH, bundle_at
-from edgetune.cli.output import print_json
+from edgetune.cli.output import print_json, printable
 from edgetune.errors import IncompatibleError
 
 EXAMPLES = """
@@ -42,7 +42,7 @@ def command(graph: Path, as_json: bool) -> None:
         print_json({"graph": path, "violations": [asdict(violation) for violation in found]})
     else:
         for violation in found:
-            click.echo(str(violation))
+            click.echo(printable(str(violation)))
         counts = ", ".join(f"{count} of {rule}" for rule, count in Counter(each.rule for each in found).items())
         click.echo(f"{path}: {len(found)} violations ({counts})" if found else f"{path}: keeps the rules of Vitis AI")
     if found:

@@ -9,7 +9,7 @@ import click
 
 from edgetune.byte_size import bytes_text
 from edgetune.cli.command import Command, json_option
-from edgetune.cli.output import console, print_json
+from edgetune.cli.output import cell, console, print_json, printable
 
 if TYPE_CHECKING:
     from edgetune.device import Profile
@@ -46,19 +46,18 @@ def list_devices(as_json: bool) -> None:
         print_json([_plain(profile) for profile in profiles])
         return
     from rich.table import Table
-    from rich.text import Text
 
     table = Table("name", "class", "processor", "memory", "runtimes", "whole step", "layered", "forward only")
     for each in profiles:
         memory = each.hardware.memory
         places = (each.placement.whole_step, each.placement.layered, each.placement.forward_only)
         table.add_row(
-            Text(each.name, style="bold"),
-            each.kind,
-            each.hardware.architecture,
+            cell(each.name, "bold"),
+            cell(each.kind),
+            cell(each.hardware.architecture),
             "" if memory is None else bytes_text(memory.value),
-            Text(", ".join(each.runtime.names)),
-            *places,
+            cell(", ".join(each.runtime.names)),
+            *map(cell, places),
         )
     console().print(table)
 
@@ -100,14 +99,19 @@ def check(device: str | None, as_json: bool) -> None:
 def _show_presence(presence: Presence) -> None:
     mark, colour = ("✓", "green") if presence.here else ("–", "yellow")
     where = "this machine" if presence.here else "not this machine"
-    click.echo(f"{click.style(mark, fg=colour)} {presence.name}: {where} ({presence.why})")
+    click.echo(f"{click.style(mark, fg=colour)} {printable(f'{presence.name}: {where} ({presence.why})')}")
     if presence.unknown_runtimes:
-        click.echo(f"    runtime {', '.join(presence.unknown_runtimes)}: not in this edgetune")
+        _say(f"    runtime {', '.join(presence.unknown_runtimes)}: not in this edgetune")
     if presence.packages_missing:
-        click.echo(f"    missing: {', '.join(presence.packages_missing)}")
-    click.echo(f"    {presence.provider}: {'here' if presence.provider_found else 'not here'}")
+        _say(f"    missing: {', '.join(presence.packages_missing)}")
+    _say(f"    {presence.provider}: {'here' if presence.provider_found else 'not here'}")
     if presence.install is not None:
-        click.echo(f"    to install: {presence.install}")
+        _say(f"    to install: {presence.install}")
+
+
+def _say(text: str, name: str = "", indent: str = "") -> None:
+    """A line of what a profile says, with its name in front where it has one."""
+    click.echo(indent + (click.style(printable(name), bold=True) if name else "") + printable(text))
 
 
 def _plain(profile: Profile) -> dict[str, Any]:
@@ -124,17 +128,17 @@ def _show_table(table: dict[str, Any], indent: str) -> None:
         if isinstance(value, dict) and value.keys() & {"value", "text"}:
             figure = value.get("value", value.get("text"))
             text = bytes_text(int(str(figure))) if key in ("memory", "flash", "largest_file") else f"{figure}"
-            click.echo(f"{indent}{click.style(name, bold=True)}: {text}")
-            click.echo(f"{indent}  {value['source']}")
+            _say(f": {text}", name, indent)
+            _say(f"  {value['source']}", indent=indent)
         elif isinstance(value, dict):
-            click.echo(f"{indent}{click.style(name, bold=True)}")
+            _say("", name, indent)
             _show_table(value, f"{indent}  ")
         elif name == "notes":
             for note in value:
-                click.echo(f"{indent}{note['text']}")
-                click.echo(f"{indent}  {note['source']}")
+                _say(note["text"], indent=indent)
+                _say(f"  {note['source']}", indent=indent)
         else:
-            click.echo(f"{indent}{click.style(name, bold=True)}: {_text(value)}")
+            _say(f": {_text(value)}", name, indent)
 
 
 def _text(value: object) -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 import click
 
-from edgetune.cli.output import print_json
+from edgetune.cli.output import print_json, printable
 from edgetune.errors import DataError, EdgetuneError, MissingDependencyError, ResourceError
 
 INTERRUPTED = 130
@@ -76,8 +76,8 @@ def report(error: BaseException, *, as_json: bool) -> int:
     # What cannot be written, as on a full disk, must not hide the exit code.
     with suppress(OSError):
         if os.environ.get(DEBUG) and not isinstance(error, click.ClickException):
-            click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-        click.echo(failure.message, err=True)
+            click.echo(printable("".join(traceback.format_exception(error))), err=True, nl=False)
+        click.echo(printable(failure.message), err=True)
     if as_json:
         plain = failure.message.removeprefix("error: ")
         with suppress(OSError):

@@ -13,7 +13,7 @@ import click
 from edgetune.byte_size import bytes_text
 from edgetune.cli.command import Command, json_option
 from edgetune.cli.inputs import PATH, bundle_at
-from edgetune.cli.output import console, print_json
+from edgetune.cli.output import cell, console, print_json
 from edgetune.cli.run_options import device_type_option, soc_model_option
 from edgetune.config import DeviceType, TrainConfig
 from edgetune.errors import UsageError
@@ -137,40 +137,39 @@ def _check_shapes(shapes: list[Bucket], longest: int) -> None:
 
 def _show_placements(placements: list[Placement]) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     runs = Table("graph", "shape", "provider", "device", "partitions", "nodes", "on the CPU")
     for placement in placements:
         shape = f"{placement.batch}x{placement.length}"
         pieces, taken, left = placement.accelerator_partitions, placement.accelerated, len(placement.fallen_back)
-        runs.add_row(placement.graph, shape, placement.provider, placement.device, str(pieces), str(taken), str(left))
+        names = map(cell, (placement.graph, shape, placement.provider, placement.device))
+        runs.add_row(*names, str(pieces), str(taken), str(left))
     console().print(runs)
     if any(placement.fallen_back for placement in placements):
         left_out = Table("graph", "operator", "node", "why", title="On the CPU", title_justify="left")
         for placement in placements:
             for node in placement.fallen_back:
                 why = node.reason or "the provider does not say"
-                left_out.add_row(placement.graph, node.operator, Text(node.name), Text(why))
+                left_out.add_row(*map(cell, (placement.graph, node.operator, node.name, why)))
         console().print(left_out)
 
 
 def _show(description: Description) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     terminal = console()
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(description):
-        facts.add_row(Text(name, style="bold"), Text(value))
+        facts.add_row(cell(name, "bold"), cell(value))
     terminal.print(facts)
     if description.graphs:
         graphs = Table("graph", "file", "inputs", "outputs", title="Graphs", title_justify="left")
         for graph in description.graphs:
-            graphs.add_row(graph.role, Text(graph.file), Text(_tensors(graph.inputs)), Text(_tensors(graph.outputs)))
+            graphs.add_row(*map(cell, (graph.role, graph.file, _tensors(graph.inputs), _tensors(graph.outputs))))
         terminal.print(graphs)
     files = Table("file", "size", "SHA-256", title="Files", title_justify="left")
     for file in description.files:
-        files.add_row(Text(file.path), bytes_text(file.size), file.sha256)
+        files.add_row(*map(cell, (file.path, bytes_text(file.size), file.sha256)))
     terminal.print(files)
 
 

@@ -18,6 +18,10 @@ from edgetune.cli.interruption import raise_if_interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
+
+_DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Unicode's marks, embeddings, overrides and isolates of a direction: a name can look like another with them."""
 
 
 def print_json(value: object) -> None:
@@ -35,7 +39,7 @@ def notices(*, quiet: bool) -> Callable[[str], None]:
     def say(text: str) -> None:
         raise_if_interrupted()
         if not quiet:
-            click.echo(text, file=stream)
+            click.echo(printable(text), file=stream)
 
     return say
 
@@ -90,8 +94,23 @@ def replace_closed_streams() -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters made visible, so that what a file or a model says cannot steer the terminal."""
-    return "".join(ascii(char)[1:-1] if category(char) == "Cc" and char not in "\n\t" else char for char in text)
+    """`text` with what could steer the terminal made visible, whatever file or model says it.
+
+    That is control characters, those that turn the direction of what follows, and halves of a character, which cannot
+    be written. Characters that join others, as in emoji, stay.
+    """
+    return "".join(ascii(char)[1:-1] if _steers(char) else char for char in text)
+
+
+def _steers(char: str) -> bool:
+    return char in _DIRECTIONS or (category(char) in ("Cc", "Cs") and char not in "\n\t")
+
+
+def cell(text: str, style: str = "") -> Text:
+    """`text` as a table shows it: printable, and no markup of rich's, however it looks."""
+    from rich.text import Text
+
+    return Text(printable(text), style=style)
 
 
 def _forget(name: str) -> None:

@@ -11,7 +11,7 @@ import click
 from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, Command, json_option
 from edgetune.cli.inputs import PATH, bundle_folder, input_file
-from edgetune.cli.output import console, print_json
+from edgetune.cli.output import cell, console, print_json
 from edgetune.cli.progress import duration_text
 from edgetune.cli.run_options import (
     epochs_option,
@@ -132,7 +132,6 @@ def command(
 
 def _show(found: Preflight) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     facts = Table.grid(padding=(0, 2))
     rows = {
@@ -149,9 +148,9 @@ def _show(found: Preflight) -> None:
         "times are": found.time_from,
     }
     for name, value in rows.items():
-        facts.add_row(Text(name, style="bold"), Text(value))
+        facts.add_row(cell(name, "bold"), cell(value))
     for note in found.notes:
-        facts.add_row(Text("note", style="bold"), Text(note))
+        facts.add_row(cell("note", "bold"), cell(note))
     console().print(facts)
 
 

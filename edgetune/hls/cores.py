@@ -27,7 +27,7 @@ def trunk_cores(bundle: Bundle, info: TrunkInfo, fpga: Fpga) -> list[Core]:
     Raises:
         IncompatibleError: The FPGA does not hold them.
     """
-    frozen, backend = FrozenWeights(bundle.path), OrtBackend(bundle, "fp32")
+    frozen, backend = FrozenWeights(bundle.path, bundle.manifest.architecture), OrtBackend(bundle, "fp32")
     shapes = {name: frozen.shape(f"{name}.weight") for name in info.linear}
     sizes = [(name, inputs, outputs) for name, (outputs, inputs) in shapes.items()]
     if (fitting := shared(sizes, fpga)) is None:

@@ -66,7 +66,7 @@ def open_session(
         layers = DecoderLayers(bundle, info.layers, products, emulation([core.size for core in cores], KV260))
         backend = OrtBackend(bundle, "fp32")
         if plan.trunk_layers:
-            trunk = Trunk(FrozenWeights(bundle.path), layers, plan.trunk_cache_bytes)
+            trunk = Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), layers, plan.trunk_cache_bytes)
             yield LayeredSession(bundle, parameters, optimizer, plan, backend, trunk)
         else:
             yield LayeredSession(bundle, parameters, optimizer, plan, backend, emulated=layers)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
 from edgetune.data.batches import MASKED, causal_mask
+from edgetune.errors import VerificationError
 from edgetune.frozen import FrozenWeights
+from edgetune.json_file import read_object
 from edgetune.pieces import LAYER_PREFIX
 from edgetune.placement import Placement
 
@@ -36,6 +38,9 @@ class DecoderLayers:
         layers: How many.
         products: Of every projection in them, by its name in the checkpoint.
         placement: Where the products are computed.
+
+    Raises:
+        VerificationError: The bundle's index of weights, or its `config.json`, cannot be what it should be.
     """
 
     def __init__(
@@ -43,10 +48,9 @@ class DecoderLayers:
     ) -> None:
         self.layers, self.placement = layers, placement
         self._architecture = bundle.manifest.architecture
-        self._frozen = FrozenWeights(bundle.path)
+        self._frozen = FrozenWeights(bundle.path, self._architecture)
         self._products = products
-        config = json.loads((bundle.path / "config.json").read_bytes())
-        self._epsilon = np.float32(config.get("rms_norm_eps") or _DEFAULT_EPSILON)
+        self._epsilon = _epsilon(bundle.path / "config.json")
 
     def forward(self, hidden: Floats, rope_cos: Floats, rope_sin: Floats) -> Floats:
         """See `TrunkLayers.forward`."""
@@ -108,6 +112,14 @@ class DecoderLayers:
         mean = np.mean(hidden * hidden, axis=-1, keepdims=True)
         normal: Floats = self._frozen.plain(weight) * (hidden / np.sqrt(mean + self._epsilon))
         return normal
+
+
+def _epsilon(path: Path) -> np.float32:
+    """What the norms add to a mean."""
+    found = read_object(path, "prepare the bundle again").get("rms_norm_eps") or _DEFAULT_EPSILON
+    if not isinstance(found, int | float) or not 0 < found <= 1:
+        raise VerificationError(f"{path}: rms_norm_eps is {found!r:.40}, expected a number from 0 to 1")
+    return np.float32(found)
 
 
 def _rotated(heads: Floats, cos: Floats, sin: Floats) -> Floats:

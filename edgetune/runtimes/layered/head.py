@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
 from edgetune.execution import ExecutionPlan
-from edgetune.frozen import LAYERS, FrozenWeights
+from edgetune.frozen import HEAD, LAYERS, FrozenWeights
 from edgetune.pieces import Part
 from edgetune.runtimes.layered.backend import Backend, LayeredGraph
 from edgetune.runtimes.layered.weights import LinearWeights
 
-NORM, WEIGHT = "model.norm.weight", "lm_head.weight"
+NORM, WEIGHT = "model.norm.weight", HEAD
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 

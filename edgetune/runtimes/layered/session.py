@@ -58,7 +58,7 @@ class LayeredForward:
         if emulated is not None:
             # Their graphs do not run, so that they keep nothing.
             self._first_kept = max(self._first_kept, emulated.layers)
-        self._frozen = FrozenWeights(bundle.path)
+        self._frozen = FrozenWeights(bundle.path, architecture)
         linear = LinearWeights(self._frozen, backend, plan.resident)
         self._lora = parameters
         self._workspace = Workspace(backend.storage)

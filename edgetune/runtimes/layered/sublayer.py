@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
+from edgetune.errors import VerificationError
 from edgetune.frozen import SCALES, FrozenWeights
-from edgetune.manifest import TensorSpec
-from edgetune.pieces import LAYER_PREFIX, Part
+from edgetune.pieces import LAYER_PREFIX, Part, kept_outputs
 from edgetune.runtimes.layered.backend import Arrays, Backend, LayeredGraph
 from edgetune.runtimes.layered.parameters import Array, FlatParameters
 from edgetune.runtimes.layered.weights import LinearWeights, weight_and_form
@@ -35,6 +35,9 @@ class SublayerRunner:
         linear: Gives linear weights.
         parameters: The LoRA parameters.
         workspace: Gives arrays for what lies between graphs.
+
+    Raises:
+        VerificationError: The manifest says other outputs than the graph has, or sizes that none has.
     """
 
     def __init__(
@@ -55,8 +58,12 @@ class SublayerRunner:
         self._bundle, self._backend = bundle, backend
         self._role = f"{backend.sublayers}/{name}"
         self._forward = self._load("")
-        outputs = bundle.manifest.graph(self._role).outputs
-        self._kept: list[TensorSpec] = [output for output in outputs if output.name != "output"]
+        self._kept = kept_outputs(bundle.manifest, self._role)
+        if {spec.name for spec in self._kept} != set(self._forward.outputs) - {"output"}:
+            raise VerificationError(
+                f"{bundle.file(self._role)} gives {', '.join(self._forward.outputs):.200}, and the bundle's manifest "
+                "names others; make the bundle anew"
+            )
 
     def _load(self, suffix: str) -> LayeredGraph:
         return self._backend.load(self._bundle.file(self._role + suffix))

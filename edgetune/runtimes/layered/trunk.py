@@ -202,4 +202,4 @@ def open_trunk(bundle: Bundle, plan: ExecutionPlan) -> Trunk | None:
     if not plan.trunk_layers:
         return None
     layers = QuantisedLayers(bundle, plan.vitisai_config)
-    return Trunk(FrozenWeights(bundle.path), layers, plan.trunk_cache_bytes)
+    return Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), layers, plan.trunk_cache_bytes)

@@ -1,0 +1,38 @@
+"""JSON files that hold one object: whatever else they hold is a `VerificationError`, never a surprise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgetune.errors import VerificationError
+
+LARGEST = 16 << 20
+"""Bytes; the largest that models come with, of their tokenizers, have a few million."""
+
+
+def read_object(path: Path, fix: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file; nobody needs to have verified it.
+        fix: What messages say to do, such as `copy the bundle again`.
+
+    Raises:
+        VerificationError: The file cannot be read, is too large, not UTF-8, no JSON, nested too deeply, has a number of
+            thousands of digits, or holds something else than an object.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise VerificationError(f"{path}: has more than {LARGEST:,} bytes; {fix}")
+        value = json.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise VerificationError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(f"{path}: not valid JSON ({error}); {fix}") from error
+    if not isinstance(value, dict):
+        raise VerificationError(f"{path}: expected a JSON object, found {type(value).__name__}; {fix}")
+    return value
