@@ -91,7 +91,7 @@ def test_training_reads_no_byte_that_is_not_verified(folder: Path, tmp_path: Pat
     change(folder, lambda index: index.update(file=str(outside)))
     arguments = ["train", folder, "--data", GOLDEN / "train.jsonl", "--output", tmp_path / "a", "--steps", 1]
     done = CliRunner().invoke(main, [*map(str, arguments), "--plan", "recompute"])
-    assert (done.exit_code, "outside.data" in done.stderr) == (5, True), done.output
+    assert (done.exit_code, "expected '" + WEIGHTS in done.stderr) == (5, True), done.output
 
 
 def test_weights_that_are_gone_are_named(folder: Path) -> None:
