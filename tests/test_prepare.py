@@ -243,13 +243,14 @@ def test_force_replaces_a_bundle_and_a_failure_leaves_it(
     output = tmp_path / "bundle"
     config = replace(prepared_bundles.CONFIG, force=True)
     first = prepare_tiny("multi-head", output, config)
+    same = prepared("multi-head", "int4")
     monkeypatch.setattr("edgetune.prepare.gradient.differentiate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare_tiny("multi-head", output, replace(config, rank=2))
     assert open_bundle(output).manifest == first.manifest
     assert [entry.name for entry in tmp_path.iterdir() if not entry.name.endswith(".lock")] == ["bundle"]
     # The same checkpoint and options give the same bundle, byte for byte.
-    assert first.manifest.files == prepared("multi-head", "int4").manifest.files
+    assert first.manifest.files == same.manifest.files
 
 
 def test_tells_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

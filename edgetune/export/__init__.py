@@ -83,9 +83,9 @@ def export(
         LockedError: Another process writes `output`.
         EdgetuneError: Olive failed.
     """
-    versions = {name: version_of(name) for name in _TOOLS}
     parameters = read_adapter(adapter, bundle.manifest.lora, bundle.manifest.base, bundle.manifest.tokenizer)
     examples = _examples(bundle, valid or _validation_rows(adapter, say))
+    versions = {name: version_of(name) for name in _TOOLS}
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
         listed = {file.path: file for file in bundle.manifest.files}
         files = [_copy(bundle.path, folder, listed[name]) for name in SIDE_FILES if name in listed]
