@@ -66,7 +66,7 @@ class RichProgress:
 )
 def main(chosen: str | None, runs: int, list_only: bool, output: Path, cache: Path) -> None:
     """Measure edgetune and PyTorch + PEFT in one sitting."""
-    names = NAMES if chosen is None else chosen.split(",")
+    names = NAMES if chosen is None else [name.strip() for name in chosen.split(",")]
     if unknown := [name for name in names if name not in NAMES]:
         raise click.BadParameter(f"{', '.join(unknown)}: no such case; --list names them", param_hint="--cases")
     cases = [case for case in CASES if case.name in names]

@@ -271,6 +271,15 @@ def test_long_validation_rows_count_however_long_the_run_is(bundle: Bundle, step
     assert (work.positions, work.scores) == (40, 40**2)
 
 
+def test_a_long_run_needs_no_more_than_its_longest_rows_together(bundle: Bundle) -> None:
+    """Whatever batch size was asked for: no step has more rows than there are."""
+    lengths = [9, 30, 60, 17, 44, 8]
+    short, long = (_workload(bundle, lengths, batch_size=64, steps=steps).work() for steps in (256, 257))
+    assert (long.positions, long.scores) == (short.positions, short.scores)
+    few = _workload(bundle, [60, 8] * 40, batch_size=2, steps=257, shuffle=False).work()
+    assert few.positions >= 120, "two long rows may meet in a later step"
+
+
 def test_shapes_are_those_of_a_whole_epoch(bundle: Bundle, tmp_path: Path) -> None:
     data = tmp_path / "many.jsonl"
     data.write_text('{"prompt": "lamp", "completion": " on"}\n' * 600)

@@ -6,6 +6,7 @@ What imports `openvino` at its top is therefore imported where the core is at ha
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 from functools import cache
@@ -20,6 +21,8 @@ _CPU_INFO = Path("/proc/cpuinfo")
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "avx_ne_convert"})
 MOST_SHAPES = 6
 """Compiled forms of one graph that are held at a time; a batch of another shape needs another."""
+_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+"""How many kernels oneDNN keeps for the whole process; by default 1,024, some 12 MB for each shape of a batch."""
 
 
 @cache
@@ -33,6 +36,7 @@ def core() -> Any:
         MissingDependencyError: The package is not installed.
     """
     require_package()
+    os.environ.setdefault(*_KERNELS)
     converter = "openvino.tools.ovc"
     absent = "openvino" not in sys.modules and converter not in sys.modules
     if absent:

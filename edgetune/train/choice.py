@@ -144,7 +144,7 @@ def _fitting(
         )
         return smallest
     streamed = min((each.smallest("stream") for each in planned), key=_peak)
-    less = _peak(streamed) < _peak(smallest)
+    less = _budget(streamed) != _budget(smallest)
     fewer = "have fewer or shorter rows in a batch (--batch-size, --truncate)"
     if hard[1] is None:
         hint = f", or --plan stream and {_budget(streamed)}" if less else ""

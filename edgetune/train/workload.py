@@ -77,11 +77,11 @@ class Workload:
     def work(self) -> Work:
         """The largest batch, and the other shapes that there are."""
         shapes = [*(shape for step in self.step_shapes() for shape in step), *self.validation_shapes()]
+        if self.schedule.total_steps > _LOOKED_AT:
+            # A later step may draw the longest rows together.
+            shapes += self._batcher.shapes(self._longest_drawn())
         sizes = sorted({(shape.positions, shape.scores) for shape in shapes}, reverse=True)
         positions, scores = sizes[0][0], max(scores for _, scores in sizes)
-        if self.schedule.total_steps > _LOOKED_AT:
-            # A later step may fill the room there is.
-            positions, scores = max(positions, self._batcher.room.positions), max(scores, self._batcher.room.scores)
         return Work(positions, scores, tuple(sizes[1:]))
 
     def room(self) -> Room:
@@ -98,6 +98,13 @@ class Workload:
         drawn = epoch_batches(self._rows, self._config.batch_size, self._config.seed, self._config.shuffle)
         for step in range(self.schedule.total_steps):
             yield list(islice(drawn, self.schedule.batches(step)))
+
+    def _longest_drawn(self) -> list[list[Example]]:
+        """A step's worth of the longest rows, in groups of the batch size."""
+        size = self._config.batch_size
+        rows = sorted(self._rows, key=lambda row: len(row.input_ids), reverse=True)
+        rows = rows[: size * self._config.gradient_accumulation_steps]
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _batches_of(self, rows: Sequence[Example], buckets: Sequence[Bucket] | None) -> Batcher:
         config = self._config
