@@ -26,7 +26,7 @@ _WORDS = "the lamp in the kitchen is on now, turn it off and tell me the answer:
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of a Phi-3 model: multi-head attention, embedding and head apart."""
+    """Shape of a Phi-3 model; embedding and head apart."""
 
     hidden: int
     intermediate: int
@@ -34,6 +34,14 @@ class Size:
     heads: int
     vocabulary: int
     positions: int = 4096
+    key_value_heads: int | None = None
+    """Where several heads share keys and values."""
+
+    @property
+    def qkv(self) -> int:
+        """Output channels of queries, keys and values together."""
+        groups = self.heads if self.key_value_heads is None else self.key_value_heads
+        return self.hidden // self.heads * (self.heads + 2 * groups)
 
     def shapes(self) -> Iterator[dict[str, tuple[int, ...]]]:
         """Names and shapes of the weights, grouped as the files hold them: the ends, then each layer."""
@@ -43,7 +51,7 @@ class Size:
             layer = f"model.layers.{index}"
             yield {
                 f"{layer}.input_layernorm.weight": (self.hidden,),
-                f"{layer}.self_attn.qkv_proj.weight": (3 * self.hidden, self.hidden),
+                f"{layer}.self_attn.qkv_proj.weight": (self.qkv, self.hidden),
                 f"{layer}.self_attn.o_proj.weight": (self.hidden, self.hidden),
                 f"{layer}.post_attention_layernorm.weight": (self.hidden,),
                 f"{layer}.mlp.gate_up_proj.weight": (2 * self.intermediate, self.hidden),
@@ -105,7 +113,7 @@ def _write_config(folder: Path, size: Size) -> None:
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
+        num_key_value_heads=size.key_value_heads or size.heads,
         max_position_embeddings=size.positions,
         original_max_position_embeddings=size.positions,
         pad_token_id=2,

@@ -26,7 +26,7 @@ def step_flops(model: Model, rows: int, length: int) -> int:
     size, rank = model.size, model.rank
     hidden, inner = size.hidden, size.intermediate
     projections = {
-        "qkv": (hidden, 3 * hidden),
+        "qkv": (hidden, size.qkv),
         "o": (hidden, hidden),
         "gate_up": (hidden, 2 * inner),
         "down": (inner, hidden),
@@ -34,6 +34,6 @@ def step_flops(model: Model, rows: int, length: int) -> int:
     frozen = 2 * 2 * sum(inputs * outputs for inputs, outputs in projections.values())
     lora = 2 * 3 * rank * sum(inputs + outputs for inputs, outputs in projections.values())
     attention = 2 * 2 * 3 * length * hidden
-    below = 2 * (hidden * 3 * hidden + rank * hidden)
+    below = 2 * (hidden * size.qkv + rank * hidden)
     tokens, trained = rows * length, rows * (length - 1)
     return tokens * (size.layers * (frozen + lora + attention) - below) + trained * 2 * 2 * size.vocabulary * hidden

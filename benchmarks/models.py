@@ -22,6 +22,9 @@ class Model:
 
 SMALL = Model("small", SIZES["small"], rank=8, alpha=16.0)
 """98 million parameters."""
+_GROUPED = Size(hidden=1024, intermediate=2816, layers=4, heads=16, vocabulary=32064, key_value_heads=4)
+GROUPED = Model("grouped", _GROUPED, rank=8, alpha=16.0)
+"""111 million parameters, most of them the vocabulary's; grouped-query attention."""
 FULL = Model("full", SIZES["full"], rank=16, alpha=32.0)
 """Phi-3-mini, 3.8 billion parameters."""
 

@@ -33,6 +33,7 @@ from edgetune.manifest import (
     read_manifest,
     write_manifest,
 )
+from edgetune.target import MANIFEST as TARGET_MANIFEST
 
 BASE = BaseModel("tiny-phi3", "ab" * 32, "int4")
 TOKENIZER = Tokenizer("cd" * 32, "ef" * 32, "<s>", "<|end|>", 0)
@@ -283,7 +284,7 @@ def test_kinds_are_told_by_their_files(tmp_path: Path) -> None:
     assert kind_of(tmp_path / "model" / "model.onnx") == "file"
     assert kind_of(tmp_path / "nix") == "nothing"
     (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "target.json").write_text("{}")
+    (tmp_path / "target" / TARGET_MANIFEST).write_text("{}")
     assert kind_of(tmp_path / "target") == "target"
 
 

@@ -15,7 +15,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
-from edgetune.errors import LockedError
+from edgetune.errors import LockedError, VerificationError
+from edgetune.json_file import read_object
 from edgetune.storage import locked, sha256_of, write_file
 
 CACHE = ".cache"
@@ -67,10 +68,9 @@ class VerifiedFolder:
 
     def _verify(self) -> None:
         try:
-            sums = json.loads((self._folder / _SUMS).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            sums = None
-        known = sums if isinstance(sums, dict) else {}
+            known = read_object(self._folder / _SUMS, "it is made anew")
+        except VerificationError:
+            known = {}
         for path in self._folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -16,6 +16,7 @@ from edgetune.bundle import Bundle
 from edgetune.config import TrainConfig
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
+from edgetune.data.packing import PASS_COST
 from edgetune.footprint import Sizes, Work
 from edgetune.runtimes import Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
@@ -37,8 +38,6 @@ _LEAST_TURNS, _MOST_TURNS = 2, 30
 """Steps of each shape that count."""
 _STEPS = 4
 """That are made at least."""
-_START = 32
-"""What a pass costs beside its positions, in positions."""
 _QUERIES = 2
 """That are timed together where a step is made of such."""
 _RATE = 1e-6
@@ -141,7 +140,7 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
     return Calibration(
         points=tuple(sorted(points)),
         # What streamed weights cost to dequantise is no position's.
-        start=_START * (model.work(1, 0, 0) - model.work(0, 0, 0)),
+        start=PASS_COST * (model.work(1, 0, 0) - model.work(0, 0, 0)),
         first_seconds=_first_seconds(choice, [timing.first for _, timing in measured], model.layers / depth),
         shape_seconds=min(timing.first for timing in timings.values()),
         kept_seconds=min(timing.first for _, timing in measured),

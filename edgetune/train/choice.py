@@ -42,6 +42,11 @@ class Choice:
         """Whether something else than the CPU executes the steps."""
         return on_accelerator(self.name, self.plan)
 
+    @property
+    def emulated(self) -> bool:
+        """Whether this machine would simulate the hardware that the steps are for."""
+        return self.runtime.abilities().emulation
+
 
 def choose(
     manifest: BundleManifest,

@@ -57,9 +57,9 @@ def _form(plan: ExecutionPlan) -> str:
     return "whole_step" if plan.form == "whole" else "layered"
 
 
-def longest_row(profile: Profile | None, manifest: BundleManifest) -> int:
-    """Tokens of the longest row that bundle and device take: what `--truncate` cuts to."""
-    limit = None if profile is None else profile.limits.longest_row
+def longest_row(profile: Profile | None, manifest: BundleManifest, config: TrainConfig) -> int:
+    """Tokens of the longest row that is read; with `--truncate` also the most that the device takes."""
+    limit = None if profile is None or not config.truncate else profile.limits.longest_row
     return manifest.max_length if limit is None else min(manifest.max_length, limit.value)
 
 

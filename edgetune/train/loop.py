@@ -111,7 +111,7 @@ class _Run:
         self._output, self._valid_path = output, valid
         manifest = bundle.manifest
         encoder = load_encoder(bundle.path, manifest.tokenizer)
-        most = longest_row(profile, manifest) if config.truncate else manifest.max_length
+        most = longest_row(profile, manifest, config)
         self._rows = load_examples(data, encoder, most, truncate=config.truncate)
         self._notice_lengths(data, self._rows)
         self._valid: list[Example] = []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune.architecture import tensor_shapes
@@ -15,15 +15,14 @@ from edgetune.config import TrainConfig
 from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.device import Profile
 from edgetune.errors import ResourceError, UsageError
-from edgetune.footprint import Work
 from edgetune.runtimes import install
 from edgetune.runtimes.accelerator.contexts import most_context_bytes
 from edgetune.runtimes.forward_only import passes_a_step
-from edgetune.train.choice import Choice, choose
+from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config
-from edgetune.train.device_limits import in_fixed_shapes, longest_row, require_fit, require_place
+from edgetune.train.device_limits import in_fixed_shapes, longest_row
+from edgetune.train.fitting import Fitting
 from edgetune.train.run_time import predict_times
-from edgetune.train.trunk_plan import plan_of_trunk
 from edgetune.train.workload import Workload
 
 _FLOAT = 4
@@ -130,10 +129,10 @@ def preflight(
     opened = open_bundle(bundle)
     rows = _rows(opened, data, config, profile, length, notes)
     measured = _rows(opened, valid, config, profile, length, notes) if valid is not None else []
-    planned = _Planned(opened, rows, measured, profile, here)
-    config, choice, notices = planned.fitting(config, pick_batch)
+    fitting = Fitting(opened, rows, measured, profile, here=here)
+    config, choice, notices = fitting.find(config, pick_batch=pick_batch)
     notes += notices
-    workload = in_fixed_shapes(planned.workload(config), profile, choice, config)
+    workload = in_fixed_shapes(fitting.workload(config), profile, choice, config)
     flash = _flash(opened, choice, workload)
     if profile is not None and (limit := profile.hardware.flash) is not None and flash.total > limit.value:
         smaller = "" if opened.manifest.base.weights == "int4" else ", or prepare it with --base int4"
@@ -155,7 +154,7 @@ def preflight(
         runtime=choice.name,
         plan=str(choice.plan),
         on_accelerator=choice.on_accelerator,
-        emulated=here and choice.runtime.abilities().emulation,
+        emulated=here and choice.emulated,
         batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         longest_row=workload.longest(),
@@ -171,84 +170,6 @@ def preflight(
         time_from=times.source,
         notes=notes,
     )
-
-
-class _Planned:
-    """Which batch and plan fit a device."""
-
-    def __init__(
-        self, bundle: Bundle, rows: Sequence[Example], valid: Sequence[Example], profile: Profile | None, here: bool
-    ) -> None:
-        self._bundle, self._rows, self._valid, self._profile, self._here = bundle, rows, valid, profile, here
-
-    def workload(self, config: TrainConfig) -> Workload:
-        return Workload(self._bundle.manifest, self._rows, self._valid, config)
-
-    def fitting(self, config: TrainConfig, pick_batch: bool) -> tuple[TrainConfig, Choice, list[str]]:
-        """The configuration with a batch that fits, what executes it, and what is to be said of that."""
-        try:
-            return config, *self._choose(config)
-        except ResourceError as error:
-            smaller = next(self._smaller(config), None)
-            if pick_batch and smaller is not None:
-                return smaller
-            raise ResourceError(f"{error}\nwhat would fit: {self._advice(config, smaller)}") from error
-
-    def _choose(self, config: TrainConfig) -> tuple[Choice, list[str]]:
-        notes: list[str] = []
-        workload = self.workload(config)
-        manifest = self._bundle.manifest
-        trunk = plan_of_trunk(self._bundle, config, [*self._rows, *self._valid])
-        work = workload.work()
-        choice = choose(manifest, config, work, notes.append, self._profile, trunk, elsewhere=not self._here)
-        require_place(self._profile, choice, notes.append)
-        require_fit(self._profile, choice, config, workload.longest())
-        return choice, notes
-
-    def _smaller(self, config: TrainConfig) -> Iterator[tuple[TrainConfig, Choice, list[str]]]:
-        """Smaller batches that fit, the largest first, with as many rows a step."""
-        for size in range(config.batch_size - 1, 0, -1):
-            if config.batch_size % size:
-                continue
-            share = config.batch_size // size
-            accumulated = config.gradient_accumulation_steps * share
-            smaller = replace(config, batch_size=size, gradient_accumulation_steps=accumulated)
-            try:
-                choice, notes = self._choose(smaller)
-            except ResourceError:
-                continue
-            said = f"{size} rows a batch instead of {config.batch_size}, {share} times as many batches a step"
-            yield smaller, choice, [*notes, said]
-
-    def _advice(self, config: TrainConfig, smaller: tuple[TrainConfig, Choice, list[str]] | None) -> str:
-        if smaller is not None:
-            fitting, choice, _ = smaller
-            return (
-                f"--batch-size {fitting.batch_size} --gradient-accumulation-steps "
-                f"{fitting.gradient_accumulation_steps} ({choice.plan}{_memory(choice)})"
-            )
-        single = replace(config, batch_size=1)
-        fits, too_long = 0, max(len(row.input_ids) for row in self._rows)
-        found = None
-        while too_long - fits > 1:
-            length = (fits + too_long) // 2
-            try:
-                found, fits = self._choose_length(single, length), length
-            except ResourceError:
-                too_long = length
-        if found is None:
-            return "nothing of this bundle; use a smaller model, or a device with more memory"
-        return f"rows of at most {fits:,} tokens with --batch-size 1 ({found.plan}{_memory(found)})"
-
-    def _choose_length(self, config: TrainConfig, length: int) -> Choice:
-        work = Work(length, length**2)
-        cut = [replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length]) for row in self._rows]
-        trunk = plan_of_trunk(self._bundle, config, cut)
-        choice = choose(
-            self._bundle.manifest, config, work, lambda text: None, self._profile, trunk, elsewhere=not self._here
-        )
-        require_fit(self._profile, choice, config, length)
-        return choice
 
 
 def _rows(
@@ -278,7 +199,7 @@ def _rows(
         notes.append(f"no --data: rows of {tokens:,} tokens, all of them trained, {count} an epoch")
         return [Example(line, ids, ids) for line in range(1, count + 1)]
     encoder = load_encoder(bundle.path, manifest.tokenizer)
-    most = longest_row(profile, manifest) if config.truncate else manifest.max_length
+    most = longest_row(profile, manifest, config)
     found = load_examples(data, encoder, most, truncate=config.truncate)
     if found.too_long:
         notes.append(f"{data}: {len(found.too_long):,} of {found.rows:,} rows are too long and would be left out")
@@ -306,8 +227,3 @@ def _uses(workload: Workload) -> list[ShapeUse]:
     looked_at = workload.step_shapes()[:steps]
     counts = Counter((shape.sequences, shape.length) for step in looked_at for shape in step)
     return [ShapeUse(*shape, round(count * steps / len(looked_at))) for shape, count in counts.most_common()]
-
-
-def _memory(choice: Choice) -> str:
-    peak = choice.predicted_peak_bytes
-    return "" if peak is None else f", about {bytes_text(peak)}"

@@ -52,7 +52,7 @@ def predict_times(
         passes: Through the model for each batch of a step.
         here: The device is this machine: a few steps are timed.
     """
-    if here and choice.runtime.abilities().emulation:
+    if here and choice.emulated:
         return Times(None, None, None, f"unknown: {choice.name} simulates hardware, at a speed that says nothing of it")
     steps, validation = workload.step_shapes(), workload.validation_shapes()
     model = CostModel(bundle, choice)

@@ -19,7 +19,8 @@ from pathlib import Path
 import cattrs
 from cattrs.errors import BaseValidationError
 
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, VerificationError
+from edgetune.json_file import read_object
 from edgetune.manifest import BundleManifest
 from edgetune.placement import Partition
 from edgetune.runtimes.verified_cache import CACHE
@@ -31,7 +32,6 @@ _MOST_BYTES = 1 << 30
 """Of contexts that are kept, the youngest ones: that of a whole step holds the frozen weights."""
 _LEAST_KEPT = 4
 """However large they are."""
-_LARGEST_RECORD = 16 << 20
 _LOWERING = 2
 """Version of what edgetune's compilers make of a graph before it is compiled; a change there is a change here."""
 _WEIGHT, _GRAPH = 5, 1_000_000
@@ -117,7 +117,7 @@ class ContextStore:
             data = (folder / _COMPILED).read_bytes() if _is_plain(folder / _COMPILED) else b""
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RecursionError, BaseValidationError):
+        except (OSError, VerificationError, BaseValidationError):
             record, data = None, b""
         if record is None or record.key != key or record.sha256 != _sealed(data, record.partitions):
             with suppress(OSError):
@@ -171,12 +171,10 @@ def _sealed(data: bytes, partitions: list[Partition]) -> str:
 
 
 def _read_record(path: Path) -> _Record:
-    if not _is_plain(path) or path.stat().st_size > _LARGEST_RECORD:
-        raise ValueError("not a record")
-    content = json.loads(path.read_bytes())
-    if not isinstance(content, dict):
-        raise ValueError("not a record")
-    record: _Record = _converter.structure(content, _Record)
+    fix = "it is made anew"
+    if not _is_plain(path):
+        raise VerificationError(f"{path}: expected a file; {fix}")
+    record: _Record = _converter.structure(read_object(path, fix), _Record)
     return record
 
 
