@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -58,11 +59,9 @@ def process_tree(pid: int, proc: Path = PROC) -> list[int]:
     tree = [pid]
     for member in tree:
         # The list grows while it is walked.
-        for children in (proc / str(member) / "task").glob("*/children"):
-            try:
+        with suppress(OSError):  # it ends while it is looked at
+            for children in (proc / str(member) / "task").glob("*/children"):
                 tree += [int(child) for child in children.read_text().split()]
-            except OSError:
-                continue
     return tree
 
 

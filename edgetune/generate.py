@@ -96,7 +96,7 @@ def _encode(encoder: Encoder, prompt: str, system: str | None) -> list[int]:
     if system is not None:
         raise UsageError("the model has no chat template, so a system text has no place; put it into the prompt")
     # Training ends a text with the end of the sequence; here the model goes on instead.
-    return encoder.encode(TextRow(0, prompt)).input_ids[:-1]
+    return list(encoder.encode(TextRow(0, prompt)).input_ids[:-1])
 
 
 def _check_length(model: GenaiModel, input_ids: Sequence[int]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from edgetune.bundle import open_bundle
 from edgetune.data.encode import IGNORED, Encoder, Example, encode_rows, load_encoder
-from edgetune.data.rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,9 @@ def preview(bundle: Path, data: Path) -> Iterator[Preview]:
     """
     opened = open_bundle(bundle)
     encoder = load_encoder(opened.path, opened.manifest.tokenizer)
-    for example in encode_rows(data, read_rows(data), encoder):
+    for example in encode_rows(data, encoder):
         too_long = len(example.input_ids) > opened.manifest.max_length
-        yield Preview(example.line, example.input_ids, example.labels, _pieces(example, encoder), too_long)
+        yield Preview(example.line, list(example.input_ids), list(example.labels), _pieces(example, encoder), too_long)
 
 
 def _pieces(example: Example, encoder: Encoder) -> list[Piece]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from edgetune.data.rows import ChatRow, read_rows
+from edgetune.data.rows import ChatRow, Problems, read_rows
 from edgetune.evaluate import evaluate
 from edgetune.preview import preview
 
@@ -17,7 +17,8 @@ GOLDEN = REPOSITORY / "artifacts" / "golden"
 
 
 def test_the_device_assistant_has_enough_rows_and_holds_ten_out() -> None:
-    train, valid = (read_rows(EXAMPLES / "device_assistant" / f"{name}.jsonl") for name in ("train", "valid"))
+    paths = [EXAMPLES / "device_assistant" / f"{name}.jsonl" for name in ("train", "valid")]
+    train, valid = (list(read_rows(path, Problems(path))) for path in paths)
     questions = [row.messages[0].content for row in (*train, *valid) if isinstance(row, ChatRow)]
     assert len(train) >= 60
     assert len(valid) == 10

@@ -17,6 +17,8 @@ from edgetune.data.rows import (
     ChatRow,
     CompletionRow,
     Message,
+    Problems,
+    Row,
     TextRow,
     read_rows,
 )
@@ -32,33 +34,40 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "rows.jsonl"
 
 
+def rows_of(path: Path) -> list[Row]:
+    found = Problems(path)
+    rows = list(read_rows(path, found))
+    found.raise_if_any()
+    return rows
+
+
 def problems(path: Path, data: bytes | str) -> list[str]:
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     with pytest.raises(DataError) as caught:
-        read_rows(path)
+        rows_of(path)
     return caught.value.problems
 
 
 def test_the_three_kinds(path: Path) -> None:
     path.write_text(f"{CHAT}\n{CHAT}\n", encoding="utf-8")
     turns = (Message("user", "Hi"), Message("assistant", "Hello 🙂"))
-    assert read_rows(path) == [ChatRow(1, turns), ChatRow(2, turns)]
+    assert rows_of(path) == [ChatRow(1, turns), ChatRow(2, turns)]
     path.write_text(f"{COMPLETION}")
-    assert read_rows(path) == [CompletionRow(1, "2+2=", "4")]
+    assert rows_of(path) == [CompletionRow(1, "2+2=", "4")]
     path.write_text(f"{TEXT}\n")
-    assert read_rows(path) == [TextRow(1, "Some text")]
+    assert rows_of(path) == [TextRow(1, "Some text")]
 
 
 def test_crlf_and_blank_lines_are_fine(path: Path) -> None:
     path.write_bytes(f"\r\n{TEXT}\r\n  \r\n\n{TEXT}\r\n\n".encode())
-    assert [row.line for row in read_rows(path)] == [2, 5]
+    assert [row.line for row in rows_of(path)] == [2, 5]
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
-        read_rows(tmp_path / "absent.jsonl")
+        rows_of(tmp_path / "absent.jsonl")
     with pytest.raises(UsageError, match="not a regular file"):
-        read_rows(tmp_path)
+        rows_of(tmp_path)
 
 
 def chat(*messages: Any) -> str:
@@ -125,7 +134,7 @@ def test_bad_line(name: str, path: Path) -> None:
     assert len(found) == 1
     assert found[0].startswith(f"{path}:3: ")
     with pytest.raises(DataError, match=reason):
-        read_rows(path)
+        rows_of(path)
 
 
 def test_byte_order_marks(path: Path) -> None:
@@ -162,7 +171,7 @@ def test_a_huge_line_is_never_read_whole(path: Path) -> None:
         file.write(b'"}\n' + TEXT.encode() + b"\n[]")
     tracemalloc.start()
     with pytest.raises(DataError) as caught:
-        read_rows(path)
+        rows_of(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{path}:2", f"{path}:4"]
@@ -179,16 +188,16 @@ def test_the_longest_line(path: Path, extra: int, end: bytes) -> None:
     path.write_bytes(data + end + (TEXT.encode() if end else b""))
     if extra > 0:
         with pytest.raises(DataError, match=":1: is longer than"):
-            read_rows(path)
+            rows_of(path)
     else:
-        assert read_rows(path)[0] == TextRow(1, text)
+        assert rows_of(path)[0] == TextRow(1, text)
 
 
 def test_a_million_problems_take_little_memory(path: Path) -> None:
     path.write_bytes(b"[\n" * 100_000)
     tracemalloc.start()
     with pytest.raises(DataError) as caught:
-        read_rows(path)
+        rows_of(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 << 20
@@ -221,7 +230,7 @@ LINES = st.one_of(
 def test_no_file_brings_anything_but_rows_or_an_edgetune_error(path: Path, lines: list[bytes], start: bytes) -> None:
     path.write_bytes(start + b"\n".join(lines))
     try:
-        rows = read_rows(path)
+        rows = rows_of(path)
     except EdgetuneError as error:
         assert isinstance(error, DataError)
         assert all(problem.startswith(f"{path}:") for problem in error.problems)

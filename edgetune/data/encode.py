@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,14 +32,18 @@ class Example:
 
     line: int
     """Line of the file, counted from 1."""
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: Sequence[int]
+    labels: Sequence[int]
     """At each position the same token id, or `IGNORED` where it is not trained."""
 
     @property
     def trained_tokens(self) -> int:
         """Tokens that are trained; the first one never is, because nothing precedes it."""
         return sum(label != IGNORED for label in self.labels[1:])
+
+    def compact(self) -> Example:
+        """The same in 8 bytes a token instead of some 50."""
+        return Example(self.line, array("i", self.input_ids), array("i", self.labels))
 
 
 @dataclass(frozen=True)
@@ -201,15 +206,16 @@ def load_encoder(folder: Path, tokenizer: manifest.Tokenizer) -> Encoder:
     return Encoder(loaded, eos_token_id, template)
 
 
-def encode_rows(path: Path, rows: Iterable[Row], encoder: Encoder) -> Iterator[Example]:
-    """Encode the rows of a file; problems are reported together once the last row is through.
+def encode_rows(path: Path, encoder: Encoder) -> Iterator[Example]:
+    """Read and encode the rows of a file; problems are reported together once the last row is through.
 
     Raises:
-        DataError: Naming every row that cannot be trained on, and why.
+        UsageError: There is no such file.
+        DataError: Naming every line that is wrong or cannot be trained on, and why.
         IncompatibleError: The model's template does not fit the rows.
     """
     problems = Problems(path)
-    for row in rows:
+    for row in read_rows(path, problems):
         try:
             yield encoder.encode(row)
         except DataError as error:
@@ -234,18 +240,18 @@ def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bo
         DataError: Naming every bad row; or every row is too long.
         IncompatibleError: The model's template does not fit the rows.
     """
-    rows = read_rows(path)
     examples: list[Example] = []
     too_long: list[tuple[int, int]] = []
     truncated: list[tuple[int, int]] = []
-    for example in encode_rows(path, rows, encoder):
+    count = 0
+    for count, example in enumerate(encode_rows(path, encoder), start=1):  # noqa: B007
         length = len(example.input_ids)
         if length <= max_length:
-            examples.append(example)
+            examples.append(example.compact())
             continue
         cut = Example(example.line, example.input_ids[:max_length], example.labels[:max_length])
         if truncate and cut.trained_tokens:
-            examples.append(cut)
+            examples.append(cut.compact())
             truncated.append((example.line, length))
         else:
             too_long.append((example.line, length))
@@ -254,11 +260,11 @@ def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bo
         fix = "their answers begin after that" if truncate else "shorten them, or cut them with --truncate"
         raise DataError(
             [
-                f"{path}:{line}: all {len(rows):,} rows are longer than {max_length:,} tokens, this one has the fewest "
+                f"{path}:{line}: all {count:,} rows are longer than {max_length:,} tokens, this one has the fewest "
                 f"({length:,}); {fix}, or prepare the model with a larger --max-length"
             ]
         )
-    return Examples(examples, len(rows), too_long, truncated, sum(example.trained_tokens for example in examples))
+    return Examples(examples, count, too_long, truncated, sum(example.trained_tokens for example in examples))
 
 
 def _end_of_turn(tokens: Sequence[_Token], starts: Sequence[int], text: str, end: int) -> int:

@@ -99,25 +99,27 @@ class _RowError(ValueError):
     """What is wrong with one line."""
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
     """Read a JSONL file: UTF-8, one object a line, all of the same kind; blank lines are skipped.
 
-    Lines longer than `LINE_LIMIT` are refused without being read whole.
+    Lines longer than `LINE_LIMIT` are refused without being read whole. No more than one row is held.
+
+    Args:
+        path: The file.
+        problems: Hears of every line that is wrong, and why; its row is left out.
 
     Raises:
         UsageError: There is no readable file at `path`.
-        DataError: Naming every line that is wrong, and why.
     """
     if not path.is_file():
         found = "not a regular file" if path.exists() else "no such file"
         raise UsageError(f"{path}: {found}; give the path of a JSONL file")
-    problems = Problems(path)
-    rows: list[Row] = []
     expected: str | None = None
-    mixed = False
+    mixed, empty = False, True
     try:
         with path.open("rb") as file:
             for line, raw in _lines(file):
+                empty = False
                 try:
                     kind, row = _read_line(raw, line)
                 except _RowError as error:
@@ -125,7 +127,7 @@ def read_rows(path: Path) -> list[Row]:
                     continue
                 expected = expected or kind
                 if kind == expected:
-                    rows.append(row)
+                    yield row
                 elif not mixed:
                     mixed = True
                     problems.add(line, f"is a {kind} row, but the rows before are {expected} rows; use one kind a file")
@@ -133,10 +135,8 @@ def read_rows(path: Path) -> list[Row]:
         raise UsageError(
             f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
         ) from error
-    problems.raise_if_any()
-    if not rows:
-        raise DataError([f'{path}:1: the file has no rows; write one JSON object a line, such as {{"text": "…"}}'])
-    return rows
+    if empty:
+        problems.add(1, 'the file has no rows; write one JSON object a line, such as {"text": "…"}')
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
