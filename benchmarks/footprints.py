@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from benchmarks.cache import Cache
 from benchmarks.edgetune_worker import steps_once
 from benchmarks.experiments import Edgetune, Training, Workload
-from benchmarks.models import FULL, SMALL, with_layers
+from benchmarks.models import FULL, GROUPED, SMALL, with_layers
 from benchmarks.process import run_watched
 from benchmarks.record import read_experiment, write_experiment
 from edgetune.bundle import open_bundle
@@ -30,15 +30,17 @@ from edgetune.manifest import BundleManifest
 from edgetune.runtimes import find_runtime
 
 CONSTANTS = (
-    *("base", "attention_states", "attention_scores", "mlp_states", "hidden_states", "graph_weights", "logits"),
-    "shape",
+    *("base", "attention_states", "attention_scores", "kept_scores", "mlp_states", "hidden_states"),
+    *("graph_weights", "head_weights", "logits", "shape"),
 )
 """What is fitted; all else of a `Footprint` is known."""
 _LARGE = ("base", "shape")
 """Those that are whole megabytes."""
 WIDE = with_layers(FULL, 4)
 _STREAM = ExecutionPlan("layered", resident=False, head_rows=1024)
-_PIECES = replace(_STREAM, head_rows=2595, head_tokens=3232)
+_PIECES = replace(_STREAM, head_rows=256, head_tokens=3072)
+_LEAN = replace(_STREAM, lean=True)
+_RESIDENT = replace(_STREAM, resident=True)
 GRID: tuple[tuple[Workload, ExecutionPlan], ...] = (
     (Workload(SMALL, 1, 128), _STREAM),
     (Workload(SMALL, 1, 512), _STREAM),
@@ -46,12 +48,26 @@ GRID: tuple[tuple[Workload, ExecutionPlan], ...] = (
     (Workload(SMALL, 4, 256), _STREAM),
     (Workload(SMALL, 8, 256), _STREAM),
     (Workload(SMALL, 4, 256), replace(_STREAM, head_tokens=1024)),
-    (Workload(SMALL, 4, 256), replace(_STREAM, kept_layers=6, resident=True)),
-    (Workload(SMALL, 4, 256), replace(_STREAM, kept_layers=12, resident=True)),
+    (Workload(SMALL, 4, 256), replace(_RESIDENT, kept_layers=6)),
+    (Workload(SMALL, 4, 256), replace(_RESIDENT, kept_layers=12)),
+    (Workload(SMALL, 2, 512), replace(_RESIDENT, kept_layers=12)),
+    (Workload(SMALL, 1, 1024), _RESIDENT),
+    (Workload(SMALL, 1, 1024), replace(_RESIDENT, kept_layers=6)),
+    (Workload(SMALL, 1, 1024), replace(_RESIDENT, kept_layers=12)),
+    (Workload(SMALL, 1, 1024), _LEAN),
+    (Workload(GROUPED, 1, 256), replace(_STREAM, head_rows=256)),
+    (Workload(GROUPED, 1, 1024), replace(_STREAM, head_rows=256)),
+    (Workload(GROUPED, 1, 512), replace(_RESIDENT, head_rows=256)),
+    (Workload(GROUPED, 1, 1024), replace(_RESIDENT, kept_layers=4, head_rows=256)),
+    (Workload(GROUPED, 4, 128), replace(_RESIDENT, kept_layers=4, head_rows=256)),
+    (Workload(GROUPED, 1, 1024), replace(_LEAN, head_rows=256, head_tokens=2816)),
+    (Workload(GROUPED, 2, 512), replace(_LEAN, head_rows=256, head_tokens=704)),
     (Workload(WIDE, 1, 128), _PIECES),
     (Workload(WIDE, 1, 512), _PIECES),
     (Workload(WIDE, 4, 128), _PIECES),
-    (Workload(WIDE, 1, 256), replace(_STREAM, head_rows=261)),
+    (Workload(WIDE, 1, 512), replace(_LEAN, head_rows=256, head_tokens=3072)),
+    (Workload(WIDE, 1, 1024), replace(_LEAN, head_rows=256, head_tokens=768)),
+    (Workload(WIDE, 1, 256), replace(_STREAM, head_rows=256)),
 )
 OTHERS: tuple[tuple[int, int], ...] = ((1, 32), (2, 32), (3, 32))
 """Rows and lengths of more batches after the first: every workload is measured without and with them."""

@@ -48,13 +48,17 @@ class Footprint:
     attention_states: float
     """Memory of the attention graphs: bytes per position and query channel of a piece."""
     attention_scores: float
-    """Further memory of the attention graphs: bytes per attention score of each head of a piece."""
+    """Further memory of the attention graphs that compute a layer again: bytes per score of each head of a piece."""
+    kept_scores: float
+    """The same of those that take what the layer kept."""
     mlp_states: float
     """Memory of the feed-forward network's graphs: bytes per position and inner channel of a piece."""
     hidden_states: float
     """Further memory of either sublayer's graphs, and of the head's: bytes per position and hidden channel."""
     graph_weights: float
-    """Bytes that the graphs of the sublayers and the head hold per weight that they are given."""
+    """Bytes that the graphs of the sublayers hold per weight that they are given."""
+    head_weights: float
+    """The same of the head's."""
     logits: float
     """Memory of the head's graphs: bytes per logit."""
     together: bool
@@ -85,6 +89,8 @@ class Work:
     """Attention scores of one head: the sum of the squared lengths of its sequences."""
     others: tuple[tuple[int, int], ...] = ()
     """Positions and scores of every other batch shape of the run."""
+    rows: int = 0
+    """Bytes of the rows that are trained and measured on, which stay in memory."""
 
 
 class Sizes:
@@ -147,7 +153,7 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
     held += f.storage * positions * (plan.kept_layers * layer + shared)
     held += s.trunk + plan.trunk_cache_bytes
     base = f.base - (f.backward if plan.forward_only else 0)
-    return int(base + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
+    return int(base + work.rows + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
 
 
 def trunk_bytes(manifest: BundleManifest) -> int:
@@ -177,23 +183,25 @@ def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
 def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
     """Bytes that the graphs hold while they run."""
     rows, tokens = min(plan.head_rows, work.positions), head_tokens(s, plan)
-    head = rows * (f.logits * tokens + f.hidden_states * s.hidden) + f.graph_weights * tokens * s.hidden
+    head = rows * (f.logits * tokens + f.hidden_states * s.hidden) + f.head_weights * tokens * s.hidden
     share = f.forward if plan.forward_only else 1.0
+    # A lean plan's attention keeps its activations until the backward pass, which comes next.
+    score = f.kept_scores if plan.lean or plan.kept_layers == s.layers else f.attention_scores
     shapes = [(work.positions, work.scores), *sorted(work.others, reverse=True)][: f.shapes]
     if not f.together:
-        largest, *others = (max(_sublayers(s, f, *shape)) for shape in shapes)
+        largest, *others = (max(_sublayers(s, f, *shape, score)) for shape in shapes)
         return max(share * largest, head) + share * sum(others)
     # Where some layers are computed again and others are not, there are two graphs for the backward pass.
     both = 0 < plan.kept_layers < s.layers
-    held = sum(f.shape + sum(_sublayers(s, f, *shape)) for shape in shapes)
+    held = sum(f.shape + sum(_sublayers(s, f, *shape, score)) for shape in shapes)
     return share * (1.4 if both else 1.0) * held + head
 
 
-def _sublayers(s: Sizes, f: Footprint, positions: int, scores: int) -> tuple[float, float]:
+def _sublayers(s: Sizes, f: Footprint, positions: int, scores: int, score: float) -> tuple[float, float]:
     """Bytes of the graphs of attention and of the feed-forward network, for batches of one shape."""
     states = f.hidden_states * positions * s.hidden
     weights = {name: f.graph_weights * s.weights[name] / s.pieces[name] for name in SUBLAYERS}
-    attention = f.attention_states * positions * s.queries + f.attention_scores * scores * s.heads
+    attention = f.attention_states * positions * s.queries + score * scores * s.heads
     return attention + states + weights["attention"], f.mlp_states * positions * s.inner + states + weights["mlp"]
 
 

@@ -83,6 +83,8 @@ class Planner:
         for resident in {"keep": [True], "recompute": [True], "stream": [False]}.get(name, [True, False]):
             for tokens in [s.vocabulary] if resident else self._head_tokens():
                 rows = max(_FEWEST_HEAD_ROWS, _HEAD_LOGITS // tokens)
+                # Where graphs are compiled for shapes, the last rows take one of theirs only if it is a power of two.
+                rows = 1 << (rows.bit_length() - 1)
                 rows = rows if tokens == s.vocabulary else min(rows, _MOST_HEAD_ROWS)
                 plan = replace(self._given, products=self._footprint.products, resident=resident, head_rows=rows)
                 plan = replace(plan, head_tokens=tokens if tokens < s.vocabulary else None)

@@ -29,9 +29,11 @@ FOOTPRINT = Footprint(
     base=10_000_000,
     attention_states=40.0,
     attention_scores=8.0,
+    kept_scores=5.0,
     mlp_states=20.0,
     hidden_states=10.0,
     graph_weights=0.0,
+    head_weights=0.0,
     logits=12.0,
     together=False,
     shapes=1,
@@ -113,8 +115,31 @@ def test_every_term_counts(manifest: BundleManifest) -> None:
     saved = peak() - peak(resident=False)
     everything = 4 * (a.num_hidden_layers * weights + sizes.head)
     assert everything - 4 * (sizes.head + max(sizes.weights.values())) < saved < everything - 4 * sizes.head
+    assert peak_memory(sizes, FOOTPRINT, replace(WORK, rows=12_345), plan) - peak() == 12_345
     more = peak_memory(sizes, FOOTPRINT, replace(WORK, positions=2 * WORK.positions), plan) - peak()
     assert more >= 4 * WORK.positions * a.hidden_size * (2 * a.num_hidden_layers + 1)
+
+
+def test_what_was_kept_saves_attention_scores(manifest: BundleManifest) -> None:
+    """A layer that is computed again holds more of them than one that kept its activations, or a lean one."""
+    planner = Planner(manifest, replace(FOOTPRINT, attention_scores=800.0, kept_scores=500.0), WORK)
+    recompute = best(planner, "recompute").plan
+    more = replace(WORK, scores=WORK.scores + 1000)
+    heads = Sizes(manifest).heads
+    for plan, each in (
+        (recompute, 800),
+        (replace(recompute, lean=True), 500),
+        (best(planner, "keep").plan, 500),
+        (replace(recompute, kept_layers=1), 800),
+    ):
+        sizes = Sizes(manifest)
+        found = [peak_memory(sizes, planner._footprint, work, plan) for work in (WORK, more)]
+        assert found[1] - found[0] == each * 1000 * heads
+
+
+def test_the_head_takes_rows_in_powers_of_two(manifest: BundleManifest) -> None:
+    rows = {plan.head_rows for plan in Planner(manifest, FOOTPRINT, WORK)._plans("auto")}
+    assert rows == {1 << (count.bit_length() - 1) for count in rows}
 
 
 @dataclass
@@ -195,7 +220,10 @@ def test_a_budget_that_is_too_small_is_answered_with_one_that_works(manifest: Bu
             chosen(manifest, TrainConfig(memory_budget="1MB"))
         advice = re.search(r"--memory-budget (\S+MB);", str(caught.value))
         assert advice is not None
-        chosen(manifest, TrainConfig(memory_budget=advice[1]))
+        choice = choose(manifest, TrainConfig(memory_budget=advice[1]), WORK, pytest.fail)
+        assert choice.predicted_peak_bytes is not None
+        # Predictions are a few per cent off.
+        assert choice.predicted_peak_bytes * 1.05 <= parse_bytes(advice[1])
         with pytest.raises(ResourceError):
             chosen(manifest, TrainConfig(memory_budget=f"{parse_bytes(advice[1]) - 10**6}B"))
 

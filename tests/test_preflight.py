@@ -151,7 +151,7 @@ def test_rows_that_are_too_long_are_answered_with_a_length_that_fits(bundle: Bun
         "--plan",
         "stream",
     )
-    device = board(tmp_path, f"{int(short['peak_memory_bytes'] / 0.85) + 1000}B")
+    device = board(tmp_path, f"{int(short['peak_memory_bytes'] / 0.85) + 6000}B")
     refused = run("plan", bundle.path, "--device", device, "--length", "128", "--plan", "stream")
     assert refused.exit_code == 6
     assert "what would fit: rows of at most 32 tokens with --batch-size 1" in refused.output

@@ -23,6 +23,8 @@ IGNORED = -100
 """Label of a token that is not trained (Hugging Face's convention)."""
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer.json"
+_OBJECTS = 290
+"""Measured bytes of an example beside its tokens."""
 _NO_SPACE = re.compile(r"\S")
 
 
@@ -41,8 +43,13 @@ class Example:
         """Tokens that are trained; the first one never is, because nothing precedes it."""
         return sum(label != IGNORED for label in self.labels[1:])
 
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes when it is compact."""
+        return _OBJECTS + 8 * len(self.input_ids)
+
     def compact(self) -> Example:
-        """The same in 8 bytes a token instead of some 50."""
+        """The same in `memory` bytes, a fifth of what lists take."""
         return Example(self.line, array("i", self.input_ids), array("i", self.labels))
 
 

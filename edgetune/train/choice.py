@@ -22,6 +22,8 @@ from edgetune.train.candidates import STOCK, candidates, footprint_of
 
 _SHARE = 0.85
 """Of the memory that is free, or that a device has, which others need as well, that a plan may take."""
+_MARGIN = 1.05
+"""By which a budget is larger than the prediction of a plan that fits: predictions are rarely further off."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,10 @@ def _fitting(
             f"a memory budget of {config.memory_budget} is too small: the smallest plan for this bundle and these rows "
             f"needs --memory-budget {_budget(smallest)}; give that{hint}, or {fewer}"
         )
-    hint = f"use --plan stream, which needs {_budget(streamed)}, or " if _peak(streamed) <= hard[0] else ""
+    hint = f"use --plan stream, which needs {bytes_text(_peak(streamed))}, or " if _peak(streamed) <= hard[0] else ""
     raise ResourceError(
         f"{hard[1]} is too small: a run may take {bytes_text(hard[0])}, {_SHARE:.0%} of its memory, and the smallest "
-        f"plan for this bundle and these rows needs {_budget(smallest)}; {hint}{fewer}"
+        f"plan for this bundle and these rows needs {bytes_text(_peak(smallest))}; {hint}{fewer}"
     )
 
 
@@ -188,7 +190,7 @@ def _refuse_without_room(profile: Profile | None, manifest: BundleManifest, whol
 def _limits(config: TrainConfig, profile: Profile | None) -> Iterator[tuple[int, str | None]]:
     """Most memory that a run may take, in bytes, and the device that has no more; none where it is the budget."""
     if config.memory_budget is not None:
-        yield parse_bytes(config.memory_budget), None
+        yield int(parse_bytes(config.memory_budget) / _MARGIN), None
     if profile is not None and (memory := profile.hardware.memory) is not None:
         yield int(_SHARE * memory.value), profile.name
 
@@ -198,4 +200,4 @@ def _peak(choice: Choice) -> int:
 
 
 def _budget(choice: Choice) -> str:
-    return f"{math.ceil(_peak(choice) / 1e6)}MB"
+    return f"{math.ceil(_MARGIN * _peak(choice) / 1e6)}MB"

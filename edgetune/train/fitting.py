@@ -105,8 +105,8 @@ class Fitting:
         return f"rows of at most {fits:,} tokens with --batch-size 1 ({found.plan}{_memory(found)})"
 
     def _choose_length(self, config: TrainConfig, length: int) -> Choice:
-        work = Work(length, length**2)
         cut = [replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length]) for row in self._rows]
+        work = Work(length, length**2, rows=sum(row.memory for row in cut))
         trunk = plan_of_trunk(self._bundle, config, cut)
         choice = choose(
             self._bundle.manifest, config, work, lambda text: None, self._profile, trunk, elsewhere=not self._here

@@ -22,18 +22,18 @@ from edgetune.adapter import (
 )
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
-from edgetune.data.encode import Example, Examples, load_encoder, load_examples
 from edgetune.device import Profile, load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError
 from edgetune.placement import Placement, placement_record
 from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
-from edgetune.storage import atomic_folder, sha256_of
-from edgetune.train.choice import choose
+from edgetune.storage import atomic_folder
+from edgetune.train.choice import Choice, choose
 from edgetune.train.consistency import resolve_config
-from edgetune.train.device_limits import in_fixed_shapes, longest_row, require_fit, require_place
+from edgetune.train.device_limits import in_fixed_shapes, require_fit, require_place
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.record import RunRecord, peak_memory_bytes
+from edgetune.train.run_rows import read_run_rows
 from edgetune.train.schedule import learning_rate
 from edgetune.train.trainer import open_trainer, query_config
 from edgetune.train.trunk_plan import plan_of_trunk
@@ -85,7 +85,7 @@ def train(
         runtime=run.choice.name,
         plan=str(run.choice.plan),
         predicted_peak_memory_bytes=run.choice.predicted_peak_bytes,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=run.peak,
         placement=[placement_record(placement) for placement in run.placements],
         gradient_cosine=run.cosine,
     )
@@ -110,18 +110,8 @@ class _Run:
         self._bundle, self._config, self._observer = bundle, config, observer
         self._output, self._valid_path = output, valid
         manifest = bundle.manifest
-        encoder = load_encoder(bundle.path, manifest.tokenizer)
-        most = longest_row(profile, manifest, config)
-        self._rows = load_examples(data, encoder, most, truncate=config.truncate)
-        self._notice_lengths(data, self._rows)
-        self._valid: list[Example] = []
-        self._valid_sha256 = ""
-        if valid is not None:
-            rows = load_examples(valid, encoder, most, truncate=config.truncate)
-            # Later the file may be gone, or another.
-            self._valid_sha256 = sha256_of(valid)
-            self._notice_lengths(valid, rows)
-            self._valid = rows.examples
+        rows = read_run_rows(bundle, data, valid, config, profile, observer.on_notice)
+        self._rows, self._valid, self._valid_sha256 = rows.train, rows.valid, rows.valid_sha256
         workload = Workload(manifest, self._rows.examples, self._valid, config)
         self._schedule = workload.schedule
         trunk = plan_of_trunk(bundle, config, [*self._rows.examples, *self._valid])
@@ -140,10 +130,13 @@ class _Run:
             batches, queries = next(self._workload.steps()), query_config(config)
             self.cosine = measure_gradient_cosine(bundle, self._parameters, batches, queries, self.choice, exact)
             observer.on_notice(str(self.cosine))
+            self.choice = _after(exact, self.choice)
         install(self.choice.runtime, observer.on_notice)
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
         self.seconds = 0.0
+        self.peak: int | None = None
+        """Highest resident memory; it is told while the worker of a session lives, whose memory counts as well."""
         self.stopped = ""
         """Why the run ended early; empty when it did not."""
 
@@ -163,6 +156,7 @@ class _Run:
             parameters=parameters,
             provenance=self._provenance(steps),
         )
+        self._notice_peak()
         return steps
 
     def _learn(self, folder: Path) -> tuple[int, Parameters]:
@@ -203,7 +197,7 @@ class _Run:
                 grad_norm=result.grad_norm,
                 tokens=tokens,
                 tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
-                peak_memory_bytes=peak_memory_bytes(),
+                peak_memory_bytes=self._notice_peak(),
                 eta_seconds=spent / (step + 1) * (schedule.total_steps - step - 1),
             )
             self._notice_placements(session)
@@ -230,6 +224,11 @@ class _Run:
         self._observer.on_validation(step, loss)
         return loss
 
+    def _notice_peak(self) -> int | None:
+        found = [peak for peak in (self.peak, peak_memory_bytes()) if peak is not None]
+        self.peak = max(found, default=None)
+        return self.peak
+
     def _notice_placements(self, session: Session) -> None:
         """Say where each graph runs, once it is compiled."""
         if isinstance(session, Placed):
@@ -252,16 +251,6 @@ class _Run:
                 "adapters; start from an adapter of the layers above, or train without --plan split"
             )
         return {name: parameters[name] for name in trained}
-
-    def _notice_lengths(self, path: Path, rows: Examples) -> None:
-        limit = f"longer than {self._bundle.manifest.max_length:,} tokens"
-        if rows.truncated:
-            self._observer.on_notice(f"{path}: {len(rows.truncated):,} of {rows.rows:,} rows are {limit} and were cut")
-        if rows.too_long:
-            advice = "their answers begin after that" if self._config.truncate else "--truncate cuts them instead"
-            self._observer.on_notice(
-                f"{path}: {len(rows.too_long):,} of {rows.rows:,} rows are {limit} and were left out; {advice}"
-            )
 
     def _start_info(self) -> StartInfo:
         return StartInfo(
@@ -319,6 +308,13 @@ class _Run:
         if self.stopped:
             provenance["stopped"] = self.stopped
         return provenance
+
+
+def _after(exact: Choice, choice: Choice) -> Choice:
+    """What runs after another: the process needs what the larger of both does, where that is known."""
+    if exact.predicted_peak_bytes is None or choice.predicted_peak_bytes is None:
+        return replace(choice, predicted_peak_bytes=None)
+    return replace(choice, predicted_peak_bytes=max(exact.predicted_peak_bytes, choice.predicted_peak_bytes))
 
 
 def _place(placement: Placement) -> str:

@@ -82,7 +82,8 @@ class Workload:
             shapes += self._batcher.shapes(self._longest_drawn())
         sizes = sorted({(shape.positions, shape.scores) for shape in shapes}, reverse=True)
         positions, scores = sizes[0][0], max(scores for _, scores in sizes)
-        return Work(positions, scores, tuple(sizes[1:]))
+        rows = sum(row.memory for row in (*self._rows, *self._valid))
+        return Work(positions, scores, tuple(sizes[1:]), rows)
 
     def room(self) -> Room:
         """The largest pass of training and validation."""
