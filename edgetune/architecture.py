@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from edgetune.errors import VerificationError
-from edgetune.manifest import Architecture
+from edgetune.manifest import Architecture, Slot
 from edgetune.rope import rope_from_config
 
 
@@ -60,6 +61,12 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     if not a.tie_word_embeddings:
         shapes["lm_head.weight"] = (a.vocab_size, a.hidden_size)
     return shapes
+
+
+def slots_of(architecture: Architecture, modules: Collection[str]) -> list[Slot]:
+    """The projections with these names, such as `qkv_proj`, in all layers."""
+    matrices = {name.removesuffix(".weight"): shape for name, shape in tensor_shapes(architecture).items()}
+    return [Slot(name, shape[1], shape[0]) for name, shape in matrices.items() if name.split(".")[-1] in modules]
 
 
 def frozen_weights(architecture: Architecture) -> dict[str, int]:

@@ -194,8 +194,7 @@ def _impossible_parameters(lora: Lora) -> list[str]:
         for slot in lora.slots
         if not all(1 <= size <= _LARGEST_SIZE for size in (slot.in_features, slot.out_features))
     ]
-    widest = max((max(slot.in_features, slot.out_features) for slot in lora.slots), default=lora.rank)
-    if lora.rank > widest:
+    if lora.rank > (widest := lora.highest_rank):
         problems.append(f"lora.rank is {lora.rank}, expected at most the {widest} features of the widest slot")
     if (count := sum(map(math.prod, lora.shapes().values()))) > _MOST_PARAMETERS:
         problems.append(f"the slots have {count:,} parameters, expected at most {_MOST_PARAMETERS:,}")

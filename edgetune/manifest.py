@@ -133,6 +133,11 @@ class Lora:
         """What B·A is multiplied with (Hu et al. 2021): alpha / rank."""
         return self.alpha / self.rank
 
+    @property
+    def highest_rank(self) -> int:
+        """The features of the widest slot: no slot of a bundle has a higher rank."""
+        return max((max(slot.in_features, slot.out_features) for slot in self.slots), default=self.rank)
+
     def layers(self) -> list[int]:
         """The decoder layers with slots, in order."""
         return sorted({slot.layer for slot in self.slots})

@@ -17,8 +17,9 @@ from prepared_bundles import Prepared, prepare_tiny
 from tiny_phi3 import VARIANTS, checkpoint, lora
 
 from edgetune.adapter import initial_parameters
+from edgetune.architecture import slots_of
 from edgetune.bundle import Bundle, open_bundle
-from edgetune.config import Base, PrepareConfig
+from edgetune.config import Base, PrepareConfig, Targets
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.rows import ChatRow, Message
@@ -226,6 +227,30 @@ def test_answers_end_where_training_ends_them(prepared: Prepared) -> None:
     last = [label for label in encoder.encode(ChatRow(1, turns)).labels if label != -100][-1]
     assert last != 2
     assert set(open_model(bundle.path).eos_token_ids) == {2, last}
+
+
+@pytest.mark.parametrize(("targets", "highest"), [("all-linear", 384), ("attention", 256)])
+def test_a_rank_with_which_no_bundle_opens_is_refused_before_anything_is_built(
+    tmp_path: Path, targets: Targets, highest: int
+) -> None:
+    config = PrepareConfig(rank=highest + 1, targets=targets, max_length=64)
+    with pytest.raises(UsageError, match=f"^rank {highest + 1} is more than the {highest} .*at most {highest}$"):
+        prepare(str(checkpoint("grouped-query")), tmp_path / "bundle", config, pytest.fail)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_highest_rank_is_not_refused(tmp_path: Path) -> None:
+    config = PrepareConfig(rank=256, targets="attention", base="fp32", max_length=64)
+    lora = prepare_tiny("grouped-query", tmp_path / "bundle", config).manifest.lora
+    assert lora.rank == lora.highest_rank == 256
+    assert open_bundle(tmp_path / "bundle").manifest.lora == lora
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_architecture_tells_pefts_slots(prepared: Prepared, variant: str) -> None:
+    manifest = prepared(variant, "int4").manifest
+    slots = slots_of(manifest.architecture, manifest.lora.target_modules)
+    assert set(slots) == set(manifest.lora.slots) and len(slots) == len(manifest.lora.slots)
 
 
 def test_existing_output_is_refused_before_anything_is_built(tmp_path: Path) -> None:

@@ -11,15 +11,17 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from edgetune import __version__
+from edgetune.architecture import slots_of
 from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
-from edgetune.config import PrepareConfig
+from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.data.encode import Example, load_encoder, load_examples
-from edgetune.errors import VerificationError
+from edgetune.errors import UsageError, VerificationError
 from edgetune.frozen import BITS
 from edgetune.manifest import (
     BUNDLE_FORMAT,
     FORMAT_VERSION,
+    Architecture,
     BaseModel,
     BundleManifest,
     Graph,
@@ -47,7 +49,8 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         say: Called with a line of text as each stage begins.
 
     Raises:
-        UsageError: There is no checkpoint or no file of calibration rows, or the output exists.
+        UsageError: There is no checkpoint or no file of calibration rows, the rank is above the features of the
+            model's widest slot, or the output exists.
         DataError: Calibration rows that cannot be used; raised before anything is built.
         IncompatibleError: Another family, or an operator without gradient.
         VerificationError: The checkpoint is incomplete or broken, or names no end-of-text token.
@@ -58,6 +61,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
     """
     versions = {name: version_of(name) for name in HOST_TOOLS}
     source = open_checkpoint(checkpoint, download=config.download, blocks=config.base in BITS)
+    _check_rank(source.architecture, config)
     positions = source.architecture.max_position_embeddings
     if config.max_length > positions:
         say(f"The longest row is {positions} tokens, the model's positions, not {config.max_length}")
@@ -156,6 +160,17 @@ def _build_int8_step(
         rows = _encoded(config.calibration, folder, tokenizer, config.max_length)
     ranges = calibrate(lowered["step"], folder, architecture, base, lora, rows)
     return write_int8_graphs(lowered, folder, architecture, base, config.npu, ranges)
+
+
+def _check_rank(architecture: Architecture, config: PrepareConfig) -> None:
+    """Refuse a rank with which no bundle opens, before the long stages."""
+    modules = MODULES_OF_TARGETS[config.targets]
+    lora = Lora(config.rank, config.alpha, list(modules), slots_of(architecture, modules))
+    if lora.rank > lora.highest_rank:
+        raise UsageError(
+            f"rank {lora.rank} is more than the {lora.highest_rank} features of the model's widest slot; "
+            f"give a --rank of at most {lora.highest_rank}"
+        )
 
 
 def _check_calibration_rows(source: Checkpoint, config: PrepareConfig, bos: str | None, eos: str) -> None:
