@@ -114,13 +114,13 @@ class FrozenWeights:
 
     Args:
         folder: The verified bundle.
-        architecture: Of the bundle, whose tensors all have to be there; nothing is compared while a bundle is made.
+        architecture: Of the bundle: its tensors all have to be there, in their shapes.
 
     Raises:
         VerificationError: The index is broken, points outside of the bundle's weights, or is of another model.
     """
 
-    def __init__(self, folder: Path, architecture: Architecture | None = None) -> None:
+    def __init__(self, folder: Path, architecture: Architecture) -> None:
         source = folder / INDEX
         try:
             self._index = _converter.structure(read_object(source, _COPY_AGAIN), FrozenIndex)
@@ -236,13 +236,13 @@ def _shape(pieces: list[Stored]) -> tuple[int, ...]:
     return (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
 
 
-def _problems(index: FrozenIndex, size: int, architecture: Architecture | None) -> list[str]:
+def _problems(index: FrozenIndex, size: int, architecture: Architecture) -> list[str]:
     """What of an index cannot be, of a file with so many bytes."""
     if index.file != WEIGHTS:
         return [f"the weights' file is {index.file!r:.80}, expected {WEIGHTS!r}"]
     wrong = ((name, _problem(name, pieces, size)) for name, pieces in index.tensors.items())
     problems = [f"{name:.80} {problem}" for name, problem in wrong if problem]
-    if problems or architecture is None:
+    if problems:
         return problems
     # A list of what a billion layers hold would fill the memory.
     if architecture.num_hidden_layers > len(index.tensors):

@@ -146,7 +146,10 @@ def multiply(weight: np.ndarray, states: np.ndarray) -> np.ndarray:
 def test_decoder_layers_in_numpy_are_the_graphs(prepared: Prepared, variant: str, base: Base) -> None:
     bundle = prepared(variant, base)
     products = exact_products(bundle)
-    frozen, batch = FrozenWeights(bundle.path), batch_of(bundle, rows_of(1, lengths_of(variant, 1)))
+    frozen, batch = (
+        FrozenWeights(bundle.path, bundle.manifest.architecture),
+        batch_of(bundle, rows_of(1, lengths_of(variant, 1))),
+    )
     found = Trunk(frozen, DecoderLayers(bundle, 1, products), 0).hidden(batch)
     expected = Trunk(frozen, FloatLayers(bundle, 1), 0).hidden(batch)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -94,19 +94,26 @@ def test_training_reads_no_byte_that_is_not_verified(folder: Path, tmp_path: Pat
     assert (done.exit_code, "expected '" + WEIGHTS in done.stderr) == (5, True), done.output
 
 
+def test_weights_of_another_model_are_not_split(folder: Path, tmp_path: Path) -> None:
+    change(folder, first(NORM, shape=[32]))
+    arguments = ["split", folder, "--data", GOLDEN / "train.jsonl", "--output", tmp_path / "halves"]
+    done = CliRunner().invoke(main, [*map(str, arguments)])
+    assert (done.exit_code, f"{NORM} has shape (32,)" in done.stderr) == (5, True), done.output
+    assert not (tmp_path / "halves").exists()
+
+
 def test_weights_that_are_gone_are_named(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     with pytest.raises(VerificationError, match=f"lies outside of {WEIGHTS}"):
-        FrozenWeights(folder)
+        FrozenWeights(folder, architecture(folder))
     (folder / INDEX).unlink()
     with pytest.raises(VerificationError, match=r"weights\.json: cannot be read \(No such file"):
-        FrozenWeights(folder)
+        FrozenWeights(folder, architecture(folder))
 
 
 def test_a_tensor_that_is_not_there_is_named_when_it_is_asked_for(folder: Path) -> None:
-    change(folder, lambda index: index["tensors"].pop(PROJECTION))
-    with pytest.raises(VerificationError, match=f"{PROJECTION} is missing"):
-        FrozenWeights(folder).shape(PROJECTION)
+    with pytest.raises(VerificationError, match=r"model\.layers\.2\.mlp\.down_proj\.weight is missing"):
+        FrozenWeights(folder, architecture(folder)).shape("model.layers.2.mlp.down_proj.weight")
 
 
 def test_what_prepare_wrote_is_whole() -> None:

@@ -48,7 +48,7 @@ def test_weights_are_rounded_to_a_step(
     prepared: Prepared, base: Base, form: str, columns: tuple[int, int] | None
 ) -> None:
     bundle = prepared("grouped-query", base)
-    block = FrozenWeights(bundle.path).linear(PROJECTION, columns=columns)
+    block = FrozenWeights(bundle.path, bundle.manifest.architecture).linear(PROJECTION, columns=columns)
     backend = OrtBackend(bundle, "int8")
     expected = backend.weight("", block, np.empty)[""]
     found = backend.weight(form, block, np.empty)

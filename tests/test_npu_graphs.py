@@ -67,7 +67,7 @@ def test_the_graphs_are_part_of_the_bundle(int8_bundle: tuple[NpuForm, Bundle]) 
 
 def test_weights_are_what_the_bundle_stores(int8_bundle: tuple[NpuForm, Bundle]) -> None:
     _, bundle = int8_bundle
-    frozen, expected = FrozenWeights(bundle.path), weights(bundle.path)
+    frozen, expected = FrozenWeights(bundle.path, bundle.manifest.architecture), weights(bundle.path)
     np.testing.assert_allclose(
         frozen.whole("model.layers.1.self_attn.o_proj.weight"), expected["model.layers.1.attn.o_proj"], rtol=1e-6
     )

@@ -115,7 +115,7 @@ def test_weights_are_rounded_to_a_step(
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
     bundle = prepared("grouped-query", base)
-    block = FrozenWeights(bundle.path).linear(PROJECTION, columns=columns)
+    block = FrozenWeights(bundle.path, bundle.manifest.architecture).linear(PROJECTION, columns=columns)
     expected = OrtBackend(bundle, "fp32").weight("", block, np.empty)[""]
     if group and base == "int4":
         block = replace(block, group=group)

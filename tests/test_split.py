@@ -136,7 +136,7 @@ def test_with_an_exact_trunk_loss_and_gradients_are_the_whole_models(
         loss = whole.evaluate(batch)
         result = whole.step([batch], LEARNING_RATE)
         expected = whole.gradients()
-    trunk = Trunk(FrozenWeights(bundle.path), FloatLayers(bundle, 1), cache_bytes=0)
+    trunk = Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), FloatLayers(bundle, 1), cache_bytes=0)
     above = session_above(bundle, upper(adapter), trunk)
     assert above.evaluate(batch) == pytest.approx(loss, rel=1e-5)
     assert above.step([batch], LEARNING_RATE).loss == pytest.approx(result.loss, rel=1e-5)
@@ -148,8 +148,10 @@ def test_with_an_exact_trunk_loss_and_gradients_are_the_whole_models(
 
 def test_the_int8_trunk_is_close_to_the_float_one(prepared: Prepared, halves: Bundle) -> None:
     batch = batch_of(halves, rows_of(3, [30, 21, 8]))
-    found = Trunk(FrozenWeights(halves.path), QuantisedLayers(halves), 0).hidden(batch)
-    exact = Trunk(FrozenWeights(halves.path), FloatLayers(prepared("multi-head", "int4"), 1), 0).hidden(batch)
+    found = Trunk(FrozenWeights(halves.path, halves.manifest.architecture), QuantisedLayers(halves), 0).hidden(batch)
+    exact = Trunk(
+        FrozenWeights(halves.path, halves.manifest.architecture), FloatLayers(prepared("multi-head", "int4"), 1), 0
+    ).hidden(batch)
     real = batch.rows >= 0
     cosines = (
         (found * exact).sum(-1)[real] / np.linalg.norm(found, axis=-1)[real] / np.linalg.norm(exact, axis=-1)[real]
@@ -201,7 +203,7 @@ def test_the_trunk_keeps_the_rules(halves: Bundle) -> None:
 
 def test_a_row_is_computed_once_whatever_it_is_packed_with(halves: Bundle) -> None:
     rows = rows_of(5, [12, 9, 20])
-    frozen = FrozenWeights(halves.path)
+    frozen = FrozenWeights(halves.path, halves.manifest.architecture)
     trunk = Trunk(frozen, QuantisedLayers(halves), 1 << 20)
     first = trunk.hidden(batch_of(halves, rows))
     again = trunk.hidden(batch_of(halves, rows[::-1]))
@@ -218,7 +220,9 @@ def test_a_row_is_computed_once_whatever_it_is_packed_with(halves: Bundle) -> No
 def test_padding_and_longer_graphs_change_nothing_for_a_row(halves: Bundle) -> None:
     """What stands behind a row is not seen by it."""
     batch = batch_of(halves, rows_of(7, [11]))
-    hidden = FrozenWeights(halves.path).rows("model.embed_tokens.weight", batch.input_ids[0])
+    hidden = FrozenWeights(halves.path, halves.manifest.architecture).rows(
+        "model.embed_tokens.weight", batch.input_ids[0]
+    )
     layers = QuantisedLayers(halves)
     long = layers.forward(hidden, batch.rope_cos[0], batch.rope_sin[0])
     short = layers.forward(hidden[:11], batch.rope_cos[0, :11], batch.rope_sin[0, :11])

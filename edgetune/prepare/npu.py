@@ -60,7 +60,7 @@ def write_int8_graphs(
         The roles that were written.
     """
     with (folder / DATA).open("wb") as file:
-        weights = _Int8Weights(file, folder)
+        weights = _Int8Weights(file, folder, architecture)
         for name, model in graphs.items():
             quantise_frozen(model, form, weights, ranges)
             attach_weights(model, folder, architecture, base)
@@ -74,11 +74,12 @@ class _Int8Weights:
     Args:
         file: The data file, open for writing.
         folder: The folder of the file; it holds the weights as the bundle stores them, too.
+        architecture: Sizes of the model.
     """
 
-    def __init__(self, file: BinaryIO, folder: Path) -> None:
+    def __init__(self, file: BinaryIO, folder: Path, architecture: Architecture) -> None:
         self._file, self._folder = file, folder
-        self._frozen = FrozenWeights(folder)
+        self._frozen = FrozenWeights(folder, architecture)
         self._tensors: dict[str, ir.ExternalTensor] = {}
         self._scales: dict[str, NDArray[np.float32]] = {}
 

@@ -106,7 +106,7 @@ def _feed(bundle: Bundle, example: Example, length: int | None = None) -> dict[s
         sliding_window=architecture.sliding_window,
     )  # fmt: skip
     return {
-        "hidden": FrozenWeights(bundle.path).rows(EMBEDDING, batch.input_ids),
+        "hidden": FrozenWeights(bundle.path, architecture).rows(EMBEDDING, batch.input_ids),
         "attn_bias": np.maximum(batch.attn_bias, MASKED),
         "rope_cos": batch.rope_cos,
         "rope_sin": batch.rope_sin,

@@ -73,7 +73,8 @@ class _Composer:
     """Builds the trunk's graph out of copies of the sublayers' graphs."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._frozen, self._backend = FrozenWeights(bundle.path), OrtBackend(bundle, "fp32")
+        self._frozen = FrozenWeights(bundle.path, bundle.manifest.architecture)
+        self._backend = OrtBackend(bundle, "fp32")
         self._sources = {name: ir.load(bundle.file(f"{LAYERS}/{name}")) for name in ("attention", "mlp")}
         self._tables = {value.name: _like(value, str(value.name)) for value in self._given() if value.name in TABLES}
         (hidden,) = (value for value in self._given() if value.name == "hidden")
