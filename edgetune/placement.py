@@ -75,14 +75,14 @@ class Placement:
 
 def named(nodes: Sequence[Node]) -> str:
     """The operators and how often each occurs, the first nodes' names, and the reasons."""
-    counts = ", ".join(f"{name} {count}" for name, count in sorted(Counter(node.operator for node in nodes).items()))
+    counts = ", ".join(f"{name} {count}" for name, count in _operators(nodes).items())
     names = ", ".join(node.name for node in nodes[:_NAMED])
     reasons = "; ".join(sorted({node.reason for node in nodes if node.reason}))
     return f"{counts} ({names}{', …' if len(nodes) > _NAMED else ''}){': ' if reasons else ''}{reasons}"
 
 
 def placement_record(placement: Placement) -> dict[str, Any]:
-    """What `--json` says: figures, and the nodes that fell back."""
+    """What `--json` says: figures, the operators of each partition, and the nodes that fell back."""
     return {
         "graph": placement.graph,
         "batch": placement.batch,
@@ -91,6 +91,15 @@ def placement_record(placement: Placement) -> dict[str, Any]:
         "device": placement.device,
         "accelerated_nodes": placement.accelerated,
         "accelerator_partitions": placement.accelerator_partitions,
+        "partitions": [
+            {"provider": part.provider, "nodes": len(part.nodes), "operators": _operators(part.nodes)}
+            for part in placement.partitions
+        ],
         "fallen_back": [asdict(node) for node in placement.fallen_back],
         "cached": placement.cached,
     }
+
+
+def _operators(nodes: Sequence[Node]) -> dict[str, int]:
+    """How often each operator occurs, by name."""
+    return dict(sorted(Counter(node.operator for node in nodes).items()))
