@@ -61,6 +61,14 @@ class Placement:
         """The nodes that the accelerator does not execute."""
         return [node for part in self.partitions if part.provider != self.provider for node in part.nodes]
 
+    @property
+    def place(self) -> str:
+        """Where it runs, in few words: the same for every shape that is divided alike."""
+        place, left = f"{self.provider} ({self.device})", len(self.fallen_back)
+        if left:
+            return f"{place}, {left} node{'' if left == 1 else 's'} on the CPU"
+        return f"{place}, all nodes" if self.partitions else place
+
     def __str__(self) -> str:
         """In one line."""
         total = self.accelerated + len(self.fallen_back)

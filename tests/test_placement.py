@@ -34,3 +34,11 @@ def test_a_record_has_the_operators_of_each_partition() -> None:
         "fallen_back": [{"operator": "Gather", "name": "rows", "reason": "not supported"}],
         "cached": False,
     }
+
+
+def test_a_place_does_not_contradict_itself() -> None:
+    assert placed(*PARTITIONS).place == f"{NPU} (HTP), 1 node on the CPU"
+    assert placed(PARTITIONS[0]).place == f"{NPU} (HTP), all nodes"
+    on_cpu = placed(Partition(CPU, [LEFT]), provider=CPU, device="no accelerator")
+    assert on_cpu.place == f"{CPU} (no accelerator), all nodes"
+    assert placed(device="this onnxruntime does not say").place == f"{NPU} (this onnxruntime does not say)"

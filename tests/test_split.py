@@ -246,6 +246,8 @@ def test_training_learns_and_the_adapter_fits_everything_else(
     assert (placement["graph"], placement["batch"], placement["length"]) == (GRAPH, 1, 48)
     assert (placement["provider"], placement["fallen_back"]) == ("CPUExecutionProvider", [])
     assert placement["accelerated_nodes"] > 9, "the products and what is between them"
+    provenance = json.loads((output / "edgetune.json").read_text())["provenance"]
+    assert provenance["placement"] == "CPUExecutionProvider (no accelerator), all nodes"
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["layers_to_transform"] == [1]
     manifest = halves.manifest

@@ -301,7 +301,7 @@ class _Run:
         if self.validation_losses:
             provenance["validation_loss"] = repr(self.validation_losses[-1])
         if self.placements:
-            provenance["placement"] = "; ".join(sorted({_place(placement) for placement in self.placements}))
+            provenance["placement"] = "; ".join(sorted({placement.place for placement in self.placements}))
         if self.cosine is not None:
             provenance["gradient_cosine"] = repr(self.cosine.measured)
             provenance["expected_gradient_cosine"] = repr(self.cosine.expected)
@@ -315,10 +315,6 @@ def _after(exact: Choice, choice: Choice) -> Choice:
     if exact.predicted_peak_bytes is None or choice.predicted_peak_bytes is None:
         return replace(choice, predicted_peak_bytes=None)
     return replace(choice, predicted_peak_bytes=max(exact.predicted_peak_bytes, choice.predicted_peak_bytes))
-
-
-def _place(placement: Placement) -> str:
-    return f"{placement.provider} ({placement.device}), {len(placement.fallen_back)} nodes on the CPU"
 
 
 def _stopped(step: int, result: StepResult) -> str:
