@@ -59,9 +59,12 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         LockedError: Another process holds it; the message names its PID.
+        OSError: No file can be made there.
     """
     lock_path = _beside(_real(path), "lock")
     lock = FileLock(lock_path)
+    # Where no file can be made, as in /proc, filelock would say that another process holds the lock.
+    lock_path.touch()
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -208,11 +211,12 @@ def _explained(error: OSError, path: Path, written: int) -> EdgetuneError | None
             f"{path}: the disk is full: more than the {written:,} bytes that were written are needed, {free:,} are "
             "free now; free some space or choose another output"
         )
-    if error.filename is not None:
-        about = Path(os.fsdecode(error.filename))
-        if about not in (path, *path.parents) and not str(about).startswith(str(_beside(path, ""))):
-            return None
-    if error.errno in _UNWRITABLE:
+    about = None if error.filename is None else Path(os.fsdecode(error.filename))
+    if about not in (None, path, *path.parents) and not str(about).startswith(str(_beside(path, ""))):
+        return None
+    # Some file systems, as that of /proc, say so where nothing can be made.
+    no_place = error.errno == errno.ENOENT and about is not None and about.parent in path.parents
+    if no_place or error.errno in _UNWRITABLE:
         return UsageError(f"{path}: cannot be written ({error.strerror}); choose another output")
     if error.errno == errno.EIO:
         return EdgetuneError(f"{path}: cannot be written ({error.strerror}); check the disk")

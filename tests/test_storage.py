@@ -459,6 +459,22 @@ def test_an_output_that_cannot_be(tmp_path: Path, output: str, reason: str) -> N
     assert names(tmp_path) == ["file"]
 
 
+@linux
+@pytest.mark.parametrize("output", ["/proc/a", "/proc/a/b"])
+def test_an_output_where_no_folder_can_be_made(output: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{output}: cannot be written \(No such file .*choose another output"):
+        write(Path(output))
+
+
+def test_a_file_that_is_missing_in_what_is_built_is_no_matter_of_the_output(tmp_path: Path) -> None:
+    def run() -> None:
+        with atomic_folder(tmp_path / "a") as folder:
+            (folder / "graph.onnx").read_bytes()
+
+    with pytest.raises(FileNotFoundError, match=r"graph\.onnx"):
+        run()
+
+
 def test_a_circle_of_links_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
