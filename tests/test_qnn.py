@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.placement import Node, Partition
 from edgetune.runtimes import Placed, Session, find_runtime, qnn, stock
 from edgetune.runtimes.accelerator.contexts import Context
-from edgetune.runtimes.accelerator.plugin import Plugin, PluginCompiler
+from edgetune.runtimes.accelerator.plugin import Plugin, PluginCompiler, _stdout_for_results
 from edgetune.train import train
 from edgetune.train.observer import StartInfo, StepMetrics
 
@@ -331,16 +332,32 @@ def test_a_hundred_steps_on_the_demo_rows_come_to_the_cpus_loss(tmp_path: Path) 
 
 @installed
 def test_results_alone_are_on_stdout(prepared: Prepared, tmp_path: Path) -> None:
-    """Qualcomm's library prints a line when it is loaded."""
+    """Qualcomm's library prints a line when it is loaded, which is neither a result nor an error."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "is it on?", "completion": "it is"}) + "\n")
     options = ["--runtime", "qnn", "--require-npu", "--steps", "1", "--batch-size", "1", "--json", "--quiet"]
     paths = [prepared("multi-head", "int4").path, "--data", rows, "--output", tmp_path / "adapter"]
     command = [sys.executable, "-m", "edgetune", "train", *paths, *options]
     finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+    assert (finished.returncode, finished.stderr) == (0, "")
     (placement,) = json.loads(finished.stdout)["placement"]
     assert (placement["graph"], placement["accelerator_partitions"], placement["fallen_back"]) == ("step", 1, [])
+
+
+def test_what_libraries_print_is_told_on_stderr_but_for_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with _stdout_for_results():
+        os.write(1, b" # LIBNATIVE: No alternate configuration present in libnative_tls.conf\n")
+        os.write(1, b"a library's error\n")
+        os.write(2, b"another\n")
+    os.write(1, b"result\n")
+    assert capfd.readouterr() == ("result\n", "another\na library's error\n")
+
+
+def test_what_libraries_print_is_told_where_they_fail(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError), _stdout_for_results():
+        os.write(1, b"why\n")
+        raise RuntimeError
+    assert capfd.readouterr() == ("", "why\n")
 
 
 @installed

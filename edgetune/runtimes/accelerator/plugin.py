@@ -29,6 +29,8 @@ _NO_LOG = 4
 """Fatal errors only: what a provider refuses is told by the placement."""
 _ALL = 0
 _REASON = re.compile(r"Node name: (.+?) Node index: \d+\s+REASON : (.+)")
+_NOTICE = b"LIBNATIVE: No alternate configuration present"
+"""Of the line that Qualcomm's emulation prints when it is loaded; it is no error."""
 _NO_CPU = "session.disable_cpu_ep_fallback"
 
 
@@ -168,8 +170,7 @@ class PluginCompiler:
     def _session(self, model: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
         try:
             # Without this, a provider that fails is left out and everything runs on the CPU.
-            # Qualcomm's library prints a line when it is loaded; stdout is for results.
-            with _redirected(2, 1):
+            with _stdout_for_results():
                 session = ort.InferenceSession(model, options, enable_fallback=0)
         except Exception as error:  # the bindings' own classes, and RuntimeError
             raise IncompatibleError(
@@ -216,6 +217,24 @@ class PluginGraph:
         if self._session.get_providers() != self._providers:
             raise EdgetuneError(f"ONNX Runtime left {self.placement.provider} for {self._session.get_providers()}")
         return results
+
+
+@contextmanager
+def _stdout_for_results() -> Iterator[None]:
+    """What libraries print to stdout meanwhile goes to stderr afterwards, but for the line that says nothing.
+
+    stderr itself stays as it is: what a library says last before it ends the process is told.
+    """
+    with TemporaryFile() as printed:
+        try:
+            with _redirected(printed.fileno(), 1):
+                yield
+        finally:
+            printed.seek(0)
+            lines = [line for line in printed if _NOTICE not in line]
+            # A stderr that nobody reads any more ends nothing.
+            with suppress(OSError):
+                os.write(2, b"".join(lines))
 
 
 @contextmanager
