@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgetune.config import DeviceType, TrainConfig
+from edgetune.config import DeviceType, PlanName, TrainConfig
 
 Products = Literal["fp32", "bf16", "int8"]
 
@@ -21,6 +21,33 @@ class Accelerator:
     """Qualcomm's number of the chip that is compiled for where no NPU is found; the runtime's choice without it."""
     require: bool = TrainConfig.require_npu
     """Refuse a graph of which a node falls back to the CPU."""
+
+
+@dataclass(frozen=True)
+class Accelerating:
+    """What a runtime with an accelerator takes, whether it is installed or not."""
+
+    plans: tuple[PlanName, ...]
+    """With which it compiles the whole step for static shapes."""
+    alone: bool
+    """Whether it executes no other plan."""
+    device_types: tuple[DeviceType, ...]
+    """Its devices; the first is what `auto` means."""
+
+    def takes(self, device_type: DeviceType) -> bool:
+        """Whether `auto` or one of its devices is asked for."""
+        return device_type in ("auto", *self.device_types)
+
+    def device(self, device_type: DeviceType) -> DeviceType:
+        """The device that is meant."""
+        return self.device_types[0] if device_type == "auto" else device_type
+
+
+ACCELERATING: dict[str, Accelerating] = {
+    "qnn": Accelerating(plans=("auto", "whole", "int8"), alone=True, device_types=("NPU",)),
+    "openvino": Accelerating(plans=("whole",), alone=False, device_types=("CPU", "GPU", "NPU")),
+}
+"""The runtimes with an accelerator, by name."""
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,13 @@ from edgetune.cli.output import cell, console, print_json
 from edgetune.cli.run_options import device_type_option, soc_model_option
 from edgetune.config import DeviceType, TrainConfig
 from edgetune.errors import UsageError
-from edgetune.execution import INT8_STEP, WHOLE_STEP, Accelerator
+from edgetune.execution import ACCELERATING, INT8_STEP, WHOLE_STEP, Accelerator
 
 if TYPE_CHECKING:
     from edgetune.data.buckets import Bucket
     from edgetune.describe import Description
     from edgetune.manifest import TensorSpec
     from edgetune.placement import Placement
-
-PLACING = ("qnn", "openvino")
-"""Runtimes that can say where a graph's nodes run."""
 
 EXAMPLES = """
 edgetune inspect bundle
@@ -46,7 +43,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 @click.argument("folder", type=PATH)
 @click.option(
     "--placement",
-    type=click.Choice(PLACING),
+    type=click.Choice(list(ACCELERATING)),
     help="Compile the training step for this runtime's accelerator and say where each node runs.",
 )
 @click.option("--buckets", help="With --placement: the shapes, such as 4x128; one row of the longest by default.")
@@ -92,9 +89,12 @@ def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Acceler
     from edgetune.placement import placement_record
     from edgetune.runtimes import PlacingRuntime, find_runtime
 
-    found = cast(PlacingRuntime, find_runtime(runtime))
-    if runtime == "qnn" and accelerator.device_type not in ("auto", "NPU"):
-        raise UsageError(f"--placement qnn compiles for an NPU, not for --device-type {accelerator.device_type}")
+    found, facts = cast(PlacingRuntime, find_runtime(runtime)), ACCELERATING[runtime]
+    if not facts.takes(accelerator.device_type):
+        devices = " or ".join(facts.device_types)
+        raise UsageError(
+            f"--placement {runtime} compiles for an {devices}, not for --device-type {accelerator.device_type}"
+        )
     if runtime != "qnn" and accelerator.soc_model is not None:
         raise UsageError(
             f"--soc-model {accelerator.soc_model} is a chip of Qualcomm's, which --placement {runtime} does not "
@@ -106,7 +106,7 @@ def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Acceler
     _check_shapes(shapes or [], bundle.manifest.max_length)
     shapes = shapes or parse_buckets(f"1x{bundle.manifest.max_length}")
     plans = [replace(WHOLE_STEP, accelerator=accelerator)]
-    if runtime == "qnn" and any(graph.role == INT8_STEP for graph in bundle.manifest.graphs):
+    if "int8" in facts.plans and any(graph.role == INT8_STEP for graph in bundle.manifest.graphs):
         plans.append(replace(plans[0], products="int8"))
     placements = [
         placement

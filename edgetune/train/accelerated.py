@@ -9,7 +9,7 @@ from typing import cast
 from edgetune.config import DeviceType, PlanName, RuntimeName, TrainConfig
 from edgetune.device import Profile
 from edgetune.errors import IncompatibleError, MissingDependencyError
-from edgetune.execution import INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan, Products
+from edgetune.execution import ACCELERATING, INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan, Products
 from edgetune.manifest import BundleManifest
 from edgetune.runtimes import find_runtime, openvino
 
@@ -22,13 +22,14 @@ ACCELERATED = f"--runtime {_ALWAYS}, or --runtime {_WITH_WHOLE} --plan whole"
 
 def is_accelerated(runtime: str, plan: PlanName) -> bool:
     """Whether a runtime executes a plan as a whole step of static shape."""
-    return runtime == _ALWAYS or (runtime == _WITH_WHOLE and plan == "whole")
+    facts = ACCELERATING.get(runtime)
+    return facts is not None and (facts.alone or plan in facts.plans)
 
 
 def on_accelerator(runtime: str, plan: ExecutionPlan) -> bool:
     """Whether something else than the CPU executes a plan, which is what OpenVINO takes where nothing is named."""
     accelerator = plan.accelerator
-    return accelerator is not None and (runtime == _ALWAYS or accelerator.device_type not in ("auto", "CPU"))
+    return accelerator is not None and ACCELERATING[runtime].device(accelerator.device_type) != "CPU"
 
 
 def apply_profile(
@@ -64,7 +65,7 @@ def apply_profile(
 
 def _accelerator_runtimes(profile: Profile, config: TrainConfig, *, elsewhere: bool) -> Sequence[str]:
     """The device's runtimes with which the configuration means its accelerator, the preferred first."""
-    names = [name for name in profile.runtime.names if name in (_ALWAYS, _WITH_WHOLE)]
+    names = [name for name in profile.runtime.names if name in ACCELERATING]
     if config.runtime != "auto":
         names = [name for name in names if name == config.runtime]
     elif elsewhere:

@@ -10,13 +10,13 @@ from edgetune.config import TrainConfig
 from edgetune.data.buckets import parse_buckets
 from edgetune.device import Profile
 from edgetune.errors import UsageError
+from edgetune.execution import ACCELERATING
 from edgetune.runtimes import find_runtime
 from edgetune.train.accelerated import ACCELERATED, apply_profile, is_accelerated
 from edgetune.train.candidates import footprint_of
 from edgetune.train.schedule import check_options
 
 _OF_BACKWARD = ("keep", "recompute")
-_ON_QNN = ("auto", "whole", "int8")
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,13 @@ def _without_effect(config: TrainConfig) -> Iterator[str]:
 
 def _contradictions(config: TrainConfig) -> Iterator[str]:
     """Options that exclude each other."""
-    accelerated = is_accelerated(config.runtime, config.plan)
-    if config.runtime == "qnn" and config.device_type not in ("auto", "NPU"):
-        yield f"--runtime qnn trains on an NPU, not on --device-type {config.device_type}; leave that out"
-    if config.runtime == "qnn" and config.plan not in _ON_QNN:
-        yield f"--runtime qnn does not execute --plan {config.plan}, only {', '.join(_ON_QNN)}"
+    name, facts = config.runtime, ACCELERATING.get(config.runtime)
+    accelerated = is_accelerated(name, config.plan)
+    if facts is not None and not facts.takes(config.device_type):
+        devices = " or ".join(facts.device_types)
+        yield f"--runtime {name} trains on an {devices}, not on --device-type {config.device_type}; leave that out"
+    if facts is not None and facts.alone and config.plan not in facts.plans:
+        yield f"--runtime {name} does not execute --plan {config.plan}, only {', '.join(facts.plans)}"
     if config.runtime == "openvino" and accelerated and config.require_npu and config.device_type != "NPU":
         yield "--require-npu means nothing on OpenVINO's CPU; give --device-type NPU as well, or leave it out"
     if config.memory_budget is not None and (config.plan == "whole" or config.runtime == "ort-training" or accelerated):
