@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
-import edgetune
-from edgetune.adapter import (
-    MANIFEST,
-    VALIDATION_DATA,
-    VALIDATION_SHA256,
-    initial_parameters,
-    read_adapter,
-    write_adapter,
-)
+from edgetune.adapter import MANIFEST, initial_parameters, read_adapter, write_adapter
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
 from edgetune.device import Profile, load_profile
@@ -32,6 +23,7 @@ from edgetune.train.consistency import resolve_config
 from edgetune.train.device_limits import in_fixed_shapes, require_fit, require_place
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
+from edgetune.train.provenance import Outcome, provenance_of, validation_rows
 from edgetune.train.record import RunRecord, peak_memory_bytes
 from edgetune.train.run_rows import read_run_rows
 from edgetune.train.schedule import learning_rate
@@ -275,38 +267,19 @@ class _Run:
         return list(self._parameters)
 
     def _provenance(self, steps: int) -> dict[str, str]:
-        # Neither how the folder came to its place nor a path of this machine belongs to what was learnt.
-        private = ("force", "init_adapter", "vitisai_config")
-        options = {key: value for key, value in asdict(self._config).items() if key not in private}
-        provenance = {
-            "edgetune": edgetune.__version__,
-            "runtime": self.choice.name,
-            "runtime_version": self.choice.runtime.version(),
-            "plan": str(self.choice.plan),
-            "numpy": np.__version__,
-            "bundle": self._bundle.manifest.manifest_sha256,
-            "options": json.dumps(options, sort_keys=True),
-            "rows": str(len(self._rows.examples)),
-            "steps": str(steps),
-            "final_loss": repr(self.final_loss),
-        }
-        if self._config.init_adapter is not None:
-            provenance["init_adapter"] = self._config.init_adapter.resolve().name
+        losses = self.validation_losses
+        outcome = Outcome(
+            rows=len(self._rows.examples),
+            steps=steps,
+            final_loss=self.final_loss,
+            validation_loss=losses[-1] if losses else None,
+            placements=self.placements,
+            cosine=self.cosine,
+            stopped=self.stopped,
+        )
+        provenance = provenance_of(self._bundle.manifest.manifest_sha256, self._config, self.choice, outcome)
         if self._valid_path is not None:
-            # For `export`, which measures on them again. Of a place elsewhere only the name: it is nobody's business.
-            path, beside = self._valid_path.resolve(), self._output.resolve().parent
-            known = path.relative_to(beside) if path.is_relative_to(beside) else Path(path.name)
-            provenance[VALIDATION_DATA] = known.as_posix()
-            provenance[VALIDATION_SHA256] = self._valid_sha256
-        if self.validation_losses:
-            provenance["validation_loss"] = repr(self.validation_losses[-1])
-        if self.placements:
-            provenance["placement"] = "; ".join(sorted({placement.place for placement in self.placements}))
-        if self.cosine is not None:
-            provenance["gradient_cosine"] = repr(self.cosine.measured)
-            provenance["expected_gradient_cosine"] = repr(self.cosine.expected)
-        if self.stopped:
-            provenance["stopped"] = self.stopped
+            provenance |= validation_rows(self._valid_path, self._valid_sha256, self._output)
         return provenance
 
 

@@ -1,0 +1,86 @@
+"""What an adapter's provenance says of the run that made it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+import edgetune
+from edgetune.adapter import VALIDATION_DATA, VALIDATION_SHA256
+from edgetune.config import TrainConfig
+from edgetune.placement import Placement
+from edgetune.train.choice import Choice
+from edgetune.train.gradient_cosine import GradientCosine
+
+_PRIVATE = ("force", "init_adapter", "vitisai_config")
+"""Neither how the folder came to its place nor a path of this machine belongs to what was learnt."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of a run."""
+
+    rows: int
+    """Trained on."""
+    steps: int
+    """That were applied."""
+    final_loss: float
+    validation_loss: float | None
+    """The last one; none where nothing was measured."""
+    placements: Sequence[Placement]
+    cosine: GradientCosine | None
+    stopped: str
+    """Why the run ended early; empty when it did not."""
+
+
+def provenance_of(bundle_sha256: str, config: TrainConfig, choice: Choice, outcome: Outcome) -> dict[str, str]:
+    """How a run was made and what came of it.
+
+    Args:
+        bundle_sha256: Of the bundle's manifest.
+        config: How it trained.
+        choice: What executed it.
+        outcome: What came out.
+    """
+    options = {key: value for key, value in asdict(config).items() if key not in _PRIVATE}
+    provenance = {
+        "edgetune": edgetune.__version__,
+        "runtime": choice.name,
+        "runtime_version": choice.runtime.version(),
+        "plan": str(choice.plan),
+        "numpy": np.__version__,
+        "bundle": bundle_sha256,
+        "options": json.dumps(options, sort_keys=True),
+        "rows": str(outcome.rows),
+        "steps": str(outcome.steps),
+        "final_loss": repr(outcome.final_loss),
+    }
+    if config.init_adapter is not None:
+        provenance["init_adapter"] = config.init_adapter.resolve().name
+    if outcome.validation_loss is not None:
+        provenance["validation_loss"] = repr(outcome.validation_loss)
+    if outcome.placements:
+        provenance["placement"] = "; ".join(sorted({placement.place for placement in outcome.placements}))
+    if outcome.cosine is not None:
+        provenance["gradient_cosine"] = repr(outcome.cosine.measured)
+        provenance["expected_gradient_cosine"] = repr(outcome.cosine.expected)
+    if outcome.stopped:
+        provenance["stopped"] = outcome.stopped
+    return provenance
+
+
+def validation_rows(path: Path, sha256: str, output: Path) -> dict[str, str]:
+    """Which rows were measured on, for `export`, which measures on them again.
+
+    Args:
+        path: The rows' file. Of a place that is not beside the adapter only the name is told: it is nobody's business.
+        sha256: Of the file when it was read.
+        output: The adapter.
+    """
+    path, beside = path.resolve(), output.resolve().parent
+    known = path.relative_to(beside) if path.is_relative_to(beside) else Path(path.name)
+    return {VALIDATION_DATA: known.as_posix(), VALIDATION_SHA256: sha256}
