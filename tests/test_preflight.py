@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.device import load_profile
 from edgetune.errors import ResourceError
-from edgetune.execution import WHOLE_STEP, Accelerator
-from edgetune.runtimes import RUNTIMES, Session, find_runtime
+from edgetune.runtimes import RUNTIMES, Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
 from edgetune.runtimes.layered.session import LayeredSession
 from edgetune.train import calibration
 from edgetune.train.calibration import Calibration, CostModel, calibrate
-from edgetune.train.choice import Choice, choose
+from edgetune.train.choice import choose
 from edgetune.train.device_limits import require_fit
 from edgetune.train.run_time import _typical
 from edgetune.train.workload import Workload
@@ -84,11 +82,91 @@ def test_the_estimate_is_the_operations_by_the_speed(bundle: Bundle) -> None:
 
 
 def test_without_figures_the_time_is_unknown_and_a_missing_runtime_is_said(bundle: Bundle) -> None:
-    found = answer("plan", bundle.path, "--device", "android-snapdragon-8-elite", "--length", "16")
-    assert found["step_seconds"] is None and found["run_seconds"] is None
-    assert "no figure hardware.products" in found["time_from"]
+    asked = ("plan", bundle.path, "--device", "android-snapdragon-8-elite", "--length", "16")
+    for options, reason in (((), "no figure says how fast the accelerator"), (("--plan", "keep"), "hardware.products")):
+        found = answer(*asked, *options)
+        assert found["step_seconds"] is None and found["run_seconds"] is None
+        assert reason in found["time_from"]
     if "qnn" not in RUNTIMES:
         assert any("this edgetune has no runtime qnn" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("options", [(), ("--plan", "whole"), ("--method", "forward-only")], ids=str)
+@pytest.mark.parametrize(
+    ("device", "runtime"),
+    [("intel-core-ultra", "openvino"), ("android-snapdragon-8-elite", "qnn"), ("windows-snapdragon-x", "qnn")],
+)
+def test_elsewhere_the_whole_step_is_planned_on_the_accelerator(
+    device: str, runtime: str, options: tuple[str, ...], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the profile's shapes, whatever is installed here; nothing is said that nobody knows."""
+    for module in ("edgetune.runtimes.qnn", "edgetune.runtimes.openvino_core"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
+    monkeypatch.setattr("edgetune.device_check._installed", lambda package: False)
+    found = answer("plan", bundle.path, "--device", device, "--length", "48", "--batch-size", "6", *options)
+    assert (found["here"], found["runtime"], found["on_accelerator"], found["emulated"]) == (
+        False,
+        runtime,
+        True,
+        False,
+    )
+    assert "in static shapes" in found["plan"]
+    buckets = load_profile(device).buckets
+    assert buckets is not None
+    assert set(found["buckets"]) == {f"{rows}x{positions}" for rows, positions in buckets.shapes}
+    assert {f"{shape['sequences']}x{shape['length']}" for shape in found["shapes"]} <= set(found["buckets"])
+    assert found["peak_memory_bytes"] is None and found["least_memory_bytes"] > 10_000_000
+    assert found["run_seconds"] is None
+    assert found["flash"]["cache"] > 0
+    assert any("that the run fits into the device is not said" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("option", [("--plan", "stream"), ("--runtime", "onnxruntime"), ("--memory-budget", "2GB")])
+def test_elsewhere_too_what_is_asked_for_comes_first(option: tuple[str, str], bundle: Bundle) -> None:
+    found = answer("plan", bundle.path, "--device", "intel-core-ultra", "--length", "16", *option)
+    assert (found["runtime"], found["on_accelerator"], found["buckets"]) == ("onnxruntime", False, [])
+    assert found["peak_memory_bytes"] > 0 and found["least_memory_bytes"] is None
+
+
+def test_rows_that_no_fixed_shape_takes_are_answered_with_those_that_fit(bundle: Bundle, tmp_path: Path) -> None:
+    device = board(tmp_path, "2GB", VALID.replace("[1, 64], [1, 128]", "[1, 16], [2, 32]"))
+    refused = run("plan", bundle.path, "--device", device, "--length", "48")
+    assert refused.exit_code == 6
+    assert "in fixed shapes rows of at most 32 tokens, the longest has 48 (--truncate, or --runtime" in refused.output
+    assert "what would fit: rows of at most 32 tokens with --batch-size 1 (whole step in static shapes)" in (
+        refused.output
+    )
+    # Rows that nobody gave are such, and rows that are cut become such.
+    longest = answer("plan", bundle.path, "--device", device)
+    assert longest["longest_row"] == 32
+    assert "of 2.0 GB" in run("plan", bundle.path, "--device", device).output
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"text": "lamp on " * 40}) + "\n")
+    cut = answer("plan", bundle.path, "--device", device, "--data", data, "--truncate")
+    assert cut["longest_row"] == 32
+
+
+def test_the_whole_step_needs_what_its_shapes_need_whatever_the_batch(bundle: Bundle, tmp_path: Path) -> None:
+    """A batch goes through in as many passes of a shape as it takes; too little memory for one pass is refused."""
+    small = VALID.replace("[1, 64], [1, 128]", "[1, 64]")
+    asked = ("plan", bundle.path, "--length", "64", "--batch-size")
+    one, many = (
+        answer(*asked, size, "--device", board(tmp_path, "2GB", small))["least_memory_bytes"] for size in (1, 64)
+    )
+    assert one <= many < one + 100_000
+    fits = answer(*asked, 64, "--device", board(tmp_path, f"{int(1.01 * many / 0.85)}B", small))
+    assert fits["shapes"] == [{"sequences": 1, "length": 64, "batches": 64}]
+    assert any("the memory of the whole step is not predicted" in note for note in fits["notes"])
+    refused = run(*asked, 64, "--device", board(tmp_path, f"{int(0.99 * one / 0.85)}B", small))
+    assert refused.exit_code == 6 and "the whole step needs more than the" in refused.output
+
+
+def test_a_figure_of_the_cpu_says_nothing_of_the_accelerator(bundle: Bundle, tmp_path: Path) -> None:
+    text = VALID.replace("[runtime]", 'products = { value = 1e9, source = "x" }\n\n[runtime]', 1)
+    asked = ("plan", bundle.path, "--device", board(tmp_path, "2GB", text), "--length", "16")
+    found = answer(*asked)
+    assert found["run_seconds"] is None and found["time_from"].startswith("unknown: no figure says how fast")
+    assert answer(*asked, "--runtime", "onnxruntime")["run_seconds"] > 0
 
 
 def test_what_a_runtime_installs_to_be_timed_is_a_note(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,15 +262,12 @@ def test_train_holds_to_the_device(bundle: Bundle, tmp_path: Path) -> None:
 
 def test_fixed_shapes_hold_where_the_accelerator_executes(tmp_path: Path) -> None:
     profile = load_profile(board(tmp_path, "2GB", VALID))
-    runtime = find_runtime("onnxruntime")
-    there = Choice("qnn", runtime, replace(WHOLE_STEP, accelerator=Accelerator()), None)
-    here = Choice("onnxruntime", runtime, WHOLE_STEP, None)
     # Rows that do not fit into one batch go through in several.
-    require_fit(profile, there, TrainConfig(batch_size=8, buckets="1x128"), 128)
+    require_fit(profile, TrainConfig("qnn", batch_size=8, buckets="1x128"), 128)
     with pytest.raises(ResourceError, match="rows of at most 128 tokens, the longest has 129") as refused:
-        require_fit(profile, there, TrainConfig(buckets="4x128,1x64,1x256"), 129)
+        require_fit(profile, TrainConfig("qnn", buckets="4x128,1x64,1x256"), 129)
     assert "batches of 1x64, 1x128 only, not 4x128, 1x256 (--buckets)" in str(refused.value)
-    require_fit(profile, here, TrainConfig(buckets="4x128"), 129)
+    require_fit(profile, TrainConfig("onnxruntime", buckets="4x128"), 129)
 
 
 @pytest.mark.parametrize("plan", ["keep", "stream", "whole"])

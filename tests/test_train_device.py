@@ -171,13 +171,25 @@ def test_a_memory_budget_leads_to_the_cpu_on_every_npu(tmp_path: Path) -> None:
     assert not any("the CPU computes" in notice for notice in seen.notices)
 
 
-def test_elsewhere_a_runtime_that_was_asked_for_gets_the_profiles_device() -> None:
+def test_elsewhere_the_accelerator_is_the_one_that_the_profile_names() -> None:
     profile = load_profile("intel-core-ultra")
-    settled = resolve_config(TrainConfig("openvino", plan="whole"), profile, pytest.fail, elsewhere=True)
-    assert settled.device_type == "NPU"
-    assert resolve_config(TrainConfig(), profile, pytest.fail, elsewhere=True) == TrainConfig(device=profile.name)
+    for given in (TrainConfig(), TrainConfig("openvino", plan="whole")):
+        settled = resolve_config(given, profile, pytest.fail, elsewhere=True)
+        assert (settled.runtime, settled.plan, settled.device_type) == ("openvino", "whole", "NPU")
     phone = load_profile("android-snapdragon-8-elite")
-    assert resolve_config(TrainConfig("qnn"), phone, pytest.fail, elsewhere=True).soc_model == 69
+    for given in (TrainConfig(), TrainConfig("qnn")):
+        settled = resolve_config(given, phone, pytest.fail, elsewhere=True)
+        assert (settled.runtime, settled.soc_model) == ("qnn", 69)
+
+
+def test_on_the_device_plan_and_train_take_what_is_planned_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.train.accelerated._why_absent", lambda *given: "")
+    for name in ("intel-core-ultra", "windows-snapdragon-x", "amd-ryzen-ai", "raspberry-pi-5"):
+        profile = load_profile(name)
+        there, elsewhere = (
+            apply_profile(profile, TrainConfig(), pytest.fail, elsewhere=elsewhere) for elsewhere in (False, True)
+        )
+        assert there == elsewhere
 
 
 @needs_openvino
@@ -214,12 +226,14 @@ def test_forward_only_has_a_place_of_its_own(placement: dict[str, str], tmp_path
 
 
 @needs_openvino
-def test_plan_lays_out_the_shapes_that_train_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["x86_64", "aarch64"])
+def test_plan_lays_out_the_shapes_that_train_compiles(tmp_path: Path, architecture: str) -> None:
     options = (GOLDEN / "bundle", *ROWS, "--device", profile_on(tmp_path, "CPU"), "--steps", 3)
     path = tmp_path / "my-board.toml"
-    path.write_text(path.read_text().replace('"aarch64"', '"x86_64"'))
+    path.write_text(path.read_text().replace('"aarch64"', f'"{architecture}"'))
     found = json.loads(call("plan", *options, "--batch-size", 8, "--json").stdout)
-    assert found["here"] and found["plan"] == "whole step in static shapes" and not found["on_accelerator"]
+    assert found["here"] is (platform.machine() == architecture)
+    assert found["plan"] == "whole step in static shapes" and not found["on_accelerator"]
     done = call("train", *options, "--batch-size", 8, "--output", tmp_path / "adapter", "--json", "--quiet")
     graphs = json.loads(done.stdout)["placement"]
     planned = {(shape["sequences"], shape["length"]) for shape in found["shapes"]}

@@ -44,7 +44,7 @@ edgetune plan bundle --device ./my-board.toml --length 256 --batch-size 2 --step
 @click.option("--device", help="A device's name, or a profile's path; without it, this machine.")
 @click.option("--data", type=PATH, help="JSONL rows that would be trained on.")
 @click.option("--valid", type=PATH, help="JSONL rows that the loss would be measured on.")
-@click.option("--length", type=COUNT, help="Without --data: tokens of each row; the bundle's longest by default.")
+@click.option("--length", type=COUNT, help="Without --data: tokens of each row; by default as many as may be.")
 @runtime_option
 @plan_option
 @method_option
@@ -139,6 +139,7 @@ def _show(found: Preflight) -> None:
         "runtime": f"{found.runtime}, {_where(found)}",
         "plan": found.plan,
         "batch": _batch(found),
+        **({"buckets": ", ".join(found.buckets)} if found.buckets else {}),
         "shapes": ", ".join(f"{each.sequences} × {each.length} ({each.batches}×)" for each in found.shapes[:6]),
         "peak memory": _memory(found),
         "flash": f"{bytes_text(found.flash_bytes)}: bundle {bytes_text(found.flash.bundle)}, adapter "
@@ -168,11 +169,10 @@ def _batch(found: Preflight) -> str:
 
 def _memory(found: Preflight) -> str:
     of = "" if found.memory_bytes is None else f" of {bytes_text(found.memory_bytes)}"
-    return f"{_size(found.peak_memory_bytes)}{of}"
-
-
-def _size(size: int | None) -> str:
-    return "not known" if size is None else bytes_text(size)
+    if found.peak_memory_bytes is not None:
+        return f"{bytes_text(found.peak_memory_bytes)}{of}"
+    more = "" if found.least_memory_bytes is None else f", more than {bytes_text(found.least_memory_bytes)}"
+    return f"not known{more}{of}"
 
 
 def _seconds(seconds: float | None) -> str:

@@ -41,16 +41,15 @@ def apply_profile(
         profile: Of the device.
         config: How to train.
         notice: Hears why the CPU computes instead of the accelerator.
-        elsewhere: The device is not this machine: what is installed here does not count, and `--runtime auto` stays.
+        elsewhere: The device is not this machine: what is installed here does not count, and it has what its profile
+            names.
 
     Raises:
         IncompatibleError: The accelerator is not here, and the configuration takes nothing else.
         MissingDependencyError: The package of the runtime that was asked for is not installed.
     """
     absent = []
-    for asked in [
-        _with_runtime(profile, config, name) for name in _accelerator_runtimes(profile, config, elsewhere=elsewhere)
-    ]:
+    for asked in [_with_runtime(profile, config, name) for name in _accelerator_runtimes(profile, config)]:
         reason = "" if elsewhere else _why_absent(profile, config, asked)
         if not reason:
             return asked
@@ -63,13 +62,11 @@ def apply_profile(
     return config
 
 
-def _accelerator_runtimes(profile: Profile, config: TrainConfig, *, elsewhere: bool) -> Sequence[str]:
+def _accelerator_runtimes(profile: Profile, config: TrainConfig) -> Sequence[str]:
     """The device's runtimes with which the configuration means its accelerator, the preferred first."""
     names = [name for name in profile.runtime.names if name in ACCELERATING]
     if config.runtime != "auto":
         names = [name for name in names if name == config.runtime]
-    elif elsewhere:
-        return []
     if config.runtime == _ALWAYS:
         return names
     places = profile.placement

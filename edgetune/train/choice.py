@@ -38,6 +38,8 @@ class Choice:
     """Highest resident memory; none where it is not known."""
     footprint: Footprint | None = None
     """The runtime's; none for the whole step."""
+    least_bytes: int | None = None
+    """What the whole step takes more than on a device that was named; none where the memory is predicted."""
 
     @property
     def on_accelerator(self) -> bool:
@@ -83,14 +85,11 @@ def choose(
     for name in candidates(config, plan, profile, notice, elsewhere=elsewhere):
         runtime = find_runtime(name)
         if is_accelerated(name, plan):
-            whole = accelerated_plan(manifest, config)
-            _refuse_without_room(profile, manifest, whole, work)
-            return Choice(name, runtime, whole, None)
+            return _whole(name, runtime, accelerated_plan(manifest, config), profile, manifest, work)
         footprint = footprint_of(name, plan, config.method)
         if footprint is None:
             whole = replace(WHOLE_STEP, forward_only=forward_only)
-            _refuse_without_room(profile, manifest, whole, work)
-            return Choice(name, runtime, whole, None)
+            return _whole(name, runtime, whole, profile, manifest, work)
         planned.append(_Planned(name, runtime, Planner(manifest, footprint, work, given), footprint))
     return _fitting(planned, config, notice, profile, elsewhere=elsewhere)
 
@@ -166,25 +165,27 @@ def _fitting(
     )
 
 
-def _refuse_without_room(profile: Profile | None, manifest: BundleManifest, whole: ExecutionPlan, work: Work) -> None:
-    """Refuse a whole step, whose memory is not predicted, where not even the smallest layered plan would fit.
+def _whole(
+    name: str, runtime: Runtime, whole: ExecutionPlan, profile: Profile | None, manifest: BundleManifest, work: Work
+) -> Choice:
+    """A whole step, whose memory is not predicted: it is more than that of the smallest layered plan.
 
     Raises:
-        ResourceError: The device has less memory.
+        ResourceError: Not even that plan would fit into the device.
     """
-    if profile is None or (memory := profile.hardware.memory) is None:
-        return
-    footprint = footprint_of(STOCK, "auto", "backpropagation")
-    if footprint is None:
-        return
+    footprint = None if profile is None else footprint_of(STOCK, "auto", "backpropagation")
+    if profile is None or footprint is None:
+        return Choice(name, runtime, whole, None)
     given = replace(LAYERED, forward_only=whole.forward_only)
     least = Planner(manifest, footprint, work, given).smallest("stream").peak_memory_bytes
-    if least > (most := int(_SHARE * memory.value)):
+    memory = profile.hardware.memory
+    if memory is not None and least > (most := int(_SHARE * memory.value)):
         raise ResourceError(
             f"{profile.name} is too small: a run may take {bytes_text(most)}, {_SHARE:.0%} of its memory, and the "
             f"whole step needs more than the {bytes_text(least)} that training layer by layer does; use a smaller "
             "model, or fewer or shorter rows in a batch (--batch-size)"
         )
+    return Choice(name, runtime, whole, None, least_bytes=least)
 
 
 def _limits(config: TrainConfig, profile: Profile | None) -> Iterator[tuple[int, str | None]]:

@@ -10,6 +10,8 @@ from edgetune.device import Profile
 from edgetune.errors import IncompatibleError, ResourceError
 from edgetune.execution import ExecutionPlan
 from edgetune.manifest import BundleManifest
+from edgetune.train.accelerated import is_accelerated
+from edgetune.train.candidates import STOCK
 from edgetune.train.choice import Choice
 from edgetune.train.workload import Workload
 
@@ -58,18 +60,30 @@ def _form(plan: ExecutionPlan) -> str:
 
 
 def longest_row(profile: Profile | None, manifest: BundleManifest, config: TrainConfig) -> int:
-    """Tokens of the longest row that is read; with `--truncate` also the most that the device takes."""
-    limit = None if profile is None or not config.truncate else profile.limits.longest_row
-    return manifest.max_length if limit is None else min(manifest.max_length, limit.value)
+    """Tokens of the longest row that is read; with `--truncate` no more than `longest_taken`."""
+    return longest_taken(profile, manifest, config) if config.truncate else manifest.max_length
 
 
-def require_fit(profile: Profile | None, choice: Choice, config: TrainConfig, longest: int) -> None:
+def longest_taken(profile: Profile | None, manifest: BundleManifest, config: TrainConfig) -> int:
+    """Tokens of the longest row that the bundle and the device take.
+
+    Args:
+        profile: The device's, where one was given.
+        manifest: The bundle's.
+        config: How to train, as it holds on the device.
+    """
+    lengths = [manifest.max_length, *(bucket.length for bucket in _own_shapes(profile, config)[-1:])]
+    if profile is not None and (limit := profile.limits.longest_row) is not None:
+        lengths.append(limit.value)
+    return min(lengths)
+
+
+def require_fit(profile: Profile | None, config: TrainConfig, longest: int) -> None:
     """Refuse what the device's profile excludes.
 
     Args:
         profile: The device's, where one was given.
-        choice: What shall run there.
-        config: How to train: batch size, and the shapes that were asked for.
+        config: How to train, as it holds on the device: batch size, and the shapes that were asked for.
         longest: Tokens of the longest row.
 
     Raises:
@@ -79,11 +93,14 @@ def require_fit(profile: Profile | None, choice: Choice, config: TrainConfig, lo
         return
     problems = []
     limits = profile.limits
-    own = _own_shapes(profile, choice)
+    own = _own_shapes(profile, config)
     if limits.longest_row is not None and longest > (most := limits.longest_row.value):
         problems.append(f"rows of at most {most:,} tokens, the longest has {longest:,} (--truncate)")
     if own and longest > (most := own[-1].length):
-        problems.append(f"rows of at most {most:,} tokens, the longest has {longest:,} (leave longer ones out)")
+        cpu = f", or --runtime {STOCK} on the CPU" if STOCK in profile.runtime.names else ""
+        problems.append(
+            f"in fixed shapes rows of at most {most:,} tokens, the longest has {longest:,} (--truncate{cpu})"
+        )
     if limits.largest_batch is not None and config.batch_size > limits.largest_batch.value:
         problems.append(f"at most {limits.largest_batch.value} rows in a batch, not {config.batch_size} (--batch-size)")
     strange = [bucket for bucket in _asked_shapes(config) if own and bucket not in own]
@@ -93,30 +110,29 @@ def require_fit(profile: Profile | None, choice: Choice, config: TrainConfig, lo
         raise ResourceError(f"{profile.name} takes {'; '.join(problems)}")
 
 
-def in_fixed_shapes(workload: Workload, profile: Profile | None, choice: Choice, config: TrainConfig) -> Workload:
+def in_fixed_shapes(workload: Workload, profile: Profile | None, config: TrainConfig) -> Workload:
     """The workload in the only shapes that graphs are compiled for; as it is where any shape may come.
 
     Args:
         workload: Of the run.
         profile: The device's, where one was given.
-        choice: What executes it.
-        config: How to train.
+        config: How to train, as it holds on the device.
 
     Raises:
         UsageError: A row fits into none of the shapes that were asked for.
     """
-    if choice.plan.accelerator is None:
+    if not is_accelerated(config.runtime, config.plan):
         return workload
-    return workload.within(_asked_shapes(config) or _own_shapes(profile, choice) or default_buckets(workload.room()))
+    return workload.within(_asked_shapes(config) or _own_shapes(profile, config) or default_buckets(workload.room()))
 
 
 def _asked_shapes(config: TrainConfig) -> list[Bucket]:
     return [] if config.buckets is None else parse_buckets(config.buckets)
 
 
-def _own_shapes(profile: Profile | None, choice: Choice) -> list[Bucket]:
+def _own_shapes(profile: Profile | None, config: TrainConfig) -> list[Bucket]:
     """The device's, the shortest sequences first; none where the plan takes any shape."""
-    if profile is None or profile.buckets is None or choice.plan.accelerator is None:
+    if profile is None or profile.buckets is None or not is_accelerated(config.runtime, config.plan):
         return []
     return sorted(Bucket(positions, rows) for rows, positions in profile.buckets.shapes)
 

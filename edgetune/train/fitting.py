@@ -13,7 +13,7 @@ from edgetune.device import Profile
 from edgetune.errors import ResourceError
 from edgetune.footprint import Work
 from edgetune.train.choice import Choice, choose
-from edgetune.train.device_limits import require_fit, require_place
+from edgetune.train.device_limits import in_fixed_shapes, require_fit, require_place
 from edgetune.train.trunk_plan import plan_of_trunk
 from edgetune.train.workload import Workload
 
@@ -35,8 +35,15 @@ class Fitting:
         self._bundle, self._rows, self._valid, self._profile, self._here = bundle, rows, valid, profile, here
 
     def workload(self, config: TrainConfig) -> Workload:
-        """The run by that configuration."""
-        return Workload(self._bundle.manifest, self._rows, self._valid, config)
+        """The run by that configuration, in the shapes that the device takes.
+
+        Raises:
+            ResourceError: The device excludes it.
+            UsageError: Warm-up takes the whole run.
+        """
+        workload = Workload(self._bundle.manifest, self._rows, self._valid, config)
+        require_fit(self._profile, config, workload.longest())
+        return in_fixed_shapes(workload, self._profile, config)
 
     def find(self, config: TrainConfig, *, pick_batch: bool) -> tuple[TrainConfig, Choice, list[str]]:
         """The configuration with a batch that fits, what executes it, and what is to be said of that.
@@ -60,13 +67,11 @@ class Fitting:
 
     def _choose(self, config: TrainConfig) -> tuple[Choice, list[str]]:
         notes: list[str] = []
-        workload = self.workload(config)
+        work = self.workload(config).work()
         manifest = self._bundle.manifest
         trunk = plan_of_trunk(self._bundle, config, [*self._rows, *self._valid])
-        work = workload.work()
         choice = choose(manifest, config, work, notes.append, self._profile, trunk, elsewhere=not self._here)
         require_place(self._profile, choice, notes.append)
-        require_fit(self._profile, choice, config, workload.longest())
         return choice, notes
 
     def _smaller(self, config: TrainConfig) -> Iterator[tuple[TrainConfig, Choice, list[str]]]:
@@ -106,13 +111,12 @@ class Fitting:
 
     def _choose_length(self, config: TrainConfig, length: int) -> Choice:
         cut = [replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length]) for row in self._rows]
+        require_fit(self._profile, config, length)
         work = Work(length, length**2, rows=sum(row.memory for row in cut))
         trunk = plan_of_trunk(self._bundle, config, cut)
-        choice = choose(
+        return choose(
             self._bundle.manifest, config, work, lambda text: None, self._profile, trunk, elsewhere=not self._here
         )
-        require_fit(self._profile, choice, config, length)
-        return choice
 
 
 def _memory(choice: Choice) -> str:

@@ -106,11 +106,11 @@ class _Run:
         self._rows, self._valid, self._valid_sha256 = rows.train, rows.valid, rows.valid_sha256
         workload = Workload(manifest, self._rows.examples, self._valid, config)
         self._schedule = workload.schedule
+        require_fit(profile, config, workload.longest())
+        self._workload = in_fixed_shapes(workload, profile, config)
         trunk = plan_of_trunk(bundle, config, [*self._rows.examples, *self._valid])
-        self.choice = choose(manifest, config, workload.work(), observer.on_notice, profile, trunk)
+        self.choice = choose(manifest, config, self._workload.work(), observer.on_notice, profile, trunk)
         require_place(profile, self.choice, observer.on_notice)
-        require_fit(profile, self.choice, config, workload.longest())
-        self._workload = in_fixed_shapes(workload, profile, self.choice, config)
         self.placements: list[Placement] = []
         self._lora = manifest.lora.from_layer(self.choice.plan.trunk_layers)
         """The slots that are trained."""

@@ -20,7 +20,7 @@ from edgetune.runtimes.accelerator.contexts import most_context_bytes
 from edgetune.runtimes.forward_only import passes_a_step
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config
-from edgetune.train.device_limits import in_fixed_shapes, longest_row
+from edgetune.train.device_limits import longest_row, longest_taken
 from edgetune.train.fitting import Fitting
 from edgetune.train.run_time import predict_times
 from edgetune.train.workload import Workload
@@ -73,11 +73,15 @@ class Preflight:
     batch_size: int
     gradient_accumulation_steps: int
     longest_row: int
+    buckets: list[str]
+    """The only shapes that batches may have, as `--buckets` takes them; empty where any may come."""
     shapes: list[ShapeUse]
-    """The most frequent first; fixed shapes where the device takes no others. Of a long epoch, by its beginning."""
+    """That batches have, the most frequent first. Of a long epoch, by its beginning."""
     steps: int
     peak_memory_bytes: int | None
     """Highest resident memory; none where it is not known."""
+    least_memory_bytes: int | None
+    """What the run takes more than on a device that was named, where its memory is not known."""
     memory_bytes: int | None
     """That the device has; none where it is not known."""
     flash: Flash
@@ -114,7 +118,7 @@ def preflight(
         config: How to train.
         profile: Of the device; without one it is this machine, as `train` takes it.
         here: The device is this machine: a few steps are timed, and what is free counts.
-        length: Tokens of a row, at most the bundle's longest, which it is when it is not given.
+        length: Tokens of a row, at most the bundle's longest; when it is not given, the most that the device takes.
         pick_batch: Where the batch does not fit, take the largest that does, and accumulate gradients.
 
     Raises:
@@ -132,7 +136,7 @@ def preflight(
     fitting = Fitting(opened, rows, measured, profile, here=here)
     config, choice, notices = fitting.find(config, pick_batch=pick_batch)
     notes += notices
-    workload = in_fixed_shapes(fitting.workload(config), profile, choice, config)
+    workload = fitting.workload(config)
     flash = _flash(opened, choice, workload)
     if profile is not None and (limit := profile.hardware.flash) is not None and flash.total > limit.value:
         smaller = "" if opened.manifest.base.weights == "int4" else ", or prepare it with --base int4"
@@ -148,6 +152,8 @@ def preflight(
     memory = None if profile is None else profile.hardware.memory
     if memory is None and not here:
         notes.append("the profile has no figure hardware.memory: that the run fits into the device is not said")
+    elif choice.predicted_peak_bytes is None and profile is not None:
+        notes.append("the memory of the whole step is not predicted: that the run fits into the device is not said")
     return Preflight(
         device=None if profile is None else profile.name,
         here=here,
@@ -158,9 +164,11 @@ def preflight(
         batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         longest_row=workload.longest(),
+        buckets=[str(bucket) for bucket in workload.buckets or ()],
         shapes=_uses(workload),
         steps=workload.schedule.total_steps,
         peak_memory_bytes=choice.predicted_peak_bytes,
+        least_memory_bytes=choice.least_bytes,
         memory_bytes=None if memory is None else memory.value,
         flash=flash,
         flash_bytes=flash.total,
@@ -182,7 +190,7 @@ def _rows(
 ) -> Sequence[Example]:
     manifest = bundle.manifest
     if data is None:
-        tokens = length or manifest.max_length
+        tokens = length or longest_taken(profile, manifest, config)
         if tokens > manifest.max_length:
             raise UsageError(
                 f"--length is {tokens:,}, the bundle's rows have at most {manifest.max_length:,} tokens; give no more, "

@@ -64,6 +64,8 @@ def predict_times(
         batches, layout = _typical(workload, model)
         measured = calibrate(bundle, choice, batches)
         source = f"measured here in {measured.took:.1f} s"
+    elif choice.on_accelerator:
+        return Times(None, None, None, f"unknown: no figure says how fast the accelerator of {profile.name} is")
     elif (products := profile.hardware.products) is not None:
         measured, layout = Calibration(((1.0, _OPERATIONS / products.value),)), 0.0
         source = f"an estimate: {products.value / 1e9:g} GFLOP/s ({products.source})"

@@ -43,6 +43,7 @@ class Workload:
     ) -> None:
         self._manifest, self._rows, self._valid, self._config = manifest, rows, valid, config
         self.schedule = schedule_steps(len(rows), config)
+        self.buckets = buckets
         self._batcher = self._batches_of(rows, buckets)
         self._measurer = self._batches_of(valid, buckets) if valid else None
 
