@@ -30,6 +30,8 @@ _HALF = 2
 """Bytes of a 16-bit number: in an fp16 base, and in the hidden states that a lean plan keeps."""
 _TURNS = 2
 """Arrays between which a lean plan alternates when it computes hidden states."""
+_MASK = 8
+"""Bytes per attention score of one head: the mask of this batch, and the last one's while it is made."""
 _BETWEEN_GRAPHS = 6
 """Arrays of hidden states besides those between sublayers: three gradients, two sums over pieces, one in transit."""
 _BETWEEN_FORWARD = 2
@@ -62,9 +64,11 @@ class Footprint:
     logits: float
     """Memory of the head's graphs: bytes per logit."""
     together: bool
-    """Whether each graph has memory of its own; otherwise all share as much as the largest needs."""
+    """Whether each graph has memory of its own, for each batch shape; otherwise the largest's serves all."""
+    apart: float
+    """Share of what the smaller of sublayers and head need that the larger's memory does not serve: it is in pieces."""
     shapes: int
-    """Number of batch shapes whose memory is held at once: of compiled graphs, or memory that cannot be reused."""
+    """Number of batch shapes whose graphs are held at once, where each has memory of its own."""
     shape: int
     """Bytes per batch shape, whatever its size: compiled code, where graphs are compiled for shapes."""
     cache: int
@@ -151,7 +155,7 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
     copies = _FORWARD_COPIES if plan.forward_only else _ADAPTER_COPIES
     held = copies * _FLOAT * s.adapter + positions * s.hidden * _states(s, f, plan)
     held += f.storage * positions * (plan.kept_layers * layer + shared)
-    held += s.trunk + plan.trunk_cache_bytes
+    held += s.trunk + plan.trunk_cache_bytes + _MASK * work.scores
     base = f.base - (f.backward if plan.forward_only else 0)
     return int(base + work.rows + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
 
@@ -187,10 +191,11 @@ def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
     share = f.forward if plan.forward_only else 1.0
     # A lean plan's attention keeps its activations until the backward pass, which comes next.
     score = f.kept_scores if plan.lean or plan.kept_layers == s.layers else f.attention_scores
-    shapes = [(work.positions, work.scores), *sorted(work.others, reverse=True)][: f.shapes]
+    largest = (work.positions, work.scores)
     if not f.together:
-        largest, *others = (max(_sublayers(s, f, *shape, score)) for shape in shapes)
-        return max(share * largest, head) + share * sum(others)
+        sublayers = share * max(_sublayers(s, f, *largest, score))
+        return max(sublayers, head) + f.apart * min(sublayers, head)
+    shapes = [largest, *sorted(work.others, reverse=True)][: f.shapes]
     # Where some layers are computed again and others are not, there are two graphs for the backward pass.
     both = 0 < plan.kept_layers < s.layers
     held = sum(f.shape + sum(_sublayers(s, f, *shape, score)) for shape in shapes)

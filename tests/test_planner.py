@@ -36,6 +36,7 @@ FOOTPRINT = Footprint(
     head_weights=0.0,
     logits=12.0,
     together=False,
+    apart=0.0,
     shapes=1,
     shape=0,
     cache=0,

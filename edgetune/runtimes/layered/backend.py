@@ -44,6 +44,15 @@ class Backend(Protocol):
         """Load a graph of the layered form."""
         ...
 
+    def begin(self, positions: int, scores: int) -> None:
+        """Make room for a batch.
+
+        Args:
+            positions: Of all its sequences.
+            scores: Attention scores of one head.
+        """
+        ...
+
     def weight(self, form: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
         """What graphs take of a linear weight W (out, in).
 

@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
 from edgetune.execution import Products
-from edgetune.frozen import BACKWARD, FORWARD, INT8, LAYERS, Block
+from edgetune.frozen import BACKWARD, BLOCK_SIZE, FORWARD, INT8, LAYERS, Block
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes.layered.backend import Allocate, Arrays
 from edgetune.runtimes.layered.channels import Channels
 from edgetune.runtimes.layered.requantise import Requantiser
+
+_SHRINK = "memory.enable_memory_arena_shrinkage"
+"""Entry of a run's configuration: afterwards the allocator gives back what is free."""
 
 
 class OrtGraph:
@@ -36,6 +39,12 @@ class OrtGraph:
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._session.run_with_iobinding(binding)
 
+    def run_and_release(self, inputs: Arrays) -> None:
+        """Compute, and let the allocator that all graphs share give back what is free."""
+        options = ort.RunOptions()
+        options.add_run_config_entry(_SHRINK, "cpu:0")
+        self._session.run(None, dict(inputs), options)
+
 
 class OrtBackend:
     """Runs graphs on the CPU provider.
@@ -51,6 +60,7 @@ class OrtBackend:
 
     def __init__(self, bundle: Bundle, products: Products) -> None:
         self.sublayers = f"{LAYERS}/{INT8}" if products == "int8" else LAYERS
+        self._most_positions = self._most_scores = 0
         self._dequantise = self.load(bundle.file(f"{LAYERS}/dequantise"))
         forms = (FORWARD, BACKWARD) if products == "int8" else ()
         self._requantiser = Requantiser({form: self.load(bundle.file(f"{LAYERS}/{INT8}/{form}")) for form in forms})
@@ -58,6 +68,23 @@ class OrtBackend:
     def load(self, graph: Path) -> OrtGraph:
         """See `Backend.load`."""
         return OrtGraph(open_graph(graph))
+
+    def begin(self, positions: int, scores: int) -> None:
+        """See `Backend.begin`.
+
+        Free memory stays with the allocator in pieces as large as they were once asked for, too small for a larger
+        batch: without giving it back, a run would in the end hold twice what its largest batch needs.
+        """
+        if positions <= self._most_positions and scores <= self._most_scores:
+            return
+        self._most_positions, self._most_scores = max(positions, self._most_positions), max(scores, self._most_scores)
+        # Any run can do so; this is the smallest, of int4 or int8.
+        block: Arrays = {
+            "packed": np.zeros((1, BLOCK_SIZE // 2), np.uint8),
+            "rows": np.zeros(1, np.int64),
+            "scales": np.ones((1, 1), np.float32),
+        }
+        self._dequantise.run_and_release(block)
 
     def weight(self, form: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
         """See `Backend.weight`."""

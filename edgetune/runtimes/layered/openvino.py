@@ -122,6 +122,9 @@ class OpenVinoBackend:
         model = self._core.read_model(graph)
         return OpenVinoGraph(model, lambda model: self._compile(model, element), element, self._products)
 
+    def begin(self, positions: int, scores: int) -> None:
+        """See `Backend.begin`: graphs have memory of their own for each shape."""
+
     def weight(self, form: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
         """See `Backend.weight`."""
         return self._weights.int8(block, allocate) if form == INT8 else {"": self._weights.exact(block, allocate)}

@@ -93,7 +93,9 @@ class LayeredForward:
     def _forward(self, batch: Batch, *, for_backward: bool) -> NDArray[Any]:
         """The last hidden state (batch, sequence, hidden_size), in storage."""
         self._workspace.fit(batch.input_ids.shape)
-        shape = (*batch.input_ids.shape, self._frozen.shape(EMBEDDING)[1])
+        rows, length = batch.input_ids.shape
+        self._backend.begin(rows * length, rows * length**2)
+        shape = (rows, length, self._frozen.shape(EMBEDDING)[1])
         tables = _tables(batch)
         hidden = self._states.array(2 * self._layers.start, shape, kept=for_backward)
         self._backend.store(self._backend.channels.put(self._entering(batch), -1), hidden)
