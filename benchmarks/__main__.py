@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -15,7 +15,7 @@ from benchmarks.experiments import Experiment
 from benchmarks.machine import describe_machine
 from benchmarks.plots import Curve, Mark, line_plot
 from benchmarks.quantities import QUANTITIES
-from benchmarks.record import Sitting, now, write_sitting
+from benchmarks.record import Outcome, Sitting, now, write_sitting
 from benchmarks.report import write_report
 from benchmarks.sitting import experiments_of, hold_sitting, rounds
 from benchmarks.verdicts import fit_line, points_of
@@ -75,19 +75,24 @@ def main(chosen: str | None, runs: int, list_only: bool, output: Path, cache: Pa
         for name, title in [(case.name, case.title) for case in cases] + [(each.name, each.title) for each in series]:
             click.echo(f"{name:22}{title}")
         return
-    sitting = measure(cases, series, runs, cache)
-    report = write_results(output, sitting, cases, series)
-    click.echo(report)
+    sitting = measure(cases, series, runs, cache, lambda found: write_results(output, found, cases, series))
+    click.echo(write_results(output, sitting, cases, series))
 
 
-def measure(cases: Sequence[Case], series: Sequence[Series], runs: int, cache: Path) -> Sitting:
-    """Hold a sitting and show its progress on stderr."""
+def measure(
+    cases: Sequence[Case], series: Sequence[Series], runs: int, cache: Path, keep: Callable[[Sitting], object]
+) -> Sitting:
+    """Hold a sitting and show its progress on stderr; `keep` is given what there is after each measurement."""
     order = rounds(experiments_of(cases, series), runs)
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    started = now()
+    machine, started = describe_machine(), now()
+
+    def sitting(outcomes: list[Outcome]) -> Sitting:
+        return Sitting(machine, runs, started, outcomes)
+
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        outcomes = hold_sitting(order, Cache(cache), RichProgress(progress, len(order)))
-    return Sitting(describe_machine(), runs, started, outcomes)
+        shown = RichProgress(progress, len(order))
+        return sitting(hold_sitting(order, Cache(cache), shown, lambda outcomes: keep(sitting(outcomes))))
 
 
 def write_results(output: Path, sitting: Sitting, cases: Sequence[Case], series: Sequence[Series]) -> str:

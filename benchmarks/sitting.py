@@ -69,13 +69,16 @@ def rounds(experiments: Sequence[Experiment], runs: int) -> list[tuple[int, Expe
     ]
 
 
-def hold_sitting(order: Sequence[tuple[int, Experiment]], cache: Cache, progress: Progress) -> list[Outcome]:
+def hold_sitting(
+    order: Sequence[tuple[int, Experiment]], cache: Cache, progress: Progress, keep: Callable[[list[Outcome]], object]
+) -> list[Outcome]:
     """Measure. An experiment that fails is not tried again; the others go on.
 
     Args:
         order: What `rounds` gives.
         cache: Where checkpoints and bundles are, or will be.
         progress: Hears what happens.
+        keep: Is given all that there is after each measurement: a sitting takes hours, and may be ended early.
     """
     outcomes: dict[Experiment, Outcome] = {experiment: Outcome(experiment) for _, experiment in order}
     for run, experiment in order:
@@ -88,6 +91,7 @@ def hold_sitting(order: Sequence[tuple[int, Experiment]], cache: Cache, progress
             except (ProcessError, RuntimeError) as error:
                 outcome.failure = str(error)
                 progress.say(f"{experiment} not run: {error}")
+            keep(list(outcomes.values()))
         progress.end()
     return list(outcomes.values())
 

@@ -432,7 +432,14 @@ def test_a_sitting_with_a_tiny_model(cache: Cache, monkeypatch: pytest.MonkeyPat
     order = rounds([GemmLimit("onnxruntime", "int8", 8, 32, 16), OURS, PEER, LEAN_PEER, unknown], runs=1)
     order.append((1, unknown))
     listener = Listener()
-    limit, ours, peer, lean, refused = hold_sitting(order, cache, listener)
+    kept: list[int] = []
+
+    def keep(found: list[Outcome]) -> None:
+        kept.append(sum(len(outcome.samples) for outcome in found))
+
+    limit, ours, peer, lean, refused = hold_sitting(order, cache, listener, keep)
+    # After each measurement; the last one fails, and is not tried again.
+    assert kept == [1, 2, 3, 4, 4]
     assert listener.ended == len(order)
     assert [experiment for experiment, _ in listener.begun].count(unknown) == 1
     assert limit.spread("flops_per_second") is not None
