@@ -31,7 +31,7 @@ from edgetune.runtimes import find_runtime
 
 CONSTANTS = (
     *("base", "attention_states", "attention_scores", "kept_scores", "mlp_states", "hidden_states"),
-    *("graph_weights", "head_weights", "logits", "shape"),
+    *("graph_weights", "logits", "shape"),
 )
 """What is fitted; all else of a `Footprint` is known."""
 _LARGE = ("base", "shape")

@@ -59,9 +59,10 @@ def process_tree(pid: int, proc: Path = PROC) -> list[int]:
     tree = [pid]
     for member in tree:
         # The list grows while it is walked.
-        with suppress(OSError):  # it ends while it is looked at
+        with suppress(OSError):  # the process ends while it is looked at
             for children in (proc / str(member) / "task").glob("*/children"):
-                tree += [int(child) for child in children.read_text().split()]
+                with suppress(OSError):  # or a thread of it
+                    tree += [int(child) for child in children.read_text().split()]
     return tree
 
 

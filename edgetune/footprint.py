@@ -59,8 +59,6 @@ class Footprint:
     """Further memory of either sublayer's graphs, and of the head's: bytes per position and hidden channel."""
     graph_weights: float
     """Bytes that the graphs of the sublayers hold per weight that they are given."""
-    head_weights: float
-    """The same of the head's."""
     logits: float
     """Memory of the head's graphs: bytes per logit."""
     together: bool
@@ -187,7 +185,7 @@ def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
 def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
     """Bytes that the graphs hold while they run."""
     rows, tokens = min(plan.head_rows, work.positions), head_tokens(s, plan)
-    head = rows * (f.logits * tokens + f.hidden_states * s.hidden) + f.head_weights * tokens * s.hidden
+    head = rows * (f.logits * tokens + f.hidden_states * s.hidden)
     share = f.forward if plan.forward_only else 1.0
     # A lean plan's attention keeps its activations until the backward pass, which comes next.
     score = f.kept_scores if plan.lean or plan.kept_layers == s.layers else f.attention_scores

@@ -33,7 +33,6 @@ FOOTPRINT = Footprint(
     mlp_states=20.0,
     hidden_states=10.0,
     graph_weights=0.0,
-    head_weights=0.0,
     logits=12.0,
     together=False,
     apart=0.0,

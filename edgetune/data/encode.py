@@ -250,8 +250,7 @@ def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bo
     examples: list[Example] = []
     too_long: list[tuple[int, int]] = []
     truncated: list[tuple[int, int]] = []
-    count = 0
-    for count, example in enumerate(encode_rows(path, encoder), start=1):  # noqa: B007
+    for example in encode_rows(path, encoder):
         length = len(example.input_ids)
         if length <= max_length:
             examples.append(example.compact())
@@ -262,6 +261,7 @@ def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bo
             truncated.append((example.line, length))
         else:
             too_long.append((example.line, length))
+    count = len(examples) + len(too_long)
     if not examples:
         line, length = min(too_long, key=lambda entry: entry[1])
         fix = "their answers begin after that" if truncate else "shorten them, or cut them with --truncate"

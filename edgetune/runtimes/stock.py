@@ -27,7 +27,6 @@ _FP32 = Footprint(
     mlp_states=15.0,
     hidden_states=11.0,
     graph_weights=0.0,
-    head_weights=0.0,
     logits=8.4,
     together=False,
     apart=0.4,

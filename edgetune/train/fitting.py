@@ -1,9 +1,9 @@
-"""The largest batch that fits a device, and the plan that trains it; where nothing fits, what would."""
+"""The shapes and the plan of a run, held to a device; the largest batch that fits it, or what else would."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from edgetune.bundle import Bundle
 from edgetune.byte_size import bytes_text
@@ -11,6 +11,7 @@ from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.device import Profile
 from edgetune.errors import ResourceError
+from edgetune.execution import ExecutionPlan
 from edgetune.footprint import Work
 from edgetune.train.choice import Choice, choose
 from edgetune.train.device_limits import in_fixed_shapes, require_fit, require_place
@@ -18,8 +19,18 @@ from edgetune.train.trunk_plan import plan_of_trunk
 from edgetune.train.workload import Workload
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How a run fits."""
+
+    config: TrainConfig
+    workload: Workload
+    """In the shapes that the device takes."""
+    choice: Choice
+
+
 class Fitting:
-    """Finds the batch and the plan of a run.
+    """Finds shapes, plan and batch of a run.
 
     Args:
         bundle: What would be trained.
@@ -34,47 +45,59 @@ class Fitting:
     ) -> None:
         self._bundle, self._rows, self._valid, self._profile, self._here = bundle, rows, valid, profile, here
 
-    def workload(self, config: TrainConfig) -> Workload:
-        """The run by that configuration, in the shapes that the device takes.
-
-        Raises:
-            ResourceError: The device excludes it.
-            UsageError: Warm-up takes the whole run.
-        """
-        workload = Workload(self._bundle.manifest, self._rows, self._valid, config)
-        require_fit(self._profile, config, workload.longest())
-        return in_fixed_shapes(workload, self._profile, config)
-
-    def find(self, config: TrainConfig, *, pick_batch: bool) -> tuple[TrainConfig, Choice, list[str]]:
-        """The configuration with a batch that fits, what executes it, and what is to be said of that.
+    def fit(self, config: TrainConfig, notice: Callable[[str], None]) -> Fit:
+        """The run by that configuration.
 
         Args:
             config: How to train.
+            notice: Hears what is to be said of the choice.
+
+        Raises:
+            IncompatibleError: The device does not run what was asked for, or the bundle lacks it.
+            MissingDependencyError: The runtime's package is not installed.
+            ResourceError: It does not fit.
+            UsageError: Warm-up takes the whole run, or a row fits into none of the shapes that were asked for.
+        """
+        workload = Workload(self._bundle.manifest, self._rows, self._valid, config)
+        require_fit(self._profile, config, workload.longest())
+        workload = in_fixed_shapes(workload, self._profile, config)
+        trunk = plan_of_trunk(self._bundle, config, [*self._rows, *self._valid])
+        choice = self._choose(config, workload.work(), notice, trunk)
+        require_place(self._profile, choice, notice)
+        return Fit(config, workload, choice)
+
+    def find(self, config: TrainConfig, notice: Callable[[str], None], *, pick_batch: bool) -> Fit:
+        """The run with a batch that fits.
+
+        Args:
+            config: How to train.
+            notice: Hears what is to be said of it.
             pick_batch: Where its batch does not fit, take the largest that does, and accumulate gradients.
 
         Raises:
             IncompatibleError: The device does not run what was asked for, or the bundle lacks it.
             MissingDependencyError: The runtime's package is not installed.
             ResourceError: Nothing fits; the message says what would.
+            UsageError: As `fit`.
         """
+        notes: list[str] = []
         try:
-            return config, *self._choose(config)
+            found = self.fit(config, notes.append)
         except ResourceError as error:
             smaller = next(self._smaller(config), None)
-            if pick_batch and smaller is not None:
-                return smaller
-            raise ResourceError(f"{error}\nwhat would fit: {self._advice(config, smaller)}") from error
+            if not pick_batch or smaller is None:
+                raise ResourceError(f"{error}\nwhat would fit: {self._advice(config, smaller)}") from error
+            found, notes = smaller
+        for note in notes:
+            notice(note)
+        return found
 
-    def _choose(self, config: TrainConfig) -> tuple[Choice, list[str]]:
-        notes: list[str] = []
-        work = self.workload(config).work()
-        manifest = self._bundle.manifest
-        trunk = plan_of_trunk(self._bundle, config, [*self._rows, *self._valid])
-        choice = choose(manifest, config, work, notes.append, self._profile, trunk, elsewhere=not self._here)
-        require_place(self._profile, choice, notes.append)
-        return choice, notes
+    def _choose(
+        self, config: TrainConfig, work: Work, notice: Callable[[str], None], trunk: ExecutionPlan | None
+    ) -> Choice:
+        return choose(self._bundle.manifest, config, work, notice, self._profile, trunk, elsewhere=not self._here)
 
-    def _smaller(self, config: TrainConfig) -> Iterator[tuple[TrainConfig, Choice, list[str]]]:
+    def _smaller(self, config: TrainConfig) -> Iterator[tuple[Fit, list[str]]]:
         """Smaller batches that fit, the largest first, with as many rows a step."""
         for size in range(config.batch_size - 1, 0, -1):
             if config.batch_size % size:
@@ -82,19 +105,20 @@ class Fitting:
             share = config.batch_size // size
             accumulated = config.gradient_accumulation_steps * share
             smaller = replace(config, batch_size=size, gradient_accumulation_steps=accumulated)
+            notes: list[str] = []
             try:
-                choice, notes = self._choose(smaller)
+                found = self.fit(smaller, notes.append)
             except ResourceError:
                 continue
             said = f"{size} rows a batch instead of {config.batch_size}, {share} times as many batches a step"
-            yield smaller, choice, [*notes, said]
+            yield found, [*notes, said]
 
-    def _advice(self, config: TrainConfig, smaller: tuple[TrainConfig, Choice, list[str]] | None) -> str:
+    def _advice(self, config: TrainConfig, smaller: tuple[Fit, list[str]] | None) -> str:
         if smaller is not None:
-            fitting, choice, _ = smaller
+            fit, _ = smaller
             return (
-                f"--batch-size {fitting.batch_size} --gradient-accumulation-steps "
-                f"{fitting.gradient_accumulation_steps} ({choice.plan}{_memory(choice)})"
+                f"--batch-size {fit.config.batch_size} --gradient-accumulation-steps "
+                f"{fit.config.gradient_accumulation_steps} ({fit.choice.plan}{_memory(fit.choice)})"
             )
         single = replace(config, batch_size=1)
         fits, too_long = 0, max(len(row.input_ids) for row in self._rows)
@@ -114,9 +138,7 @@ class Fitting:
         require_fit(self._profile, config, length)
         work = Work(length, length**2, rows=sum(row.memory for row in cut))
         trunk = plan_of_trunk(self._bundle, config, cut)
-        return choose(
-            self._bundle.manifest, config, work, lambda text: None, self._profile, trunk, elsewhere=not self._here
-        )
+        return self._choose(config, work, lambda text: None, trunk)
 
 
 def _memory(choice: Choice) -> str:

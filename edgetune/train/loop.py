@@ -20,7 +20,7 @@ from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
 from edgetune.storage import atomic_folder
 from edgetune.train.choice import Choice, choose
 from edgetune.train.consistency import resolve_config
-from edgetune.train.device_limits import in_fixed_shapes, require_fit, require_place
+from edgetune.train.fitting import Fitting
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.provenance import Outcome, provenance_of, validation_rows
@@ -29,7 +29,6 @@ from edgetune.train.run_rows import read_run_rows
 from edgetune.train.schedule import learning_rate
 from edgetune.train.trainer import open_trainer, query_config
 from edgetune.train.trunk_plan import plan_of_trunk
-from edgetune.train.workload import Workload
 
 
 def train(
@@ -104,13 +103,9 @@ class _Run:
         manifest = bundle.manifest
         rows = read_run_rows(bundle, data, valid, config, profile, observer.on_notice)
         self._rows, self._valid, self._valid_sha256 = rows.train, rows.valid, rows.valid_sha256
-        workload = Workload(manifest, self._rows.examples, self._valid, config)
-        self._schedule = workload.schedule
-        require_fit(profile, config, workload.longest())
-        self._workload = in_fixed_shapes(workload, profile, config)
-        trunk = plan_of_trunk(bundle, config, [*self._rows.examples, *self._valid])
-        self.choice = choose(manifest, config, self._workload.work(), observer.on_notice, profile, trunk)
-        require_place(profile, self.choice, observer.on_notice)
+        fit = Fitting(bundle, self._rows.examples, self._valid, profile, here=True).fit(config, observer.on_notice)
+        self._workload, self.choice = fit.workload, fit.choice
+        self._schedule = self._workload.schedule
         self.placements: list[Placement] = []
         self._lora = manifest.lora.from_layer(self.choice.plan.trunk_layers)
         """The slots that are trained."""
@@ -118,6 +113,7 @@ class _Run:
         self.cosine: GradientCosine | None = None
         if config.report_gradient_cosine:
             differentiating = replace(config, method="backpropagation")
+            trunk = plan_of_trunk(bundle, config, [*self._rows.examples, *self._valid])
             exact = choose(manifest, differentiating, self._workload.work(), observer.on_notice, profile, trunk)
             batches, queries = next(self._workload.steps()), query_config(config)
             self.cosine = measure_gradient_cosine(bundle, self._parameters, batches, queries, self.choice, exact)

@@ -133,10 +133,8 @@ def preflight(
     opened = open_bundle(bundle)
     rows = _rows(opened, data, config, profile, length, notes)
     measured = _rows(opened, valid, config, profile, length, notes) if valid is not None else []
-    fitting = Fitting(opened, rows, measured, profile, here=here)
-    config, choice, notices = fitting.find(config, pick_batch=pick_batch)
-    notes += notices
-    workload = fitting.workload(config)
+    fit = Fitting(opened, rows, measured, profile, here=here).find(config, notes.append, pick_batch=pick_batch)
+    config, workload, choice = fit.config, fit.workload, fit.choice
     flash = _flash(opened, choice, workload)
     if profile is not None and (limit := profile.hardware.flash) is not None and flash.total > limit.value:
         smaller = "" if opened.manifest.base.weights == "int4" else ", or prepare it with --base int4"
