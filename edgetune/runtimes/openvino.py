@@ -175,8 +175,7 @@ def _backend(bundle: Bundle, plan: ExecutionPlan) -> Iterator[OpenVinoBackend]:
     # Imports `openvino`, now that it keeps to itself.
     from edgetune.runtimes.layered.openvino import OpenVinoBackend
 
-    # What is unpacked once and for all is put right.
-    order = Channels(None if plan.resident else groups_of(bundle.manifest))
+    order = Channels(groups_of(bundle.manifest))
     # Where compiled models of this version and processor are kept.
     processor = re.sub(r"[^A-Za-z0-9.]+", "-", shared.get_property(DEVICE, "FULL_DEVICE_NAME")).strip("-")
     folder = bundle.path / CACHE / f"openvino-{metadata.version('openvino')}-{processor}"
