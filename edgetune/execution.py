@@ -33,6 +33,8 @@ class Accelerating:
     """Whether it executes no other plan."""
     device_types: tuple[DeviceType, ...]
     """Its devices; the first is what `auto` means."""
+    soc_model: bool
+    """Whether it compiles for a chip that is not here, by the number of its model."""
 
     def takes(self, device_type: DeviceType) -> bool:
         """Whether `auto` or one of its devices is asked for."""
@@ -44,8 +46,8 @@ class Accelerating:
 
 
 ACCELERATING: dict[str, Accelerating] = {
-    "qnn": Accelerating(plans=("auto", "whole", "int8"), alone=True, device_types=("NPU",)),
-    "openvino": Accelerating(plans=("whole",), alone=False, device_types=("CPU", "GPU", "NPU")),
+    "qnn": Accelerating(plans=("auto", "whole", "int8"), alone=True, device_types=("NPU",), soc_model=True),
+    "openvino": Accelerating(plans=("whole",), alone=False, device_types=("CPU", "GPU", "NPU"), soc_model=False),
 }
 """The runtimes with an accelerator, by name."""
 

@@ -95,7 +95,7 @@ def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Acceler
         raise UsageError(
             f"--placement {runtime} compiles for an {devices}, not for --device-type {accelerator.device_type}"
         )
-    if runtime != "qnn" and accelerator.soc_model is not None:
+    if not facts.soc_model and accelerator.soc_model is not None:
         raise UsageError(
             f"--soc-model {accelerator.soc_model} is a chip of Qualcomm's, which --placement {runtime} does not "
             "compile for; leave it away, or use --placement qnn"

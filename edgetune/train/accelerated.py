@@ -13,11 +13,10 @@ from edgetune.execution import ACCELERATING, INT8_STEP, WHOLE_STEP, Accelerator,
 from edgetune.manifest import BundleManifest
 from edgetune.runtimes import find_runtime, openvino
 
-_ALWAYS: RuntimeName = "qnn"
-_WITH_WHOLE: RuntimeName = "openvino"
-"""The runtime that compiles nothing but whole steps for static shapes, and the one that does with `--plan whole`."""
-ACCELERATED = f"--runtime {_ALWAYS}, or --runtime {_WITH_WHOLE} --plan whole"
-"""How to ask for either."""
+ACCELERATED = ", or ".join(
+    f"--runtime {name}" + ("" if facts.alone else f" --plan {facts.plans[0]}") for name, facts in ACCELERATING.items()
+)
+"""How to ask for an accelerator."""
 
 
 def is_accelerated(runtime: str, plan: PlanName) -> bool:
@@ -67,7 +66,7 @@ def _accelerator_runtimes(profile: Profile, config: TrainConfig) -> Sequence[str
     names = [name for name in profile.runtime.names if name in ACCELERATING]
     if config.runtime != "auto":
         names = [name for name in names if name == config.runtime]
-    if config.runtime == _ALWAYS:
+    if config.runtime in ACCELERATING and ACCELERATING[config.runtime].alone:
         return names
     places = profile.placement
     place = places.forward_only if config.method == "forward-only" else places.whole_step
@@ -78,16 +77,14 @@ def _accelerator_runtimes(profile: Profile, config: TrainConfig) -> Sequence[str
 
 def _with_runtime(profile: Profile, config: TrainConfig, runtime: str) -> TrainConfig:
     """The configuration that names a runtime, and its device as the profile does."""
-    options = profile.runtime.options
-    if runtime == _ALWAYS:
-        config = replace(config, runtime=_ALWAYS)
-        if config.soc_model is not None or (chip := options.get("soc_model")) is None:
-            return config
-        return replace(config, soc_model=int(chip))
-    kind = options.get("device_type", "NPU")
-    own = config.device_type == TrainConfig.device_type
-    device_type = cast(DeviceType, kind) if own else config.device_type
-    return replace(config, runtime=_WITH_WHOLE, plan="whole", device_type=device_type)
+    facts, options = ACCELERATING[runtime], profile.runtime.options
+    plan = config.plan if facts.alone else facts.plans[0]
+    config = replace(config, runtime=cast(RuntimeName, runtime), plan=plan)
+    if facts.soc_model and config.soc_model is None and (chip := options.get("soc_model")) is not None:
+        config = replace(config, soc_model=int(chip))
+    if len(facts.device_types) > 1 and config.device_type == TrainConfig.device_type:
+        config = replace(config, device_type=cast(DeviceType, options.get("device_type", "NPU")))
+    return config
 
 
 def _why_absent(profile: Profile, config: TrainConfig, asked: TrainConfig) -> str:
@@ -98,7 +95,7 @@ def _why_absent(profile: Profile, config: TrainConfig, asked: TrainConfig) -> st
         if config.runtime == asked.runtime:
             raise
         return str(error)
-    if asked.runtime == _WITH_WHOLE and not openvino.has_device(asked.device_type):
+    if asked.runtime == "openvino" and not openvino.has_device(asked.device_type):
         return f"OpenVINO finds no {asked.device_type} here ({profile.install.step})"
     return ""
 

@@ -25,7 +25,7 @@ from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosi
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.provenance import Outcome, provenance_of, validation_rows
 from edgetune.train.record import RunRecord, peak_memory_bytes
-from edgetune.train.run_rows import read_run_rows
+from edgetune.train.run_rows import RowReader, read_run_rows
 from edgetune.train.schedule import learning_rate
 from edgetune.train.trainer import open_trainer, query_config
 from edgetune.train.trunk_plan import plan_of_trunk
@@ -101,7 +101,7 @@ class _Run:
         self._bundle, self._config, self._observer = bundle, config, observer
         self._output, self._valid_path = output, valid
         manifest = bundle.manifest
-        rows = read_run_rows(bundle, data, valid, config, profile, observer.on_notice)
+        rows = read_run_rows(RowReader(bundle, config, profile, observer.on_notice), data, valid)
         self._rows, self._valid, self._valid_sha256 = rows.train, rows.valid, rows.valid_sha256
         fit = Fitting(bundle, self._rows.examples, self._valid, profile, here=True).fit(config, observer.on_notice)
         self._workload, self.choice = fit.workload, fit.choice

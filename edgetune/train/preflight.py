@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from edgetune.architecture import tensor_shapes
 from edgetune.bundle import MANIFEST, Bundle, open_bundle
 from edgetune.byte_size import bytes_text
 from edgetune.config import TrainConfig
-from edgetune.data.encode import Example, load_encoder, load_examples
+from edgetune.data.encode import Example
 from edgetune.device import Profile
 from edgetune.errors import ResourceError, UsageError
 from edgetune.runtimes import install
@@ -20,8 +19,9 @@ from edgetune.runtimes.accelerator.contexts import most_context_bytes
 from edgetune.runtimes.forward_only import passes_a_step
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config
-from edgetune.train.device_limits import longest_row, longest_taken
+from edgetune.train.device_limits import longest_taken
 from edgetune.train.fitting import Fitting
+from edgetune.train.run_rows import RowReader
 from edgetune.train.run_time import predict_times
 from edgetune.train.workload import Workload
 
@@ -131,8 +131,9 @@ def preflight(
     notes: list[str] = []
     config = resolve_config(config, profile, notes.append, elsewhere=not here)
     opened = open_bundle(bundle)
-    rows = _rows(opened, data, config, profile, length, notes)
-    measured = _rows(opened, valid, config, profile, length, notes) if valid is not None else []
+    reader = RowReader(opened, config, profile, notes.append)
+    rows = _made_up(opened, config, profile, length, notes) if data is None else reader.read(data).examples
+    measured = [] if valid is None else reader.read(valid).examples
     fit = Fitting(opened, rows, measured, profile, here=here).find(config, notes.append, pick_batch=pick_batch)
     config, workload, choice = fit.config, fit.workload, fit.choice
     flash = _flash(opened, choice, workload)
@@ -178,38 +179,27 @@ def preflight(
     )
 
 
-def _rows(
-    bundle: Bundle,
-    data: Path | None,
-    config: TrainConfig,
-    profile: Profile | None,
-    length: int | None,
-    notes: list[str],
-) -> Sequence[Example]:
+def _made_up(
+    bundle: Bundle, config: TrainConfig, profile: Profile | None, length: int | None, notes: list[str]
+) -> list[Example]:
+    """The rows of a step, all of one length and all of their tokens trained."""
     manifest = bundle.manifest
-    if data is None:
-        tokens = length or longest_taken(profile, manifest, config)
-        if tokens > manifest.max_length:
-            raise UsageError(
-                f"--length is {tokens:,}, the bundle's rows have at most {manifest.max_length:,} tokens; give no more, "
-                "or prepare it again with a larger --max-length"
-            )
-        ids = [number % manifest.architecture.vocab_size for number in range(tokens)]
-        count = config.batch_size * config.gradient_accumulation_steps
-        if count > _MOST_ROWS:
-            raise UsageError(
-                f"--batch-size {config.batch_size} and --gradient-accumulation-steps "
-                f"{config.gradient_accumulation_steps} are {count:,} rows a step, expected at most {_MOST_ROWS:,} "
-                "without --data; give fewer, or the rows"
-            )
-        notes.append(f"no --data: rows of {tokens:,} tokens, all of them trained, {count} an epoch")
-        return [Example(line, ids, ids) for line in range(1, count + 1)]
-    encoder = load_encoder(bundle.path, manifest.tokenizer)
-    most = longest_row(profile, manifest, config)
-    found = load_examples(data, encoder, most, truncate=config.truncate)
-    if found.too_long:
-        notes.append(f"{data}: {len(found.too_long):,} of {found.rows:,} rows are too long and would be left out")
-    return found.examples
+    tokens = length or longest_taken(profile, manifest, config)
+    if tokens > manifest.max_length:
+        raise UsageError(
+            f"--length is {tokens:,}, the bundle's rows have at most {manifest.max_length:,} tokens; give no more, "
+            "or prepare it again with a larger --max-length"
+        )
+    count = config.batch_size * config.gradient_accumulation_steps
+    if count > _MOST_ROWS:
+        raise UsageError(
+            f"--batch-size {config.batch_size} and --gradient-accumulation-steps "
+            f"{config.gradient_accumulation_steps} are {count:,} rows a step, expected at most {_MOST_ROWS:,} "
+            "without --data; give fewer, or the rows"
+        )
+    notes.append(f"no --data: rows of {tokens:,} tokens, all of them trained, {count} an epoch")
+    ids = [number % manifest.architecture.vocab_size for number in range(tokens)]
+    return [Example(line, ids, ids) for line in range(1, count + 1)]
 
 
 def _flash(bundle: Bundle, choice: Choice, workload: Workload) -> Flash:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from edgetune.bundle import Bundle
 from edgetune.config import TrainConfig
-from edgetune.data.encode import Example, Examples, load_encoder, load_examples
+from edgetune.data.encode import Encoder, Example, Examples, load_encoder, load_examples
 from edgetune.device import Profile
 from edgetune.storage import sha256_of
 from edgetune.train.device_limits import longest_row
@@ -25,42 +26,45 @@ class RunRows:
     """Of the validation file when it was read: later it may be gone, or another."""
 
 
-def read_run_rows(
-    bundle: Bundle,
-    data: Path,
-    valid: Path | None,
-    config: TrainConfig,
-    profile: Profile | None,
-    notice: Callable[[str], None],
-) -> RunRows:
-    """Read and encode the rows of a run.
+class RowReader:
+    """Reads and encodes the files of a run.
 
     Args:
         bundle: Has the tokenizer, and says how long rows may be.
-        data: JSONL rows to train on.
-        valid: JSONL rows to measure on, if any.
         config: Whether rows are cut.
         profile: The device's, where one was given.
         notice: Hears how many rows were cut or left out.
-
-    Raises:
-        UsageError: There is no such file.
-        DataError: Naming every bad row; or every row is too long.
-        IncompatibleError: The model's template does not fit the rows.
     """
-    manifest = bundle.manifest
-    encoder = load_encoder(bundle.path, manifest.tokenizer)
-    most = longest_row(profile, manifest, config)
 
-    def read(path: Path) -> Examples:
-        rows = load_examples(path, encoder, most, truncate=config.truncate)
-        limit = f"longer than {most:,} tokens"
+    def __init__(
+        self, bundle: Bundle, config: TrainConfig, profile: Profile | None, notice: Callable[[str], None]
+    ) -> None:
+        self._bundle, self._truncate, self._notice = bundle, config.truncate, notice
+        self._most = longest_row(profile, bundle.manifest, config)
+
+    def read(self, path: Path) -> Examples:
+        """The rows of a JSONL file.
+
+        Raises:
+            UsageError: There is no such file.
+            DataError: Naming every bad row; or every row is too long.
+            IncompatibleError: The model's template does not fit the rows.
+        """
+        rows = load_examples(path, self._encoder, self._most, truncate=self._truncate)
+        which = f"of {rows.rows:,} rows are longer than {self._most:,} tokens"
         if rows.truncated:
-            notice(f"{path}: {len(rows.truncated):,} of {rows.rows:,} rows are {limit} and were cut")
+            self._notice(f"{path}: {len(rows.truncated):,} {which} and were cut")
         if rows.too_long:
-            advice = "their answers begin after that" if config.truncate else "--truncate cuts them instead"
-            notice(f"{path}: {len(rows.too_long):,} of {rows.rows:,} rows are {limit} and were left out; {advice}")
+            advice = "their answers begin after that" if self._truncate else "--truncate cuts them instead"
+            self._notice(f"{path}: {len(rows.too_long):,} {which} and were left out; {advice}")
         return rows
 
-    train = read(data)
-    return RunRows(train, [], "") if valid is None else RunRows(train, read(valid).examples, sha256_of(valid))
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return load_encoder(self._bundle.path, self._bundle.manifest.tokenizer)
+
+
+def read_run_rows(reader: RowReader, data: Path, valid: Path | None) -> RunRows:
+    """Read the rows to train on, and those to measure on, if any; errors are those of `RowReader.read`."""
+    train = reader.read(data)
+    return RunRows(train, [], "") if valid is None else RunRows(train, reader.read(valid).examples, sha256_of(valid))
