@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.checkpoints import make_checkpoint
+from benchmarks.experiments import Edgetune
 from benchmarks.models import Model
 from edgetune.config import Base
 from examples import demo
@@ -35,9 +36,9 @@ class Cache:
         """The bundle of a model on a base."""
         return self.root / model.name / base
 
-    def demo_bundle(self, base: Base) -> Path:
-        """The bundle of the demo's base model."""
-        return self.root / "demo" / base
+    def demo_bundle(self, contestant: Edgetune) -> Path:
+        """The bundle of the demo's base model that a contestant trains."""
+        return self.root / "demo" / (f"{contestant.base}-split" if contestant.plan == "split" else contestant.base)
 
     def make_checkpoint(self, model: Model, say: Say) -> None:
         """Make a model's checkpoint unless it is there."""
@@ -56,17 +57,21 @@ class Cache:
             say(f"Preparing {model.name} on an {base} base …")
             _run(self.prepare_command(model, base, folder))
 
-    def make_demo_bundle(self, base: Base, say: Say) -> None:
-        """Train the demo's base model and prepare it as the demo does, unless that was done."""
-        checkpoint, folder = self.root / "demo" / "checkpoint", self.demo_bundle(base)
+    def make_demo_bundle(self, contestant: Edgetune, say: Say) -> None:
+        """Train the demo's base model, prepare it as the demo does, and split it if need be, unless that was done."""
+        checkpoint = self.root / "demo" / "checkpoint"
+        bundle, folder = self.demo_bundle(replace(contestant, plan=None)), self.demo_bundle(contestant)
         if not checkpoint.is_dir():
             say("Training the demo's base model …")
             partial = _partial(checkpoint)
             _run([sys.executable, demo.EXAMPLES / "make_base.py", partial])
             partial.rename(checkpoint)
+        if not bundle.is_dir():
+            say(f"Preparing the demo's model on an {contestant.base} base …")
+            _run(_prepare(checkpoint, contestant.base, bundle, demo.LORA.split()))
         if not folder.is_dir():
-            say(f"Preparing the demo's model on an {base} base …")
-            _run(_prepare(checkpoint, base, folder, demo.LORA.split()))
+            say("Splitting the demo's model …")
+            _run([EDGETUNE, "split", bundle, "--data", demo.TRAIN, "--output", folder, "--quiet"])
 
     def prepare_command(self, model: Model, base: Base, output: Path) -> list[str | Path]:
         """The command that makes a model's bundle of its checkpoint."""

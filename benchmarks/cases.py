@@ -98,6 +98,7 @@ STOCK = Edgetune("onnxruntime")
 STOCK_FP32 = Edgetune("onnxruntime", base="fp32")
 STOCK_STREAMED = Edgetune("onnxruntime", plan="stream")
 STOCK_INT8 = Edgetune("onnxruntime", plan="int8")
+STOCK_SPLIT = Edgetune("onnxruntime", plan="split")
 OPENVINO = Edgetune("openvino")
 OPENVINO_STREAMED = Edgetune("openvino", plan="stream")
 OPENVINO_INT8 = Edgetune("openvino", plan="int8")
@@ -234,6 +235,13 @@ CASES = (
         ours=(DemoLoss(STOCK_INT8),),
         against=(DemoLoss(STOCK),),
         goals=(Goal("validation_loss", "≤", 1.02, relative=True),),
+    ),
+    Case(
+        "demo-split",
+        "drop of the validation loss on the demo's rows, int8 trunk of half the layers against LoRA on all",
+        ours=(DemoLoss(STOCK_SPLIT),),
+        against=(DemoLoss(STOCK),),
+        goals=(Goal("loss_drop", "≥", 0.9, relative=True),),
     ),
     Case(
         "prepare-full",

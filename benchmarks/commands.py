@@ -50,15 +50,17 @@ def measure_start_up(experiment: StartUp, cache: Cache) -> dict[str, float]:
 
 def measure_demo_loss(experiment: DemoLoss, cache: Cache) -> dict[str, float]:
     """Train as the demo does; validation loss on its held-out rows, before and after."""
-    bundle = cache.demo_bundle(experiment.contestant.base)
+    bundle = cache.demo_bundle(experiment.contestant)
     with TemporaryDirectory() as scratch:
         train = _train_command(experiment.contestant, bundle, demo.TRAIN, Path(scratch) / "adapter")
         finished = run_watched([*train, "--valid", demo.VALID, *demo.TRAINING.split(), "--quiet", "--json"])
     result = json.loads(finished.stdout)
+    before, after = result["first_validation_loss"], result["last_validation_loss"]
     return {
         **finished.memory_quantities(),
-        "first_validation_loss": result["first_validation_loss"],
-        "validation_loss": result["last_validation_loss"],
+        "first_validation_loss": before,
+        "validation_loss": after,
+        "loss_drop": before - after,
         "seconds": result["seconds"],
     }
 

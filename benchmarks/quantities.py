@@ -49,6 +49,7 @@ QUANTITIES = {
     "whole_cosine": Quantity("cosine of all in one", 1, 4),
     "validation_loss": Quantity("validation loss", 1, 4),
     "first_validation_loss": Quantity("validation loss before", 1, 4),
+    "loss_drop": Quantity("drop of the validation loss", 1, 4),
     "bundle_ratio": Quantity("bundle / its inference model", 1, 3),
     "bundle_bytes": Quantity("bundle, GB", 1e9, 2),
     "first_step_after": Quantity("first step done after, s", 1, 2),

@@ -111,7 +111,7 @@ def _provide(experiment: Experiment, cache: Cache, say: Callable[[str], None]) -
             for each in (contestant, exact):
                 cache.make_bundle(workload.model, each.base, say)
         case DemoLoss(contestant):
-            cache.make_demo_bundle(contestant.base, say)
+            cache.make_demo_bundle(contestant, say)
 
 
 def _measure(experiment: Experiment, cache: Cache) -> dict[str, float]:
