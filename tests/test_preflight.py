@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,20 @@ def test_elsewhere_the_whole_step_is_planned_on_the_accelerator(
     assert found["run_seconds"] is None
     assert found["flash"]["cache"] > 0
     assert any("that the run fits into the device is not said" in note for note in found["notes"])
+
+
+def test_shapes_and_chip_are_asked_for_as_in_train(bundle: Bundle) -> None:
+    asked = ("plan", bundle.path, "--length", "30", "--batch-size", "2", "--device")
+    phone = (*asked, "android-snapdragon-8-elite", "--soc-model", "60", "--buckets")
+    found = answer(*phone, "1x64")
+    assert found["buckets"] == ["1x64"]
+    assert [(shape["sequences"], shape["length"]) for shape in found["shapes"]] == [(1, 64)]
+    refused = run(*phone, "1x32")
+    assert refused.exit_code == 2
+    assert re.search("takes batches of 1x64, .* only, not 1x32; give some of these to --buckets", refused.output)
+    for option in (("--buckets", "1x64"), ("--soc-model", "60"), ("--device-type", "NPU")):
+        refused = run(*asked, "raspberry-pi-5", *option)
+        assert refused.exit_code == 2 and f"{' '.join(option)} means nothing without" in refused.output
 
 
 @pytest.mark.parametrize("option", [("--plan", "stream"), ("--runtime", "onnxruntime"), ("--memory-budget", "2GB")])
@@ -263,11 +278,10 @@ def test_train_holds_to_the_device(bundle: Bundle, tmp_path: Path) -> None:
 def test_fixed_shapes_hold_where_the_accelerator_executes(tmp_path: Path) -> None:
     profile = load_profile(board(tmp_path, "2GB", VALID))
     # Rows that do not fit into one batch go through in several.
-    require_fit(profile, TrainConfig("qnn", batch_size=8, buckets="1x128"), 128)
-    with pytest.raises(ResourceError, match="rows of at most 128 tokens, the longest has 129") as refused:
-        require_fit(profile, TrainConfig("qnn", buckets="4x128,1x64,1x256"), 129)
-    assert "batches of 1x64, 1x128 only, not 4x128, 1x256 (--buckets)" in str(refused.value)
-    require_fit(profile, TrainConfig("onnxruntime", buckets="4x128"), 129)
+    require_fit(profile, TrainConfig("qnn", batch_size=8), 128)
+    with pytest.raises(ResourceError, match="rows of at most 128 tokens, the longest has 129"):
+        require_fit(profile, TrainConfig("qnn"), 129)
+    require_fit(profile, TrainConfig("onnxruntime"), 129)
 
 
 @pytest.mark.parametrize("plan", ["keep", "stream", "whole"])

@@ -21,7 +21,7 @@ from edgetune.config import TrainConfig
 from edgetune.data.buckets import Bucket
 from edgetune.data.encode import Example
 from edgetune.device import load_profile
-from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
+from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Work
 from edgetune.runtimes import openvino_core, qnn
@@ -126,7 +126,7 @@ def test_a_device_that_openvino_does_not_have_is_refused(tmp_path: Path) -> None
 def test_options_of_accelerators_hold_where_the_profile_leads_to_one(tmp_path: Path) -> None:
     result, _ = run(tmp_path / "adapter", device=profile_on(tmp_path, "CPU"), buckets="1x128")
     assert {(graph["batch"], graph["length"]) for graph in result.placement} == {(1, 128)}
-    with pytest.raises(ResourceError, match="takes batches of 1x64, 1x128 only, not 2x128"):
+    with pytest.raises(UsageError, match="takes batches of 1x64, 1x128 only, not 2x128"):
         run(tmp_path / "other", device=profile_on(tmp_path, "CPU"), buckets="2x128")
     with pytest.raises(UsageError, match="--buckets 1x128 means nothing without a runtime that compiles"):
         run(tmp_path / "other", device="generic-x86", buckets="1x128")

@@ -14,6 +14,8 @@ from edgetune.cli.inputs import PATH, bundle_folder, input_file
 from edgetune.cli.output import cell, console, print_json
 from edgetune.cli.progress import duration_text
 from edgetune.cli.run_options import (
+    buckets_option,
+    device_type_option,
     epochs_option,
     gradient_accumulation_steps_option,
     memory_budget_option,
@@ -22,10 +24,11 @@ from edgetune.cli.run_options import (
     plan_option,
     queries_option,
     runtime_option,
+    soc_model_option,
     steps_option,
     truncate_option,
 )
-from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
+from edgetune.config import DeviceType, Method, PlanName, RuntimeName, TrainConfig
 
 if TYPE_CHECKING:
     from edgetune.train.preflight import Preflight
@@ -50,6 +53,9 @@ edgetune plan bundle --device ./my-board.toml --length 256 --batch-size 2 --step
 @method_option
 @queries_option
 @memory_budget_option
+@device_type_option
+@soc_model_option
+@buckets_option
 @steps_option
 @epochs_option
 @click.option(
@@ -74,6 +80,9 @@ def command(
     method: Method,
     queries: int,
     memory_budget: str | None,
+    device_type: DeviceType,
+    soc_model: int | None,
+    buckets: str | None,
     steps: int | None,
     epochs: float | None,
     batch_size: int | None,
@@ -107,6 +116,9 @@ def command(
         method=method,
         queries=queries,
         memory_budget=memory_budget,
+        device_type=device_type,
+        soc_model=soc_model,
+        buckets=buckets,
         steps=steps,
         epochs=epochs,
         batch_size=batch_size or DEFAULT.batch_size,

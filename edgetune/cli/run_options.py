@@ -58,6 +58,11 @@ soc_model_option = click.option(
     default=_DEFAULT.soc_model,
     help="Chip that --runtime qnn emulates where there is no NPU: 69 is 8 Elite; else the device's, or 60, X Elite.",
 )
+buckets_option = click.option(
+    "--buckets",
+    default=_DEFAULT.buckets,
+    help="Shapes of batches on an accelerator, such as 4x128,1x512; without it a few that suit the rows.",
+)
 steps_option = click.option("--steps", type=COUNT, default=_DEFAULT.steps, help="Optimizer steps.")
 epochs_option = click.option(
     "--epochs",

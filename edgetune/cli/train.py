@@ -14,6 +14,7 @@ from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file
 from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
 from edgetune.cli.run_options import (
+    buckets_option,
     device_type_option,
     epochs_option,
     gradient_accumulation_steps_option,
@@ -96,11 +97,7 @@ train.toml holds the same options, which flags override:
     help="End with exit code 4 where a node of the step would run on the CPU instead.",
 )
 @soc_model_option
-@click.option(
-    "--buckets",
-    default=DEFAULT.buckets,
-    help="Shapes of batches on an accelerator, such as 4x128,1x512; without it a few that suit the rows.",
-)
+@buckets_option
 @steps_option
 @epochs_option
 @click.option(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from edgetune.config import TrainConfig
 from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
 from edgetune.device import Profile
-from edgetune.errors import IncompatibleError, ResourceError
+from edgetune.errors import IncompatibleError, ResourceError, UsageError
 from edgetune.execution import ExecutionPlan
 from edgetune.manifest import BundleManifest
 from edgetune.train.accelerated import is_accelerated
@@ -83,7 +83,7 @@ def require_fit(profile: Profile | None, config: TrainConfig, longest: int) -> N
 
     Args:
         profile: The device's, where one was given.
-        config: How to train, as it holds on the device: batch size, and the shapes that were asked for.
+        config: How to train, as it holds on the device: its batch size counts.
         longest: Tokens of the longest row.
 
     Raises:
@@ -103,9 +103,6 @@ def require_fit(profile: Profile | None, config: TrainConfig, longest: int) -> N
         )
     if limits.largest_batch is not None and config.batch_size > limits.largest_batch.value:
         problems.append(f"at most {limits.largest_batch.value} rows in a batch, not {config.batch_size} (--batch-size)")
-    strange = [bucket for bucket in _asked_shapes(config) if own and bucket not in own]
-    if strange:
-        problems.append(f"batches of {_text(own)} only, not {_text(strange)} (--buckets)")
     if problems:
         raise ResourceError(f"{profile.name} takes {'; '.join(problems)}")
 
@@ -119,11 +116,18 @@ def in_fixed_shapes(workload: Workload, profile: Profile | None, config: TrainCo
         config: How to train, as it holds on the device.
 
     Raises:
-        UsageError: A row fits into none of the shapes that were asked for.
+        UsageError: The device does not take a shape that was asked for, or a row fits into none of them.
     """
     if not is_accelerated(config.runtime, config.plan):
         return workload
-    return workload.within(_asked_shapes(config) or _own_shapes(profile, config) or default_buckets(workload.room()))
+    asked, own = _asked_shapes(config), _own_shapes(profile, config)
+    strange = [bucket for bucket in asked if own and bucket not in own]
+    if strange and profile is not None:
+        raise UsageError(
+            f"{profile.name} takes batches of {_text(own)} only, not {_text(strange)}; give some of these to "
+            "--buckets, or leave it out"
+        )
+    return workload.within(asked or own or default_buckets(workload.room()))
 
 
 def _asked_shapes(config: TrainConfig) -> list[Bucket]:
