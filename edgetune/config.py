@@ -9,7 +9,7 @@ from typing import Literal
 Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "int8", "fp16", "fp32"]
 Precision = Literal["int4", "fp32"]
-RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn", "fpga-hls"]
+RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn", "openvino-ep", "fpga-hls"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8", "split"]
 NpuForm = Literal["none", "qdq", "blocks"]
 DeviceType = Literal["auto", "CPU", "GPU", "NPU"]

@@ -6,12 +6,16 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 from edgetune.device import Architecture, Profile, System
-from edgetune.runtimes import RUNTIMES
+from edgetune.errors import MissingDependencyError
+from edgetune.execution import ACCELERATING
+from edgetune.runtimes import RUNTIMES, ChoosingRuntime, find_runtime
 
 _ARCHITECTURES: dict[str, Architecture] = {
     "x86_64": "x86_64",
@@ -153,10 +157,17 @@ def _providers(profile: Profile) -> list[str]:
     if wanted == "QNNExecutionProvider" and _installed("onnxruntime-qnn"):
         # A plugin, which a session registers; it is offered by its package.
         found.append(wanted)
-    if wanted == "OpenVINOExecutionProvider" and _installed("openvino"):
-        from edgetune.runtimes.openvino import has_device
-        from edgetune.runtimes.openvino_core import DEVICE
-
-        if has_device(profile.runtime.options.get("device_type", DEVICE)):
-            found.append(wanted)
+    if wanted == "OpenVINOExecutionProvider" and any(_has_device(name, profile) for name in profile.runtime.names):
+        found.append(wanted)
     return found
+
+
+def _has_device(name: str, profile: Profile) -> bool:
+    """Whether a runtime that has devices of several kinds has the profile's here."""
+    if name not in ACCELERATING or len(kinds := ACCELERATING[name].device_types) == 1:
+        return False
+    with suppress(MissingDependencyError):
+        return cast(ChoosingRuntime, find_runtime(name)).has_device(
+            profile.runtime.options.get("device_type", kinds[0])
+        )
+    return False

@@ -45,9 +45,11 @@ class Accelerating:
         return self.device_types[0] if device_type == "auto" else device_type
 
 
+_INTEL: tuple[DeviceType, ...] = ("CPU", "GPU", "NPU")
 ACCELERATING: dict[str, Accelerating] = {
     "qnn": Accelerating(plans=("auto", "whole", "int8"), alone=True, device_types=("NPU",), soc_model=True),
-    "openvino": Accelerating(plans=("whole",), alone=False, device_types=("CPU", "GPU", "NPU"), soc_model=False),
+    "openvino": Accelerating(plans=("whole",), alone=False, device_types=_INTEL, soc_model=False),
+    "openvino-ep": Accelerating(plans=("auto", "whole"), alone=True, device_types=_INTEL, soc_model=False),
 }
 """The runtimes with an accelerator, by name."""
 

@@ -26,7 +26,7 @@ from edgetune.config import TrainConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.placement import Node, Partition
-from edgetune.runtimes import Placed, Session, find_runtime, qnn, stock
+from edgetune.runtimes import Placed, Session, find_runtime, plugin, qnn, stock
 from edgetune.runtimes.accelerator.contexts import Context
 from edgetune.runtimes.accelerator.plugin import Plugin, PluginCompiler, _stdout_for_results
 from edgetune.train import train
@@ -53,6 +53,10 @@ def copy_of(bundle: Bundle, folder: Path) -> Bundle:
 def placements(session: Session) -> dict[str, Any]:
     assert isinstance(session, Placed)
     return {placement.graph: placement for placement in session.placements()}
+
+
+def plugin_of_qnn() -> Plugin:
+    return qnn.RUNTIME.plugin(qnn.RUNTIME.imported_package(), "onnxruntime-qnn", Accelerator())
 
 
 @installed
@@ -209,8 +213,8 @@ def test_what_falls_back_is_told_and_can_be_refused(
 ) -> None:
     """Blocks of int4 weights, left as they are, are what the HTP does not take."""
     bundle = copy_of(prepared("multi-head", "int4"), tmp_path / "bundle")
-    plugin = qnn._plugin(Accelerator())
-    monkeypatch.setattr(qnn, "_plugin", lambda accelerator: replace(plugin, session={}))
+    asked_for = plugin_of_qnn()
+    monkeypatch.setattr(qnn.RUNTIME, "plugin", lambda *asked: replace(asked_for, session={}))
     batch = batch_of(bundle, rows_of(0, [7]))
     with qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, replace(WHOLE_STEP, accelerator=Accelerator())) as s:
         assert s.step([batch], LEARNING_RATE).applied
@@ -235,9 +239,9 @@ def test_a_provider_that_takes_nothing_does_not_train_on_the_cpu_in_silence(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = copy_of(prepared("multi-head", "fp32"), tmp_path / "bundle")
-    plugin = qnn._plugin(Accelerator())
-    broken = replace(plugin, options={**plugin.options, "backend_path": "/nowhere/libQnnHtp.so"})
-    monkeypatch.setattr(qnn, "_plugin", lambda accelerator: broken)
+    asked_for = plugin_of_qnn()
+    broken = replace(asked_for, options={**asked_for.options, "backend_path": "/nowhere/libQnnHtp.so"})
+    monkeypatch.setattr(qnn.RUNTIME, "plugin", lambda *asked: broken)
     with (
         pytest.raises(IncompatibleError, match=r"QNNExecutionProvider (takes none|cannot compile).*--runtime onnx"),
         qnn.open_session(
@@ -251,8 +255,8 @@ def test_a_provider_that_takes_nothing_does_not_train_on_the_cpu_in_silence(
 def test_a_chip_that_may_be_unknown_is_named_where_nothing_is_taken(
     prepared: Prepared, options: dict[str, str]
 ) -> None:
-    plugin = Plugin("QNNExecutionProvider", "library", "1", "HTP", options, {})
-    compiler = PluginCompiler(prepared("multi-head", "int4"), plugin, require=False)
+    known = Plugin("QNNExecutionProvider", "1", None, "HTP", options, {})
+    compiler = PluginCompiler(prepared("multi-head", "int4"), known, require=False)
     nothing = Context(b"", [Partition("CPUExecutionProvider", [Node("MatMul", "product")])])
     with pytest.raises(IncompatibleError, match="takes none of the 1 nodes") as refused:
         compiler._placement("step", 1, 8, nothing, cached=False)
@@ -371,7 +375,7 @@ def test_it_takes_no_layered_plan(prepared: Prepared) -> None:
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qnn, "find_spec", lambda name: None)
+    monkeypatch.setattr(plugin, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r'pip install "edgetune\[qnn\]"'):
         find_runtime("qnn").abilities()
 
@@ -435,8 +439,8 @@ def test_inspect_ends_with_4_where_a_node_falls_back(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = copy_of(prepared("multi-head", "int4"), tmp_path / "bundle")
-    plugin = qnn._plugin(Accelerator())
-    monkeypatch.setattr(qnn, "_plugin", lambda accelerator: replace(plugin, session={}))
+    asked_for = plugin_of_qnn()
+    monkeypatch.setattr(qnn.RUNTIME, "plugin", lambda *asked: replace(asked_for, session={}))
     command = ["inspect", str(bundle.path), "--placement", "qnn", "--buckets", "1x8"]
     shown = CliRunner().invoke(main, command)
     assert shown.exit_code == 0, shown.output

@@ -14,7 +14,7 @@ from edgetune.runtimes import RUNTIMES, ForwardRuntime, Runtime, find_runtime
 
 def functions(of: object) -> dict[str, list[str]]:
     """Public functions and the names of their parameters."""
-    found = inspect.getmembers(of, inspect.isfunction)
+    found = inspect.getmembers(of, lambda member: inspect.isfunction(member) or inspect.ismethod(member))
     return {
         name: [parameter for parameter in inspect.signature(function).parameters if parameter != "self"]
         for name, function in found

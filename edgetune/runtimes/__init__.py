@@ -147,6 +147,18 @@ class PlacingRuntime(Runtime, Protocol):
         ...
 
 
+class ChoosingRuntime(PlacingRuntime, Protocol):
+    """A runtime with devices of several kinds."""
+
+    def has_device(self, kind: str) -> bool:
+        """Whether there is one of a kind here, such as `NPU`.
+
+        Raises:
+            MissingDependencyError: The runtime's package is not installed.
+        """
+        ...
+
+
 @runtime_checkable
 class InstallingRuntime(Runtime, Protocol):
     """A runtime that installs something of its own on first use."""
@@ -168,6 +180,7 @@ RUNTIMES: dict[RuntimeName, str] = {
     "onnxruntime": "edgetune.runtimes.stock",
     "ort-training": "edgetune.runtimes.ort_training",
     "qnn": "edgetune.runtimes.qnn",
+    "openvino-ep": "edgetune.runtimes.openvino_ep",
     "fpga-hls": "edgetune.runtimes.fpga_hls",
 }
 """Every runtime and the module that implements `Runtime`, the fastest first."""

@@ -11,7 +11,7 @@ from edgetune.device import Profile
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.execution import ACCELERATING, INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan, Products
 from edgetune.manifest import BundleManifest
-from edgetune.runtimes import find_runtime, openvino
+from edgetune.runtimes import ChoosingRuntime, find_runtime
 
 ACCELERATED = ", or ".join(
     f"--runtime {name}" + ("" if facts.alone else f" --plan {facts.plans[0]}") for name, facts in ACCELERATING.items()
@@ -95,7 +95,8 @@ def _why_absent(profile: Profile, config: TrainConfig, asked: TrainConfig) -> st
         if config.runtime == asked.runtime:
             raise
         return str(error)
-    if asked.runtime == "openvino" and not openvino.has_device(asked.device_type):
+    several = len(ACCELERATING[asked.runtime].device_types) > 1
+    if several and not cast(ChoosingRuntime, find_runtime(asked.runtime)).has_device(asked.device_type):
         return f"OpenVINO finds no {asked.device_type} here ({profile.install.step})"
     return ""
 

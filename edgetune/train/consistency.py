@@ -115,8 +115,9 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
         yield f"--runtime {name} trains on an {devices}, not on --device-type {config.device_type}; leave that out"
     if facts is not None and facts.alone and config.plan not in facts.plans:
         yield f"--runtime {name} does not execute --plan {config.plan}, only {', '.join(facts.plans)}"
-    if config.runtime == "openvino" and accelerated and config.require_npu and config.device_type != "NPU":
-        yield "--require-npu means nothing on OpenVINO's CPU; give --device-type NPU as well, or leave it out"
+    if facts is not None and accelerated and config.require_npu and facts.device(config.device_type) != "NPU":
+        device = facts.device(config.device_type)
+        yield f"--require-npu means nothing on OpenVINO's {device}; give --device-type NPU as well, or leave it out"
     if config.memory_budget is not None and (config.plan == "whole" or config.runtime == "ort-training" or accelerated):
         yield (
             "the whole step as one graph keeps all activations and takes no --memory-budget; "

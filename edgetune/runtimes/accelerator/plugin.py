@@ -32,6 +32,8 @@ _REASON = re.compile(r"Node name: (.+?) Node index: \d+\s+REASON : (.+)")
 _NOTICE = b"LIBNATIVE: No alternate configuration present"
 """Of the line that Qualcomm's emulation prints when it is loaded; it is no error."""
 _NO_CPU = "session.disable_cpu_ep_fallback"
+UNPACKED = {"session.disable_quant_qdq": "1"}
+"""Configuration with which int4 weights are unpacked before the graph is divided, for who does not take them."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,10 @@ class Plugin:
 
     name: str
     """Such as `QNNExecutionProvider`."""
-    library: str
-    """Path of the library."""
     version: str
     """Package and version."""
+    hardware: Any
+    """The `OrtEpDevice` that it compiles for."""
     device: str
     """What it compiles for, in words."""
     options: dict[str, str]
@@ -53,14 +55,17 @@ class Plugin:
 
 
 def provider_devices(name: str, library: str) -> list[Any]:
-    """The `OrtEpDevice`s of a provider, the NPU first.
+    """The `OrtEpDevice`s of a provider.
+
+    Args:
+        name: The provider's.
+        library: Path of the library that has it.
 
     Raises:
         EdgetuneError: The library cannot be loaded.
     """
     _register(name, library)
-    devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
-    return sorted(devices, key=lambda device: device.device.type != ort.OrtHardwareDeviceType.NPU)
+    return [device for device in ort.get_ep_devices() if device.ep_name == name]
 
 
 @cache
@@ -163,8 +168,7 @@ class PluginCompiler:
         for name, value in self._plugin.session.items():
             options.add_session_config_entry(name, value)
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        devices = provider_devices(self._plugin.name, self._plugin.library)
-        options.add_provider_for_devices(devices[:1], self._plugin.options)
+        options.add_provider_for_devices([self._plugin.hardware], self._plugin.options)
         return options
 
     def _session(self, model: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:

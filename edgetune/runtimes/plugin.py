@@ -1,0 +1,139 @@
+"""What runtimes have in common whose accelerator comes as a plugin of stock ONNX Runtime."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import onnxruntime as ort
+
+from edgetune.bundle import Bundle
+from edgetune.config import RuntimeName
+from edgetune.errors import MissingDependencyError, UsageError
+from edgetune.execution import INT8_LOSS, INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.placement import Placement
+from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
+
+if TYPE_CHECKING:
+    from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
+    from edgetune.runtimes.accelerator.plugin import Plugin, PluginCompiler
+
+
+class PluginRuntime(ABC):
+    """The whole step, or its forward pass alone, on an execution provider that a package of its own brings.
+
+    A module of `edgetune.runtimes` takes the methods of one for its functions: those of `ForwardRuntime` and
+    `PlacingRuntime`.
+
+    Args:
+        name: The runtime's, and the name of the extra that installs the package.
+        package: Its module has the same name with underscores.
+        emulation: Whether what it has here simulates the hardware.
+    """
+
+    def __init__(self, name: RuntimeName, package: str, *, emulation: bool = False) -> None:
+        self._name, self._package, self._emulation = name, package, emulation
+        self._module = package.replace("-", "_")
+
+    @abstractmethod
+    def plugin(self, package: Any, version: str, accelerator: Accelerator) -> Plugin:
+        """The provider, for one device.
+
+        Args:
+            package: The module of the package, which knows where its libraries are.
+            version: The package and its version.
+            accelerator: What was asked for.
+
+        Raises:
+            IncompatibleError: There is no such device here.
+        """
+
+    def abilities(self) -> Abilities:
+        """See `edgetune.runtimes.Runtime.abilities`.
+
+        Raises:
+            MissingDependencyError: The package is not installed.
+        """
+        self._require_package()
+        return Abilities(whole=False, exact=None, int8=None, preferred=False, forward=True, emulation=self._emulation)
+
+    def version(self) -> str:
+        """See `edgetune.runtimes.Runtime.version`."""
+        return f"onnxruntime {ort.__version__}, {self._package_version()}"
+
+    @contextmanager
+    def open_session(
+        self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
+    ) -> Iterator[Session]:
+        """Load the plugin; see `edgetune.runtimes.Runtime`. Each shape is compiled when its first batch comes.
+
+        Raises:
+            IncompatibleError: There is no such device here.
+            MissingDependencyError: The package is not installed.
+            UsageError: The plan is not the whole step.
+        """
+        from edgetune.runtimes.accelerator.session import AcceleratorSession
+
+        yield AcceleratorSession(bundle, parameters, optimizer, self._graphs(bundle, plan))
+
+    @contextmanager
+    def open_forward(self, bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) -> Iterator[Forward]:
+        """Load the plugin for the forward pass alone; see `edgetune.runtimes.ForwardRuntime`.
+
+        Raises:
+            IncompatibleError: There is no such device here.
+            MissingDependencyError: The package is not installed.
+            UsageError: The plan is not the whole step.
+        """
+        from edgetune.runtimes.accelerator.session import AcceleratorForward
+
+        yield AcceleratorForward(parameters, self._graphs(bundle, plan))
+
+    def place(self, bundle: Bundle, plan: ExecutionPlan, batch: int, length: int) -> list[Placement]:
+        """See `edgetune.runtimes.PlacingRuntime.place`."""
+        compiler = self._compiler(bundle, plan)
+        return [compiler.compile(role, batch, length).placement for role in _roles(plan)]
+
+    def imported_package(self) -> Any:
+        """The module of the package.
+
+        Raises:
+            MissingDependencyError: It is not installed.
+        """
+        self._require_package()
+        return import_module(self._module)
+
+    def _graphs(self, bundle: Bundle, plan: ExecutionPlan) -> AcceleratorGraphs:
+        if plan.form != "whole":
+            raise UsageError(
+                f"the {self._name} runtime takes no plan but `whole`; use --runtime onnxruntime for the others"
+            )
+        from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
+
+        return AcceleratorGraphs(self._compiler(bundle, plan), *_roles(plan))
+
+    def _compiler(self, bundle: Bundle, plan: ExecutionPlan) -> PluginCompiler:
+        from edgetune.runtimes.accelerator.plugin import PluginCompiler
+
+        accelerator = plan.accelerator or Accelerator()
+        plugin = self.plugin(self.imported_package(), self._package_version(), accelerator)
+        if plan.products == "int8":
+            plugin = replace(plugin, session={})
+        return PluginCompiler(bundle, plugin, require=accelerator.require)
+
+    def _require_package(self) -> None:
+        if find_spec(self._module) is None:
+            raise MissingDependencyError(f'{self._package} is not installed; pip install "edgetune[{self._name}]"')
+
+    def _package_version(self) -> str:
+        return f"{self._package} {metadata.version(self._package)}"
+
+
+def _roles(plan: ExecutionPlan) -> tuple[str, str]:
+    """The graphs with the loss and the gradients, and with the loss alone."""
+    return (INT8_STEP, INT8_LOSS) if plan.products == "int8" else ("step", "loss")
