@@ -28,7 +28,7 @@ from edgetune.adapter import read_adapter
 from edgetune.config import TrainConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.execution import Accelerator, ExecutionPlan
-from edgetune.runtimes import openvino_ep, plugin
+from edgetune.runtimes import openvino_ep, plugin_runtime
 from edgetune.train.consistency import resolve_config
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def test_a_second_start_compiles_nothing_and_forward_passes_run_too(
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "find_spec", lambda name: None)
+    monkeypatch.setattr(plugin_runtime, "find_spec", lambda name: None)
     for ask in (openvino_ep.abilities, lambda: openvino_ep.has_device("CPU")):
         with pytest.raises(MissingDependencyError, match=r'not installed; pip install "edgetune\[openvino-ep\]"'):
             ask()

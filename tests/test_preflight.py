@@ -101,7 +101,7 @@ def test_elsewhere_the_whole_step_is_planned_on_the_accelerator(
     device: str, runtime: str, options: tuple[str, ...], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the profile's shapes, whatever is installed here; nothing is said that nobody knows."""
-    for module in ("edgetune.runtimes.plugin", "edgetune.runtimes.openvino_core"):
+    for module in ("edgetune.runtimes.plugin_runtime", "edgetune.runtimes.openvino_core"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
     monkeypatch.setattr("edgetune.device_check._installed", lambda package: False)
     found = answer("plan", bundle.path, "--device", device, "--length", "48", "--batch-size", "6", *options)

@@ -26,7 +26,7 @@ from edgetune.config import TrainConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.placement import Node, Partition
-from edgetune.runtimes import Placed, Session, find_runtime, plugin, qnn, stock
+from edgetune.runtimes import Placed, Session, find_runtime, plugin_runtime, qnn, stock
 from edgetune.runtimes.accelerator.contexts import Context
 from edgetune.runtimes.accelerator.plugin import Plugin, PluginCompiler, _stdout_for_results
 from edgetune.train import train
@@ -375,7 +375,7 @@ def test_it_takes_no_layered_plan(prepared: Prepared) -> None:
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "find_spec", lambda name: None)
+    monkeypatch.setattr(plugin_runtime, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r'pip install "edgetune\[qnn\]"'):
         find_runtime("qnn").abilities()
 

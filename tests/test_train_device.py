@@ -24,7 +24,7 @@ from edgetune.device import load_profile
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Work
-from edgetune.runtimes import openvino_core, plugin
+from edgetune.runtimes import openvino_core, plugin_runtime
 from edgetune.train import TrainResult, train
 from edgetune.train.accelerated import apply_profile, on_accelerator
 from edgetune.train.choice import choose
@@ -148,7 +148,7 @@ def test_an_accelerator_that_is_wanted_and_not_found_is_an_error(option: dict[st
 
 
 def test_a_missing_package_is_said_and_the_cpu_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "find_spec", lambda name: None)
+    monkeypatch.setattr(plugin_runtime, "find_spec", lambda name: None)
     profile = load_profile(npu(tmp_path))
     result, seen = run(tmp_path / "adapter", device=npu(tmp_path))
     assert result.runtime == "onnxruntime"

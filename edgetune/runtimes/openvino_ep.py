@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import IncompatibleError
 from edgetune.execution import ACCELERATING, Accelerator
-from edgetune.runtimes.plugin import PluginRuntime
+from edgetune.runtimes.plugin_runtime import PluginRuntime
 
 if TYPE_CHECKING:
     from edgetune.runtimes.accelerator.plugin import Plugin

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from edgetune.errors import IncompatibleError
 from edgetune.execution import Accelerator
-from edgetune.runtimes.plugin import PluginRuntime
+from edgetune.runtimes.plugin_runtime import PluginRuntime
 
 if TYPE_CHECKING:
     from edgetune.runtimes.accelerator.plugin import Plugin
