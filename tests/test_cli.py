@@ -134,8 +134,8 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 OPTIONS = {
     "prepare": "output rank alpha targets base npu calibration max-length download force quiet json",
     "split": "data output layers length calibration-rows force quiet json",
-    "plan": "device data valid length runtime plan method queries memory-budget steps epochs batch-size "
-    "gradient-accumulation-steps packing no-packing truncate json",
+    "plan": "device data valid length runtime plan method queries memory-budget device-type soc-model buckets steps "
+    "epochs batch-size gradient-accumulation-steps packing no-packing truncate json",
     "train": "data valid output config runtime device plan trunk-cache vitisai-config method queries perturbation-size "
     "report-gradient-cosine memory-budget device-type require-npu soc-model buckets steps epochs batch-size "
     "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "
