@@ -22,8 +22,8 @@ _FLOAT = 4
 """Bytes of a float32."""
 _ADAPTER_COPIES = 5
 """Arrays of the adapter's size: parameters, gradients, two moments, and the copy that is written at the end."""
-_FORWARD_COPIES = 4
-"""Without a backward pass: parameters, perturbed ones, those before the last step, and the copy that is written."""
+_FORWARD_COPIES = 3
+"""The same without a backward pass: parameters, their perturbed copy, and the copy that is written."""
 _WITHOUT_FIRST = 0.7
 """Share of a piece's weights that are not in its first matrix, roughly."""
 _HALF = 2

@@ -11,15 +11,11 @@ alone was moved.
 Only the B matrices are trained, as in LoRA-FA (Zhang et al. 2023). Noise is what limits this method: it moves all
 parameters the same, and A's are so small that they would soon be nothing but noise.
 
-AdamW divides every parameter's step by the root mean square of its gradient;
+Nothing as large as the gradient is kept. AdamW divides every parameter's step by the root mean square of its gradient;
 here noise makes that the same for all parameters, so that one number takes the place of both moments. Another number
 keeps the noise in bounds. It raises the loss by the curvature, and the queries' losses tell how much: they lie above
 the loss in their middle by ε²/2 times the trace of the Hessian. Where the learning rate asks for more than what gains
-most, the step is that short. What gains most depends on how much of a batch's gradient all rows share. That is measured
-as well: the next batch's loss is taken before and after each step. And no step is longer than a perturbation: nothing
-was measured beyond.
-
-Beside the parameters, the trained ones are kept as they were before the last step. There is no gradient, and no moment.
+most, the step is that short. And no step is longer than a perturbation: nothing was measured beyond.
 """
 
 from __future__ import annotations
@@ -40,9 +36,9 @@ Floats = NDArray[np.float32]
 _TRAINED = ".lora_B."
 _BETA = 0.98
 """Of what is averaged over steps: slopes and curvature."""
-_SHARED, _LEAST_SHARED = 0.3, 0.02
-"""Of the squared gradient of a batch, what all rows have in common with it, and only that is a gain: before anything is
-measured, and at least. On the demo's rows it was 0.2 to 0.4 while the model learnt without noise."""
+_SHARED = 0.3
+"""Of the squared gradient of a batch, what all rows have in common with it, and only that is a gain. On the demo's rows
+it was 0.2 to 0.4 while the model learnt without noise."""
 _PROBE = 10.0
 """Perturbations' sizes by which a matrix is moved alone: it has to be heard above the rounding of a loss."""
 _LEAST_RESPONSE = 1e-4
@@ -64,11 +60,8 @@ class QueryConfig:
 
 
 def passes_a_step(queries: int) -> int:
-    """Through the model: the queries, the loss itself now and before the last step, and one parameter alone.
-
-    The first step moves every parameter alone, and none went before it.
-    """
-    return queries + 3
+    """Through the model: the queries, the loss itself, and one parameter alone; in the first step every one alone."""
+    return queries + 2
 
 
 def signs(seed: int, step: int, query: int, parameter: int, size: int) -> Floats:
@@ -90,14 +83,10 @@ def signs(seed: int, step: int, query: int, parameter: int, size: int) -> Floats
 
 
 class _Average:
-    """Over steps, the last ones counting most; without bias towards zero, as Adam's moments.
+    """Over steps, the last ones counting most; without bias towards zero, as Adam's moments."""
 
-    Args:
-        first: The value to begin with, if any.
-    """
-
-    def __init__(self, first: float | None = None) -> None:
-        self._sum, self._weight = (0.0, 0.0) if first is None else (first, 1.0)
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
 
     def add(self, value: float) -> None:
         self._sum += (1 - _BETA) * (value - self._sum)
@@ -135,18 +124,6 @@ class _Responses:
         return scales / math.sqrt(np.average(scales**2, weights=self._sizes))
 
 
-@dataclass(frozen=True)
-class _Step:
-    """The last step, until other rows tell what it was good for."""
-
-    before: Parameters
-    """The trained parameters."""
-    gain: float
-    """By how much the loss would have fallen on other rows if their gradient were the same."""
-    rise: float
-    """By how much curvature raised it."""
-
-
 class ForwardOnlySession:
     """A model in training on a runtime that only runs forward; see `edgetune.runtimes.Session`.
 
@@ -168,8 +145,6 @@ class ForwardOnlySession:
         self._scales = self._responses.scales()
         self._steps_done = 0
         self._square, self._clipped_square, self._curvature = _Average(), _Average(), _Average()
-        self._shared = _Average(_SHARED)
-        self._last: _Step | None = None
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """See `edgetune.runtimes.Session.step`; the gradient's norm is an estimate, with each parameter's scale in it.
@@ -178,7 +153,6 @@ class ForwardOnlySession:
         is as usual. Queries add up like noise: a step moves a parameter by the root of their number times that.
         """
         loss = self._loss(batches)
-        self._learn_what_is_shared(batches, loss)
         answered = True
         if not self._steps_done:
             self._responses = self._no_responses()
@@ -234,17 +208,6 @@ class ForwardOnlySession:
         self._responses.add(place, slope)
         return True
 
-    def _learn_what_is_shared(self, batches: Sequence[Batch], loss: float) -> None:
-        """Measure these rows where the last step began. Changes nothing in the model."""
-        if self._last is None:
-            return
-        for name, values in self._last.before.items():
-            self._forward.set_parameter(name, values)
-        fallen = self._loss(batches) - loss
-        self._unperturb()
-        if math.isfinite(fallen) and self._last.gain > 0:
-            self._shared.add((fallen + self._last.rise) / self._last.gain)
-
     def _query_losses(self, batches: Sequence[Batch]) -> NDArray[np.float64]:
         """The loss of each query (queries). Leaves the model perturbed."""
         losses = []
@@ -274,16 +237,12 @@ class ForwardOnlySession:
         self._clipped_square.add((clip * norm) ** 2)
         # A step of this rate gains rate · |g| a query, of which a share lasts, and loses rate²/2 · trace.
         trace = max(self._curvature.mean, _EPSILON)
-        share = min(max(self._shared.mean, _LEAST_SHARED), 1.0)
-        gains_most = share * math.sqrt(self._square.mean) / trace
+        gains_most = _SHARED * math.sqrt(self._square.mean) / trace
         as_long_as_a_perturbation = self._config.perturbation_size / math.sqrt(len(slopes))
         rate = min(learning_rate, gains_most, as_long_as_a_perturbation)
         usual = math.sqrt(self._clipped_square.mean) + _EPSILON
-        length, squares = rate * clip / usual, float(np.sum(slopes**2))
-        before = {name: self._parameters[name].copy() for name in self._trained}
-        self._last = _Step(before, length * squares, length**2 * squares * trace / 2)
         decay = np.float32(1 - learning_rate * self._optimizer.weight_decay)
-        for name, change in self._combined(slopes * length):
+        for name, change in self._combined(slopes * (rate * clip / usual)):
             parameter = self._parameters[name]
             parameter *= decay
             parameter -= change

@@ -72,8 +72,8 @@ def predict_times(
     else:
         return Times(None, None, None, f"unknown: the profile {profile.name} has no figure hardware.products")
     seconds, starts = measured.seconds, _starts(measured, choice, steps)
-    # The first step moves all matrices alone, others one; and it does not measure the loss before another step.
-    probes = len(bundle.manifest.lora.from_layer(choice.plan.trunk_layers).slots) - 2
+    # All matrices but one that the first step moves alone, and others do not.
+    probes = len(bundle.manifest.lora.from_layer(choice.plan.trunk_layers).slots) - 1
     if choice.plan.forward_only:
         starts[0] += probes * sum(seconds(work(shape)) for shape in steps[0])
     spent = [
