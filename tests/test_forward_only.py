@@ -154,6 +154,7 @@ def scales_of(answers: list[list[float]]) -> np.ndarray:
     [
         ("rate", STEP, [0.03, 0.02, 0.01]),
         ("curvature", 5.0, [10.0, 10.0, 10.0]),
+        ("curvature", 5.0, [10.0, 8.0, 4.0]),
         ("perturbation", 0.05, [10.0, 10.0, 10.0]),
     ],
 )
@@ -193,7 +194,7 @@ def test_steps_are_those_of_a_reference(limit: str, size: float, rates: list[flo
         norm, usual = (np.sqrt(np.average(np.square(each), weights=ages)) for each in (norms, clipped))
         limits = {
             "rate": rate,
-            "curvature": 0.3 * norm / max(np.average(curvatures, weights=ages), 1e-8),
+            "curvature": 0.3 * rate / max(rates) * norm / max(np.average(curvatures, weights=ages), 1e-8),
             "perturbation": size / np.sqrt(queries),
         }
         assert min(limits, key=lambda name: limits[name]) == limit

@@ -15,7 +15,9 @@ Nothing as large as the gradient is kept. AdamW divides every parameter's step b
 here noise makes that the same for all parameters, so that one number takes the place of both moments. Another number
 keeps the noise in bounds. It raises the loss by the curvature, and the queries' losses tell how much: they lie above
 the loss in their middle by ε²/2 times the trace of the Hessian. Where the learning rate asks for more than what gains
-most, the step is that short. And no step is longer than a perturbation: nothing was measured beyond.
+most, the step is that short. What gains most at once is too long in the end, when noise is what is left of the loss; so
+that length follows the schedule of the learning rate. And no step is longer than a perturbation: nothing was measured
+beyond.
 """
 
 from __future__ import annotations
@@ -144,6 +146,7 @@ class ForwardOnlySession:
         self._responses = self._no_responses()
         self._scales = self._responses.scales()
         self._steps_done = 0
+        self._highest_rate = _EPSILON
         self._square, self._clipped_square, self._curvature = _Average(), _Average(), _Average()
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
@@ -237,7 +240,9 @@ class ForwardOnlySession:
         self._clipped_square.add((clip * norm) ** 2)
         # A step of this rate gains rate · |g| a query, of which a share lasts, and loses rate²/2 · trace.
         trace = max(self._curvature.mean, _EPSILON)
-        gains_most = _SHARED * math.sqrt(self._square.mean) / trace
+        self._highest_rate = max(self._highest_rate, learning_rate)
+        share = _SHARED * learning_rate / self._highest_rate
+        gains_most = share * math.sqrt(self._square.mean) / trace
         as_long_as_a_perturbation = self._config.perturbation_size / math.sqrt(len(slopes))
         rate = min(learning_rate, gains_most, as_long_as_a_perturbation)
         usual = math.sqrt(self._clipped_square.mean) + _EPSILON
