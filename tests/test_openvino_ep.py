@@ -114,19 +114,8 @@ def test_a_second_start_compiles_nothing_and_forward_passes_run_too(
     first, second = (edgetune(*placement) for _ in range(2))
     assert [(each["graph"], each["cached"]) for each in first] == [("step", False), ("loss", False)]
     assert [(each["graph"], each["cached"]) for each in second] == [("step", True), ("loss", True)]
-    options = (
-        "--steps",
-        2,
-        "--queries",
-        2,
-        "--method",
-        "forward-only",
-        "--runtime",
-        "openvino-ep",
-        "--buckets",
-        "1x16",
-    )
-    result = edgetune("train", bundle, "--data", data, "--output", tmp_path / "adapter", *options, "--quiet")
+    options = ("--data", data, "--output", tmp_path / "adapter", "--steps", 2, "--method", "forward-only", "--quiet")
+    result = edgetune("train", bundle, *options, "--queries", 2, "--runtime", "openvino-ep", "--buckets", "1x16")
     assert [(each["graph"], each["cached"]) for each in result["placement"]] == [("loss", True)]
 
 

@@ -147,6 +147,13 @@ def test_an_accelerator_that_is_wanted_and_not_found_is_an_error(option: dict[st
             resolve_config(config, profile, pytest.fail)
 
 
+def test_what_several_runtimes_lack_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.train.accelerated._why_absent", lambda *given: "there is no NPU")
+    said: list[str] = []
+    apply_profile(load_profile("intel-core-ultra"), TrainConfig(), said.append)
+    assert said == ["intel-core-ultra: there is no NPU; the CPU computes"]
+
+
 def test_a_missing_package_is_said_and_the_cpu_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin_runtime, "find_spec", lambda name: None)
     profile = load_profile(npu(tmp_path))

@@ -54,7 +54,8 @@ def apply_profile(
             return asked
         absent.append(reason)
     if absent:
-        reasons = f"{profile.name}: {'; '.join(absent)}"
+        # Two runtimes may lack the same device.
+        reasons = f"{profile.name}: {'; '.join(dict.fromkeys(absent))}"
         if config.require_npu or config.device_type != TrainConfig.device_type:
             raise IncompatibleError(f"{reasons}; leave out --require-npu and --device-type to train on the CPU")
         notice(f"{reasons}; the CPU computes")
