@@ -66,6 +66,8 @@ class ExecutionPlan:
     """Layers whose activations are kept for the backward pass (the last ones); the others are computed again."""
     resident: bool = True
     """Keep all dequantised weights in memory; otherwise each is dequantised where it is used."""
+    wide: bool = False
+    """Compute sublayers in the larger of the two sizes of pieces for which the bundle has graphs."""
     lean: bool = False
     """Of layers that are computed again keep only what enters them, in 16 bits, and compute their attention twice;
     otherwise what enters either sublayer is kept as it is."""
@@ -94,7 +96,8 @@ class ExecutionPlan:
         kept = "forward only" if self.forward_only else kept
         weights = f"weights {'resident' if self.resident else 'streamed'}"
         trunk = [f"split, {self.trunk_layers} layers in the trunk"] if self.trunk_layers else []
-        return ", ".join([*trunk, self.products, kept, weights, *(["lean"] if self.lean else [])])
+        further = [word for word, given in (("lean", self.lean), ("wide pieces", self.wide)) if given]
+        return ", ".join([*trunk, self.products, kept, weights, *further])
 
 
 INT8_STEP, INT8_LOSS = "step_int8", "loss_int8"

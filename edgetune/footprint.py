@@ -14,7 +14,7 @@ from edgetune.architecture import frozen_weights
 from edgetune.execution import ExecutionPlan, Products
 from edgetune.frozen import BITS, BLOCK_SIZE, LAYERS
 from edgetune.manifest import BundleManifest, TensorSpec
-from edgetune.pieces import cut, kept_outputs, pieces_of
+from edgetune.pieces import cut, kept_outputs, pieces_of, sublayer_role
 from edgetune.trunk import FOLDER
 
 SUBLAYERS = ("attention", "mlp")
@@ -101,12 +101,13 @@ class Sizes:
     Args:
         manifest: The manifest of the bundle; without the layered form, what pieces keep is unknown and counts as 0.
         trunk_layers: Number of lowest layers that a trunk computes.
+        wide: Whether sublayers are computed in wide pieces.
     """
 
-    def __init__(self, manifest: BundleManifest, trunk_layers: int = 0) -> None:
+    def __init__(self, manifest: BundleManifest, trunk_layers: int = 0, *, wide: bool = False) -> None:
         a = manifest.architecture
         layered = any(graph.role.startswith(f"{LAYERS}/") for graph in manifest.graphs)
-        pieces = pieces_of(manifest) if layered else cut(a)
+        pieces = pieces_of(manifest, wide=wide) if layered else cut(a)
         self.layers = a.num_hidden_layers - trunk_layers
         self.trunk_layers = trunk_layers
         self.trunk = trunk_bytes(manifest) if trunk_layers else 0
@@ -121,7 +122,8 @@ class Sizes:
         self.pieces = dict(zip(SUBLAYERS, (pieces.attention, pieces.mlp), strict=True))
         self.weights = frozen_weights(a)
         """Number of frozen weights of each sublayer of a layer."""
-        kept = {name: kept_outputs(manifest, f"{LAYERS}/{name}") if layered else [] for name in SUBLAYERS}
+        roles = {name: sublayer_role(LAYERS, name, wide=wide) for name in SUBLAYERS}
+        kept = {name: kept_outputs(manifest, role) if layered else [] for name, role in roles.items()}
         self.kept = {name: sum(map(_channels, specs)) for name, specs in kept.items()}
         """Numbers per position that a piece keeps for the backward pass."""
         self.stored = stored_bytes(manifest.base.weights)

@@ -16,8 +16,11 @@ from edgetune.errors import VerificationError
 from edgetune.frozen import BLOCK_SIZE, LAYERS, Range
 from edgetune.manifest import Architecture, BundleManifest, TensorSpec
 
-MOST_WEIGHTS = 10_000_000
-"""Frozen weights of a piece, about: larger ones are not faster, and need more memory."""
+MOST_WEIGHTS, MOST_WIDE_WEIGHTS = 10_000_000, 20_000_000
+"""Frozen weights of a piece, about, and of a wide one. All of a sublayer's pieces repeat its norm, the rounding of rows
+and the adapters' first product: wide ones are faster, and need more memory."""
+WIDE = "wide"
+"""Folder of the graphs for wide pieces, beside those for the others."""
 LAYER_PREFIX = "model.layers.{}."
 
 
@@ -50,26 +53,47 @@ def cut(architecture: Architecture) -> Pieces:
     )
 
 
-def pieces_of(manifest: BundleManifest) -> Pieces:
+def cut_wide(architecture: Architecture) -> Pieces:
+    """The same with `MOST_WIDE_WEIGHTS`: each is several of the other pieces."""
+    pieces, weights = cut(architecture), frozen_weights(architecture)
+    return Pieces(
+        _divisor(pieces.attention, weights["attention"] / MOST_WIDE_WEIGHTS),
+        _divisor(pieces.mlp, weights["mlp"] / MOST_WIDE_WEIGHTS),
+    )
+
+
+def sublayer_role(folder: str, name: str, *, wide: bool) -> str:
+    """The graph of a sublayer, or of its wide pieces, among those of a folder: `layers`, or `layers/int8`."""
+    return f"{folder}/{WIDE}/{name}" if wide else f"{folder}/{name}"
+
+
+def widths(manifest: BundleManifest) -> tuple[bool, ...]:
+    """Which pieces a bundle has graphs for: wide ones where those differ from the others."""
+    wide = sublayer_role(LAYERS, "", wide=True)
+    return (False, True) if any(graph.role.startswith(wide) for graph in manifest.graphs) else (False,)
+
+
+def pieces_of(manifest: BundleManifest, *, wide: bool = False) -> Pieces:
     """How the graphs of a bundle were cut.
 
     Raises:
         VerificationError: The manifest does not say, or says what cannot be.
     """
     a = manifest.architecture
+    attention, mlp = (sublayer_role(LAYERS, name, wide=wide) for name in ("attention", "mlp"))
     return Pieces(
-        _count(manifest, "attention", "q_proj.weight", a.num_attention_heads * a.head_dim, a.num_key_value_heads),
-        _count(manifest, "mlp", "gate_proj.weight", a.intermediate_size, a.intermediate_size),
+        _count(manifest, attention, "q_proj.weight", a.num_attention_heads * a.head_dim, a.num_key_value_heads),
+        _count(manifest, mlp, "gate_proj.weight", a.intermediate_size, a.intermediate_size),
     )
 
 
 def _count(manifest: BundleManifest, role: str, name: str, rows: int, units: int) -> int:
     """Into how many pieces a weight's rows were cut, each of which has as many of the units that stay together."""
-    shapes = [spec.shape for spec in manifest.graph(f"{LAYERS}/{role}").inputs if spec.name == name]
+    shapes = [spec.shape for spec in manifest.graph(role).inputs if spec.name == name]
     size = shapes[0][0] if len(shapes) == 1 and shapes[0] else None
     if not isinstance(size, int) or size < 1 or rows % size or units % (rows // size):
         raise VerificationError(
-            f"the bundle's manifest: {LAYERS}/{role} takes {name} of shape {shapes!s:.60}, expected one matrix with "
+            f"the bundle's manifest: {role} takes {name} of shape {shapes!s:.60}, expected one matrix with "
             f"an equal part of the {rows} rows; make the bundle anew"
         )
     return rows // size

@@ -10,6 +10,7 @@ from edgetune.config import PlanName
 from edgetune.execution import LAYERED, ExecutionPlan
 from edgetune.footprint import SUBLAYERS, Footprint, Sizes, Work, peak_memory
 from edgetune.manifest import BundleManifest
+from edgetune.pieces import widths
 from edgetune.step_cost import step_cost
 
 _HEAD_LOGITS = 8 << 20
@@ -48,7 +49,7 @@ class Planner:
         self, manifest: BundleManifest, footprint: Footprint, work: Work, given: ExecutionPlan = LAYERED
     ) -> None:
         self._given = given
-        self._sizes = Sizes(manifest, given.trunk_layers)
+        self._sizes = {wide: Sizes(manifest, given.trunk_layers, wide=wide) for wide in widths(manifest)}
         self._footprint = footprint
         self._work = work
 
@@ -72,16 +73,23 @@ class Planner:
 
     def predict(self, plan: ExecutionPlan) -> Prediction:
         """Memory and work of a layered plan."""
-        peak = peak_memory(self._sizes, self._footprint, self._work, plan)
-        return Prediction(plan, peak, step_cost(self._sizes, self._footprint.dequantise, self._work, plan))
+        sizes = self._sizes[plan.wide]
+        peak = peak_memory(sizes, self._footprint, self._work, plan)
+        return Prediction(plan, peak, step_cost(sizes, self._footprint.dequantise, self._work, plan))
 
     def _plans(self, name: PlanName) -> Iterator[ExecutionPlan]:
+        """In pieces of either width."""
+        for wide, sizes in self._sizes.items():
+            for plan in self._plans_of(sizes, name):
+                yield replace(plan, wide=wide)
+
+    def _plans_of(self, sizes: Sizes, name: PlanName) -> Iterator[ExecutionPlan]:
         """With each number of kept layers, resident and streamed; the head's weight whole and in pieces."""
-        s = self._sizes
+        s = sizes
         kept = {"keep": [s.layers], "recompute": [0], "stream": [0]}.get(name, range(s.layers + 1))
         kept = [0] if self._given.forward_only else kept
         for resident in {"keep": [True], "recompute": [True], "stream": [False]}.get(name, [True, False]):
-            for tokens in [s.vocabulary] if resident else self._head_tokens():
+            for tokens in [s.vocabulary] if resident else _head_tokens(s):
                 rows = max(_FEWEST_HEAD_ROWS, _HEAD_LOGITS // tokens)
                 # Where graphs are compiled for shapes, the last rows take one of theirs only if it is a power of two.
                 rows = 1 << (rows.bit_length() - 1)
@@ -98,9 +106,10 @@ class Planner:
         exact = self._footprint.storage == _HALF
         return [False, True] if name in ("stream", "int8") or (name == "auto" and exact) else [False]
 
-    def _head_tokens(self) -> list[int]:
-        """Tokens of the vocabulary at a time: all, as large as a sublayer's piece is in float32, or in int8."""
-        s = self._sizes
-        piece = max(s.weights[name] // s.pieces[name] for name in SUBLAYERS) // s.hidden
-        parts = (piece // share // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE for share in (1, 4))
-        return sorted({s.vocabulary, *(min(s.vocabulary, max(_TOKENS_MULTIPLE, part)) for part in parts)}, reverse=True)
+
+def _head_tokens(sizes: Sizes) -> list[int]:
+    """Tokens of the vocabulary at a time: all, as large as a sublayer's piece is in float32, or in int8."""
+    s = sizes
+    piece = max(s.weights[name] // s.pieces[name] for name in SUBLAYERS) // s.hidden
+    parts = (piece // share // _TOKENS_MULTIPLE * _TOKENS_MULTIPLE for share in (1, 4))
+    return sorted({s.vocabulary, *(min(s.vocabulary, max(_TOKENS_MULTIPLE, part)) for part in parts)}, reverse=True)

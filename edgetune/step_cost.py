@@ -6,6 +6,9 @@ from edgetune.data.packing import ATTENTION_COST
 from edgetune.execution import ExecutionPlan
 from edgetune.footprint import SUBLAYERS, Sizes, Work, head_tokens
 
+_PIECE = 1500
+"""What every piece after a sublayer's first repeats and adds up, in products per hidden number."""
+
 
 def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, trained: int | None = None) -> float:
     """Work of a pass, forward and backward or forward alone, in products with a frozen weight; each is two operations.
@@ -19,11 +22,13 @@ def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, 
     """
     s, positions = sizes, work.positions
     logits = positions if trained is None else trained
+    further_pieces = sum(s.pieces.values()) - len(SUBLAYERS) if plan.form == "layered" else 0
+    repeated = _PIECE * s.layers * further_pieces * s.hidden * positions
     attention = ATTENTION_COST * 2 * s.queries * s.pieces["attention"] * work.scores
     if plan.forward_only:
         weights = s.layers * sum(s.weights.values())
         dequantised = dequantise * (weights + s.head) if plan.form == "layered" and not plan.resident else 0.0
-        return weights * positions + attention * s.layers + s.head * logits + dequantised
+        return weights * positions + repeated + attention * s.layers + s.head * logits + dequantised
     kept = s.layers if plan.form == "whole" else plan.kept_layers
     again = s.layers - kept
     # Forward and backward; of what is computed again, the last product of a sublayer is not needed.
@@ -35,7 +40,7 @@ def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, 
         products += s.weights["attention"] * again
         passes_of_attention += again
     passes = 2 if plan.form == "whole" or head_tokens(s, plan) == s.vocabulary else 3
-    cost = products * positions + attention * passes_of_attention
+    cost = products * positions + 2 * repeated + attention * passes_of_attention
     cost += passes * s.head * logits
     if plan.form == "layered" and not plan.resident:
         read = 2 * s.layers * sum(s.weights.values()) + (passes - 1) * s.head

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from prepared_bundles import Prepared
+from prepared_bundles import CONFIG, Prepared, prepare_tiny
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, rows_of
 
+from edgetune import pieces
+from edgetune.bundle import Bundle
 from edgetune.config import Base
 from edgetune.execution import ExecutionPlan
 from edgetune.frozen import BACKWARD, FORWARD, SCALES, FrozenWeights
@@ -24,7 +27,20 @@ PROJECTION = "model.layers.1.mlp.down_proj.weight"
 @pytest.mark.parametrize("plan", [KEEP, STREAM], ids=["keep", "stream"])
 @each_bundle
 def test_gradients_are_near_those_of_float32(prepared: Prepared, variant: str, base: Base, plan: ExecutionPlan) -> None:
-    bundle = prepared(variant, base)
+    assert_near_float32(prepared(variant, base), variant, plan)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+def test_pieces_are_as_near(wide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "MOST_WEIGHTS", 12_500)
+    monkeypatch.setattr(pieces, "MOST_WIDE_WEIGHTS", 60_000)
+    bundle = prepare_tiny("grouped-query", tmp_path / "bundle", CONFIG)
+    assert pieces.pieces_of(bundle.manifest, wide=wide) == (pieces.Pieces(1, 2) if wide else pieces.Pieces(2, 6))
+    assert_near_float32(bundle, "grouped-query", replace(STREAM, wide=wide))
+
+
+def assert_near_float32(bundle: Bundle, variant: str, plan: ExecutionPlan) -> None:
+    """Loss and gradients of an int8 plan, against those of the same plan in float32."""
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(1, lengths_of(variant, 1)))
     losses, gradients = [], []

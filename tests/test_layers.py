@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -124,19 +125,20 @@ def test_the_kept_form_computes_less(prepared: Prepared) -> None:
 
 @pytest.mark.parametrize("variant", ["grouped-query", "partial"])
 def test_pieces_add_up(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large layers are computed in pieces; here the limit is set so low that tiny ones are, too."""
-    monkeypatch.setattr(pieces, "MOST_WEIGHTS", 25_000)
+    """Large layers are computed in pieces of two sizes; here the limits are set so low that tiny ones are, too."""
+    monkeypatch.setattr(pieces, "MOST_WEIGHTS", 12_500)
+    monkeypatch.setattr(pieces, "MOST_WIDE_WEIGHTS", 60_000)
     bundle = prepare_tiny(variant, tmp_path / "bundle", CONFIG)
-    found = pieces.pieces_of(bundle.manifest)
-    assert found.attention == 2
-    assert found.mlp == 3
+    assert pieces.widths(bundle.manifest) == (False, True)
+    assert pieces.pieces_of(bundle.manifest) == pieces.Pieces(2, 6)
+    assert pieces.pieces_of(bundle.manifest, wide=True) == pieces.Pieces(1, 2)
     parameters = adapter_of(bundle)
     rows = rows_of(1, lengths_of(variant, 1))
     model = oracle.peft_model(checkpoint(variant), bundle, parameters)
     loss = oracle.loss(model, rows)
     loss.backward()
-    for plan in (RECOMPUTE, KEEP, LEAN):
-        with stock.open_session(bundle, parameters, OPTIMIZER, plan) as session:
+    for plan, wide in product((RECOMPUTE, KEEP, LEAN), (False, True)):
+        with stock.open_session(bundle, parameters, OPTIMIZER, replace(plan, wide=wide)) as session:
             result = session.step([batch_of(bundle, rows)], LEARNING_RATE)
             gradients = session.gradients()
         assert result.loss == pytest.approx(loss.item(), rel=1e-4)

@@ -79,15 +79,17 @@ def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base:
 
 
 @installed
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 @pytest.mark.parametrize("products", ["bf16", "int8"])
 def test_pieces_whose_channels_are_not_in_turn_add_up(
-    products: Products, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    products: Products, wide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Streamed weights have even channels first, within a piece and within a head."""
-    monkeypatch.setattr(pieces, "MOST_WEIGHTS", 25_000)
+    """Streamed weights have even channels first, within the smaller pieces and within a head."""
+    monkeypatch.setattr(pieces, "MOST_WEIGHTS", 12_500)
+    monkeypatch.setattr(pieces, "MOST_WIDE_WEIGHTS", 60_000)
     bundle = prepare_tiny("grouped-query", tmp_path / "bundle", CONFIG)
-    found = pieces.pieces_of(bundle.manifest)
-    assert (found.attention, found.mlp) == (2, 3)
+    assert pieces.pieces_of(bundle.manifest, wide=wide) == (pieces.Pieces(1, 2) if wide else pieces.Pieces(2, 6))
+    plan = replace(RECOMPUTE, products=products, wide=wide)
     groups = groups_of(bundle.manifest)
     assert groups is not None
     assert groups.inner < groups.hidden
@@ -95,7 +97,7 @@ def test_pieces_whose_channels_are_not_in_turn_add_up(
     rows = rows_of(1, lengths_of("grouped-query", 1))
     model = oracle.peft_model(checkpoint("grouped-query"), bundle, parameters)
     oracle.loss(model, rows).backward()
-    with openvino.open_session(bundle, parameters, OPTIMIZER, replace(RECOMPUTE, products=products)) as session:
+    with openvino.open_session(bundle, parameters, OPTIMIZER, plan) as session:
         np.testing.assert_equal(session.adapter(), dict(parameters))
         session.step([batch_of(bundle, rows)], LEARNING_RATE)
         gradients = session.gradients()  # type: ignore[attr-defined]

@@ -17,7 +17,8 @@ from edgetune.config import PlanName, TrainConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
 from edgetune.execution import LAYERED, WHOLE_STEP
 from edgetune.footprint import Footprint, Sizes, Work, peak_memory
-from edgetune.manifest import BundleManifest
+from edgetune.manifest import BundleManifest, TensorSpec
+from edgetune.pieces import sublayer_role
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Abilities
 from edgetune.train.choice import choose
@@ -88,6 +89,38 @@ def test_names_hold_to_what_they_say(planner: Planner, manifest: BundleManifest)
     layers = manifest.architecture.num_hidden_layers
     assert [(p.kept_layers, p.resident) for p in (keep, recompute, stream)] == [(layers, True), (0, True), (0, False)]
     assert planner.smallest("auto").peak_memory_bytes >= planner.smallest("stream").peak_memory_bytes
+
+
+def in_two_widths(manifest: BundleManifest) -> BundleManifest:
+    """A manifest as if its graphs were those of wide pieces, and there were others of half their channels."""
+
+    def halved(spec: TensorSpec) -> TensorSpec:
+        axes = {"q_proj.weight": 0, "gate_proj.weight": 0, "gate": 2, "up": 2}
+        axes |= dict.fromkeys(("query", "key", "value", "context"), 1)
+        if spec.name not in axes:
+            return spec
+        shape = [s // 2 if place == axes[spec.name] and isinstance(s, int) else s for place, s in enumerate(spec.shape)]
+        return replace(spec, shape=shape)
+
+    graphs = []
+    for graph in manifest.graphs:
+        if graph.role in ("layers/attention", "layers/mlp"):
+            graphs.append(replace(graph, role=sublayer_role("layers", graph.role.removeprefix("layers/"), wide=True)))
+            ins, outs = ([halved(spec) for spec in specs] for specs in (graph.inputs, graph.outputs))
+            graph = replace(graph, inputs=ins, outputs=outs)
+        graphs.append(graph)
+    return replace(manifest, graphs=graphs)
+
+
+def test_wide_pieces_are_taken_where_there_is_room(manifest: BundleManifest) -> None:
+    planner = Planner(in_two_widths(manifest), FOOTPRINT, WORK)
+    assert best(planner).plan.wide
+    assert not planner.smallest("auto").plan.wide
+    assert not best(planner, "stream").plan.wide
+    narrow, wide = (planner.predict(replace(LAYERED, resident=False, wide=wide)) for wide in (False, True))
+    assert narrow.peak_memory_bytes < wide.peak_memory_bytes
+    assert narrow.cost > wide.cost
+    assert best(planner, "auto", wide.peak_memory_bytes - 1).cost > wide.cost
 
 
 def test_lean_plans_are_exact_where_16_bits_are_all_there_is(manifest: BundleManifest) -> None:

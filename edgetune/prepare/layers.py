@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 from edgetune.checkpoint import Checkpoint
 from edgetune.config import PrepareConfig
-from edgetune.frozen import BITS, INDEX, INT8, LAYERS, write_index
+from edgetune.frozen import BITS, INDEX, LAYERS, write_index
 from edgetune.manifest import Architecture
+from edgetune.pieces import WIDE, Pieces, cut, cut_wide
 from edgetune.prepare.adamw import build_flat_adamw
 from edgetune.prepare.blocks import build_dequantise
 from edgetune.prepare.gradient import ARTIFACTS, differentiate
@@ -54,7 +55,7 @@ def build_layers(
     Raises:
         IncompatibleError: An operator has no gradient.
     """
-    sublayers = build_sublayers(checkpoint, scratch, source.architecture, config, say)
+    sublayers = _in_all_widths(checkpoint, scratch, source.architecture, config, say)
     bits = BITS.get(config.base, min(BITS.values()))
     graphs = {
         **sublayers,
@@ -63,15 +64,33 @@ def build_layers(
         "adamw_flat": build_flat_adamw(),
         "dequantise": build_dequantise(bits),
     }
-    (folder / LAYERS / INT8).mkdir(parents=True)
     for name, graph in graphs.items():
-        ir.save(graph, folder / LAYERS / f"{name}.onnx")
+        file = folder / LAYERS / f"{name}.onnx"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        ir.save(graph, file)
     (folder / INDEX).write_bytes(write_index(index_weights(folder, source.architecture, config.base)))
     return [f"{LAYERS}/{name}" for name in graphs]
 
 
-def build_sublayers(
+def _in_all_widths(
     checkpoint: Path, scratch: Path, architecture: Architecture, config: PrepareConfig, say: Callable[[str], None]
+) -> dict[str, ir.Model]:
+    """The graphs of both sublayers, and of their wide pieces where those are others."""
+    pieces, wide = cut(architecture), cut_wide(architecture)
+    graphs = build_sublayers(checkpoint, scratch, architecture, config, pieces, say)
+    if wide != pieces:
+        for name, graph in build_sublayers(checkpoint, scratch / WIDE, architecture, config, wide, say).items():
+            graphs[f"{WIDE}/{name}"] = graph
+    return graphs
+
+
+def build_sublayers(
+    checkpoint: Path,
+    scratch: Path,
+    architecture: Architecture,
+    config: PrepareConfig,
+    pieces: Pieces,
+    say: Callable[[str], None],
 ) -> dict[str, ir.Model]:
     """The graphs of both sublayers by their names: `attention`, `attention_grad`, `attention_grad_kept`, `mlp`, ….
 
@@ -86,6 +105,7 @@ def build_sublayers(
         scratch: A folder for intermediate files.
         architecture: Sizes of the model.
         config: Rank, alpha and targets of the slots.
+        pieces: How the sublayers are cut.
         say: Called with a line of text if the side environment has to be made first.
 
     Raises:
@@ -94,8 +114,8 @@ def build_sublayers(
     graphs: dict[str, ir.Model] = {}
     for sublayer in SUBLAYERS:
         folder = scratch / sublayer.name
-        folder.mkdir()
-        trainable = export_sublayer(checkpoint, folder / "forward.onnx", architecture, config, sublayer)
+        folder.mkdir(parents=True)
+        trainable = export_sublayer(checkpoint, folder / "forward.onnx", architecture, config, sublayer, pieces)
         forward = resolve_shapes(ir.load(folder / "forward.onnx"))
         (anchored,) = _value(forward, ANCHOR).consumers()
         hidden = str(anchored.outputs[0].name)

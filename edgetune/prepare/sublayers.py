@@ -16,7 +16,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, apply_rotary_pos
 
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.manifest import Architecture
-from edgetune.pieces import Part, attention_parts, cut, mlp_parts
+from edgetune.pieces import Part, Pieces, attention_parts, mlp_parts
 from edgetune.prepare.skeleton import (
     EXAMPLE_BATCH,
     EXAMPLE_SEQUENCE,
@@ -47,7 +47,12 @@ SUBLAYERS = (Sublayer("attention", ("query", "key", "value", "context")), Sublay
 
 
 def export_sublayer(
-    checkpoint: Path, output: Path, architecture: Architecture, config: PrepareConfig, sublayer: Sublayer
+    checkpoint: Path,
+    output: Path,
+    architecture: Architecture,
+    config: PrepareConfig,
+    sublayer: Sublayer,
+    pieces: Pieces,
 ) -> list[str]:
     """Export a piece of one sublayer.
 
@@ -62,12 +67,12 @@ def export_sublayer(
         architecture: Sizes of the model.
         config: Rank, alpha and targets of the slots.
         sublayer: The sublayer to export.
+        pieces: How it is cut.
 
     Returns:
         The LoRA parameters among the inputs.
     """
     model_config = Phi3Config.from_pretrained(checkpoint)
-    pieces = cut(architecture)
     attention = sublayer.name == "attention"
     parts = next(attention_parts(architecture, pieces.attention) if attention else mlp_parts(architecture, pieces.mlp))
     shapes = {name: shape for name, part in parts.items() if (shape := _shape(part, architecture, config)) is not None}

@@ -13,7 +13,7 @@ from edgetune.data.batches import Batch
 from edgetune.data.encode import IGNORED
 from edgetune.execution import ExecutionPlan
 from edgetune.frozen import EMBEDDING, LAYERS, FrozenWeights
-from edgetune.pieces import attention_parts, mlp_parts, pieces_of
+from edgetune.pieces import attention_parts, mlp_parts, pieces_of, sublayer_role
 from edgetune.placement import Placement
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
 from edgetune.runtimes.layered.backend import Arrays, Backend
@@ -63,12 +63,22 @@ class LayeredForward:
         self._lora = parameters
         self._workspace = Workspace(backend.storage)
         self._states = HiddenStates(self._workspace, plan.lean)
-        pieces = pieces_of(bundle.manifest)
+        pieces = pieces_of(bundle.manifest, wide=plan.wide)
         self._attention, self._mlp = (
-            SublayerRunner(bundle, name, parts, backend, self._frozen, linear, parameters, self._workspace)
+            SublayerRunner(
+                bundle,
+                name,
+                sublayer_role(backend.sublayers, name, wide=plan.wide),
+                list(parts),
+                backend,
+                self._frozen,
+                linear,
+                parameters,
+                self._workspace,
+            )
             for name, parts in (
-                ("attention", list(attention_parts(architecture, pieces.attention))),
-                ("mlp", list(mlp_parts(architecture, pieces.mlp))),
+                ("attention", attention_parts(architecture, pieces.attention)),
+                ("mlp", mlp_parts(architecture, pieces.mlp)),
             )
         )
         self._layers = range(plan.trunk_layers, layers)

@@ -29,6 +29,7 @@ class SublayerRunner:
     Args:
         bundle: Holds the graphs.
         name: `attention` or `mlp`.
+        role: Of the graph of its forward pass.
         pieces: The graphs' inputs, piece by piece.
         backend: Runs the graphs.
         frozen: Holds norms.
@@ -44,6 +45,7 @@ class SublayerRunner:
         self,
         bundle: Bundle,
         name: str,
+        role: str,
         pieces: Sequence[dict[str, Part]],
         backend: Backend,
         frozen: FrozenWeights,
@@ -56,7 +58,7 @@ class SublayerRunner:
         self._channels = backend.channels
         self._frozen, self._linear, self._lora, self._workspace = frozen, linear, parameters, workspace
         self._bundle, self._backend = bundle, backend
-        self._role = f"{backend.sublayers}/{name}"
+        self._role = role
         self._forward = self._load("")
         self._kept = kept_outputs(bundle.manifest, self._role)
         if {spec.name for spec in self._kept} != set(self._forward.outputs) - {"output"}:
