@@ -81,10 +81,17 @@ def pieces_of(manifest: BundleManifest, *, wide: bool = False) -> Pieces:
     """
     a = manifest.architecture
     attention, mlp = (sublayer_role(LAYERS, name, wide=wide) for name in ("attention", "mlp"))
-    return Pieces(
+    found = Pieces(
         _count(manifest, attention, "q_proj.weight", a.num_attention_heads * a.head_dim, a.num_key_value_heads),
         _count(manifest, mlp, "gate_proj.weight", a.intermediate_size, a.intermediate_size),
     )
+    others = pieces_of(manifest) if wide else found
+    if others.attention % found.attention or others.mlp % found.mlp:
+        raise VerificationError(
+            f"the bundle's manifest: {found.attention} and {found.mlp} wide pieces, expected each to be several of the "
+            f"{others.attention} and {others.mlp} others; make the bundle anew"
+        )
+    return found
 
 
 def _count(manifest: BundleManifest, role: str, name: str, rows: int, units: int) -> int:

@@ -12,7 +12,7 @@ from edgetune.bundle import Bundle, open_bundle
 from edgetune.errors import VerificationError
 from edgetune.execution import ExecutionPlan
 from edgetune.manifest import BundleManifest, TensorSpec
-from edgetune.pieces import Pieces, cut, kept_outputs, pieces_of
+from edgetune.pieces import Pieces, cut, kept_outputs, pieces_of, sublayer_role, widths
 from edgetune.runtimes import OptimizerConfig, stock
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "bundle"
@@ -56,6 +56,20 @@ def test_rows_that_are_no_part_are_refused(golden: Bundle, shape: Shape) -> None
     manifest = with_specs(golden.manifest, "layers/attention", weight("q_proj.weight", shape))
     with pytest.raises(VerificationError, match=r"layers/attention takes q_proj.weight of shape .* the 64 rows; make"):
         pieces_of(manifest)
+
+
+def test_wide_pieces_are_several_of_the_others(golden: Bundle) -> None:
+    """Channels are left in the order of the others."""
+    whole = golden.manifest
+    roles = {name: sublayer_role("layers", name, wide=True) for name in ("attention", "mlp")}
+    wide = [replace(whole.graph(f"layers/{name}"), role=role) for name, role in roles.items()]
+    manifest = replace(whole, graphs=[*whole.graphs, *wide])
+    assert widths(whole) == (False,)
+    assert widths(manifest) == (False, True)
+    assert pieces_of(manifest, wide=True) == Pieces(1, 1)
+    halves = with_specs(manifest, roles["mlp"], weight("gate_proj.weight", [64, 64]))
+    with pytest.raises(VerificationError, match=r"1 and 2 wide pieces, expected each to be several of the 1 and 1"):
+        pieces_of(halves, wide=True)
 
 
 @pytest.mark.parametrize("name", ["layers/attention", "layers/mlp"])
