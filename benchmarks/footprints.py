@@ -85,7 +85,7 @@ class Sample:
 
     def predict(self, footprint: Footprint) -> int:
         """What `edgetune.footprint` says, in bytes."""
-        return peak_memory(Sizes(self.manifest, wide=self.plan.wide), footprint, self.work, self.plan)
+        return peak_memory(Sizes(self.manifest, self.plan), footprint, self.work, self.plan)
 
 
 def measure(

@@ -28,6 +28,7 @@ from edgetune.data.batcher import Batcher
 from edgetune.data.encode import load_encoder, load_examples
 from edgetune.footprint import Work
 from edgetune.runtimes import ForwardRuntime
+from edgetune.runtimes.forward_only import passes_a_step
 from edgetune.train.choice import choose
 
 GOAL = 0.8
@@ -120,14 +121,16 @@ def learn(asked: Namespace, console: Console) -> bool:
     for seed in range(asked.seeds):
         options = ["--valid", asked.valid, "--steps", steps, "--queries", queries, "--seed", seed]
         found = train(asked, "forward-only", options)
-        table.add_row("forward-only", str(seed), f"{steps:,}", str(queries + 1), *_row(found, exact))
+        table.add_row("forward-only", str(seed), f"{steps:,}", str(passes_a_step(queries)), *_row(found, exact))
         met.append(found.drop >= GOAL * exact.drop)
         curve = Table("step", "passes", "validation loss", "share of the drop")
         first = found.result["first_validation_loss"]
         measured = [step for step in found.steps if "validation_loss" in step]
         for step in measured[:: max(1, len(measured) // CURVE)]:
             loss, share = step["validation_loss"], (first - step["validation_loss"]) / exact.drop
-            curve.add_row(f"{step['step']:,}", f"{step['step'] * (queries + 1):,}", f"{loss:.3f}", f"{share:.0%}")
+            curve.add_row(
+                f"{step['step']:,}", f"{step['step'] * passes_a_step(queries):,}", f"{loss:.3f}", f"{share:.0%}"
+            )
         console.print(curve)
     console.print(table)
     return all(met)

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from edgetune.architecture import frozen_weights
-from edgetune.execution import ExecutionPlan, Products
+from edgetune.execution import LAYERED, ExecutionPlan, Products
 from edgetune.frozen import BITS, BLOCK_SIZE, LAYERS
 from edgetune.manifest import BundleManifest, TensorSpec
 from edgetune.pieces import cut, kept_outputs, pieces_of, sublayer_role
@@ -100,17 +100,16 @@ class Sizes:
 
     Args:
         manifest: The manifest of the bundle; without the layered form, what pieces keep is unknown and counts as 0.
-        trunk_layers: Number of lowest layers that a trunk computes.
-        wide: Whether sublayers are computed in wide pieces.
+        plan: Says how many of the lowest layers a trunk computes, and how wide the pieces of the others are.
     """
 
-    def __init__(self, manifest: BundleManifest, trunk_layers: int = 0, *, wide: bool = False) -> None:
+    def __init__(self, manifest: BundleManifest, plan: ExecutionPlan = LAYERED) -> None:
         a = manifest.architecture
         layered = any(graph.role.startswith(f"{LAYERS}/") for graph in manifest.graphs)
-        pieces = pieces_of(manifest, wide=wide) if layered else cut(a)
-        self.layers = a.num_hidden_layers - trunk_layers
-        self.trunk_layers = trunk_layers
-        self.trunk = trunk_bytes(manifest) if trunk_layers else 0
+        pieces = pieces_of(manifest, wide=plan.wide) if layered else cut(a)
+        self.layers = a.num_hidden_layers - plan.trunk_layers
+        self.trunk_layers = plan.trunk_layers
+        self.trunk = trunk_bytes(manifest) if plan.trunk_layers else 0
         """Bytes of the trunk's graph: its weights as they are stored and as they are multiplied."""
         self.hidden = a.hidden_size
         self.heads = a.num_attention_heads // pieces.attention
@@ -118,11 +117,11 @@ class Sizes:
         """Query channels of a piece; `heads` counts the heads of a piece, too."""
         self.inner = a.intermediate_size // pieces.mlp
         self.vocabulary = a.vocab_size
-        self.adapter = sum(math.prod(shape) for shape in manifest.lora.from_layer(trunk_layers).shapes().values())
+        self.adapter = sum(math.prod(shape) for shape in manifest.lora.from_layer(plan.trunk_layers).shapes().values())
         self.pieces = dict(zip(SUBLAYERS, (pieces.attention, pieces.mlp), strict=True))
         self.weights = frozen_weights(a)
         """Number of frozen weights of each sublayer of a layer."""
-        roles = {name: sublayer_role(LAYERS, name, wide=wide) for name in SUBLAYERS}
+        roles = {name: sublayer_role(LAYERS, name, wide=plan.wide) for name in SUBLAYERS}
         kept = {name: kept_outputs(manifest, role) if layered else [] for name, role in roles.items()}
         self.kept = {name: sum(map(_channels, specs)) for name, specs in kept.items()}
         """Numbers per position that a piece keeps for the backward pass."""

@@ -69,8 +69,8 @@ def sublayer_role(folder: str, name: str, *, wide: bool) -> str:
 
 def widths(manifest: BundleManifest) -> tuple[bool, ...]:
     """Which pieces a bundle has graphs for: wide ones where those differ from the others."""
-    wide = sublayer_role(LAYERS, "", wide=True)
-    return (False, True) if any(graph.role.startswith(wide) for graph in manifest.graphs) else (False,)
+    wide = any(graph.role.startswith(f"{LAYERS}/{WIDE}/") for graph in manifest.graphs)
+    return (False, True) if wide else (False,)
 
 
 def pieces_of(manifest: BundleManifest, *, wide: bool = False) -> Pieces:

@@ -49,7 +49,7 @@ class Planner:
         self, manifest: BundleManifest, footprint: Footprint, work: Work, given: ExecutionPlan = LAYERED
     ) -> None:
         self._given = given
-        self._sizes = {wide: Sizes(manifest, given.trunk_layers, wide=wide) for wide in widths(manifest)}
+        self._sizes = {wide: Sizes(manifest, replace(given, wide=wide)) for wide in widths(manifest)}
         self._footprint = footprint
         self._work = work
 
@@ -79,13 +79,12 @@ class Planner:
 
     def _plans(self, name: PlanName) -> Iterator[ExecutionPlan]:
         """In pieces of either width."""
-        for wide, sizes in self._sizes.items():
-            for plan in self._plans_of(sizes, name):
-                yield replace(plan, wide=wide)
+        for wide in self._sizes:
+            yield from self._plans_of(wide, name)
 
-    def _plans_of(self, sizes: Sizes, name: PlanName) -> Iterator[ExecutionPlan]:
+    def _plans_of(self, wide: bool, name: PlanName) -> Iterator[ExecutionPlan]:
         """With each number of kept layers, resident and streamed; the head's weight whole and in pieces."""
-        s = sizes
+        s, given = self._sizes[wide], replace(self._given, products=self._footprint.products, wide=wide)
         kept = {"keep": [s.layers], "recompute": [0], "stream": [0]}.get(name, range(s.layers + 1))
         kept = [0] if self._given.forward_only else kept
         for resident in {"keep": [True], "recompute": [True], "stream": [False]}.get(name, [True, False]):
@@ -94,8 +93,8 @@ class Planner:
                 # Where graphs are compiled for shapes, the last rows take one of theirs only if it is a power of two.
                 rows = 1 << (rows.bit_length() - 1)
                 rows = rows if tokens == s.vocabulary else min(rows, _MOST_HEAD_ROWS)
-                plan = replace(self._given, products=self._footprint.products, resident=resident, head_rows=rows)
-                plan = replace(plan, head_tokens=tokens if tokens < s.vocabulary else None)
+                tokens_at_once = tokens if tokens < s.vocabulary else None
+                plan = replace(given, resident=resident, head_rows=rows, head_tokens=tokens_at_once)
                 for count, lean in product(kept, self._lean(name)):
                     yield replace(plan, kept_layers=count, lean=lean)
 

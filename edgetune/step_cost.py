@@ -7,7 +7,8 @@ from edgetune.execution import ExecutionPlan
 from edgetune.footprint import SUBLAYERS, Sizes, Work, head_tokens
 
 _PIECE = 1500
-"""What every piece after a sublayer's first repeats and adds up, in products per hidden number."""
+"""What every piece after a sublayer's first repeats and adds up, in products per hidden number: the 6 ms a piece
+that OpenVINO took on an EPYC at Phi-3-mini's width and 512 positions, in products of bfloat16; of int8 it is 2,600."""
 
 
 def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, trained: int | None = None) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from prepared_bundles import Prepared, prepare_standard
+from prepared_bundles import InPieces, Prepared, prepare_in_pieces, prepare_standard
 
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import Base
@@ -16,14 +18,34 @@ from edgetune.config import Base
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """`prepared(variant, base)` is the whole bundle of a tiny variant; tests must not change it."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
+    root = _shared_folder(tmp_path_factory)
 
     @cache
     def bundle(variant: str, base: Base) -> Bundle:
-        folder = root / f"{variant}-{base}"
-        with FileLock(f"{folder}.lock"):
-            return open_bundle(folder) if folder.exists() else prepare_standard(variant, base, folder)
+        return _once(root / f"{variant}-{base}", lambda folder: prepare_standard(variant, base, folder))
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def in_pieces(tmp_path_factory: pytest.TempPathFactory) -> InPieces:
+    """`in_pieces(variant)` is a bundle whose sublayers are cut; tests must not change it."""
+    root = _shared_folder(tmp_path_factory)
+
+    @cache
+    def bundle(variant: str) -> Bundle:
+        return _once(root / f"{variant}-in-pieces", lambda folder: prepare_in_pieces(variant, folder))
+
+    return bundle
+
+
+def _shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """One for all worker processes."""
+    folder = factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def _once(folder: Path, make: Callable[[Path], Bundle]) -> Bundle:
+    """What one of the worker processes made in a folder."""
+    with FileLock(f"{folder}.lock"):
+        return open_bundle(folder) if folder.exists() else make(folder)

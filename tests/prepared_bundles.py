@@ -12,6 +12,7 @@ from typing import Protocol
 import pytest
 from tiny_phi3 import checkpoint, silent
 
+from edgetune import pieces
 from edgetune.bundle import Bundle
 from edgetune.config import Base, PrepareConfig
 
@@ -23,6 +24,12 @@ class Prepared(Protocol):
     """Type of the fixture `prepared`: the bundle of a variant; tests must not change it."""
 
     def __call__(self, variant: str, base: Base) -> Bundle: ...
+
+
+class InPieces(Protocol):
+    """Type of the fixture `in_pieces`: what `prepare_in_pieces` makes of a variant; tests must not change it."""
+
+    def __call__(self, variant: str) -> Bundle: ...
 
 
 def prepare_tiny(variant: str, folder: Path, config: PrepareConfig) -> Bundle:
@@ -41,6 +48,14 @@ def prepare_checkpoint(source: Path, folder: Path, config: PrepareConfig) -> Bun
 
 def prepare_standard(variant: str, base: Base, folder: Path) -> Bundle:
     return prepare_tiny(variant, folder, replace(CONFIG, base=base))
+
+
+def prepare_in_pieces(variant: str, folder: Path) -> Bundle:
+    """With limits so low that the sublayers of grouped-query variants are cut: 2 and 6 pieces, 1 and 2 wide ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "MOST_WEIGHTS", 12_500)
+        patch.setattr(pieces, "MOST_WIDE_WEIGHTS", 60_000)
+        return prepare_tiny(variant, folder, CONFIG)
 
 
 def _run_olive_here(name: str, config: Mapping[str, object], source: Path, output: Path, base: Base) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from prepared_bundles import CONFIG, Prepared, prepare_tiny
+from prepared_bundles import InPieces, Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, rows_of
 
 from edgetune import pieces
@@ -31,10 +30,8 @@ def test_gradients_are_near_those_of_float32(prepared: Prepared, variant: str, b
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
-def test_pieces_are_as_near(wide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "MOST_WEIGHTS", 12_500)
-    monkeypatch.setattr(pieces, "MOST_WIDE_WEIGHTS", 60_000)
-    bundle = prepare_tiny("grouped-query", tmp_path / "bundle", CONFIG)
+def test_pieces_are_as_near(wide: bool, in_pieces: InPieces) -> None:
+    bundle = in_pieces("grouped-query")
     assert pieces.pieces_of(bundle.manifest, wide=wide) == (pieces.Pieces(1, 2) if wide else pieces.Pieces(2, 6))
     assert_near_float32(bundle, "grouped-query", replace(STREAM, wide=wide))
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import onnx
 import oracle
 import pytest
 import torch
-from prepared_bundles import CONFIG, Prepared, prepare_tiny
+from prepared_bundles import InPieces, Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, relative, rows_of
 from tiny_phi3 import checkpoint
 
@@ -124,11 +123,9 @@ def test_the_kept_form_computes_less(prepared: Prepared) -> None:
 
 
 @pytest.mark.parametrize("variant", ["grouped-query", "partial"])
-def test_pieces_add_up(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_add_up(variant: str, in_pieces: InPieces) -> None:
     """Large layers are computed in pieces of two sizes; here the limits are set so low that tiny ones are, too."""
-    monkeypatch.setattr(pieces, "MOST_WEIGHTS", 12_500)
-    monkeypatch.setattr(pieces, "MOST_WIDE_WEIGHTS", 60_000)
-    bundle = prepare_tiny(variant, tmp_path / "bundle", CONFIG)
+    bundle = in_pieces(variant)
     assert pieces.widths(bundle.manifest) == (False, True)
     assert pieces.pieces_of(bundle.manifest) == pieces.Pieces(2, 6)
     assert pieces.pieces_of(bundle.manifest, wide=True) == pieces.Pieces(1, 2)

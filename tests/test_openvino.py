@@ -14,7 +14,7 @@ from typing import get_args
 import numpy as np
 import oracle
 import pytest
-from prepared_bundles import CONFIG, Prepared, prepare_tiny
+from prepared_bundles import InPieces, Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, relative, rows_of
 from tiny_phi3 import checkpoint
 
@@ -81,13 +81,9 @@ def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base:
 @installed
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 @pytest.mark.parametrize("products", ["bf16", "int8"])
-def test_pieces_whose_channels_are_not_in_turn_add_up(
-    products: Products, wide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_whose_channels_are_not_in_turn_add_up(products: Products, wide: bool, in_pieces: InPieces) -> None:
     """Streamed weights have even channels first, within the smaller pieces and within a head."""
-    monkeypatch.setattr(pieces, "MOST_WEIGHTS", 12_500)
-    monkeypatch.setattr(pieces, "MOST_WIDE_WEIGHTS", 60_000)
-    bundle = prepare_tiny("grouped-query", tmp_path / "bundle", CONFIG)
+    bundle = in_pieces("grouped-query")
     assert pieces.pieces_of(bundle.manifest, wide=wide) == (pieces.Pieces(1, 2) if wide else pieces.Pieces(2, 6))
     plan = replace(RECOMPUTE, products=products, wide=wide)
     groups = groups_of(bundle.manifest)

@@ -83,7 +83,7 @@ class CostModel:
     """
 
     def __init__(self, bundle: Bundle, choice: Choice) -> None:
-        self._sizes = Sizes(bundle.manifest, choice.plan.trunk_layers, wide=choice.plan.wide)
+        self._sizes = Sizes(bundle.manifest, choice.plan)
         self._plan = choice.plan
         self._dequantise = choice.footprint.dequantise if choice.footprint else 0.0
         self.layers = self._sizes.layers
