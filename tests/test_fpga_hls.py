@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -199,6 +201,17 @@ def test_fifty_steps_on_the_emulation_end_where_the_cpus_do(
     assert (placement["graph"], placement["provider"], placement["accelerated_nodes"]) == ("trunk", "fpga-hls", 4)
     assert placement["device"].startswith("FPGA emulation (hls4ml C simulation); estimate for a Kria KV260")
     assert placement["device"] in provenance["placement"]
+
+
+@installed
+@compiles
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's high-water mark")
+def test_the_peak_is_as_predicted(halves: Bundle, data: Path, tmp_path: Path) -> None:
+    """The goal: within 15 %; hls4ml and the compiled cores take a fifth of it."""
+    options = ["--runtime", "fpga-hls", "--plan", "stream", "--batch-size", "2", "--steps", "1", "--json", "--quiet"]
+    command = [sys.executable, "-m", "edgetune", "train", halves.path, "--data", data, "--output", tmp_path / "adapter"]
+    result = json.loads(subprocess.run([*command, *options], capture_output=True, text=True, check=True).stdout)
+    assert result["predicted_peak_memory_bytes"] == pytest.approx(result["peak_memory_bytes"], rel=0.15)
 
 
 @pytest.mark.parametrize("variant", ["grouped-query", "partial"])
