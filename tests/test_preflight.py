@@ -388,6 +388,37 @@ def test_a_cut_model_tells_what_the_whole_one_takes(bundle: Bundle) -> None:
     assert found.took < 10
 
 
+def test_every_layer_adds_its_work_for_every_shape(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shape is measured with more layers; the others follow it, by their own work."""
+    workload = _workload(bundle, [8, 24, 60], batch_size=1, epochs=1)
+    choice = choose(bundle.manifest, TrainConfig("onnxruntime"), workload.work(), lambda text: None)
+    cut = {layers: CostModel(*calibration._cut(bundle, choice, layers)) for layers in (1, 2)}
+    parameters = len(bundle.manifest.lora.shapes()) // bundle.manifest.architecture.num_hidden_layers
+    timed: list[tuple[int, int]] = []
+
+    def work(session: LayeredSession, batch: Batch) -> float:
+        layers = len(session.gradients()) // parameters
+        timed.append((layers, batch.input_ids.shape[1]))
+        return 1e-3 + cut[layers].of(batch) / 1e9
+
+    monkeypatch.setattr(calibration, "_timed", work)
+    batches = [batch for step in workload.steps() for batch in step]
+    found = calibrate(bundle, choice, batches)
+    assert [seconds for _, seconds in found.points] == pytest.approx([1e-3 + work / 1e9 for work, _ in found.points])
+    assert {length for layers, length in timed if layers == 1} == {8, 24, 64}
+    assert {length for layers, length in timed if layers == 2} == {8}, "the one with the least work"
+
+
+def test_as_many_layers_are_measured_as_there_is_time_for() -> None:
+    usual, other = calibration._Timing(first=0.2, step=0.1), calibration._Timing(first=0.3, step=0.2)
+    # The first step's 0.2 s more, and four steps of 0.1 s; each further layer 0.05 s a step.
+    assert calibration._depth(usual, [], 0.5, layers=12, left=0.2 + 0.4 + 5 * 0.2 + 0.1) == 6
+    # And 0.3 s more, and two steps of 0.2 s; each further layer 0.1 s a step.
+    assert calibration._depth(usual, [other], 0.5, layers=12, left=0.5 + 0.8 + 3 * 0.4 + 0.1) == 4
+    assert calibration._depth(usual, [], 0.5, layers=12, left=60) == 12
+    assert calibration._depth(usual, [], 0.5, layers=12, left=-1) == 2
+
+
 def test_a_short_row_tells_what_long_ones_take(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing else is affordable; what streamed weights cost is no position's."""
     workload = _workload(bundle, [64] * 16, batch_size=16, epochs=1)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _BF16 = Footprint(
     products="bf16",
     storage=2,
-    base=203_000_000,
+    base=175_000_000,
     attention_states=0.0,
     attention_scores=10.1,
     kept_scores=8.2,
@@ -38,11 +38,11 @@ _BF16 = Footprint(
     together=True,
     apart=0.0,
     shapes=MOST_SHAPES,
-    shape=10_300_000,
+    shape=20_300_000,
     cache=MOST_BYTES,
     weight=2.0,
     forward=0.34,
-    backward=51_000_000,
+    backward=39_000_000,
     dequantise=90.0,
 )
 _FP32 = replace(
@@ -62,15 +62,16 @@ _FP32 = replace(
 _INT8 = replace(
     _BF16,
     products="int8",
-    base=197_000_000,
+    base=159_000_000,
     attention_scores=7.8,
     kept_scores=5.5,
     mlp_states=21.7,
     hidden_states=33.2,
     graph_weights=1.3,
     logits=9.5,
-    shape=32_000_000,
+    shape=40_000_000,
     weight=1.0,
+    backward=27_000_000,
 )
 
 

@@ -36,8 +36,8 @@ _ENOUGH = 1.0
 """Seconds of steps, unless they are few or many."""
 _LEAST_TURNS, _MOST_TURNS = 2, 30
 """Steps of each shape that count."""
-_STEPS = 4
-"""That are made at least."""
+_STEPS, _STEPS_ONCE = 4, 2
+"""That are made at least, and of a batch whose first step is of interest."""
 _QUERIES = 2
 """That are timed together where a step is made of such."""
 _RATE = 1e-6
@@ -117,36 +117,42 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
     model = CostModel(bundle, choice)
     layered = choice.plan.form == "layered"
     shallow = _cut(bundle, choice, 1) if layered else (bundle, choice)
-    sample = _Sample(*shallow, begin)
-    measured = sample.measure(_affordable(bundle, CostModel(*shallow), batches))
-    timings = {id(batch): timing for batch, timing in measured}
-    deep, depth = None, 1 if layered else model.layers
+    shallow_model = CostModel(*shallow)
+    timings = _Sample(*shallow, begin).measure(_affordable(bundle, shallow_model, batches))
+    compiling = min(timing.first for _, timing in timings)
+    # A short row that was measured to be on the safe side is no shape of the run.
+    timings = [each for each in timings if any(each[0] is batch for batch in batches)] or timings
+    firsts = [timing.first for _, timing in timings]
+    depth, added = 1 if layered else model.layers, 0.0
     if layered and model.layers > 1:
-        depth = _depth(measured, model.layers, _AIM - (perf_counter() - begin))
+        (usual, before), others = timings[0], timings[1:] if _compiles(choice) else []
+        growth = CostModel(*_cut(bundle, choice, 2)).of(usual) / shallow_model.of(usual) - 1
+        depth = _depth(before, [timing for _, timing in others], growth, model.layers, _AIM - (perf_counter() - begin))
         deep = _cut(bundle, choice, depth)
-        # A short row that was measured to be on the safe side is no shape of the run.
-        wanted = [batch for batch, _ in measured if any(batch is each for each in batches)]
-        found = _Sample(*deep, begin).measure(iter(wanted or [batch for batch, _ in measured]))
-        measured = [(batch, timing) for batch, timing in found if id(batch) in timings]
+        found = _Sample(*deep, begin).measure(iter([usual]), [batch for batch, _ in others])
+        firsts = [timing.first for _, timing in found]
+        more = max(0.0, found[0][1].step - before.step)
+        added = more / (CostModel(*deep).of(usual) - shallow_model.of(usual))
     points = []
     passes = _QUERIES if choice.plan.forward_only else 1
-    for batch, timing in measured:
-        seconds = timing.step
-        if deep is not None:
-            below, above, whole = (each.of(batch) for each in (CostModel(*shallow), CostModel(*deep), model))
-            before = timings[id(batch)].step
-            seconds = max(seconds, before + (seconds - before) * (whole - below) / (above - below))
-        points.append((model.of(batch), seconds / passes))
+    for batch, timing in timings:
+        work = model.of(batch)
+        points.append((work, (timing.step + added * (work - shallow_model.of(batch))) / passes))
     return Calibration(
         points=tuple(sorted(points)),
         # What streamed weights cost to dequantise is no position's.
         start=PASS_COST * (model.work(1, 0, 0) - model.work(0, 0, 0)),
-        first_seconds=_first_seconds(choice, [timing.first for _, timing in measured], model.layers / depth),
-        shape_seconds=min(timing.first for timing in timings.values()),
-        kept_seconds=min(timing.first for _, timing in measured),
-        shapes=frozenset(batch.input_ids.shape for batch, _ in measured),
+        first_seconds=_first_seconds(choice, firsts, model.layers / depth),
+        shape_seconds=compiling,
+        kept_seconds=min(firsts),
+        shapes=frozenset(batch.input_ids.shape for batch, _ in timings),
         took=perf_counter() - begin,
     )
+
+
+def _compiles(choice: Choice) -> bool:
+    """Whether a batch of another shape costs a compilation."""
+    return choice.footprint is not None and choice.footprint.shape > 0
 
 
 def _first_seconds(choice: Choice, firsts: Sequence[float], share: float) -> float:
@@ -157,9 +163,8 @@ def _first_seconds(choice: Choice, firsts: Sequence[float], share: float) -> flo
         firsts: What the first step of each shape took more, in the order in which they were measured.
         share: The whole depth by the measured one.
     """
-    compiles = choice.footprint is not None and choice.footprint.shape > 0
     # A later shape compiles as well, but finds the weights unpacked.
-    compiling = min(firsts[1:], default=firsts[0]) if compiles else 0.0
+    compiling = min(firsts[1:], default=firsts[0]) if _compiles(choice) else 0.0
     return compiling + max(0.0, firsts[0] - compiling) * share
 
 
@@ -184,8 +189,13 @@ class _Sample:
         self._bundle, self._choice, self._begin = bundle, choice, begin
         self._model = CostModel(bundle, choice)
 
-    def measure(self, batches: Iterator[Batch]) -> list[tuple[Batch, _Timing]]:
-        """Each batch and its times; instead of a batch that would take too long a shorter one, or none."""
+    def measure(self, batches: Iterator[Batch], once: Sequence[Batch] = ()) -> list[tuple[Batch, _Timing]]:
+        """Each batch and its times; instead of a batch that would take too long a shorter one, or none.
+
+        Args:
+            batches: That are timed again and again; the first in any case.
+            once: Of which what the first step takes more is of interest, and which follow the others.
+        """
         parameters = initial_parameters(self._bundle.manifest.lora, 0)
         with open_trainer(self._bundle, parameters, TrainConfig(queries=_QUERIES), self._choice) as session:
             taken: list[Batch] = []
@@ -206,6 +216,8 @@ class _Sample:
                     break
                 for batch, found in zip(taken, seconds, strict=True):
                     found.append(_timed(session, batch))
+            taken += once
+            seconds += [[_timed(session, batch), _timed(session, batch)] for batch in once]
         usual = [median(found[2:] or found[1:]) for found in seconds]
         firsts = (max(0.0, found[0] - each) for found, each in zip(seconds, usual, strict=True))
         return [(batch, _Timing(*times)) for batch, times in zip(taken, zip(firsts, usual, strict=True), strict=True)]
@@ -235,10 +247,19 @@ def _timed(session: Session, batch: Batch) -> float:
     return perf_counter() - begin
 
 
-def _depth(measured: Sequence[tuple[Batch, _Timing]], layers: int, left: float) -> int:
-    """How many layers there is time for, two at least."""
-    once = sum(_STEPS * timing.step + timing.first for _, timing in measured)
-    return max(2, min(layers, int(left / max(once, 1e-3))))
+def _depth(usual: _Timing, others: Sequence[_Timing], growth: float, layers: int, left: float) -> int:
+    """How many layers there is time for, two at least.
+
+    Args:
+        usual: Times of the batch that is timed again and again, by one layer.
+        others: Those of the others.
+        growth: What another layer adds to a step, relative to a step of one.
+        layers: Of the model.
+        left: Seconds.
+    """
+    once = _STEPS * usual.step + sum(_STEPS_ONCE * timing.step for timing in others)
+    first = usual.first + sum(timing.first for timing in others)
+    return max(2, min(layers, 1 + int((left - first - once) / max(growth * once, 1e-3))))
 
 
 def _cut(bundle: Bundle, choice: Choice, layers: int) -> tuple[Bundle, Choice]:
