@@ -21,15 +21,8 @@ from numpy.typing import NDArray
 from edgetune.bundle import list_files, load_manifest, verify_files
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
 from edgetune.json_file import read_object
-from edgetune.manifest import (
-    ADAPTER_FORMAT,
-    FORMAT_VERSION,
-    AdapterManifest,
-    BaseModel,
-    Lora,
-    Tokenizer,
-    write_manifest,
-)
+from edgetune.manifest import ADAPTER_FORMAT, FORMAT_VERSION, AdapterManifest, BaseModel, Lora, Tokenizer
+from edgetune.manifest_json import write_manifest
 from edgetune.runtimes import Parameters
 from edgetune.storage import recover, write_file
 

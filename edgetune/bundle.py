@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgetune.errors import UsageError, VerificationError
-from edgetune.manifest import Architecture, BundleManifest, File, Lora, ManifestT, read_manifest, write_manifest
+from edgetune.manifest import Architecture, BundleManifest, File, Lora
+from edgetune.manifest_json import ManifestT, read_manifest, write_manifest
 from edgetune.storage import recover, sha256_of, write_file
 
 MANIFEST = "manifest.json"

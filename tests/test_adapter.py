@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from edgetune.adapter import CONFIG, MANIFEST, WEIGHTS, initial_parameters, read_adapter, write_adapter
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
-from edgetune.manifest import AdapterManifest, BaseModel, Lora, Slot, Tokenizer, read_manifest, write_manifest
+from edgetune.manifest import AdapterManifest, BaseModel, Lora, Slot, Tokenizer
+from edgetune.manifest_json import read_manifest, write_manifest
 
 HIDDEN, INTERMEDIATE, LAYERS = 16, 24, 2
 MODULES = {

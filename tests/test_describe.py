@@ -30,9 +30,8 @@ from edgetune.manifest import (
     Slot,
     TensorSpec,
     Tokenizer,
-    read_manifest,
-    write_manifest,
 )
+from edgetune.manifest_json import read_manifest, write_manifest
 from edgetune.target import MANIFEST as TARGET_MANIFEST
 
 BASE = BaseModel("tiny-phi3", "ab" * 32, "int4")

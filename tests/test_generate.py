@@ -20,7 +20,8 @@ from edgetune.errors import IncompatibleError, UsageError, VerificationError
 from edgetune.export import ADAPTER, export
 from edgetune.genai import MANIFEST, open_model
 from edgetune.generate import generate, generate_ids, text_pieces
-from edgetune.manifest import ModelManifest, read_manifest, write_manifest
+from edgetune.manifest import ModelManifest
+from edgetune.manifest_json import read_manifest, write_manifest
 
 CONFIG = GenerateConfig(max_new_tokens=16)
 

@@ -16,9 +16,12 @@ PACKAGE = ROOT / "edgetune"
 
 FOUNDATION: list[set[str]] = [
     {"errors"},
-    {"manifest", "config", "storage", "suggestion", "byte_size", "toml_file", "json_file", "profile_file", "device"},
+    {
+        "manifest", "manifest_json", "config", "storage", "suggestion", "byte_size", "toml_file", "json_file",
+        "profile_file", "device",
+    },
     {"bundle"},
-]
+]  # fmt: skip
 PARTS = len(FOUNDATION)
 """Layer of data, runtimes, adapter, rope, … and of everything that is not named here."""
 STAGES = PARTS + 1

@@ -32,9 +32,8 @@ from edgetune.manifest import (
     Slot,
     TensorSpec,
     Tokenizer,
-    read_manifest,
-    write_manifest,
 )
+from edgetune.manifest_json import read_manifest, write_manifest
 
 Manifest = BundleManifest | AdapterManifest | ModelManifest
 HASH = "0123456789abcdef" * 4

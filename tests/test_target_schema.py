@@ -15,7 +15,7 @@ from edgetune import manifest
 from edgetune.bundle import open_bundle
 from edgetune.config import Base, TargetConfig, TargetName
 from edgetune.errors import IncompatibleError, VerificationError
-from edgetune.manifest import read_manifest
+from edgetune.manifest_json import read_manifest
 from edgetune.target import MANIFEST, ROLES, lay_out
 from edgetune.target import manifest as target_manifest
 from edgetune.target.manifest import TargetManifest

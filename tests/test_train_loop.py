@@ -29,7 +29,8 @@ from edgetune.errors import (
     VerificationError,
 )
 from edgetune.evaluate import evaluate
-from edgetune.manifest import AdapterManifest, Lora, read_manifest
+from edgetune.manifest import AdapterManifest, Lora
+from edgetune.manifest_json import read_manifest
 from edgetune.storage import locked, sha256_of
 from edgetune.train import StartInfo, StepMetrics, TrainResult, train
 from edgetune.train.record import RunRecord, peak_memory_bytes

@@ -22,14 +22,8 @@ from edgetune.export.measure import Measured
 from edgetune.export.merge import merge_adapter
 from edgetune.export.quantise import quantise_layers
 from edgetune.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
-from edgetune.manifest import (
-    FORMAT_VERSION,
-    MODEL_FORMAT,
-    AdapterManifest,
-    File,
-    ModelManifest,
-    write_manifest,
-)
+from edgetune.manifest import FORMAT_VERSION, MODEL_FORMAT, AdapterManifest, File, ModelManifest
+from edgetune.manifest_json import write_manifest
 from edgetune.provenance import version_of
 from edgetune.runtimes import Parameters
 from edgetune.storage import CHUNK, atomic_folder, sha256_of, write_file

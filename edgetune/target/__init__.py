@@ -24,7 +24,8 @@ from edgetune.config import TargetConfig, TargetName, TrainConfig
 from edgetune.data.encode import TEMPLATE_FILE, TOKENIZER_FILE
 from edgetune.errors import VerificationError
 from edgetune.genai import CONFIG, SIDE_FILES, end_tokens
-from edgetune.manifest import FORMAT_VERSION, read_manifest, write_manifest
+from edgetune.manifest import FORMAT_VERSION
+from edgetune.manifest_json import read_manifest, write_manifest
 from edgetune.storage import atomic_folder, write_file
 from edgetune.target.budget import SizedFile, budgets, refuse_what_is_too_large, sizes
 from edgetune.target.external_data import Span, external_spans, redirect

@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from golden import ADAPTER, BUNDLE, GOLDEN, TRAIN, VALID, Trained, edgetune
 
 from edgetune.cli import main
-from edgetune.manifest import AdapterManifest, read_manifest, write_manifest
+from edgetune.manifest import AdapterManifest
+from edgetune.manifest_json import read_manifest, write_manifest
 from edgetune.storage import locked
 
 FILES = sorted(
