@@ -1,8 +1,9 @@
 """The peak memory of a layered plan: everything that a process holds at once, added up.
 
-Peak resident memory = the process itself + adapters with gradients and moments + hidden states between the sublayers +
-kept activations + weights in the form in which they are multiplied + memory of the graphs while they run + pages of the
-weights' file. The sizes come from the bundle's manifest; what can only be measured is the runtime's `Footprint`.
+Peak resident memory = the process itself + what its allocator does not give back + adapters with gradients and
+moments + hidden states between the sublayers + kept activations + weights in the form in which they are multiplied +
+memory of the graphs while they run + pages of the weights' file. The sizes come from the bundle's manifest; what can
+only be measured is the runtime's `Footprint`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _ADAPTER_COPIES = 5
 """Arrays of the adapter's size: parameters, gradients, two moments, and the copy that is written at the end."""
 _FORWARD_COPIES = 3
 """The same without a backward pass: parameters, their perturbed copy, and the copy that is written."""
+_RETAINED_WEIGHT = 8
+"""Bytes that were freed and that the allocator keeps, for each weight of a layer of a small model."""
 _WITHOUT_FIRST = 0.7
 """Share of a piece's weights that are not in its first matrix, roughly."""
 _HALF = 2
@@ -77,6 +80,8 @@ class Footprint:
     """Share of the sublayer graphs' memory that is the forward pass's."""
     backward: int
     """Bytes of `base` that belong to the backward graphs, loaded or compiled."""
+    retained: int
+    """Bytes that were freed and that the allocator keeps, at most: small models never free so much."""
     dequantise: float
     """Time to dequantise a weight, relative to the time of a product per weight and position."""
 
@@ -156,7 +161,8 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
     held += f.storage * positions * (plan.kept_layers * layer + shared)
     held += s.trunk + plan.trunk_cache_bytes + _MASK * work.scores
     base = f.base - (f.backward if plan.forward_only else 0)
-    return int(base + work.rows + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
+    retained = min(f.retained, _RETAINED_WEIGHT * sum(s.weights.values()))
+    return int(base + retained + work.rows + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
 
 
 def trunk_bytes(manifest: BundleManifest) -> int:

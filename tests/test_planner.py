@@ -43,6 +43,7 @@ FOOTPRINT = Footprint(
     weight=4.0,
     forward=0.5,
     backward=1_000_000,
+    retained=0,
     dequantise=90.0,
 )
 INT8 = replace(FOOTPRINT, products="int8", weight=2.0)
@@ -151,6 +152,16 @@ def test_every_term_counts(manifest: BundleManifest) -> None:
     assert peak_memory(sizes, FOOTPRINT, replace(WORK, rows=12_345), plan) - peak() == 12_345
     more = peak_memory(sizes, FOOTPRINT, replace(WORK, positions=2 * WORK.positions), plan) - peak()
     assert more >= 4 * WORK.positions * a.hidden_size * (2 * a.num_hidden_layers + 1)
+
+
+def test_of_what_is_freed_a_small_model_keeps_less(manifest: BundleManifest) -> None:
+    sizes, plan = Sizes(manifest), best(Planner(manifest, FOOTPRINT, WORK), "recompute").plan
+    weights = sum(sizes.weights.values())
+    found = [
+        peak_memory(sizes, replace(FOOTPRINT, retained=most), WORK, plan) - peak_memory(sizes, FOOTPRINT, WORK, plan)
+        for most in (1_000, 10**9)
+    ]
+    assert found == [1_000, 8 * weights]
 
 
 def test_what_was_kept_saves_attention_scores(manifest: BundleManifest) -> None:
