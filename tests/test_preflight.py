@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -407,6 +408,44 @@ def test_every_layer_adds_its_work_for_every_shape(bundle: Bundle, monkeypatch: 
     assert [seconds for _, seconds in found.points] == pytest.approx([1e-3 + work / 1e9 for work, _ in found.points])
     assert {length for layers, length in timed if layers == 1} == {8, 24, 64}
     assert {length for layers, length in timed if layers == 2} == {8}, "the one with the least work"
+
+
+@pytest.mark.parametrize(("noise", "share"), [(0.0, 0.6), (100.0, 1.5)])
+def test_noise_does_not_add_up_over_the_layers(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, noise: float, share: float
+) -> None:
+    """Where two of many layers are timed, and two seem to take no time at all, or very much."""
+    lora, layers = bundle.manifest.lora, range(32)
+    lowest = lora.of_layers([0]).slots
+    slots = [replace(slot, name=slot.name.replace(".0.", f".{layer}.")) for layer in layers for slot in lowest]
+    architecture = replace(bundle.manifest.architecture, num_hidden_layers=len(layers))
+    manifest = replace(bundle.manifest, architecture=architecture, lora=replace(lora, slots=slots))
+    deep = Bundle(bundle.path, manifest)
+    workload = _workload(deep, [24], batch_size=1, epochs=1)
+    choice = choose(deep.manifest, TrainConfig("onnxruntime"), workload.work(), lambda text: None)
+    shallow = CostModel(*calibration._cut(deep, choice, 1))
+    parameters = len(lora.shapes()) // bundle.manifest.architecture.num_hidden_layers
+
+    def timed(session: LayeredSession, batch: Batch) -> float:
+        return shallow.of(batch) / 1e9 * (1 if len(session.gradients()) == parameters else noise)
+
+    monkeypatch.setattr(calibration, "_timed", timed)
+    monkeypatch.setattr(calibration, "_AIM", 0.0)
+    (batch,) = next(workload.steps())
+    found, below = calibrate(deep, choice, [batch]), shallow.of(batch)
+    work = CostModel(deep, choice).of(batch)
+    assert found.seconds(work) == pytest.approx((below + share * (work - below)) / 1e9)
+
+
+def test_batches_that_are_alike_are_measured_once(bundle: Bundle) -> None:
+    """Where no shape costs a compilation."""
+    workload = _workload(bundle, [56, 60, 24], batch_size=1, epochs=1, shuffle=False)
+    choice = choose(bundle.manifest, TrainConfig("onnxruntime"), workload.work(), lambda text: None)
+    batches = [batch for step in workload.steps() for batch in step]
+    model = CostModel(bundle, choice)
+    assert sorted(batch.input_ids.shape[1] for batch in batches) == [24, 56, 64]
+    found = calibrate(bundle, choice, [batches[0], batches[0], batches[2]])
+    assert [work for work, _ in found.points] == [model.of(batches[2]), model.of(batches[0])]
 
 
 def test_as_many_layers_are_measured_as_there_is_time_for() -> None:

@@ -24,8 +24,10 @@ from edgetune.step_cost import step_cost
 from edgetune.train.choice import Choice
 from edgetune.train.trainer import open_trainer
 
-_AIM = 7.0
+_AIM = 8.5
 """Seconds after which nothing more is begun; a calibration takes 10 at most about."""
+_ALIKE = 1.1
+"""Batches with less than so many times another's work tell the same."""
 _SLOW = 5e9
 """Products a second that every processor reaches: what takes long even so is measured on a few positions first."""
 _LONG = 0.5
@@ -36,6 +38,8 @@ _ENOUGH = 1.0
 """Seconds of steps, unless they are few or many."""
 _LEAST_TURNS, _MOST_TURNS = 2, 30
 """Steps of each shape that count."""
+_LEAST_RATE, _MOST_RATE = 0.6, 1.5
+"""What a layer's work takes, relative to that of a model of one layer: what is beyond is the machine's noise."""
 _STEPS, _STEPS_ONCE = 4, 2
 """That are made at least, and of a batch whose first step is of interest."""
 _QUERIES = 2
@@ -118,6 +122,8 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
     layered = choice.plan.form == "layered"
     shallow = _cut(bundle, choice, 1) if layered else (bundle, choice)
     shallow_model = CostModel(*shallow)
+    if not _compiles(choice):
+        batches = _distinct(batches, model)
     timings = _Sample(*shallow, begin).measure(_affordable(bundle, shallow_model, batches))
     compiling = min(timing.first for _, timing in timings)
     # A short row that was measured to be on the safe side is no shape of the run.
@@ -131,8 +137,10 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
         deep = _cut(bundle, choice, depth)
         found = _Sample(*deep, begin).measure(iter([usual]), [batch for batch, _ in others])
         firsts = [timing.first for _, timing in found]
-        more = max(0.0, found[0][1].step - before.step)
-        added = more / (CostModel(*deep).of(usual) - shallow_model.of(usual))
+        added = max(0.0, found[0][1].step - before.step) / (CostModel(*deep).of(usual) - shallow_model.of(usual))
+        if depth < model.layers:
+            rate = before.step / shallow_model.of(usual)
+            added = min(max(added, _LEAST_RATE * rate), _MOST_RATE * rate)
     points = []
     passes = _QUERIES if choice.plan.forward_only else 1
     for batch, timing in timings:
@@ -153,6 +161,15 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
 def _compiles(choice: Choice) -> bool:
     """Whether a batch of another shape costs a compilation."""
     return choice.footprint is not None and choice.footprint.shape > 0
+
+
+def _distinct(batches: Sequence[Batch], model: CostModel) -> list[Batch]:
+    """Without those that tell the same as one with less work."""
+    taken: list[Batch] = []
+    for batch in sorted(batches, key=model.of):
+        if not taken or model.of(batch) > _ALIKE * model.of(taken[-1]):
+            taken.append(batch)
+    return taken
 
 
 def _first_seconds(choice: Choice, firsts: Sequence[float], share: float) -> float:
