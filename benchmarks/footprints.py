@@ -33,7 +33,7 @@ CONSTANTS = (
     *("base", "attention_states", "attention_scores", "kept_scores", "mlp_states", "hidden_states"),
     *("graph_weights", "logits", "shape"),
 )
-"""What is fitted; all else of a `Footprint` is known."""
+"""What is fitted here, to large models; what they tell nothing of was fitted to smaller ones, or is known."""
 _LARGE = ("base", "shape")
 """Those that are whole megabytes."""
 WIDE = with_layers(FULL, 4)

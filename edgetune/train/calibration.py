@@ -28,6 +28,8 @@ _AIM = 8.5
 """Seconds after which nothing more is begun; a calibration takes 10 at most about."""
 _ALIKE = 1.1
 """Batches with less than so many times another's work tell the same."""
+_LEAST_RATE, _MOST_RATE = 0.6, 1.5
+"""What a layer's work takes, relative to that of a model of one layer: what is beyond is the machine's noise."""
 _SLOW = 5e9
 """Products a second that every processor reaches: what takes long even so is measured on a few positions first."""
 _LONG = 0.5
@@ -38,8 +40,6 @@ _ENOUGH = 1.0
 """Seconds of steps, unless they are few or many."""
 _LEAST_TURNS, _MOST_TURNS = 2, 30
 """Steps of each shape that count."""
-_LEAST_RATE, _MOST_RATE = 0.6, 1.5
-"""What a layer's work takes, relative to that of a model of one layer: what is beyond is the machine's noise."""
 _STEPS, _STEPS_ONCE = 4, 2
 """That are made at least, and of a batch whose first step is of interest."""
 _QUERIES = 2
@@ -122,7 +122,7 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
     layered = choice.plan.form == "layered"
     shallow = _cut(bundle, choice, 1) if layered else (bundle, choice)
     shallow_model = CostModel(*shallow)
-    if not _compiles(choice):
+    if not choice.compiles:
         batches = _distinct(batches, model)
     timings = _Sample(*shallow, begin).measure(_affordable(bundle, shallow_model, batches))
     compiling = min(timing.first for _, timing in timings)
@@ -131,7 +131,7 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
     firsts = [timing.first for _, timing in timings]
     depth, added = 1 if layered else model.layers, 0.0
     if layered and model.layers > 1:
-        (usual, before), others = timings[0], timings[1:] if _compiles(choice) else []
+        (usual, before), others = timings[0], timings[1:] if choice.compiles else []
         growth = CostModel(*_cut(bundle, choice, 2)).of(usual) / shallow_model.of(usual) - 1
         depth = _depth(before, [timing for _, timing in others], growth, model.layers, _AIM - (perf_counter() - begin))
         deep = _cut(bundle, choice, depth)
@@ -158,11 +158,6 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
     )
 
 
-def _compiles(choice: Choice) -> bool:
-    """Whether a batch of another shape costs a compilation."""
-    return choice.footprint is not None and choice.footprint.shape > 0
-
-
 def _distinct(batches: Sequence[Batch], model: CostModel) -> list[Batch]:
     """Without those that tell the same as one with less work."""
     taken: list[Batch] = []
@@ -181,7 +176,7 @@ def _first_seconds(choice: Choice, firsts: Sequence[float], share: float) -> flo
         share: The whole depth by the measured one.
     """
     # A later shape compiles as well, but finds the weights unpacked.
-    compiling = min(firsts[1:], default=firsts[0]) if _compiles(choice) else 0.0
+    compiling = min(firsts[1:], default=firsts[0]) if choice.compiles else 0.0
     return compiling + max(0.0, firsts[0] - compiling) * share
 
 

@@ -47,6 +47,11 @@ class Choice:
         return on_accelerator(self.name, self.plan)
 
     @property
+    def compiles(self) -> bool:
+        """Whether a batch of another shape costs a compilation, in the layered form."""
+        return self.footprint is not None and self.footprint.shape > 0
+
+    @property
     def emulated(self) -> bool:
         """Whether this machine would simulate the hardware that the steps are for."""
         return self.runtime.abilities().emulation

@@ -90,7 +90,6 @@ def predict_times(
 def _starts(measured: Calibration, choice: Choice, steps: Sequence[Sequence[BatchShape]]) -> list[float]:
     """What each step takes more because a graph was not compiled for its shape, or not any more."""
     most = 1 if choice.footprint is None else choice.footprint.shapes
-    compiles = choice.footprint is not None and choice.footprint.shape > 0
     held: deque[tuple[int, int]] = deque(maxlen=most)
     seconds: list[float] = []
     for step in steps:
@@ -99,9 +98,9 @@ def _starts(measured: Calibration, choice: Choice, steps: Sequence[Sequence[Batc
             if (key := (shape.sequences, shape.length)) not in held:
                 held.append(key)
                 compiling += measured.kept_seconds if key in measured.shapes else measured.shape_seconds
-        seconds.append(compiling * compiles)
+        seconds.append(compiling * choice.compiles)
     # The first step's has that of one shape in it.
-    seconds[0] += measured.first_seconds - measured.kept_seconds * compiles
+    seconds[0] += measured.first_seconds - measured.kept_seconds * choice.compiles
     return seconds
 
 
