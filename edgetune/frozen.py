@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,7 @@ class FrozenWeights:
             raise VerificationError(f"{source}: {'; '.join(problems[:_SHOWN])}{hidden}; {_COPY_AGAIN}")
         # Nothing writes to it; there are runtimes that take no array that is marked so.
         self._bytes = np.memmap(self._file, dtype=np.uint8, mode="c")
+        self._viewed = False
 
     def pieces(self, name: str) -> list[Stored]:
         """The pieces of a tensor.
@@ -174,12 +176,15 @@ class FrozenWeights:
 
     def _read(self, offset: int, rows: NDArray[np.int64], dtype: np.dtype[Any], columns: int) -> NDArray[Any]:
         """Rows of a matrix with so many columns."""
-        found = np.empty((len(rows), columns), dtype=dtype)
+        size = columns * dtype.itemsize
         with self._file.open("rb", buffering=0) as file:
-            for row, index in zip(found, rows.tolist(), strict=True):
-                file.seek(offset + index * row.nbytes)
-                file.readinto(row.data)
-        return found
+
+            def row(index: int) -> bytes:
+                file.seek(offset + index * size)
+                return file.read(size)
+
+            found = b"".join(map(row, rows.tolist()))
+        return np.frombuffer(found, dtype=dtype).reshape(len(rows), columns)
 
     def linear(self, name: str, rows: Range | None = None, columns: Range | None = None) -> Block:
         """A linear weight (out, in), or the part of it in these rows and columns, which lies in one piece."""
@@ -221,15 +226,15 @@ class FrozenWeights:
 
     def _view(self, offset: int, shape: Sequence[int], dtype: np.dtype[Any] = _FLOAT) -> NDArray[Any]:
         """A view of the file."""
+        self._viewed = True
         return self._bytes[offset : offset + dtype.itemsize * math.prod(shape)].view(dtype).reshape(shape)
 
     def forget(self) -> None:
-        """Let the system take the file's pages back; they come again from the file."""
-        import mmap
-
-        mapping = self._bytes._mmap  # type: ignore[attr-defined]
-        if hasattr(mmap, "MADV_DONTNEED"):
+        """Let the system take the file's pages back; views that are still used bring theirs again from the file."""
+        if self._viewed and hasattr(mmap, "MADV_DONTNEED"):
+            mapping: mmap.mmap = self._bytes._mmap  # type: ignore[attr-defined]
             mapping.madvise(mmap.MADV_DONTNEED)
+        self._viewed = False
 
 
 def _shape(pieces: list[Stored]) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +22,27 @@ from edgetune.runtimes.layered.workspace import Workspace
 AnyArray = NDArray[Any]
 AGAIN = "again"
 """Where a layer that is computed again keeps its activations until its backward pass."""
+_NORM = "norm.weight"
+
+
+@dataclass(frozen=True)
+class _PieceGraph:
+    """A graph, and what it takes of a layer's parameters: for each piece its inputs' parts."""
+
+    run: Callable[[Arrays, Arrays], None]
+    outputs: tuple[str, ...]
+    linear: list[dict[str, Part]]
+    trained: list[dict[str, Part]]
+
+
+def _piece_graph(graph: LayeredGraph, pieces: Sequence[Mapping[str, Part]]) -> _PieceGraph:
+    linear, trained = [], []
+    for parts in pieces:
+        taken = {name: parts[weight] for name in graph.inputs if (weight := weight_and_form(name)[0]) in parts}
+        trained.append({name: part for name, part in taken.items() if ".lora_" in name})
+        frozen = taken.keys() - trained[-1].keys() - {_NORM}
+        linear.append({name: taken[name] for name in frozen if not name.endswith(SCALES)})
+    return _PieceGraph(graph.run, graph.outputs, linear, trained)
 
 
 class SublayerRunner:
@@ -59,6 +81,7 @@ class SublayerRunner:
         self._frozen, self._linear, self._lora, self._workspace = frozen, linear, parameters, workspace
         self._bundle, self._backend = bundle, backend
         self._role = role
+        self._norms: dict[int, Array] = {}
         self._forward = self._load("")
         self._kept = kept_outputs(bundle.manifest, self._role)
         if {spec.name for spec in self._kept} != set(self._forward.outputs) - {"output"}:
@@ -67,15 +90,15 @@ class SublayerRunner:
                 "names others; make the bundle anew"
             )
 
-    def _load(self, suffix: str) -> LayeredGraph:
-        return self._backend.load(self._bundle.file(self._role + suffix))
+    def _load(self, suffix: str) -> _PieceGraph:
+        return _piece_graph(self._backend.load(self._bundle.file(self._role + suffix)), self._pieces)
 
     @cached_property
-    def _again(self) -> LayeredGraph:
+    def _again(self) -> _PieceGraph:
         return self._load("_grad")
 
     @cached_property
-    def _from_kept(self) -> LayeredGraph:
+    def _from_kept(self) -> _PieceGraph:
         return self._load("_grad_kept")
 
     def forward(self, layer: int, tables: Arrays, hidden: AnyArray, output: AnyArray, keep: str | None) -> None:
@@ -123,23 +146,22 @@ class SublayerRunner:
                 view += gradients[name]
             carry = target
 
-    def _parameters(self, graph: LayeredGraph, layer: int, index: int) -> dict[str, AnyArray]:
+    def _parameters(self, graph: _PieceGraph, layer: int, index: int) -> dict[str, AnyArray]:
         """Frozen and trained parameters of a piece, by the graph's names."""
-        pieces = self._pieces[index]
-        parts = {name: pieces[weight] for name in graph.inputs if (weight := weight_and_form(name)[0]) in pieces}
         prefix = LAYER_PREFIX.format(layer)
-        linear = {
-            name: Part(prefix + part.parameter, part.rows, part.columns)
-            for name, part in parts.items()
-            if ".lora_" not in name and name != "norm.weight" and not name.endswith(SCALES)
+        linear = {name: replace(p, parameter=prefix + p.parameter) for name, p in graph.linear[index].items()}
+        trained = {
+            name: np.ascontiguousarray(_part(self._lora.parameter, part, layer))
+            for name, part in graph.trained[index].items()
         }
-        taken = self._linear.take(linear)
-        for name in parts.keys() - taken.keys():
-            if name == "norm.weight":
-                taken[name] = self._channels.put(self._frozen.plain(prefix + parts[name].parameter), 0)
-            else:
-                taken[name] = np.ascontiguousarray(_part(self._lora.parameter, parts[name], layer))
-        return taken
+        return {**self._linear.take(linear), **trained, _NORM: self._norm(layer)}
+
+    def _norm(self, layer: int) -> Array:
+        """Kept: it is small, and where it lies in the file are other pages."""
+        if layer not in self._norms:
+            weight = LAYER_PREFIX.format(layer) + self._pieces[0][_NORM].parameter
+            self._norms[layer] = self._channels.put(self._frozen.plain(weight), 0).copy()
+        return self._norms[layer]
 
     def _kept_arrays(self, place: str | None, index: int, hidden: AnyArray) -> dict[str, AnyArray]:
         """Where a piece's activations are kept; where they are not, all pieces use the first's of `AGAIN`."""
