@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -68,7 +69,7 @@ def ask_edgetune(arguments: list[str]) -> dict[str, Any]:
 
 def held_out(*options: str) -> dict[str, Any]:
     """What `edgetune eval` measures on the held-out rows: `loss` in nats a token, `exact_match`, and more."""
-    return ask_edgetune(["eval", "bundle", "--data", str(VALID), *options])
+    return ask_edgetune(["eval", "bundle", "--data", VALID.name, *options])
 
 
 def answer(model: str, prompt: str) -> str:
@@ -112,6 +113,8 @@ def compare(before: dict[str, str], trained: list[str], unseen: list[str]) -> No
 def main() -> None:
     """Run the stages and check the goals."""
     WORK.mkdir(exist_ok=True)
+    for rows_file in (TRAIN, VALID):
+        shutil.copy(rows_file, WORK)
     rows = questions_and_answers(TRAIN)
     spread = rows[:: len(rows) // ASKED][:ASKED]
     trained = [question for question, _ in spread[::4]]
@@ -125,8 +128,7 @@ def main() -> None:
         before = {prompt: answer("bundle", prompt) for prompt in [*trained, *unseen]}
         measured_before = held_out()
     with stage("train"):
-        data = f"--data {shlex.quote(str(TRAIN))} --valid {shlex.quote(str(VALID))}"
-        edgetune(f"train bundle {data} --output adapter {TRAINING} --force")
+        edgetune(f"train bundle --data {TRAIN.name} --valid {VALID.name} --output adapter {TRAINING} --force")
     with stage("loss after"):
         measured_after = held_out("--adapter", "adapter")
     with stage("export"):
