@@ -38,7 +38,7 @@ class PrepareConfig:
     """How the frozen weights are stored: what is trained on is what answers."""
     npu: NpuForm = "none"
     """Which form of the step with int8 frozen weights to add, for NPUs: 16-bit fixed-point activations (`qdq`), or
-    blocks of weights (`blocks`). It takes two bytes a weight."""
+    blocks of weights (`blocks`). It takes two bytes a weight; `qdq` three for queries, keys, values and the head."""
     calibration: Path | None = None
     """Rows on which the ranges of `qdq` are measured; random tokens without it."""
     max_length: int = 512

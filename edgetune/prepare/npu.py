@@ -5,11 +5,16 @@ bits with a scale for each column of the product; compilers recognise the patter
 DequantizeLinear around MatMul and multiply integers. `blocks`: ONNX Runtime's `MatMulNBits` with 8 bits, a scale for 32
 neighbours along the sum, activations as they are. Each product has a matrix of its own, so that its scales are those of
 its columns: W (out, in) backward, its transpose forward. Everything else stays as in `step` and `loss`.
+
+Where a softmax follows, rounding weighs most: two thirds of the gradients' error came from the forward product that
+gives queries and keys. There a `qdq` weight is the sum of two int8 matrices, the second being what rounding left of
+the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,8 +39,12 @@ _MARGIN = 2.0
 _LEVELS = 65535
 _LARGEST = 127
 _BLOCK_ZERO = 128
+_BEFORE_SOFTMAX = ("qkv_proj", "lm_head")
+"""Modules whose forward product, as `qdq`, has two terms."""
 _ALIGNMENT = 4096
 """Tensors begin at multiples of so many bytes in the file, so that they can be mapped."""
+_Scaled = tuple[ir.ExternalTensor, NDArray[np.float32]]
+"""An integer matrix and its scales."""
 
 
 def write_int8_graphs(
@@ -83,17 +92,22 @@ class _Int8Weights:
         self._tensors: dict[str, ir.ExternalTensor] = {}
         self._scales: dict[str, NDArray[np.float32]] = {}
 
-    def columns(self, weight: str, direction: str) -> tuple[ir.ExternalTensor, NDArray[np.float32]]:
-        """The weight as int8 (K, N), and a scale for each of the N columns."""
-        name = f"{weight}.{direction}"
-        if name not in self._tensors:
-            matrix = self._matrix(weight, direction)
-            scales = np.maximum(np.abs(matrix).max(axis=0), np.finfo(np.float32).tiny) / np.float32(_LARGEST)
-            self._write(name, np.round(matrix / scales).astype(np.int8))
-            self._scales[name] = scales.astype(np.float32)
-        return self._tensors[name], self._scales[name]
+    def columns(self, weight: str, direction: str) -> list[_Scaled]:
+        """The weight as a sum of int8 matrices (K, N), with a scale for each of the N columns; mostly there is one."""
+        terms = [f"{weight}.{direction}"]
+        if direction == FORWARD and any(module in weight for module in _BEFORE_SOFTMAX):
+            terms.append(f"{terms[0]}.rest")
+        if terms[0] not in self._tensors:
+            rest = self._matrix(weight, direction)
+            for name in terms:
+                scales = np.maximum(np.abs(rest).max(axis=0), np.finfo(np.float32).tiny) / np.float32(_LARGEST)
+                rounded = np.round(rest / scales)
+                self._write(name, rounded.astype(np.int8))
+                self._scales[name] = scales.astype(np.float32)
+                rest = rest - rounded * scales
+        return [(self._tensors[name], self._scales[name]) for name in terms]
 
-    def blocks(self, weight: str, direction: str) -> tuple[ir.ExternalTensor, NDArray[np.float32]]:
+    def blocks(self, weight: str, direction: str) -> _Scaled:
         """The weight as uint8 (N, K / 32, 32) with zero point 128, and a scale for each block (N · K / 32)."""
         name = f"{weight}.{direction}"
         if name not in self._tensors:
@@ -156,14 +170,16 @@ def _rounded_product(
     graph: ir.Graph,
     x: ir.Value,
     result: ir.Value,
-    weight: tuple[ir.ExternalTensor, NDArray[np.float32]],
+    terms: Sequence[_Scaled],
     ranges: Mapping[str, Range],
 ) -> ir.Value:
-    tensor, scales = weight
-    inputs = [_initializer(graph, tensor), op.constant(scales), op.constant(np.zeros(scales.shape, np.int8))]
-    matrix = op.op("DequantizeLinear", inputs, attributes={"axis": 1})
-    product = op.op("MatMul", [_rounded(op, x, ranges[str(x.name)]), matrix])
-    return _rounded(op, product, ranges[str(result.name)])
+    rows = _rounded(op, x, ranges[str(x.name)])
+    products = []
+    for tensor, scales in terms:
+        inputs = [_initializer(graph, tensor), op.constant(scales), op.constant(np.zeros(scales.shape, np.int8))]
+        matrix = op.op("DequantizeLinear", inputs, attributes={"axis": 1})
+        products.append(_rounded(op, op.op("MatMul", [rows, matrix]), ranges[str(result.name)]))
+    return reduce(lambda total, product: op.op("Add", [total, product]), products)
 
 
 def _rounded(op: Operators, value: ir.Value, measured: Range) -> ir.Value:
@@ -174,9 +190,7 @@ def _rounded(op: Operators, value: ir.Value, measured: Range) -> ir.Value:
     return op.op("DequantizeLinear", [op.op("QuantizeLinear", [value, *parameters]), *parameters])
 
 
-def _block_product(
-    op: Operators, graph: ir.Graph, x: ir.Value, weight: tuple[ir.ExternalTensor, NDArray[np.float32]]
-) -> ir.Value:
+def _block_product(op: Operators, graph: ir.Graph, x: ir.Value, weight: _Scaled) -> ir.Value:
     tensor, scales = weight
     columns, blocks, size = tensor.shape.numpy()
     attributes = {"K": blocks * size, "N": columns, "bits": 8, "block_size": size}
