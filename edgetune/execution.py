@@ -62,6 +62,8 @@ class ExecutionPlan:
     """`whole`: one graph, all activations in memory. `layered`: sublayer by sublayer."""
     products: Products = "fp32"
     """Precision of products with frozen weights; `int8` quantises activations and gradients as well."""
+    exact_layers: int = 0
+    """Lowest layers whose forward products stay exact where the others' are int8."""
     kept_layers: int = 0
     """Layers whose activations are kept for the backward pass (the last ones); the others are computed again."""
     resident: bool = True
@@ -96,8 +98,9 @@ class ExecutionPlan:
         kept = "forward only" if self.forward_only else kept
         weights = f"weights {'resident' if self.resident else 'streamed'}"
         trunk = [f"split, {self.trunk_layers} layers in the trunk"] if self.trunk_layers else []
+        products = f"{self.products} above layer {self.exact_layers}" if self.exact_layers else self.products
         further = [word for word, given in (("lean", self.lean), ("wide pieces", self.wide)) if given]
-        return ", ".join([*trunk, self.products, kept, weights, *further])
+        return ", ".join([*trunk, products, kept, weights, *further])
 
 
 INT8_STEP, INT8_LOSS = "step_int8", "loss_int8"

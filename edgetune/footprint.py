@@ -183,10 +183,15 @@ def _states(s: Sizes, f: Footprint, plan: ExecutionPlan) -> int:
 def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
     """Bytes of the weights that are in memory at the same time, in the form in which they are multiplied."""
     if plan.resident:
-        return f.weight * s.layers * sum(s.weights.values()) + f.storage * s.head
+        # The exact ones beside those of the backward pass.
+        numbers = f.weight * s.layers + f.storage * plan.exact_layers
+        return numbers * sum(s.weights.values()) + f.storage * s.head
     # The head's weight shares memory with a piece's first one.
     rest = max(_WITHOUT_FIRST * s.weights[name] / s.pieces[name] for name in SUBLAYERS)
-    return f.weight * rest + f.storage * head_tokens(s, plan) * s.hidden
+    # Exact ones are given back before the backward pass, which needs more unless all activations are kept.
+    exact = plan.exact_layers and plan.kept_layers == s.layers
+    weight = max(f.weight, f.storage) if exact else f.weight
+    return weight * rest + f.storage * head_tokens(s, plan) * s.hidden
 
 
 def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
@@ -204,7 +209,8 @@ def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
     # Where some layers are computed again and others are not, there are two graphs for the backward pass.
     both = 0 < plan.kept_layers < s.layers
     held = sum(f.shape + sum(_sublayers(s, f, *shape, score)) for shape in shapes)
-    return share * (1.4 if both else 1.0) * held + head
+    exact = f.forward * held if plan.exact_layers else 0.0
+    return share * (1.4 if both else 1.0) * held + exact + head
 
 
 def _sublayers(s: Sizes, f: Footprint, positions: int, scores: int, score: float) -> tuple[float, float]:

@@ -22,6 +22,8 @@ _HALF = 2
 """Bytes of 16 bits."""
 _TOKENS_MULTIPLE = 64
 """A piece of the vocabulary is a multiple of this large."""
+_INT8_LAYERS, _EXACT_EVERY = 12, 3
+"""So many layers can all be int8; of what a deeper model has more, one in three are exact, the lowest."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class Planner:
 
     def _plans_of(self, wide: bool, name: PlanName) -> Iterator[ExecutionPlan]:
         """With each number of kept layers, resident and streamed; the head's weight whole and in pieces."""
-        s, given = self._sizes[wide], replace(self._given, products=self._footprint.products, wide=wide)
+        s, products = self._sizes[wide], self._footprint.products
+        exact = max(0, s.layers - _INT8_LAYERS) // _EXACT_EVERY if products == "int8" else 0
+        given = replace(self._given, products=products, exact_layers=exact, wide=wide)
         kept = {"keep": [s.layers], "recompute": [0], "stream": [0]}.get(name, range(s.layers + 1))
         kept = [0] if self._given.forward_only else kept
         for resident in {"keep": [True], "recompute": [True], "stream": [False]}.get(name, [True, False]):

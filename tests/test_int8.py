@@ -54,6 +54,28 @@ def assert_near_float32(bundle: Bundle, variant: str, plan: ExecutionPlan) -> No
         assert sizes[0] / sizes[1] == pytest.approx(1, abs=0.03), name
 
 
+@pytest.mark.parametrize("plan", [KEEP, STREAM], ids=["keep", "stream"])
+def test_the_lowest_layers_can_be_exact(prepared: Prepared, plan: ExecutionPlan) -> None:
+    """Their forward pass is float32's: of the first alone, nearer; of both, the loss is float32's."""
+    bundle = prepared("grouped-query", "int4")
+    parameters, batch = adapter_of(bundle), batch_of(bundle, rows_of(1, [17, 23]))
+    losses, worst = [], []
+    exact: dict[str, np.ndarray] = {}
+    for chosen in (replace(plan, products="fp32"), *(replace(plan, exact_layers=count) for count in (2, 1, 0))):
+        with stock.open_session(bundle, parameters, OPTIMIZER, chosen) as session:
+            losses.append(session.step([batch], LEARNING_RATE).loss)
+            found = {name: np.array(values) for name, values in session.gradients().items()}
+        exact = exact or found
+        worst.append(min(cosine(found[name], exact[name]) for name in exact))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert len(set(losses[1:])) == 3
+    assert worst[0] > worst[1] > worst[2] > worst[3], worst
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
 @pytest.mark.parametrize("columns", [None, (64, 160)], ids=["whole", "part"])
 @pytest.mark.parametrize("form", [FORWARD, BACKWARD])
 @pytest.mark.parametrize("base", ["int4", "fp32"])

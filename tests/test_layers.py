@@ -19,6 +19,7 @@ from edgetune.config import Base
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.manifest import Graph
 from edgetune.runtimes import stock
+from edgetune.runtimes.layered.weights import ReusedMemory
 
 RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)
 KEEP = ExecutionPlan("layered", kept_layers=2, resident=True, head_rows=1024)
@@ -147,3 +148,20 @@ def test_pieces_add_up(variant: str, in_pieces: InPieces) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def test_reused_memory_is_one_buffer() -> None:
+    memory, floats, bytes_ = ReusedMemory(), np.dtype(np.float32), np.dtype(np.int8)
+    for _ in range(2):
+        memory.use_again()
+        first, second = memory.allocate((3, 5), floats), memory.allocate((7,), bytes_)
+        first[...], second[...] = 1.0, 2
+        assert (first == 1).all()
+    assert first.ctypes.data + 64 == second.ctypes.data
+    memory.use_again()
+    again = memory.allocate((7,), bytes_)
+    assert again.ctypes.data == first.ctypes.data
+    memory.release()
+    memory.use_again()
+    assert memory.allocate((7,), bytes_).ctypes.data != first.ctypes.data
+    assert (first == 1).all(), "what was given stays what it was"

@@ -79,6 +79,23 @@ def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base:
 
 
 @installed
+@pytest.mark.parametrize("plan", [KEEP, RECOMPUTE], ids=["keep", "recompute"])
+def test_exact_layers_have_the_exact_plans_loss(prepared: Prepared, plan: ExecutionPlan) -> None:
+    exact = openvino.abilities().exact
+    assert exact is not None
+    if openvino.abilities().int8 is None:
+        pytest.skip("the processor has no bfloat16")
+    bundle = prepared("grouped-query", "int4")
+    batch = batch_of(bundle, rows_of(1, [17, 23]))
+    int8 = replace(plan, products="int8")
+    losses = []
+    for chosen in (replace(plan, products=exact.products), replace(int8, exact_layers=2), int8):
+        with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, chosen) as session:
+            losses.append(session.step([batch], LEARNING_RATE).loss)
+    assert losses[1] == losses[0] != losses[2]
+
+
+@installed
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 @pytest.mark.parametrize("products", ["bf16", "int8"])
 def test_pieces_whose_channels_are_not_in_turn_add_up(products: Products, wide: bool, in_pieces: InPieces) -> None:

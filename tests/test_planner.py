@@ -154,6 +154,18 @@ def test_every_term_counts(manifest: BundleManifest) -> None:
     assert more >= 4 * WORK.positions * a.hidden_size * (2 * a.num_hidden_layers + 1)
 
 
+@pytest.mark.parametrize(("layers", "exact"), [(2, 0), (12, 0), (15, 1), (32, 6), (40, 9)])
+def test_deep_models_have_exact_layers_below_int8_ones(manifest: BundleManifest, layers: int, exact: int) -> None:
+    deep = replace(manifest, architecture=replace(manifest.architecture, num_hidden_layers=layers))
+    assert best(Planner(deep, FOOTPRINT, WORK)).plan.exact_layers == 0
+    plan = best(Planner(deep, INT8, WORK), "int8").plan
+    assert plan.exact_layers == exact
+    assert ("above layer" in str(plan)) == bool(exact)
+    sizes = Sizes(deep)
+    further = peak_memory(sizes, INT8, WORK, plan) - peak_memory(sizes, INT8, WORK, replace(plan, exact_layers=0))
+    assert further == 4 * exact * sum(sizes.weights.values()), "float32 ones beside int8"
+
+
 def test_of_what_is_freed_a_small_model_keeps_less(manifest: BundleManifest) -> None:
     sizes, plan = Sizes(manifest), best(Planner(manifest, FOOTPRINT, WORK), "recompute").plan
     weights = sum(sizes.weights.values())

@@ -283,7 +283,11 @@ def _cut(bundle: Bundle, choice: Choice, layers: int) -> tuple[Bundle, Choice]:
         architecture=replace(manifest.architecture, num_hidden_layers=trunk + layers),
         lora=manifest.lora.of_layers(range(trunk, trunk + layers)),
     )
-    plan = replace(choice.plan, kept_layers=round(share * choice.plan.kept_layers))
+    plan = replace(
+        choice.plan,
+        kept_layers=round(share * choice.plan.kept_layers),
+        exact_layers=round(share * choice.plan.exact_layers),
+    )
     return Bundle(bundle.path, cut), replace(choice, plan=plan)
 
 

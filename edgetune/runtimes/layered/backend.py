@@ -40,6 +40,10 @@ class Backend(Protocol):
     channels: Channels
     """The order of channels in all that graphs take and give."""
 
+    def exact(self) -> Backend:
+        """Another whose products are as exact as the processor multiplies at full speed; all else is the same."""
+        ...
+
     def load(self, graph: Path) -> LayeredGraph:
         """Load a graph of the layered form."""
         ...

@@ -59,11 +59,16 @@ class OrtBackend:
     channels = Channels()
 
     def __init__(self, bundle: Bundle, products: Products) -> None:
+        self._bundle = bundle
         self.sublayers = f"{LAYERS}/{INT8}" if products == "int8" else LAYERS
         self._most_positions = self._most_scores = 0
         self._dequantise = self.load(bundle.file(f"{LAYERS}/dequantise"))
         forms = (FORWARD, BACKWARD) if products == "int8" else ()
         self._requantiser = Requantiser({form: self.load(bundle.file(f"{LAYERS}/{INT8}/{form}")) for form in forms})
+
+    def exact(self) -> OrtBackend:
+        """See `Backend.exact`."""
+        return OrtBackend(self._bundle, "fp32")
 
     def load(self, graph: Path) -> OrtGraph:
         """See `Backend.load`."""

@@ -7,6 +7,7 @@ gives are float32. Products with the sublayers' frozen weights are int8 where as
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class OpenVinoBackend:
     sublayers = LAYERS
 
     def __init__(self, core: ov.Core, device: str, cache: Path | None, plan: ExecutionPlan, channels: Channels) -> None:
-        self._core, self._device = core, device
+        self._core, self._device, self._cache, self._plan = core, device, cache, plan
         # Not a property of the core, which others use as well.
         self._properties = {"NUM_STREAMS": 1, **({} if cache is None else {"CACHE_DIR": str(cache)})}
         self._short = "BF16" in self._core.get_property(device, "OPTIMIZATION_CAPABILITIES")
@@ -115,6 +116,11 @@ class OpenVinoBackend:
         self.channels = channels
         self._products = Products(plan.products == "int8")
         self._weights = OpenVinoWeights(lambda model: self._compile(model, ov.Type.f32), self.storage)
+
+    def exact(self) -> OpenVinoBackend:
+        """See `Backend.exact`."""
+        plan = replace(self._plan, products="bf16" if self._short else "fp32")
+        return OpenVinoBackend(self._core, self._device, self._cache, plan, self.channels)
 
     def load(self, graph: Path) -> OpenVinoGraph:
         """See `Backend.load`."""

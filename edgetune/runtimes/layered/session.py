@@ -24,7 +24,7 @@ from edgetune.runtimes.layered.parameters import FlatParameters
 from edgetune.runtimes.layered.states import HiddenStates
 from edgetune.runtimes.layered.sublayer import AGAIN, SublayerRunner
 from edgetune.runtimes.layered.trunk import Trunk, open_trunk
-from edgetune.runtimes.layered.weights import LinearWeights
+from edgetune.runtimes.layered.weights import LinearWeights, ReusedMemory
 from edgetune.runtimes.layered.workspace import Workspace
 
 
@@ -59,29 +59,38 @@ class LayeredForward:
             # Their graphs do not run, so that they keep nothing.
             self._first_kept = max(self._first_kept, emulated.layers)
         self._frozen = FrozenWeights(bundle.path, architecture)
-        linear = LinearWeights(self._frozen, backend, plan.resident)
+        self._memory = ReusedMemory()
+        linear = LinearWeights(self._frozen, backend, plan.resident, self._memory)
         self._lora = parameters
         self._workspace = Workspace(backend.storage)
         self._states = HiddenStates(self._workspace, plan.lean)
         pieces = pieces_of(bundle.manifest, wide=plan.wide)
-        self._attention, self._mlp = (
-            SublayerRunner(
-                bundle,
-                name,
-                sublayer_role(backend.sublayers, name, wide=plan.wide),
-                list(parts),
-                backend,
-                self._frozen,
-                linear,
-                parameters,
-                self._workspace,
-            )
-            for name, parts in (
-                ("attention", attention_parts(architecture, pieces.attention)),
-                ("mlp", mlp_parts(architecture, pieces.mlp)),
-            )
-        )
+
+        def runners(backend: Backend, linear: LinearWeights) -> list[SublayerRunner]:
+            return [
+                SublayerRunner(
+                    bundle,
+                    name,
+                    sublayer_role(backend.sublayers, name, wide=plan.wide),
+                    list(parts),
+                    backend,
+                    self._frozen,
+                    linear,
+                    parameters,
+                    self._workspace,
+                )
+                for name, parts in (
+                    ("attention", attention_parts(architecture, pieces.attention)),
+                    ("mlp", mlp_parts(architecture, pieces.mlp)),
+                )
+            ]
+
+        self._attention, self._mlp = self._forward_runners = runners(backend, linear)
         self._layers = range(plan.trunk_layers, layers)
+        self._exact_layers = self._layers[: plan.exact_layers]
+        if self._exact_layers:
+            exact = backend.exact()
+            self._exact_runners = runners(exact, LinearWeights(self._frozen, exact, plan.resident, self._memory))
         self._trunk = trunk or open_trunk(bundle, plan)
         self._head = Head(bundle, backend, self._frozen, linear, plan)
 
@@ -111,7 +120,12 @@ class LayeredForward:
         self._backend.store(self._backend.channels.put(self._entering(batch), -1), hidden)
         for layer in self._layers:
             kept = layer >= self._first_kept
-            for number, runner in ((2 * layer, self._attention), (2 * layer + 1, self._mlp)):
+            exact = layer in self._exact_layers
+            if self._exact_layers and layer in (self._exact_layers.start, self._exact_layers.stop):
+                # Exact weights take more memory than int8 ones.
+                self._memory.release()
+            runners = self._exact_runners if exact else self._forward_runners
+            for number, runner in enumerate(runners, start=2 * layer):
                 if for_backward and self._is_kept(number):
                     self._states.keep(number, hidden)
                 output = self._states.array(number + 1, shape, kept=for_backward and self._is_kept(number + 1))
@@ -125,7 +139,7 @@ class LayeredForward:
 
     def _emulate(self, runner: SublayerRunner, layer: int, tables: Arrays, hidden: NDArray[Any]) -> NDArray[np.float32]:
         assert self._emulated is not None
-        if runner is self._mlp:
+        if runner.name == self._mlp.name:
             return self._emulated.mlp(layer, hidden, self._update)
         return self._emulated.attention(layer, hidden, **tables, update=self._update)
 
@@ -220,6 +234,7 @@ class LayeredSession(LayeredForward):
                 middle = self._states.take(2 * layer + 1, shape)
             else:
                 middle, of_attention = self._states.array(2 * layer + 1, shape, kept=False), AGAIN
+                # Int8 in every layer: what is rounded here goes no further.
                 self._attention.forward(layer, tables, hidden, middle, of_attention)
             self._mlp.backward(layer, tables, middle, d_output, d_middle, kept, gradient)
             self._release()

@@ -14,6 +14,8 @@ from edgetune.pieces import Part
 from edgetune.runtimes.layered.backend import Allocate, Backend
 
 _WEIGHT = ".weight"
+_ALIGNMENT = 64
+"""Bytes: a cache line."""
 
 
 class LinearWeights:
@@ -23,13 +25,14 @@ class LinearWeights:
         frozen: Where they come from.
         backend: Knows what becomes of them.
         resident: Keep all that was made of a weight.
+        memory: For what is not kept; several may share it, of which one is used at a time.
     """
 
-    def __init__(self, frozen: FrozenWeights, backend: Backend, resident: bool) -> None:
+    def __init__(self, frozen: FrozenWeights, backend: Backend, resident: bool, memory: ReusedMemory) -> None:
         self._frozen = frozen
         self._backend = backend
         self._resident: dict[tuple[str, Part], dict[str, NDArray[Any]]] | None = {} if resident else None
-        self._memory = _ReusedMemory()
+        self._memory = memory
 
     def take(self, parts: Mapping[str, Part]) -> dict[str, NDArray[Any]]:
         """The arrays of these inputs, valid until the next call; the parts have the checkpoint's names.
@@ -62,21 +65,28 @@ def weight_and_form(name: str) -> tuple[str, str]:
     return (weight + _WEIGHT, form) if form else (name, "")
 
 
-class _ReusedMemory:
-    """Arrays in the order in which they are asked for, always in the same memory."""
+class ReusedMemory:
+    """Arrays behind each other in one buffer, as large as those that were ever asked for together."""
 
     def __init__(self) -> None:
-        self._buffers: list[NDArray[np.uint8]] = []
+        self._buffer = np.empty(0, np.uint8)
         self._used = 0
 
     def use_again(self) -> None:
+        """What was given before may be overwritten."""
+        if self._used > self._buffer.size:
+            self._buffer = np.empty(self._used, np.uint8)
         self._used = 0
 
+    def release(self) -> None:
+        """Give the buffer back; it grows again as it is needed."""
+        self._buffer = np.empty(0, np.uint8)
+
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """See `Allocate`."""
         size = math.prod(shape) * dtype.itemsize
-        if self._used == len(self._buffers):
-            self._buffers.append(np.empty(0, np.uint8))
-        if self._buffers[self._used].size < size:
-            self._buffers[self._used] = np.empty(size, np.uint8)
-        self._used += 1
-        return self._buffers[self._used - 1][:size].view(dtype).reshape(shape)
+        start = self._used
+        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        if self._used > self._buffer.size:
+            return np.empty(shape, dtype)
+        return self._buffer[start : start + size].view(dtype).reshape(shape)
