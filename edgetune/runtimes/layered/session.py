@@ -13,7 +13,6 @@ from edgetune.data.batches import Batch
 from edgetune.data.encode import IGNORED
 from edgetune.execution import ExecutionPlan
 from edgetune.frozen import EMBEDDING, LAYERS, FrozenWeights
-from edgetune.pieces import attention_parts, mlp_parts, pieces_of, sublayer_role
 from edgetune.placement import Placement
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
 from edgetune.runtimes.layered.backend import Arrays, Backend
@@ -22,7 +21,7 @@ from edgetune.runtimes.layered.head import Head
 from edgetune.runtimes.layered.optimizer import FlatAdamW
 from edgetune.runtimes.layered.parameters import FlatParameters
 from edgetune.runtimes.layered.states import HiddenStates
-from edgetune.runtimes.layered.sublayer import AGAIN, SublayerRunner
+from edgetune.runtimes.layered.sublayer import AGAIN, SublayerRunner, sublayer_runners
 from edgetune.runtimes.layered.trunk import Trunk, open_trunk
 from edgetune.runtimes.layered.weights import LinearWeights, ReusedMemory
 from edgetune.runtimes.layered.workspace import Workspace
@@ -64,33 +63,15 @@ class LayeredForward:
         self._lora = parameters
         self._workspace = Workspace(backend.storage)
         self._states = HiddenStates(self._workspace, plan.lean)
-        pieces = pieces_of(bundle.manifest, wide=plan.wide)
-
-        def runners(backend: Backend, linear: LinearWeights) -> list[SublayerRunner]:
-            return [
-                SublayerRunner(
-                    bundle,
-                    name,
-                    sublayer_role(backend.sublayers, name, wide=plan.wide),
-                    list(parts),
-                    backend,
-                    self._frozen,
-                    linear,
-                    parameters,
-                    self._workspace,
-                )
-                for name, parts in (
-                    ("attention", attention_parts(architecture, pieces.attention)),
-                    ("mlp", mlp_parts(architecture, pieces.mlp)),
-                )
-            ]
-
-        self._attention, self._mlp = self._forward_runners = runners(backend, linear)
         self._layers = range(plan.trunk_layers, layers)
+        shared = (bundle, plan.wide, parameters, self._workspace)
+        self._runners = sublayer_runners(*shared, backend, linear)
+        self._attention, self._mlp = self._runners
         self._exact_layers = self._layers[: plan.exact_layers]
         if self._exact_layers:
             exact = backend.exact()
-            self._exact_runners = runners(exact, LinearWeights(self._frozen, exact, plan.resident, self._memory))
+            exact_linear = LinearWeights(self._frozen, exact, plan.resident, self._memory)
+            self._exact_runners = sublayer_runners(*shared, exact, exact_linear)
         self._trunk = trunk or open_trunk(bundle, plan)
         self._head = Head(bundle, backend, self._frozen, linear, plan)
 
@@ -120,12 +101,7 @@ class LayeredForward:
         self._backend.store(self._backend.channels.put(self._entering(batch), -1), hidden)
         for layer in self._layers:
             kept = layer >= self._first_kept
-            exact = layer in self._exact_layers
-            if self._exact_layers and layer in (self._exact_layers.start, self._exact_layers.stop):
-                # Exact weights take more memory than int8 ones.
-                self._memory.release()
-            runners = self._exact_runners if exact else self._forward_runners
-            for number, runner in enumerate(runners, start=2 * layer):
+            for number, runner in enumerate(self._forward_runners(layer), start=2 * layer):
                 if for_backward and self._is_kept(number):
                     self._states.keep(number, hidden)
                 output = self._states.array(number + 1, shape, kept=for_backward and self._is_kept(number + 1))
@@ -136,6 +112,14 @@ class LayeredForward:
                 self._release()
                 hidden = output
         return hidden
+
+    def _forward_runners(self, layer: int) -> tuple[SublayerRunner, SublayerRunner]:
+        """Of attention and the feed-forward network, as the forward pass comes to a layer."""
+        exact = self._exact_layers
+        if exact and layer in (exact.start, exact.stop):
+            # Exact weights take more memory than int8 ones.
+            self._memory.release()
+        return self._exact_runners if layer in exact else self._runners
 
     def _emulate(self, runner: SublayerRunner, layer: int, tables: Arrays, hidden: NDArray[Any]) -> NDArray[np.float32]:
         assert self._emulated is not None
@@ -211,6 +195,12 @@ class LayeredSession(LayeredForward):
 
     def _accumulate(self, batch: Batch, scale: float) -> float:
         """Add the gradient of scale · Σ losses to the optimizer's; returns scale · Σ losses."""
+        loss, d_output = self._forward_and_head(batch, scale)
+        self._backward(batch, d_output)
+        return loss
+
+    def _forward_and_head(self, batch: Batch, scale: float) -> tuple[float, NDArray[Any]]:
+        """scale · Σ losses, and its gradient by the last hidden state: all that is held when layers run backward."""
         hidden = self._forward(batch, for_backward=True)
         rows, labels = _trained(batch)
         losses, d_rows = self._head.step(self._rows(hidden, rows), labels, scale)
@@ -220,8 +210,7 @@ class LayeredSession(LayeredForward):
         stored = np.empty(d_rows.shape, dtype=d_output.dtype)
         self._backend.store(d_rows, stored)
         d_output.reshape(-1, hidden.shape[-1])[rows] = stored
-        self._backward(batch, d_output)
-        return scale * float(losses.sum(dtype=np.float64))
+        return scale * float(losses.sum(dtype=np.float64)), d_output
 
     def _backward(self, batch: Batch, d_output: NDArray[Any]) -> None:
         tables, shape, gradient = _tables(batch), d_output.shape, self._optimizer.gradient

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
 from edgetune.errors import VerificationError
-from edgetune.frozen import SCALES, FrozenWeights
-from edgetune.pieces import LAYER_PREFIX, Part, kept_outputs
+from edgetune.frozen import SCALES
+from edgetune.pieces import LAYER_PREFIX, Part, attention_parts, kept_outputs, mlp_parts, pieces_of, sublayer_role
 from edgetune.runtimes.layered.backend import Arrays, Backend, LayeredGraph
 from edgetune.runtimes.layered.parameters import Array, FlatParameters
 from edgetune.runtimes.layered.weights import LinearWeights, weight_and_form
@@ -54,8 +54,7 @@ class SublayerRunner:
         role: Of the graph of its forward pass.
         pieces: The graphs' inputs, piece by piece.
         backend: Runs the graphs.
-        frozen: Holds norms.
-        linear: Gives linear weights.
+        linear: Gives frozen weights.
         parameters: The LoRA parameters.
         workspace: Gives arrays for what lies between graphs.
 
@@ -70,7 +69,6 @@ class SublayerRunner:
         role: str,
         pieces: Sequence[dict[str, Part]],
         backend: Backend,
-        frozen: FrozenWeights,
         linear: LinearWeights,
         parameters: FlatParameters,
         workspace: Workspace,
@@ -78,7 +76,7 @@ class SublayerRunner:
         self.name = name
         self._pieces = pieces
         self._channels = backend.channels
-        self._frozen, self._linear, self._lora, self._workspace = frozen, linear, parameters, workspace
+        self._linear, self._lora, self._workspace = linear, parameters, workspace
         self._bundle, self._backend = bundle, backend
         self._role = role
         self._norms: dict[int, Array] = {}
@@ -108,9 +106,10 @@ class SublayerRunner:
         for index in range(len(self._pieces)):
             # The last piece writes to `output`.
             target = output if (len(self._pieces) - index) % 2 else other
-            inputs = {**tables, **self._parameters(self._forward, layer, index), "hidden": hidden, "residual": residual}
+            states = {**tables, "hidden": hidden, "residual": residual}
             kept = self._kept_arrays(keep, index, hidden)
-            self._forward.run(inputs, {"output": target, **kept})
+            # Nothing holds a piece's weights while the next one's are made.
+            self._forward.run({**states, **self._parameters(self._forward, layer, index)}, {"output": target, **kept})
             residual = target
 
     def backward(
@@ -132,16 +131,16 @@ class SublayerRunner:
         carry = d_output
         for index, parts in enumerate(self._pieces):
             target = d_hidden if (len(self._pieces) - index) % 2 else other
-            inputs = {**tables, **self._parameters(graph, layer, index), "hidden": hidden, "output.grad": d_output}
+            states = {**tables, "hidden": hidden, "output.grad": d_output, "carry": carry}
             if kept is not None:
-                inputs |= self._kept_arrays(kept, index, hidden)
+                states |= self._kept_arrays(kept, index, hidden)
             sums = {
                 name: _part(gradient, parts[name.removesuffix(".grad")], layer)
                 for name in graph.outputs
                 if name != "hidden.grad"
             }
             gradients = {name: np.empty(view.shape, dtype=np.float32) for name, view in sums.items()}
-            graph.run({**inputs, "carry": carry}, {"hidden.grad": target, **gradients})
+            graph.run({**states, **self._parameters(graph, layer, index)}, {"hidden.grad": target, **gradients})
             for name, view in sums.items():
                 view += gradients[name]
             carry = target
@@ -160,7 +159,7 @@ class SublayerRunner:
         """Kept: it is small, and where it lies in the file are other pages."""
         if layer not in self._norms:
             weight = LAYER_PREFIX.format(layer) + self._pieces[0][_NORM].parameter
-            self._norms[layer] = self._channels.put(self._frozen.plain(weight), 0).copy()
+            self._norms[layer] = self._channels.put(self._linear.frozen.plain(weight), 0).copy()
         return self._norms[layer]
 
     def _kept_arrays(self, place: str | None, index: int, hidden: AnyArray) -> dict[str, AnyArray]:
@@ -174,6 +173,36 @@ class SublayerRunner:
             )
             for spec in self._kept
         }
+
+
+def sublayer_runners(
+    bundle: Bundle,
+    wide: bool,
+    parameters: FlatParameters,
+    workspace: Workspace,
+    backend: Backend,
+    linear: LinearWeights,
+) -> tuple[SublayerRunner, SublayerRunner]:
+    """Those of attention and of the feed-forward network; see `SublayerRunner`.
+
+    Args:
+        bundle: Holds the graphs.
+        wide: Whether pieces are wide.
+        parameters: The LoRA parameters.
+        workspace: Gives arrays for what lies between graphs.
+        backend: Runs the graphs.
+        linear: Gives frozen weights in the backend's form.
+    """
+    architecture, pieces = bundle.manifest.architecture, pieces_of(bundle.manifest, wide=wide)
+
+    def runner(name: str, parts: Iterator[dict[str, Part]]) -> SublayerRunner:
+        role = sublayer_role(backend.sublayers, name, wide=wide)
+        return SublayerRunner(bundle, name, role, list(parts), backend, linear, parameters, workspace)
+
+    return (
+        runner("attention", attention_parts(architecture, pieces.attention)),
+        runner("mlp", mlp_parts(architecture, pieces.mlp)),
+    )
 
 
 def _part(of: Callable[[str], NDArray[np.float32]], part: Part, layer: int) -> NDArray[np.float32]:

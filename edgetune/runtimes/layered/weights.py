@@ -29,7 +29,7 @@ class LinearWeights:
     """
 
     def __init__(self, frozen: FrozenWeights, backend: Backend, resident: bool, memory: ReusedMemory) -> None:
-        self._frozen = frozen
+        self.frozen = frozen
         self._backend = backend
         self._resident: dict[tuple[str, Part], dict[str, NDArray[Any]]] | None = {} if resident else None
         self._memory = memory
@@ -54,7 +54,7 @@ class LinearWeights:
         return self._resident[form, part]
 
     def _make(self, form: str, part: Part, allocate: Allocate) -> dict[str, NDArray[Any]]:
-        block = self._frozen.linear(part.parameter, part.rows, part.columns)
+        block = self.frozen.linear(part.parameter, part.rows, part.columns)
         ordered = self._backend.channels.block(part, block)
         return self._backend.weight(form, ordered, allocate)
 
