@@ -188,8 +188,8 @@ def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
         return numbers * sum(s.weights.values()) + f.storage * s.head
     # The head's weight shares memory with a piece's first one.
     rest = max(_WITHOUT_FIRST * s.weights[name] / s.pieces[name] for name in SUBLAYERS)
-    # Exact ones are given back before the backward pass, which needs more unless all activations are kept.
-    exact = plan.exact_layers and plan.kept_layers == s.layers
+    # Exact ones are given back before a backward pass, which needs more unless all activations are kept.
+    exact = plan.exact_layers and (plan.forward_only or plan.kept_layers == s.layers)
     weight = max(f.weight, f.storage) if exact else f.weight
     return weight * rest + f.storage * head_tokens(s, plan) * s.hidden
 

@@ -18,6 +18,11 @@ from edgetune.data.encode import Example
 Array = NDArray[np.float32]
 
 
+def cosine(a: Array, b: Array) -> float:
+    """Of the angle between two arrays of one shape."""
+    return float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
 def peft_model(checkpoint: Path, bundle: Bundle, parameters: dict[str, Array]) -> PeftModel:
     """The checkpoint with the bundle's frozen weights and LoRA parameters, in float32 on the CPU."""
     model = Phi3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from oracle import cosine
 from prepared_bundles import CONFIG, prepare_tiny
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
 from tiny_phi3 import checkpoint, weights
@@ -40,10 +41,7 @@ def int8_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def cosines(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[float]:
-    return [
-        float(np.vdot(found[name], value) / (np.linalg.norm(found[name]) * np.linalg.norm(value)))
-        for name, value in expected.items()
-    ]
+    return [cosine(found[name], value) for name, value in expected.items()]
 
 
 def test_the_graphs_are_part_of_the_bundle(int8_bundle: tuple[NpuForm, Bundle]) -> None:

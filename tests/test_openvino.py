@@ -74,7 +74,7 @@ def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base:
         if exact.products == "fp32":
             assert relative(found[name], expected) <= FP32_ERROR, name
         else:
-            assert cosine(found[name], expected) >= (INT8_COSINE if int8 else BF16_COSINE), name
+            assert oracle.cosine(found[name], expected) >= (INT8_COSINE if int8 else BF16_COSINE), name
             assert np.linalg.norm(found[name]) == pytest.approx(np.linalg.norm(expected), rel=0.03), name
 
 
@@ -116,7 +116,7 @@ def test_pieces_whose_channels_are_not_in_turn_add_up(products: Products, wide: 
         gradients = session.gradients()  # type: ignore[attr-defined]
     for name, parameter in oracle.trainable(model).items():
         assert parameter.grad is not None
-        assert cosine(gradients[name], parameter.grad.numpy()) >= INT8_COSINE, name
+        assert oracle.cosine(gradients[name], parameter.grad.numpy()) >= INT8_COSINE, name
 
 
 @installed
@@ -144,10 +144,6 @@ def test_weights_are_rounded_to_a_step(
     assert (weight.dtype, weight.shape, scales.shape) == (np.int8, expected.shape, expected.shape[:1])
     assert (np.abs(weight * scales[:, None] - expected) <= 0.501 * scales[:, None]).all()
     assert np.abs(weight.astype(np.int32)).max(axis=1).min() >= 110, "most of the 127 steps are used"
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 @installed
@@ -272,7 +268,7 @@ def test_the_whole_step_follows_the_cpu(prepared: Prepared, variant: str, base: 
     assert (placement.accelerator_partitions, placement.fallen_back) == (1, [])
     assert result.loss == pytest.approx(expected.loss, rel=BF16_LOSS)
     for name, gradient in gradients.items():
-        assert cosine(found[name], gradient) >= (1 - 1e-6 if exact else BF16_COSINE), name
+        assert oracle.cosine(found[name], gradient) >= (1 - 1e-6 if exact else BF16_COSINE), name
         assert np.linalg.norm(found[name]) == pytest.approx(np.linalg.norm(gradient), rel=0.03), name
 
 

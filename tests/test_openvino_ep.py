@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracle import cosine
 from prepared_bundles import Prepared
 from test_prepare import OPTIMIZER, adapter_of
-from test_qnn import copy_of, cosine
+from test_qnn import copy_of
 from tiny_phi3 import VARIANTS
 
 from edgetune.adapter import read_adapter

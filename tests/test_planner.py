@@ -15,7 +15,7 @@ from prepared_bundles import Prepared
 from edgetune.byte_size import parse_bytes
 from edgetune.config import PlanName, TrainConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
-from edgetune.execution import LAYERED, WHOLE_STEP
+from edgetune.execution import LAYERED, WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint, Sizes, Work, peak_memory
 from edgetune.manifest import BundleManifest, TensorSpec
 from edgetune.pieces import sublayer_role
@@ -164,6 +164,20 @@ def test_deep_models_have_exact_layers_below_int8_ones(manifest: BundleManifest,
     sizes = Sizes(deep)
     further = peak_memory(sizes, INT8, WORK, plan) - peak_memory(sizes, INT8, WORK, replace(plan, exact_layers=0))
     assert further == 4 * exact * sum(sizes.weights.values()), "float32 ones beside int8"
+
+
+@pytest.mark.parametrize(
+    ("changes", "larger"), [({}, False), ({"kept_layers": 32}, True), ({"forward_only": True}, True)]
+)
+def test_where_exact_weights_are_streamed_they_count_if_nothing_later_needs_more(
+    manifest: BundleManifest, changes: dict[str, int | bool], larger: bool
+) -> None:
+    deep = replace(manifest, architecture=replace(manifest.architecture, num_hidden_layers=32))
+    plan = ExecutionPlan("layered", products="int8", resident=False, exact_layers=6, head_tokens=64)
+    with_exact = replace(plan, **changes)
+    sizes, without = Sizes(deep), replace(with_exact, exact_layers=0)
+    found = [peak_memory(sizes, INT8, WORK, each) for each in (with_exact, without)]
+    assert (found[0] > found[1]) == larger
 
 
 def test_of_what_is_freed_a_small_model_keeps_less(manifest: BundleManifest) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from assistant_bundle import ROWS, assistant_bundle
 from click.testing import CliRunner
+from oracle import cosine
 from prepared_bundles import Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
 from tiny_phi3 import VARIANTS
@@ -38,10 +39,6 @@ installed = pytest.mark.skipif(
 NPU_ONLY = replace(WHOLE_STEP, accelerator=Accelerator(require=True))
 LOSS, WORST_COSINE, NORM = 5e-3, 0.999, 0.01
 STEPS, FOLLOWS = 100, 0.02
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 def copy_of(bundle: Bundle, folder: Path) -> Bundle:

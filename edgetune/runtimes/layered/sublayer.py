@@ -40,8 +40,8 @@ def _piece_graph(graph: LayeredGraph, pieces: Sequence[Mapping[str, Part]]) -> _
     for parts in pieces:
         taken = {name: parts[weight] for name in graph.inputs if (weight := weight_and_form(name)[0]) in parts}
         trained.append({name: part for name, part in taken.items() if ".lora_" in name})
-        frozen = taken.keys() - trained[-1].keys() - {_NORM}
-        linear.append({name: taken[name] for name in frozen if not name.endswith(SCALES)})
+        given = (_NORM, *trained[-1])
+        linear.append({n: part for n, part in taken.items() if n not in given and not n.endswith(SCALES)})
     return _PieceGraph(graph.run, graph.outputs, linear, trained)
 
 
