@@ -70,7 +70,8 @@ GRID: tuple[tuple[Workload, ExecutionPlan], ...] = (
     (Workload(WIDE, 1, 256), replace(_STREAM, head_rows=256)),
 )
 OTHERS: tuple[tuple[int, int], ...] = ((1, 32), (2, 32), (3, 32))
-"""Rows and lengths of more batches after the first: every workload is measured without and with them."""
+"""Rows and lengths of more batches before the largest, whose graphs are still held when it comes: every workload is
+measured without and with them."""
 _ROUNDS = 30
 
 
@@ -91,7 +92,7 @@ class Sample:
 def measure(
     runtime: str, cache: Cache, workload: Workload, plan: ExecutionPlan, others: Sequence[tuple[int, int]]
 ) -> Sample:
-    """Run a step, and one of each other shape, in a process of its own."""
+    """Run a step of each other shape and then the workload's, in a process of its own."""
     cache.make_bundle(workload.model, "int4", print)
     folder = cache.bundle(workload.model, "int4")
     training = write_experiment(Training(Edgetune(runtime), workload, steps=0))
@@ -155,8 +156,8 @@ def main() -> None:
     if asked.task:
         training, folder, plan, others = json.loads(asked.task)
         experiment = cast(Training, read_experiment(training))
-        first = experiment.workload
-        workloads = [first, *(replace(first, rows=rows, length=length) for rows, length in others)]
+        largest = experiment.workload
+        workloads = [*(replace(largest, rows=rows, length=length) for rows, length in others), largest]
         steps_once(cast(Edgetune, experiment.contestant), workloads, Path(folder), ExecutionPlan(**plan))
         return
     abilities = find_runtime(asked.runtime).abilities()

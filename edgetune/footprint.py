@@ -25,14 +25,15 @@ _ADAPTER_COPIES = 5
 """Arrays of the adapter's size: parameters, gradients, two moments, and the copy that is written at the end."""
 _FORWARD_COPIES = 3
 """The same without a backward pass: parameters, their perturbed copy, and the copy that is written."""
-_RETAINED_WEIGHT = 8
-"""Bytes that were freed and that the allocator keeps, for each weight of a layer of a small model."""
 _WITHOUT_FIRST = 0.7
 """Share of a piece's weights that are not in its first matrix, roughly."""
 _HALF = 2
 """Bytes of a 16-bit number: in an fp16 base, and in the hidden states that a lean plan keeps."""
 _TURNS = 2
 """Arrays between which a lean plan alternates when it computes hidden states."""
+_OTHERS_KEPT = 0.75
+"""Share of the memory of graphs for other batch shapes where all activations are kept: they come to lie in what one
+batch's activations leave to the next."""
 _MASK = 8
 """Bytes per attention score of one head: the mask of this batch, and the last one's while it is made."""
 _BETWEEN_GRAPHS = 6
@@ -80,8 +81,6 @@ class Footprint:
     """Share of the sublayer graphs' memory that is the forward pass's."""
     backward: int
     """Bytes of `base` that belong to the backward graphs, loaded or compiled."""
-    retained: int
-    """Bytes that were freed and that the allocator keeps, at most: small models never free so much."""
     dequantise: float
     """Time to dequantise a weight, relative to the time of a product per weight and position."""
 
@@ -161,8 +160,7 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
     held += f.storage * positions * (plan.kept_layers * layer + shared)
     held += s.trunk + plan.trunk_cache_bytes + _MASK * work.scores
     base = f.base - (f.backward if plan.forward_only else 0)
-    retained = min(f.retained, _RETAINED_WEIGHT * sum(s.weights.values()))
-    return int(base + retained + work.rows + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
+    return int(base + work.rows + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
 
 
 def trunk_bytes(manifest: BundleManifest) -> int:
@@ -205,10 +203,12 @@ def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
     if not f.together:
         sublayers = share * max(_sublayers(s, f, *largest, score))
         return max(sublayers, head) + f.apart * min(sublayers, head)
-    shapes = [largest, *sorted(work.others, reverse=True)][: f.shapes]
     # Where some layers are computed again and others are not, there are two graphs for the backward pass.
     both = 0 < plan.kept_layers < s.layers
-    held = sum(f.shape + sum(_sublayers(s, f, *shape, score)) for shape in shapes)
+    each = [f.shape + sum(_sublayers(s, f, *shape, score)) for shape in (largest, *work.others)]
+    # Beside the largest are those that came last, whichever they are.
+    others = sum(each[1:]) * min(1.0, (f.shapes - 1) / max(1, len(work.others)))
+    held = each[0] + (_OTHERS_KEPT if plan.kept_layers == s.layers else 1.0) * others
     exact = f.forward * held if plan.exact_layers else 0.0
     return share * (1.4 if both else 1.0) * held + exact + head
 

@@ -36,7 +36,6 @@ _FP32 = Footprint(
     weight=4.0,
     forward=0.84,
     backward=14_000_000,
-    retained=0,
     dequantise=90.0,
 )
 _INT8 = replace(_FP32, products="int8", weight=2.0, dequantise=400.0)

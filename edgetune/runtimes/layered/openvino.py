@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from openvino.preprocess import PrePostProcessor
 
 from edgetune.execution import ExecutionPlan
+from edgetune.free_memory import give_back_freed
 from edgetune.frozen import INT8, LAYERS, Block
 from edgetune.runtimes.layered.backend import Allocate, Arrays
 from edgetune.runtimes.layered.channels import Channels
@@ -77,20 +78,24 @@ class OpenVinoGraph:
         if shapes not in self._requests:
             if len(self._requests) == MOST_SHAPES:
                 del self._requests[next(iter(self._requests))]
-            model = self._model.clone()
-            given = dict(zip(self.inputs, shapes, strict=True))
-            # Those that `adapt` replaces are weights, whose shapes are known.
-            model.reshape({name: list(given[name]) for name in self._plain if name in given})
-            self._products.adapt(model)
-            parameters = {parameter.output(0).any_name: parameter for parameter in model.get_parameters()}
-            model = ov.Model(model.get_results(), [parameters[name] for name in self.inputs])
-            steps = PrePostProcessor(model)
-            for name in self._stored.intersection(self.inputs):
-                steps.input(name).tensor().set_element_type(self._element)
-            for name in self._stored.intersection(self.outputs):
-                steps.output(name).tensor().set_element_type(self._element)
-            self._requests[shapes] = self._compile(steps.build()).create_infer_request()
+            self._requests[shapes] = self._compile(self._of_shapes(shapes)).create_infer_request()
+            give_back_freed()
         return self._requests[shapes]
+
+    def _of_shapes(self, shapes: tuple[tuple[int, ...], ...]) -> ov.Model:
+        model = self._model.clone()
+        given = dict(zip(self.inputs, shapes, strict=True))
+        # Those that `adapt` replaces are weights, whose shapes are known.
+        model.reshape({name: list(given[name]) for name in self._plain if name in given})
+        self._products.adapt(model)
+        parameters = {parameter.output(0).any_name: parameter for parameter in model.get_parameters()}
+        model = ov.Model(model.get_results(), [parameters[name] for name in self.inputs])
+        steps = PrePostProcessor(model)
+        for name in self._stored.intersection(self.inputs):
+            steps.input(name).tensor().set_element_type(self._element)
+        for name in self._stored.intersection(self.outputs):
+            steps.output(name).tensor().set_element_type(self._element)
+        return steps.build()
 
 
 class OpenVinoBackend:

@@ -10,6 +10,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
+from edgetune.free_memory import give_back_freed
 from edgetune.frozen import BLOCK_SIZE, SCALES, Block
 from edgetune.runtimes.layered.backend import Allocate
 from edgetune.runtimes.layered.channels import in_turn
@@ -62,6 +63,7 @@ class OpenVinoWeights:
         key = (block.bits, rows, columns, size, out.dtype)
         if key not in self._unpackers:
             self._unpackers[key] = self._compile(_unpack_model(*key)).create_infer_request()
+            give_back_freed()
         request = self._unpackers[key]
         # A request does not own its tensors.
         inputs = [tensor(np.ascontiguousarray(array)) for array in (block.values, scales)]

@@ -1,0 +1,31 @@
+"""What a process gives back."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FREED = """
+import os
+from edgetune.free_memory import give_back_freed
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+# Too small for the system's own mapping each, so that the C library's heap grows.
+blocks = [bytes(100_000) for _ in range(1_000)]
+blocks = blocks[-1:]
+kept = resident()
+give_back_freed()
+print(kept - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_was_freed_is_given_back() -> None:
+    found = subprocess.run([sys.executable, "-c", FREED], check=True, capture_output=True, text=True)
+    assert int(found.stdout) > 50_000_000
