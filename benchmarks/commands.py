@@ -48,12 +48,13 @@ def measure_start_up(experiment: StartUp, cache: Cache) -> dict[str, float]:
     return {**finished.memory_quantities(), "first_step_after": reported[0], "seconds": finished.seconds}
 
 
-def measure_demo_loss(experiment: DemoLoss, cache: Cache) -> dict[str, float]:
-    """Train as the demo does; validation loss on its held-out rows, before and after."""
+def measure_demo_loss(experiment: DemoLoss, cache: Cache, seed: int) -> dict[str, float]:
+    """Train as the demo does, with this seed; validation loss on its held-out rows, before and after."""
     bundle = cache.demo_bundle(experiment.contestant)
     with TemporaryDirectory() as scratch:
         train = _train_command(experiment.contestant, bundle, demo.TRAIN, Path(scratch) / "adapter")
-        finished = run_watched([*train, "--valid", demo.VALID, *demo.TRAINING.split(), "--quiet", "--json"])
+        train += ["--valid", demo.VALID, *demo.TRAINING.split(), "--seed", str(seed), "--quiet", "--json"]
+        finished = run_watched(train)
     result = json.loads(finished.stdout)
     before, after = result["first_validation_loss"], result["last_validation_loss"]
     return {

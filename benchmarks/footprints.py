@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,9 +85,14 @@ class Sample:
     plan: ExecutionPlan
     peak: int
 
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Of the bundle."""
+        return Sizes(self.manifest, self.plan)
+
     def predict(self, footprint: Footprint) -> int:
         """What `edgetune.footprint` says, in bytes."""
-        return peak_memory(Sizes(self.manifest, self.plan), footprint, self.work, self.plan)
+        return peak_memory(self.sizes, footprint, self.work, self.plan)
 
 
 def measure(
