@@ -32,8 +32,7 @@ _HALF = 2
 _TURNS = 2
 """Arrays between which a lean plan alternates when it computes hidden states."""
 _OTHERS_KEPT = 0.75
-"""Share of the memory of graphs for other batch shapes where all activations are kept: they come to lie in what one
-batch's activations leave to the next."""
+"""Share of the memory of graphs for other batch shapes where all activations are kept; measured, not derived."""
 _MASK = 8
 """Bytes per attention score of one head: the mask of this batch, and the last one's while it is made."""
 _BETWEEN_GRAPHS = 6

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundle_copy import copy_of_bundle
 from tiny_bundle import LORA, SLOT, make_bundle
 
 from edgetune.adapter import initial_parameters, read_adapter
@@ -47,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "bundle"))
+    return copy_of_bundle(made, tmp_path / "bundle")
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
+from bundle_copy import copy_of_bundle
 
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.errors import VerificationError
@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "bundle"
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    folder = Path(shutil.copytree(GOLDEN, tmp_path / "bundle", ignore=shutil.ignore_patterns(".cache")))
+    folder = copy_of_bundle(GOLDEN, tmp_path / "bundle")
     return open_bundle(folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bigram_runtime import BigramSession
+from bundle_copy import copy_of_bundle
 from prepared_bundles import Prepared
 from test_prepare import adapter_of, batch_of, rows_of
 from test_train_loop import Recorder, metrics
@@ -373,7 +373,7 @@ def test_a_run_opens_forward_graphs_alone(
 def test_a_run_says_where_its_forward_graphs_run(runtime: Any, graphs: list[str], tmp_path: Path) -> None:
     buckets = None if runtime == "onnxruntime" else "4x64"
     config = replace(FORWARD_ONLY, runtime=runtime, plan="whole", steps=1, queries=2, buckets=buckets)
-    bundle = shutil.copytree(GOLDEN / "bundle", tmp_path / "bundle", ignore=shutil.ignore_patterns(".cache"))
+    bundle = copy_of_bundle(GOLDEN / "bundle", tmp_path / "bundle")
     recorder = Recorder()
     result = train(bundle, GOLDEN / "train.jsonl", None, tmp_path / "adapter", config, recorder)
     assert [f"{each['graph']} {each['batch']}x{each['length']}" for each in result.placement] == graphs

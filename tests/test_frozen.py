@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundle_copy import copy_of_bundle
 from click.testing import CliRunner
 
 from edgetune.architecture import tensor_shapes
@@ -28,7 +29,7 @@ Index = dict[str, Any]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(GOLDEN / "bundle", tmp_path / "bundle", ignore=shutil.ignore_patterns(".cache")))
+    return copy_of_bundle(GOLDEN / "bundle", tmp_path / "bundle")
 
 
 def architecture(folder: Path) -> Architecture:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import get_args
 import numpy as np
 import oracle
 import pytest
+from bundle_copy import copy_of_bundle
 from prepared_bundles import InPieces, Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, relative, rows_of
 from tiny_phi3 import checkpoint
@@ -149,7 +149,7 @@ def test_weights_are_rounded_to_a_step(
 @installed
 def test_compiled_models_are_kept_beside_a_bundle_that_still_verifies(prepared: Prepared, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
-    shutil.copytree(prepared("multi-head", "int4").path, folder, ignore=shutil.ignore_patterns(".cache"))
+    copy_of_bundle(prepared("multi-head", "int4").path, folder)
     bundle = open_bundle(folder)
     batch = batch_of(bundle, rows_of(0, [9, 12]))
     losses = []
@@ -176,7 +176,7 @@ def test_compiled_models_are_kept_beside_a_bundle_that_still_verifies(prepared: 
 @installed
 def test_a_second_training_leaves_the_first_ones_cache_alone(prepared: Prepared, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
-    shutil.copytree(prepared("multi-head", "int4").path, folder, ignore=shutil.ignore_patterns(".cache"))
+    copy_of_bundle(prepared("multi-head", "int4").path, folder)
     bundle = open_bundle(folder)
     batch, other = (batch_of(bundle, rows_of(0, [length])) for length in (9, 40))
     with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, KEEP) as first:
@@ -193,7 +193,7 @@ def test_a_second_training_leaves_the_first_ones_cache_alone(prepared: Prepared,
 @installed
 def test_a_compiled_whole_step_is_kept_and_verified(prepared: Prepared, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
-    shutil.copytree(prepared("multi-head", "int4").path, folder, ignore=shutil.ignore_patterns(".cache"))
+    copy_of_bundle(prepared("multi-head", "int4").path, folder)
     bundle = open_bundle(folder)
     batch = batch_of(bundle, rows_of(0, [9]))
     placements, results = [], []
@@ -215,7 +215,7 @@ def test_a_compiled_whole_step_is_kept_and_verified(prepared: Prepared, tmp_path
 def test_a_compiled_whole_step_is_taken_without_reading_the_graph(prepared: Prepared, tmp_path: Path) -> None:
     """Nor are its weights unpacked again."""
     folder = tmp_path / "bundle"
-    shutil.copytree(prepared("multi-head", "int4").path, folder, ignore=shutil.ignore_patterns(".cache"))
+    copy_of_bundle(prepared("multi-head", "int4").path, folder)
     bundle = open_bundle(folder)
     batch = batch_of(bundle, rows_of(0, [9]))
     with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP) as session:
@@ -229,7 +229,7 @@ def test_a_compiled_whole_step_is_taken_without_reading_the_graph(prepared: Prep
 def test_a_compiled_whole_step_that_no_longer_loads_is_compiled_again(prepared: Prepared, tmp_path: Path) -> None:
     """Its hash is right, as when a driver has changed."""
     folder = tmp_path / "bundle"
-    shutil.copytree(prepared("multi-head", "int4").path, folder, ignore=shutil.ignore_patterns(".cache"))
+    copy_of_bundle(prepared("multi-head", "int4").path, folder)
     bundle = open_bundle(folder)
     openvino.place(bundle, WHOLE_STEP, 1, 8)
     for path in folder.glob(".cache/contexts/*/record.json"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from assistant_bundle import ROWS, assistant_bundle
+from bundle_copy import copy_of_bundle
 from click.testing import CliRunner
 from oracle import cosine
 from prepared_bundles import Prepared
@@ -43,7 +43,7 @@ STEPS, FOLLOWS = 100, 0.02
 
 def copy_of(bundle: Bundle, folder: Path) -> Bundle:
     """Without compiled contexts."""
-    shutil.copytree(bundle.path, folder, ignore=shutil.ignore_patterns(".cache"))
+    copy_of_bundle(bundle.path, folder)
     return open_bundle(folder)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from bundle_copy import copy_of_bundle
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -415,8 +415,7 @@ def test_a_provider_that_takes_no_node_is_an_error(
 
 
 def copy_without_cache(bundle: Bundle, folder: Path) -> Bundle:
-    shutil.copytree(bundle.path, folder)
-    return replace(bundle, path=folder)
+    return replace(bundle, path=copy_of_bundle(bundle.path, folder))
 
 
 class Divided:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from bundle_copy import copy_of_bundle
 from click.testing import CliRunner
 from prepared_bundles import Prepared
 from safetensors.numpy import load_file
@@ -57,7 +58,7 @@ def golden() -> Bundle:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(GOLDEN / "bundle", tmp_path / "copy"))
+    return copy_of_bundle(GOLDEN / "bundle", tmp_path / "copy")
 
 
 def some_inputs(specs: list[TensorSpec], vocabulary: int) -> Arrays:

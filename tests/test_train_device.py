@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundle_copy import copy_of_bundle
 from click.testing import CliRunner, Result
 from test_device import VALID
 from test_train_loop import Recorder
@@ -342,7 +343,7 @@ def test_truncating_cuts_to_what_the_device_takes(tmp_path: Path) -> None:
 
 @needs_openvino
 def test_flash_has_room_for_what_is_compiled(tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(GOLDEN / "bundle", tmp_path / "bundle", ignore=shutil.ignore_patterns(".cache")))
+    bundle = copy_of_bundle(GOLDEN / "bundle", tmp_path / "bundle")
     options = (*ROWS, "--valid", GOLDEN / "train.jsonl", "--runtime", "openvino", "--plan", "whole", "--steps", 2)
     planned = json.loads(call("plan", bundle, *options, "--batch-size", 2, "--json").stdout)
     shutil.rmtree(bundle / ".cache", ignore_errors=True)

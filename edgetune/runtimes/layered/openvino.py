@@ -35,7 +35,7 @@ class OpenVinoGraph:
 
     Args:
         model: As it was read from its ONNX file.
-        compile_model: Compiles a model whose shapes are known.
+        compiled: A request to a model whose shapes are known.
         element: The type that stands for storage.
         products: With frozen weights.
     """
@@ -43,11 +43,11 @@ class OpenVinoGraph:
     def __init__(
         self,
         model: ov.Model,
-        compile_model: Callable[[ov.Model], ov.CompiledModel],
+        compiled: Callable[[ov.Model], ov.InferRequest],
         element: ov.Type,
         products: Products,
     ) -> None:
-        self._compile = compile_model
+        self._compiled = compiled
         self._element = element
         self._products = products
         self._model = model
@@ -78,8 +78,7 @@ class OpenVinoGraph:
         if shapes not in self._requests:
             if len(self._requests) == MOST_SHAPES:
                 del self._requests[next(iter(self._requests))]
-            self._requests[shapes] = self._compile(self._of_shapes(shapes)).create_infer_request()
-            give_back_freed()
+            self._requests[shapes] = self._compiled(self._of_shapes(shapes))
         return self._requests[shapes]
 
     def _of_shapes(self, shapes: tuple[tuple[int, ...], ...]) -> ov.Model:
@@ -120,7 +119,7 @@ class OpenVinoBackend:
         self.storage = BFLOAT16 if self._short else np.dtype(np.float32)
         self.channels = channels
         self._products = Products(plan.products == "int8")
-        self._weights = OpenVinoWeights(lambda model: self._compile(model, ov.Type.f32), self.storage)
+        self._weights = OpenVinoWeights(lambda model: self._compiled(model, ov.Type.f32), self.storage)
 
     def exact(self) -> OpenVinoBackend:
         """See `Backend.exact`."""
@@ -131,7 +130,7 @@ class OpenVinoBackend:
         """See `Backend.load`."""
         element = ov.Type.bf16 if self._short else ov.Type.f32
         model = self._core.read_model(graph)
-        return OpenVinoGraph(model, lambda model: self._compile(model, element), element, self._products)
+        return OpenVinoGraph(model, lambda model: self._compiled(model, element), element, self._products)
 
     def begin(self, positions: int, scores: int) -> None:
         """See `Backend.begin`: graphs have memory of their own for each shape."""
@@ -148,6 +147,8 @@ class OpenVinoBackend:
         """See `Backend.restore`."""
         return from_bfloat16(values) if self._short else values
 
-    def _compile(self, model: ov.Model, precision: ov.Type) -> ov.CompiledModel:
+    def _compiled(self, model: ov.Model, precision: ov.Type) -> ov.InferRequest:
         properties = {"INFERENCE_PRECISION_HINT": precision, **self._properties}
-        return self._core.compile_model(model, self._device, properties)
+        request = self._core.compile_model(model, self._device, properties).create_infer_request()
+        give_back_freed()
+        return request

@@ -10,7 +10,6 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
-from edgetune.free_memory import give_back_freed
 from edgetune.frozen import BLOCK_SIZE, SCALES, Block
 from edgetune.runtimes.layered.backend import Allocate
 from edgetune.runtimes.layered.channels import in_turn
@@ -26,12 +25,12 @@ class OpenVinoWeights:
     """Makes them.
 
     Args:
-        compile_model: Compiles a model that computes in float32.
+        compiled: A request to a model that computes in float32.
         storage: The type of weights that are not int8.
     """
 
-    def __init__(self, compile_model: Callable[[ov.Model], ov.CompiledModel], storage: np.dtype[Any]) -> None:
-        self._compile = compile_model
+    def __init__(self, compiled: Callable[[ov.Model], ov.InferRequest], storage: np.dtype[Any]) -> None:
+        self._compiled = compiled
         self._storage = storage
         self._unpackers: dict[tuple[int, int, int, int, np.dtype[Any]], ov.InferRequest] = {}
 
@@ -62,8 +61,7 @@ class OpenVinoWeights:
         size = block.group or columns
         key = (block.bits, rows, columns, size, out.dtype)
         if key not in self._unpackers:
-            self._unpackers[key] = self._compile(_unpack_model(*key)).create_infer_request()
-            give_back_freed()
+            self._unpackers[key] = self._compiled(_unpack_model(*key))
         request = self._unpackers[key]
         # A request does not own its tensors.
         inputs = [tensor(np.ascontiguousarray(array)) for array in (block.values, scales)]
