@@ -54,6 +54,8 @@ def measure_demo_loss(experiment: DemoLoss, cache: Cache, seed: int) -> dict[str
     with TemporaryDirectory() as scratch:
         train = _train_command(experiment.contestant, bundle, demo.TRAIN, Path(scratch) / "adapter")
         train += ["--valid", demo.VALID, *demo.TRAINING.split(), "--seed", str(seed), "--quiet", "--json"]
+        if experiment.learning_rate is not None:
+            train += ["--learning-rate", str(experiment.learning_rate)]
         finished = run_watched(train)
     result = json.loads(finished.stdout)
     before, after = result["first_validation_loss"], result["last_validation_loss"]

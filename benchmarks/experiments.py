@@ -125,10 +125,13 @@ class DemoLoss:
     """Validation loss after training on the demo's rows."""
 
     contestant: Edgetune
+    learning_rate: float | None = None
+    """Another than the demo's."""
 
     def __str__(self) -> str:
         """As tables call it."""
-        return f"{self.contestant}: the demo"
+        rate = "" if self.learning_rate is None else f", learning rate {self.learning_rate:g}"
+        return f"{self.contestant}: the demo{rate}"
 
 
 @dataclass(frozen=True)

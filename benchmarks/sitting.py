@@ -110,7 +110,7 @@ def _provide(experiment: Experiment, cache: Cache, say: Callable[[str], None]) -
         case GradientCosine(contestant, exact, workload):
             for each in (contestant, exact):
                 cache.make_bundle(workload.model, each.base, say)
-        case DemoLoss(contestant):
+        case DemoLoss(contestant=contestant):
             cache.make_demo_bundle(contestant, say)
 
 
