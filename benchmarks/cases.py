@@ -144,7 +144,7 @@ SGEMM = tuple(limit for limit in LIMITS if limit.dtype == "fp32")
 
 _ALL_SMALL = _small(STOCK, STOCK_FP32, STOCK_INT8, OPENVINO, OPENVINO_INT8, OPENVINO_FP32_BASE, ORT_TRAINING)
 
-CASES = (
+CASES: tuple[Case, ...] = (
     Case(
         "small-best",
         "98 M, best runtime, against PyTorch at its best dtype",
