@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +23,14 @@ class LayeredGraph(Protocol):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
-    def run(self, inputs: Arrays, outputs: Arrays) -> None:
-        """Compute; results are written into the arrays of `outputs`, all arrays being contiguous."""
+    def run(self, inputs: Arrays, outputs: Arrays, place: Hashable = None) -> None:
+        """Compute; results are written into the arrays of `outputs`, all arrays being contiguous.
+
+        Args:
+            inputs: All of them.
+            outputs: The same.
+            place: Where in the model this is: arrays that a place is given again cost nothing the second time.
+        """
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from edgetune.execution import Products
 from edgetune.frozen import BACKWARD, BLOCK_SIZE, FORWARD, INT8, LAYERS, Block
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes.layered.backend import Allocate, Arrays
+from edgetune.runtimes.layered.bindings import Bindings
 from edgetune.runtimes.layered.channels import Channels
 from edgetune.runtimes.layered.requantise import Requantiser
 
@@ -28,15 +30,19 @@ class OrtGraph:
         self._session = session
         self.inputs = tuple(value.name for value in session.get_inputs())
         self.outputs = tuple(value.name for value in session.get_outputs())
+        self._bound: dict[Hashable, tuple[ort.IOBinding, Bindings]] = {}
 
-    def run(self, inputs: Arrays, outputs: Arrays) -> None:
+    def run(self, inputs: Arrays, outputs: Arrays, place: Hashable = None) -> None:
         """See `LayeredGraph.run`."""
-        binding = self._session.io_binding()
+        if place not in self._bound:
+            self._bound[place] = self._session.io_binding(), Bindings()
+        binding, bound = self._bound[place]
         for name in self.inputs:
-            array = inputs[name]
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        for name, array in outputs.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            if bound.renew(name, array := inputs[name]):
+                binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name in self.outputs:
+            if bound.renew(name, array := outputs[name]):
+                binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._session.run_with_iobinding(binding)
 
     def run_and_release(self, inputs: Arrays) -> None:

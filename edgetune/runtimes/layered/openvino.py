@@ -6,7 +6,7 @@ gives are float32. Products with the sublayers' frozen weights are int8 where as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from edgetune.execution import ExecutionPlan
 from edgetune.free_memory import give_back_freed
 from edgetune.frozen import INT8, LAYERS, Block
 from edgetune.runtimes.layered.backend import Allocate, Arrays
+from edgetune.runtimes.layered.bindings import Bindings
 from edgetune.runtimes.layered.channels import Channels
 from edgetune.runtimes.layered.openvino_products import Products, is_linear
 from edgetune.runtimes.layered.openvino_tensor import BFLOAT16, from_bfloat16, tensor, to_bfloat16
@@ -27,6 +28,7 @@ from edgetune.runtimes.layered.openvino_weights import OpenVinoWeights
 from edgetune.runtimes.openvino_core import MOST_SHAPES
 
 _STATES = {"hidden", "residual", "output", "hidden.grad", "output.grad", "carry"}
+_Shapes = tuple[tuple[int, ...], ...]
 _KEPT = {"query", "key", "value", "context", "gate", "up"}
 
 
@@ -54,32 +56,34 @@ class OpenVinoGraph:
         self._plain = [value.any_name for value in self._model.inputs]
         self.inputs = tuple(name for plain in self._plain for name in products.inputs(plain))
         self.outputs = tuple(value.any_name for value in self._model.outputs)
-        self._requests: dict[tuple[tuple[int, ...], ...], ov.InferRequest] = {}
+        self._requests: dict[_Shapes, dict[Hashable, tuple[ov.InferRequest, Bindings]]] = {}
         # The head's hidden rows are float32.
         states = _KEPT | (_STATES if len(self._model.input("hidden").partial_shape) > 2 else set())
         self._stored = {n for n in (*self.inputs, *self.outputs) if n in states or is_linear(n)}
 
-    def run(self, inputs: Arrays, outputs: Arrays) -> None:
+    def run(self, inputs: Arrays, outputs: Arrays, place: Hashable = None) -> None:
         """See `LayeredGraph.run`."""
-        given = [inputs[name] for name in self.inputs]
-        request = self._request(tuple(array.shape for array in given))
-        # A tensor does not own the array's memory, and the request does not own the tensor.
-        tensors = [tensor(array) for array in given]
-        results = {place: tensor(outputs[name]) for place, name in enumerate(self.outputs) if name in outputs}
-        for place, each in enumerate(tensors):
-            request.set_input_tensor(place, each)
-        for place, result in results.items():
-            request.set_output_tensor(place, result)
+        request, bound = self._request(tuple(inputs[name].shape for name in self.inputs), place)
+        for index, name in enumerate(self.inputs):
+            if bound.renew(name, inputs[name]):
+                request.set_input_tensor(index, tensor(inputs[name]))
+        for index, name in enumerate(self.outputs):
+            if bound.renew(name, outputs[name]):
+                request.set_output_tensor(index, tensor(outputs[name]))
         # `infer` would copy every result.
         request.start_async()
         request.wait()
 
-    def _request(self, shapes: tuple[tuple[int, ...], ...]) -> ov.InferRequest:
+    def _request(self, shapes: _Shapes, place: Hashable) -> tuple[ov.InferRequest, Bindings]:
         if shapes not in self._requests:
             if len(self._requests) == MOST_SHAPES:
                 del self._requests[next(iter(self._requests))]
-            self._requests[shapes] = self._compiled(self._of_shapes(shapes))
-        return self._requests[shapes]
+            self._requests[shapes] = {place: (self._compiled(self._of_shapes(shapes)), Bindings())}
+        requests = self._requests[shapes]
+        if place not in requests:
+            first, _ = next(iter(requests.values()))
+            requests[place] = first.get_compiled_model().create_infer_request(), Bindings()
+        return requests[place]
 
     def _of_shapes(self, shapes: tuple[tuple[int, ...], ...]) -> ov.Model:
         model = self._model.clone()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,10 +29,14 @@ _NORM = "norm.weight"
 class _PieceGraph:
     """A graph, and what it takes of a layer's parameters: for each piece its inputs' parts."""
 
-    run: Callable[[Arrays, Arrays], None]
+    run: Callable[[Arrays, Arrays, Hashable], None]
     outputs: tuple[str, ...]
     linear: list[dict[str, Part]]
     trained: list[dict[str, Part]]
+    parameters: dict[tuple[int, int], dict[str, AnyArray]] = field(default_factory=dict)
+    """Those that stay where they are, by layer and piece."""
+    gradients: dict[tuple[int, int], dict[str, Array]] = field(default_factory=dict)
+    """Where those of the LoRA parameters are added up."""
 
 
 def _piece_graph(graph: LayeredGraph, pieces: Sequence[Mapping[str, Part]]) -> _PieceGraph:
@@ -109,7 +113,8 @@ class SublayerRunner:
             states = {**tables, "hidden": hidden, "residual": residual}
             kept = self._kept_arrays(keep, index, hidden)
             # Nothing holds a piece's weights while the next one's are made.
-            self._forward.run({**states, **self._parameters(self._forward, layer, index)}, {"output": target, **kept})
+            inputs = {**states, **self._parameters(self._forward, layer, index)}
+            self._forward.run(inputs, {"output": target, **kept}, self._place(layer, index))
             residual = target
 
     def backward(
@@ -121,39 +126,61 @@ class SublayerRunner:
         d_hidden: AnyArray,
         kept: str | None,
         gradient: Callable[[str], Array],
+        first: bool,
     ) -> None:
         """Write the gradient of `hidden`, and add those of the LoRA parameters to what `gradient` gives.
 
-        What the forward pass kept under the name `kept` is taken; without it is computed again.
+        What the forward pass kept under the name `kept` is taken; without it is computed again. Of the first batch of a
+        step, what is added to is zero.
         """
         graph = self._again if kept is None else self._from_kept
         other = self._workspace.like("sum", d_hidden) if len(self._pieces) > 1 else d_hidden
         carry = d_output
-        for index, parts in enumerate(self._pieces):
+        for index in range(len(self._pieces)):
             target = d_hidden if (len(self._pieces) - index) % 2 else other
             states = {**tables, "hidden": hidden, "output.grad": d_output, "carry": carry}
             if kept is not None:
                 states |= self._kept_arrays(kept, index, hidden)
-            sums = {
-                name: _part(gradient, parts[name.removesuffix(".grad")], layer)
-                for name in graph.outputs
-                if name != "hidden.grad"
+            sums = self._sums(graph, layer, index, gradient)
+            # One piece gives the whole sum.
+            direct = first and len(self._pieces) == 1
+            found = {
+                name: view if direct and view.flags.c_contiguous else np.empty(view.shape, dtype=np.float32)
+                for name, view in sums.items()
             }
-            gradients = {name: np.empty(view.shape, dtype=np.float32) for name, view in sums.items()}
-            graph.run({**states, **self._parameters(graph, layer, index)}, {"hidden.grad": target, **gradients})
+            inputs = {**states, **self._parameters(graph, layer, index)}
+            graph.run(inputs, {"hidden.grad": target, **found}, self._place(layer, index))
             for name, view in sums.items():
-                view += gradients[name]
+                if found[name] is not view:
+                    view += found[name]
             carry = target
+
+    def _place(self, layer: int, index: int) -> Hashable:
+        """Only where weights stay is there something that a graph need not be given again."""
+        return (layer, index) if self._linear.resident else None
 
     def _parameters(self, graph: _PieceGraph, layer: int, index: int) -> dict[str, AnyArray]:
         """Frozen and trained parameters of a piece, by the graph's names."""
+        if (layer, index) in graph.parameters:
+            return graph.parameters[layer, index]
         prefix = LAYER_PREFIX.format(layer)
         linear = {name: replace(p, parameter=prefix + p.parameter) for name, p in graph.linear[index].items()}
-        trained = {
-            name: np.ascontiguousarray(_part(self._lora.parameter, part, layer))
-            for name, part in graph.trained[index].items()
-        }
-        return {**self._linear.take(linear), **trained, _NORM: self._norm(layer)}
+        trained = {name: _part(self._lora.parameter, part, layer) for name, part in graph.trained[index].items()}
+        taken = {**self._linear.take(linear), _NORM: self._norm(layer)}
+        if self._linear.resident and all(view.flags.c_contiguous for view in trained.values()):
+            graph.parameters[layer, index] = {**taken, **trained}
+            return graph.parameters[layer, index]
+        return {**taken, **{name: np.ascontiguousarray(view) for name, view in trained.items()}}
+
+    def _sums(self, graph: _PieceGraph, layer: int, index: int, gradient: Callable[[str], Array]) -> dict[str, Array]:
+        """Where a piece's gradients of LoRA parameters are added, by the graph's names."""
+        if (layer, index) not in graph.gradients:
+            graph.gradients[layer, index] = {
+                name: _part(gradient, self._pieces[index][name.removesuffix(".grad")], layer)
+                for name in graph.outputs
+                if name != "hidden.grad"
+            }
+        return graph.gradients[layer, index]
 
     def _norm(self, layer: int) -> Array:
         """Kept: it is small, and where it lies in the file are other pages."""

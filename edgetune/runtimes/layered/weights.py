@@ -29,9 +29,9 @@ class LinearWeights:
     """
 
     def __init__(self, frozen: FrozenWeights, backend: Backend, resident: bool, memory: ReusedMemory) -> None:
-        self.frozen = frozen
+        self.frozen, self.resident = frozen, resident
         self._backend = backend
-        self._resident: dict[tuple[str, Part], dict[str, NDArray[Any]]] | None = {} if resident else None
+        self._made: dict[tuple[str, Part], dict[str, NDArray[Any]]] = {}
         self._memory = memory
 
     def take(self, parts: Mapping[str, Part]) -> dict[str, NDArray[Any]]:
@@ -47,11 +47,11 @@ class LinearWeights:
         return taken
 
     def _arrays(self, form: str, part: Part) -> dict[str, NDArray[Any]]:
-        if self._resident is None:
+        if not self.resident:
             return self._make(form, part, self._memory.allocate)
-        if (form, part) not in self._resident:
-            self._resident[form, part] = self._make(form, part, np.empty)
-        return self._resident[form, part]
+        if (form, part) not in self._made:
+            self._made[form, part] = self._make(form, part, np.empty)
+        return self._made[form, part]
 
     def _make(self, form: str, part: Part, allocate: Allocate) -> dict[str, NDArray[Any]]:
         block = self.frozen.linear(part.parameter, part.rows, part.columns)
