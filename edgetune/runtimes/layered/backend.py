@@ -27,9 +27,10 @@ class LayeredGraph(Protocol):
         """Compute; results are written into the arrays of `outputs`, all arrays being contiguous.
 
         Args:
-            inputs: All of them.
-            outputs: The same.
-            place: Where in the model this is: arrays that a place is given again cost nothing the second time.
+            inputs: Every one of the graph's.
+            outputs: Every one of the graph's.
+            place: Where in the model the graph runs. An array that it was given there before, the same object, is not
+                given again.
         """
         ...
 

@@ -1,4 +1,8 @@
-"""Which arrays a runtime was given last: one that is still in its place need not be given again."""
+"""Which arrays a request was given last: one that is still in its place need not be given again.
+
+An object that lives keeps its memory, so that the same array lies at the same address. Of one that is gone, neither the
+id nor the address says anything.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,11 @@ class Bindings:
     def __init__(self) -> None:
         self._arrays: dict[str, ref[NDArray[Any]]] = {}
 
-    def renew(self, name: str, array: NDArray[Any]) -> bool:
-        """Whether this is another array than the last of this name: then it has to be given."""
-        last = self._arrays.get(name)
-        if last is not None and last() is array:
-            return False
+    def has(self, name: str, array: NDArray[Any]) -> bool:
+        """Whether this very array, no other view of its memory, was noted last under this name."""
+        noted = self._arrays.get(name)
+        return noted is not None and noted() is array
+
+    def note(self, name: str, array: NDArray[Any]) -> None:
+        """The request has it now."""
         self._arrays[name] = ref(array)
-        return True

@@ -38,11 +38,13 @@ class OrtGraph:
             self._bound[place] = self._session.io_binding(), Bindings()
         binding, bound = self._bound[place]
         for name in self.inputs:
-            if bound.renew(name, array := inputs[name]):
+            if not bound.has(name, array := inputs[name]):
                 binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+                bound.note(name, array)
         for name in self.outputs:
-            if bound.renew(name, array := outputs[name]):
+            if not bound.has(name, array := outputs[name]):
                 binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+                bound.note(name, array)
         self._session.run_with_iobinding(binding)
 
     def run_and_release(self, inputs: Arrays) -> None:

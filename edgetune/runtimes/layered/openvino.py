@@ -28,8 +28,8 @@ from edgetune.runtimes.layered.openvino_weights import OpenVinoWeights
 from edgetune.runtimes.openvino_core import MOST_SHAPES
 
 _STATES = {"hidden", "residual", "output", "hidden.grad", "output.grad", "carry"}
-_Shapes = tuple[tuple[int, ...], ...]
 _KEPT = {"query", "key", "value", "context", "gate", "up"}
+_Shapes = tuple[tuple[int, ...], ...]
 
 
 class OpenVinoGraph:
@@ -37,7 +37,7 @@ class OpenVinoGraph:
 
     Args:
         model: As it was read from its ONNX file.
-        compiled: A request to a model whose shapes are known.
+        compile_model: Compiles a model whose shapes are known.
         element: The type that stands for storage.
         products: With frozen weights.
     """
@@ -45,47 +45,44 @@ class OpenVinoGraph:
     def __init__(
         self,
         model: ov.Model,
-        compiled: Callable[[ov.Model], ov.InferRequest],
+        compile_model: Callable[[ov.Model], ov.CompiledModel],
         element: ov.Type,
         products: Products,
     ) -> None:
-        self._compiled = compiled
+        self._compile = compile_model
         self._element = element
         self._products = products
         self._model = model
         self._plain = [value.any_name for value in self._model.inputs]
         self.inputs = tuple(name for plain in self._plain for name in products.inputs(plain))
         self.outputs = tuple(value.any_name for value in self._model.outputs)
-        self._requests: dict[_Shapes, dict[Hashable, tuple[ov.InferRequest, Bindings]]] = {}
+        self._models: dict[_Shapes, _CompiledGraph] = {}
         # The head's hidden rows are float32.
         states = _KEPT | (_STATES if len(self._model.input("hidden").partial_shape) > 2 else set())
         self._stored = {n for n in (*self.inputs, *self.outputs) if n in states or is_linear(n)}
 
     def run(self, inputs: Arrays, outputs: Arrays, place: Hashable = None) -> None:
         """See `LayeredGraph.run`."""
-        request, bound = self._request(tuple(inputs[name].shape for name in self.inputs), place)
+        shapes = tuple(inputs[name].shape for name in self.inputs)
+        if shapes not in self._models:
+            if len(self._models) == MOST_SHAPES:
+                del self._models[next(iter(self._models))]
+            self._models[shapes] = _CompiledGraph(self._compile(self._of_shapes(shapes)))
+        request, bound = self._models[shapes].request(place)
+        # A request holds its tensors, and these no arrays.
         for index, name in enumerate(self.inputs):
-            if bound.renew(name, inputs[name]):
-                request.set_input_tensor(index, tensor(inputs[name]))
+            if not bound.has(name, array := inputs[name]):
+                request.set_input_tensor(index, tensor(array))
+                bound.note(name, array)
         for index, name in enumerate(self.outputs):
-            if bound.renew(name, outputs[name]):
-                request.set_output_tensor(index, tensor(outputs[name]))
+            if not bound.has(name, array := outputs[name]):
+                request.set_output_tensor(index, tensor(array))
+                bound.note(name, array)
         # `infer` would copy every result.
         request.start_async()
         request.wait()
 
-    def _request(self, shapes: _Shapes, place: Hashable) -> tuple[ov.InferRequest, Bindings]:
-        if shapes not in self._requests:
-            if len(self._requests) == MOST_SHAPES:
-                del self._requests[next(iter(self._requests))]
-            self._requests[shapes] = {place: (self._compiled(self._of_shapes(shapes)), Bindings())}
-        requests = self._requests[shapes]
-        if place not in requests:
-            first, _ = next(iter(requests.values()))
-            requests[place] = first.get_compiled_model().create_infer_request(), Bindings()
-        return requests[place]
-
-    def _of_shapes(self, shapes: tuple[tuple[int, ...], ...]) -> ov.Model:
+    def _of_shapes(self, shapes: _Shapes) -> ov.Model:
         model = self._model.clone()
         given = dict(zip(self.inputs, shapes, strict=True))
         # Those that `adapt` replaces are weights, whose shapes are known.
@@ -99,6 +96,19 @@ class OpenVinoGraph:
         for name in self._stored.intersection(self.outputs):
             steps.output(name).tensor().set_element_type(self._element)
         return steps.build()
+
+
+class _CompiledGraph:
+    """A graph for inputs of known shapes, and a request for every place at which it runs: about 7 KB each."""
+
+    def __init__(self, model: ov.CompiledModel) -> None:
+        self._model = model
+        self._requests: dict[Hashable, tuple[ov.InferRequest, Bindings]] = {}
+
+    def request(self, place: Hashable) -> tuple[ov.InferRequest, Bindings]:
+        if place not in self._requests:
+            self._requests[place] = self._model.create_infer_request(), Bindings()
+        return self._requests[place]
 
 
 class OpenVinoBackend:
@@ -123,7 +133,7 @@ class OpenVinoBackend:
         self.storage = BFLOAT16 if self._short else np.dtype(np.float32)
         self.channels = channels
         self._products = Products(plan.products == "int8")
-        self._weights = OpenVinoWeights(lambda model: self._compiled(model, ov.Type.f32), self.storage)
+        self._weights = OpenVinoWeights(lambda model: self._compile(model, ov.Type.f32), self.storage)
 
     def exact(self) -> OpenVinoBackend:
         """See `Backend.exact`."""
@@ -134,7 +144,7 @@ class OpenVinoBackend:
         """See `Backend.load`."""
         element = ov.Type.bf16 if self._short else ov.Type.f32
         model = self._core.read_model(graph)
-        return OpenVinoGraph(model, lambda model: self._compiled(model, element), element, self._products)
+        return OpenVinoGraph(model, lambda model: self._compile(model, element), element, self._products)
 
     def begin(self, positions: int, scores: int) -> None:
         """See `Backend.begin`: graphs have memory of their own for each shape."""
@@ -151,8 +161,8 @@ class OpenVinoBackend:
         """See `Backend.restore`."""
         return from_bfloat16(values) if self._short else values
 
-    def _compiled(self, model: ov.Model, precision: ov.Type) -> ov.InferRequest:
+    def _compile(self, model: ov.Model, precision: ov.Type) -> ov.CompiledModel:
         properties = {"INFERENCE_PRECISION_HINT": precision, **self._properties}
-        request = self._core.compile_model(model, self._device, properties).create_infer_request()
+        compiled = self._core.compile_model(model, self._device, properties)
         give_back_freed()
-        return request
+        return compiled

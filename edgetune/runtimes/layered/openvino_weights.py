@@ -25,12 +25,12 @@ class OpenVinoWeights:
     """Makes them.
 
     Args:
-        compiled: A request to a model that computes in float32.
+        compile_model: Compiles a model that computes in float32.
         storage: The type of weights that are not int8.
     """
 
-    def __init__(self, compiled: Callable[[ov.Model], ov.InferRequest], storage: np.dtype[Any]) -> None:
-        self._compiled = compiled
+    def __init__(self, compile_model: Callable[[ov.Model], ov.CompiledModel], storage: np.dtype[Any]) -> None:
+        self._compile = compile_model
         self._storage = storage
         self._unpackers: dict[tuple[int, int, int, int, np.dtype[Any]], ov.InferRequest] = {}
 
@@ -61,15 +61,14 @@ class OpenVinoWeights:
         size = block.group or columns
         key = (block.bits, rows, columns, size, out.dtype)
         if key not in self._unpackers:
-            self._unpackers[key] = self._compiled(_unpack_model(*key))
+            self._unpackers[key] = self._compile(_unpack_model(*key)).create_infer_request()
         request = self._unpackers[key]
-        # A request does not own its tensors.
-        inputs = [tensor(np.ascontiguousarray(array)) for array in (block.values, scales)]
-        results = [tensor(array) for array in outputs]
-        for place, each in enumerate(inputs):
-            request.set_input_tensor(place, each)
-        for place, each in enumerate(results):
-            request.set_output_tensor(place, each)
+        # A request holds its tensors, and these no arrays.
+        inputs = [np.ascontiguousarray(array) for array in (block.values, scales)]
+        for place, array in enumerate(inputs):
+            request.set_input_tensor(place, tensor(array))
+        for place, array in enumerate(outputs):
+            request.set_output_tensor(place, tensor(array))
         request.start_async()
         request.wait()
         if block.bits == _NIBBLE and not block.group:

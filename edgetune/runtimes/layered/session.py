@@ -176,7 +176,7 @@ class LayeredSession(LayeredForward):
         """See `edgetune.runtimes.Session.step`."""
         total = sum(batch.trained_tokens for batch in batches)
         self._optimizer.forget_gradients()
-        loss = sum(self._accumulate(batch, 1 / total, first=number == 0) for number, batch in enumerate(batches))
+        loss = sum(self._accumulate(batch, 1 / total) for batch in batches)
         norm, applied = self._optimizer.step(learning_rate, loss)
         return StepResult(loss, norm, applied)
 
@@ -193,10 +193,10 @@ class LayeredSession(LayeredForward):
         order = self._backend.channels
         return {name: order.restore_adapter(name, of(name)) for name in self._names}
 
-    def _accumulate(self, batch: Batch, scale: float, *, first: bool) -> float:
+    def _accumulate(self, batch: Batch, scale: float) -> float:
         """Add the gradient of scale · Σ losses to the optimizer's; returns scale · Σ losses."""
         loss, d_output = self._forward_and_head(batch, scale)
-        self._backward(batch, d_output, first)
+        self._backward(batch, d_output)
         return loss
 
     def _forward_and_head(self, batch: Batch, scale: float) -> tuple[float, NDArray[Any]]:
@@ -212,7 +212,7 @@ class LayeredSession(LayeredForward):
         d_output.reshape(-1, hidden.shape[-1])[rows] = stored
         return scale * float(losses.sum(dtype=np.float64)), d_output
 
-    def _backward(self, batch: Batch, d_output: NDArray[Any], first: bool) -> None:
+    def _backward(self, batch: Batch, d_output: NDArray[Any]) -> None:
         tables, shape, gradient = _tables(batch), d_output.shape, self._optimizer.gradient
         d_hidden, d_middle = (self._workspace.like(f"d_hidden.{number}", d_output) for number in (0, 1))
         for layer in reversed(self._layers):
@@ -225,9 +225,9 @@ class LayeredSession(LayeredForward):
                 middle, of_attention = self._states.array(2 * layer + 1, shape, kept=False), AGAIN
                 # Int8 in every layer: what is rounded here goes no further.
                 self._attention.forward(layer, tables, hidden, middle, of_attention)
-            self._mlp.backward(layer, tables, middle, d_output, d_middle, kept, gradient, first)
+            self._mlp.backward(layer, tables, middle, d_output, d_middle, kept, gradient)
             self._release()
-            self._attention.backward(layer, tables, hidden, d_middle, d_hidden, of_attention, gradient, first)
+            self._attention.backward(layer, tables, hidden, d_middle, d_hidden, of_attention, gradient)
             self._release()
             d_output = d_hidden
         # The head can use their memory.

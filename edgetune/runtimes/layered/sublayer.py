@@ -23,6 +23,7 @@ AnyArray = NDArray[Any]
 AGAIN = "again"
 """Where a layer that is computed again keeps its activations until its backward pass."""
 _NORM = "norm.weight"
+_FLOAT = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,8 @@ class _PieceGraph:
     outputs: tuple[str, ...]
     linear: list[dict[str, Part]]
     trained: list[dict[str, Part]]
-    parameters: dict[tuple[int, int], dict[str, AnyArray]] = field(default_factory=dict)
-    """Those that stay where they are, by layer and piece."""
-    gradients: dict[tuple[int, int], dict[str, Array]] = field(default_factory=dict)
-    """Where those of the LoRA parameters are added up."""
+    of_layers: dict[tuple[int, int], tuple[dict[str, Part], dict[str, Array]]] = field(default_factory=dict)
+    """The same by layer and piece, once they were needed: the checkpoint's names, and views of the LoRA parameters."""
 
 
 def _piece_graph(graph: LayeredGraph, pieces: Sequence[Mapping[str, Part]]) -> _PieceGraph:
@@ -113,8 +112,7 @@ class SublayerRunner:
             states = {**tables, "hidden": hidden, "residual": residual}
             kept = self._kept_arrays(keep, index, hidden)
             # Nothing holds a piece's weights while the next one's are made.
-            inputs = {**states, **self._parameters(self._forward, layer, index)}
-            self._forward.run(inputs, {"output": target, **kept}, self._place(layer, index))
+            self._run(self._forward, layer, index, states, {"output": target, **kept})
             residual = target
 
     def backward(
@@ -126,61 +124,48 @@ class SublayerRunner:
         d_hidden: AnyArray,
         kept: str | None,
         gradient: Callable[[str], Array],
-        first: bool,
     ) -> None:
         """Write the gradient of `hidden`, and add those of the LoRA parameters to what `gradient` gives.
 
-        What the forward pass kept under the name `kept` is taken; without it is computed again. Of the first batch of a
-        step, what is added to is zero.
+        What the forward pass kept under the name `kept` is taken; without it is computed again.
         """
         graph = self._again if kept is None else self._from_kept
         other = self._workspace.like("sum", d_hidden) if len(self._pieces) > 1 else d_hidden
         carry = d_output
-        for index in range(len(self._pieces)):
+        for index, parts in enumerate(self._pieces):
             target = d_hidden if (len(self._pieces) - index) % 2 else other
             states = {**tables, "hidden": hidden, "output.grad": d_output, "carry": carry}
             if kept is not None:
                 states |= self._kept_arrays(kept, index, hidden)
-            sums = self._sums(graph, layer, index, gradient)
-            # One piece gives the whole sum.
-            direct = first and len(self._pieces) == 1
-            found = {
-                name: view if direct and view.flags.c_contiguous else np.empty(view.shape, dtype=np.float32)
-                for name, view in sums.items()
-            }
-            inputs = {**states, **self._parameters(graph, layer, index)}
-            graph.run(inputs, {"hidden.grad": target, **found}, self._place(layer, index))
-            for name, view in sums.items():
-                if found[name] is not view:
-                    view += found[name]
-            carry = target
-
-    def _place(self, layer: int, index: int) -> Hashable:
-        """Only where weights stay is there something that a graph need not be given again."""
-        return (layer, index) if self._linear.resident else None
-
-    def _parameters(self, graph: _PieceGraph, layer: int, index: int) -> dict[str, AnyArray]:
-        """Frozen and trained parameters of a piece, by the graph's names."""
-        if (layer, index) in graph.parameters:
-            return graph.parameters[layer, index]
-        prefix = LAYER_PREFIX.format(layer)
-        linear = {name: replace(p, parameter=prefix + p.parameter) for name, p in graph.linear[index].items()}
-        trained = {name: _part(self._lora.parameter, part, layer) for name, part in graph.trained[index].items()}
-        taken = {**self._linear.take(linear), _NORM: self._norm(layer)}
-        if self._linear.resident and all(view.flags.c_contiguous for view in trained.values()):
-            graph.parameters[layer, index] = {**taken, **trained}
-            return graph.parameters[layer, index]
-        return {**taken, **{name: np.ascontiguousarray(view) for name, view in trained.items()}}
-
-    def _sums(self, graph: _PieceGraph, layer: int, index: int, gradient: Callable[[str], Array]) -> dict[str, Array]:
-        """Where a piece's gradients of LoRA parameters are added, by the graph's names."""
-        if (layer, index) not in graph.gradients:
-            graph.gradients[layer, index] = {
-                name: _part(gradient, self._pieces[index][name.removesuffix(".grad")], layer)
+            sums = {
+                name: _part(gradient, parts[name.removesuffix(".grad")], layer)
                 for name in graph.outputs
                 if name != "hidden.grad"
             }
-        return graph.gradients[layer, index]
+            # Pieces and layers are alike: they write to one place.
+            gradients = {n: self._workspace.array(f"{self.name}.{n}", view.shape, _FLOAT) for n, view in sums.items()}
+            self._run(graph, layer, index, states, {"hidden.grad": target, **gradients})
+            for name, view in sums.items():
+                view += gradients[name]
+            carry = target
+
+    def _run(self, graph: _PieceGraph, layer: int, index: int, states: Arrays, outputs: Arrays) -> None:
+        # With streamed weights too little stays to be worth a request for each layer.
+        place = (layer, index) if self._linear.resident else None
+        graph.run({**states, **self._parameters(graph, layer, index)}, outputs, place)
+
+    def _parameters(self, graph: _PieceGraph, layer: int, index: int) -> dict[str, AnyArray]:
+        """Frozen and trained parameters of a piece, by the graph's names."""
+        if (layer, index) not in graph.of_layers:
+            prefix = LAYER_PREFIX.format(layer)
+            graph.of_layers[layer, index] = (
+                {name: replace(p, parameter=prefix + p.parameter) for name, p in graph.linear[index].items()},
+                {name: _part(self._lora.parameter, part, layer) for name, part in graph.trained[index].items()},
+            )
+        linear, views = graph.of_layers[layer, index]
+        # Columns of a matrix have to be copied.
+        trained = {name: np.ascontiguousarray(view) for name, view in views.items()}
+        return {**self._linear.take(linear), **trained, _NORM: self._norm(layer)}
 
     def _norm(self, layer: int) -> Array:
         """Kept: it is small, and where it lies in the file are other pages."""
