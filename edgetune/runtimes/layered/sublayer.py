@@ -142,12 +142,17 @@ class SublayerRunner:
                 for name in graph.outputs
                 if name != "hidden.grad"
             }
-            # Pieces and layers are alike: they write to one place.
-            gradients = {n: self._workspace.array(f"{self.name}.{n}", view.shape, _FLOAT) for n, view in sums.items()}
+            gradients = {name: self._gradient_array(name, view.shape) for name, view in sums.items()}
             self._run(graph, layer, index, states, {"hidden.grad": target, **gradients})
             for name, view in sums.items():
                 view += gradients[name]
             carry = target
+
+    def _gradient_array(self, name: str, shape: tuple[int, ...]) -> Array:
+        """Where a piece writes; layers and pieces are alike, and with resident weights they all write to one place."""
+        if self._linear.resident:
+            return self._workspace.array(f"{self.name}.{name}", shape, _FLOAT)
+        return np.empty(shape, _FLOAT)
 
     def _run(self, graph: _PieceGraph, layer: int, index: int, states: Arrays, outputs: Arrays) -> None:
         # With streamed weights too little stays to be worth a request for each layer.
