@@ -16,8 +16,7 @@ GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "bundle"
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    folder = copy_of_bundle(GOLDEN, tmp_path / "bundle")
-    return open_bundle(folder)
+    return open_bundle(copy_of_bundle(GOLDEN, tmp_path / "bundle"))
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,7 @@ def test_weights_are_rounded_to_a_step(
 
 @installed
 def test_compiled_models_are_kept_beside_a_bundle_that_still_verifies(prepared: Prepared, tmp_path: Path) -> None:
-    folder = tmp_path / "bundle"
-    copy_of_bundle(prepared("multi-head", "int4").path, folder)
+    folder = copy_of_bundle(prepared("multi-head", "int4").path, tmp_path / "bundle")
     bundle = open_bundle(folder)
     batch = batch_of(bundle, rows_of(0, [9, 12]))
     losses = []
@@ -175,8 +174,7 @@ def test_compiled_models_are_kept_beside_a_bundle_that_still_verifies(prepared: 
 
 @installed
 def test_a_second_training_leaves_the_first_ones_cache_alone(prepared: Prepared, tmp_path: Path) -> None:
-    folder = tmp_path / "bundle"
-    copy_of_bundle(prepared("multi-head", "int4").path, folder)
+    folder = copy_of_bundle(prepared("multi-head", "int4").path, tmp_path / "bundle")
     bundle = open_bundle(folder)
     batch, other = (batch_of(bundle, rows_of(0, [length])) for length in (9, 40))
     with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, KEEP) as first:
@@ -192,8 +190,7 @@ def test_a_second_training_leaves_the_first_ones_cache_alone(prepared: Prepared,
 
 @installed
 def test_a_compiled_whole_step_is_kept_and_verified(prepared: Prepared, tmp_path: Path) -> None:
-    folder = tmp_path / "bundle"
-    copy_of_bundle(prepared("multi-head", "int4").path, folder)
+    folder = copy_of_bundle(prepared("multi-head", "int4").path, tmp_path / "bundle")
     bundle = open_bundle(folder)
     batch = batch_of(bundle, rows_of(0, [9]))
     placements, results = [], []
@@ -214,8 +211,7 @@ def test_a_compiled_whole_step_is_kept_and_verified(prepared: Prepared, tmp_path
 @installed
 def test_a_compiled_whole_step_is_taken_without_reading_the_graph(prepared: Prepared, tmp_path: Path) -> None:
     """Nor are its weights unpacked again."""
-    folder = tmp_path / "bundle"
-    copy_of_bundle(prepared("multi-head", "int4").path, folder)
+    folder = copy_of_bundle(prepared("multi-head", "int4").path, tmp_path / "bundle")
     bundle = open_bundle(folder)
     batch = batch_of(bundle, rows_of(0, [9]))
     with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP) as session:
@@ -228,8 +224,7 @@ def test_a_compiled_whole_step_is_taken_without_reading_the_graph(prepared: Prep
 @installed
 def test_a_compiled_whole_step_that_no_longer_loads_is_compiled_again(prepared: Prepared, tmp_path: Path) -> None:
     """Its hash is right, as when a driver has changed."""
-    folder = tmp_path / "bundle"
-    copy_of_bundle(prepared("multi-head", "int4").path, folder)
+    folder = copy_of_bundle(prepared("multi-head", "int4").path, tmp_path / "bundle")
     bundle = open_bundle(folder)
     openvino.place(bundle, WHOLE_STEP, 1, 8)
     for path in folder.glob(".cache/contexts/*/record.json"):

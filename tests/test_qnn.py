@@ -43,8 +43,7 @@ STEPS, FOLLOWS = 100, 0.02
 
 def copy_of(bundle: Bundle, folder: Path) -> Bundle:
     """Without compiled contexts."""
-    copy_of_bundle(bundle.path, folder)
-    return open_bundle(folder)
+    return open_bundle(copy_of_bundle(bundle.path, folder))
 
 
 def placements(session: Session) -> dict[str, Any]:

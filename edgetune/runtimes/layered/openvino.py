@@ -99,7 +99,7 @@ class OpenVinoGraph:
 
 
 class _CompiledGraph:
-    """A graph for inputs of known shapes, and a request for every place at which it runs: about 7 KB each."""
+    """A graph for inputs of known shapes, and a request for every place at which it runs."""
 
     def __init__(self, model: ov.CompiledModel) -> None:
         self._model = model

@@ -149,7 +149,7 @@ class SublayerRunner:
             carry = target
 
     def _gradient_array(self, name: str, shape: tuple[int, ...]) -> Array:
-        """Where a piece writes; layers and pieces are alike, and with resident weights they all write to one place."""
+        """Where a piece writes: with resident weights every layer and piece, being alike, to one place that stays."""
         if self._linear.resident:
             return self._workspace.array(f"{self.name}.{name}", shape, _FLOAT)
         return np.empty(shape, _FLOAT)
