@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from time import perf_counter
 from typing import cast
@@ -21,55 +21,56 @@ from edgetune.config import PlanName, RuntimeName, TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
-from edgetune.data.packing import Room
 from edgetune.execution import ExecutionPlan
-from edgetune.footprint import Work
 from edgetune.runtimes import OptimizerConfig, Parameters, Session, find_runtime
-from edgetune.train.choice import Choice, choose
+from edgetune.train.choice import Choice
+from edgetune.train.fitting import Fit, Fitting
 
 Gradients = dict[str, NDArray[np.float64]]
 
 
-def choose_for(contestant: Edgetune, bundle: Bundle, room: Room) -> Choice:
-    """What `edgetune train` would choose with the contestant's options.
+def fit(contestant: Edgetune, bundle: Bundle, rows: Sequence[Example], batch_size: int, *, packing: bool) -> Fit:
+    """How `edgetune train` would run with the contestant's options: by which plan, in which passes.
 
     Args:
         contestant: Says runtime, plan and memory budget.
         bundle: What is trained.
-        room: The largest pass.
+        rows: On which, in their order.
+        batch_size: Of them in a step.
+        packing: Put several rows into one sequence.
     """
     config = TrainConfig(
         runtime=cast(RuntimeName, contestant.runtime),
         plan=cast(PlanName, contestant.plan or "auto"),
         memory_budget=contestant.memory_budget,
+        batch_size=batch_size,
+        packing=packing,
+        shuffle=False,
+        epochs=1,
     )
-    return choose(
-        bundle.manifest, config, Work(room.positions, room.scores), lambda notice: print(notice, file=sys.stderr)
-    )
+    fitting = Fitting(bundle, rows, [], profile=None, here=True)
+    return fitting.fit(config, lambda notice: print(notice, file=sys.stderr))
 
 
-@contextmanager
 def open_session(
-    contestant: Edgetune, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, room: Room
-) -> Iterator[tuple[Session, Choice]]:
-    """A session with the contestant's runtime and plan: the one place that asks edgetune for one."""
-    choice = choose_for(contestant, bundle, room)
-    with choice.runtime.open_session(bundle, parameters, optimizer, choice.plan) as session:
-        yield session, choice
+    choice: Choice, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig
+) -> AbstractContextManager[Session]:
+    """A session with what was chosen."""
+    return choice.runtime.open_session(bundle, parameters, optimizer, choice.plan)
 
 
 def measure_edgetune(experiment: Training, contestant: Edgetune, folder: Path) -> dict[str, float]:
     """Time training steps of a bundle. Opening it includes the verification of every byte."""
     begin = perf_counter()
     bundle = open_bundle(folder)
-    batch, room = _batch(bundle, experiment.workload)
+    fitted, batches = _fit(contestant, bundle, experiment.workload)
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
-    with open_session(contestant, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM), room) as (session, choice):
+    with open_session(fitted.choice, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
         opened = perf_counter() - begin
         # As `train` does: the session has its own.
         parameters.clear()
-        found = time_steps(experiment, lambda: session.step([batch], LEARNING_RATE).loss, opened)
-    predicted = choice.predicted_peak_bytes
+        found = time_steps(experiment, lambda: session.step(batches, LEARNING_RATE).loss, opened)
+    predicted = fitted.choice.predicted_peak_bytes
     return found if predicted is None else {**found, "predicted_peak": float(predicted)}
 
 
@@ -80,8 +81,7 @@ def steps_once(contestant: Edgetune, workloads: Sequence[Workload], folder: Path
     runtime = find_runtime(contestant.runtime)
     with runtime.open_session(bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM), plan) as session:
         for workload in workloads:
-            batch, _ = _batch(bundle, workload)
-            session.step([batch], LEARNING_RATE)
+            session.step([batch_of(bundle, workload)], LEARNING_RATE)
 
 
 def measure_cosine(experiment: GradientCosine, folders: Mapping[Edgetune, Path]) -> dict[str, float]:
@@ -111,9 +111,9 @@ def gradients(contestant: Edgetune, bundle: Bundle, workload: Workload) -> Gradi
         name: array if ".lora_A." in name else (_B_SPREAD * generator.standard_normal(array.shape)).astype(np.float32)
         for name, array in initial_parameters(bundle.manifest.lora, seed=0).items()
     }
-    batch, room = _batch(bundle, workload)
-    with open_session(contestant, bundle, before, OptimizerConfig(0.0, _LINEAR_NORM), room) as (session, _):
-        session.step([batch], _LINEAR_RATE)
+    found, batches = _fit(contestant, bundle, workload)
+    with open_session(found.choice, bundle, before, OptimizerConfig(0.0, _LINEAR_NORM)) as session:
+        session.step(batches, _LINEAR_RATE)
         after = session.adapter()
     return {name: before[name].astype(np.float64) - after[name] for name in before}
 
@@ -125,11 +125,21 @@ _LINEAR_RATE = 1e7
 """Moves the parameters by a norm of 1e3: they themselves are lost beside it, and so is the rounding of the sum."""
 
 
-def _batch(bundle: Bundle, workload: Workload) -> tuple[Batch, Room]:
-    rows = [Example(line, ids, ids) for line, ids in enumerate(random_rows(workload).tolist(), 1)]
-    batcher = Batcher(bundle.manifest, rows, workload.rows, packing=False)
-    (batch,) = batcher.step([rows])
-    return batch, batcher.room
+def _fit(contestant: Edgetune, bundle: Bundle, workload: Workload) -> tuple[Fit, list[Batch]]:
+    """How the contestant fits, and the batches of its step."""
+    found = fit(contestant, bundle, _examples(workload), workload.rows, packing=False)
+    return found, next(found.workload.steps())
+
+
+def batch_of(bundle: Bundle, workload: Workload) -> Batch:
+    """The rows of a step in one batch."""
+    rows = _examples(workload)
+    (batch,) = Batcher(bundle.manifest, rows, workload.rows, packing=False).step([rows])
+    return batch
+
+
+def _examples(workload: Workload) -> list[Example]:
+    return [Example(line, ids, ids) for line, ids in enumerate(random_rows(workload).tolist(), 1)]
 
 
 def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.edgetune_worker import open_session
+from benchmarks.edgetune_worker import fit, open_session
 from benchmarks.experiments import RaggedTraining, RowLosses
 from benchmarks.ragged_rows import ragged_rows
 from benchmarks.training_steps import LEARNING_RATE, MAX_GRAD_NORM
@@ -27,17 +27,16 @@ def measure_ragged(experiment: RaggedTraining, folder: Path) -> dict[str, float]
     """Time optimizer steps, laying out the rows included, after one step that is not timed."""
     bundle = open_bundle(folder)
     rows = ragged_rows(BATCH_SIZE * (1 + STEPS), experiment.model.size.vocabulary)
-    batcher = Batcher(bundle.manifest, rows, BATCH_SIZE, packing=experiment.packing)
-    groups = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+    fitted = fit(experiment.contestant, bundle, rows, BATCH_SIZE, packing=experiment.packing)
+    steps = fitted.workload.steps()
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
-    options = OptimizerConfig(0.0, MAX_GRAD_NORM)
-    with open_session(experiment.contestant, bundle, parameters, options, batcher.room) as (session, _):
-        session.step(batcher.step([groups[0]]), LEARNING_RATE)
+    with open_session(fitted.choice, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
+        session.step(next(steps), LEARNING_RATE)
         begin = perf_counter()
-        for group in groups[1:]:
-            session.step(batcher.step([group]), LEARNING_RATE)
+        for batches in steps:
+            session.step(batches, LEARNING_RATE)
         seconds = perf_counter() - begin
-    timed = [row for group in groups[1:] for row in group]
+    timed = rows[BATCH_SIZE:]
     return {
         "trained_tokens_per_second": sum(row.trained_tokens for row in timed) / seconds,
         "tokens_per_second": sum(len(row.input_ids) for row in timed) / seconds,
@@ -50,9 +49,9 @@ def measure_row_losses(experiment: RowLosses, folder: Path) -> dict[str, float]:
     bundle = open_bundle(folder)
     rows = ragged_rows(COMPARED, experiment.model.size.vocabulary)
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
-    options = OptimizerConfig(0.0, MAX_GRAD_NORM)
+    fitted = fit(experiment.contestant, bundle, rows, len(rows), packing=True)
     batchers = [Batcher(bundle.manifest, rows, len(rows), packing=packing) for packing in (True, False)]
-    with open_session(experiment.contestant, bundle, parameters, options, batchers[0].room) as (session, _):
+    with open_session(fitted.choice, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
         packed, padded = (_losses(session, batcher.step([rows])) for batcher in batchers)
     return {"row_loss_difference": max(abs(packed[line] - padded[line]) for line in padded)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgetune.data.packing import ATTENTION_COST
+from edgetune.data.packing import ATTENTION_COST, PASS_COST
 from edgetune.execution import ExecutionPlan
 from edgetune.footprint import SUBLAYERS, Sizes, Work, head_tokens
 
@@ -48,6 +48,18 @@ def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, 
         read += s.weights["attention"] * again if plan.lean else 0
         cost += dequantise * read
     return cost
+
+
+def start_cost(sizes: Sizes, dequantise: float, plan: ExecutionPlan) -> float:
+    """Work of a pass beside that of its positions; without what streamed weights cost to dequantise.
+
+    Args:
+        sizes: Of the bundle.
+        dequantise: Price of a weight that is dequantised, in products.
+        plan: How it is executed.
+    """
+    none, one = (step_cost(sizes, dequantise, Work(positions, 0), plan, 0) for positions in (0, 1))
+    return PASS_COST * (one - none)
 
 
 def _last_products(s: Sizes) -> dict[str, int]:

@@ -58,8 +58,10 @@ def test_longrope_looks_at_the_rows_that_were_drawn_together(longrope: BundleMan
     drawn = [rows(21, 5, 8)]
     drawn.append([replace(row, line=row.line + 3) for row in rows(4, 20, 3)])
     everything = [row for group in drawn for row in group]
-    found = cos_by_line(Batcher(longrope, everything, 3, packing=packing).step(drawn))
-    assert_same(found, expected(longrope, drawn))
+    # However few of them go through at a time.
+    for pass_rows in (3, 1):
+        found = cos_by_line(Batcher(longrope, everything, pass_rows, packing=packing).step(drawn))
+        assert_same(found, expected(longrope, drawn))
     alone = expected(longrope, [[row] for row in everything])
     assert (found[2] != alone[2]).any()  # short, but drawn with a long one
 

@@ -22,7 +22,7 @@ from benchmarks.cache import Cache
 from benchmarks.cases import CASES, LIMITS, ONNXSIM, SERIES, SGEMM, Case, Goal, Line, Series
 from benchmarks.checkpoints import Size
 from benchmarks.commands import measure_start_up, text_rows
-from benchmarks.edgetune_worker import _B_SPREAD, _batch, gradients
+from benchmarks.edgetune_worker import _B_SPREAD, batch_of, gradients
 from benchmarks.experiments import Edgetune, Experiment, GemmLimit, PyTorch, StartUp, Training, Workload
 from benchmarks.flops import step_flops
 from benchmarks.machine import Machine
@@ -120,7 +120,7 @@ def test_gradients_are_read_off_a_step(prepared: Prepared) -> None:
     }
     step = ort.InferenceSession(bundle.file("step"), providers=["CPUExecutionProvider"])
     names = [f"{name}.grad" for name in parameters]
-    feed = {**_batch(bundle, WORKLOAD)[0].tensors(), **parameters, "loss_scale": np.ones(1, np.float32)}
+    feed = {**batch_of(bundle, WORKLOAD).tensors(), **parameters, "loss_scale": np.ones(1, np.float32)}
     exact = dict(zip(parameters, step.run(names, feed), strict=True))
     found = gradients(Edgetune("onnxruntime", base="fp32"), bundle, WORKLOAD)
     factor = np.linalg.norm(np.concatenate([array.ravel() for array in exact.values()])) / np.linalg.norm(

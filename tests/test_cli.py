@@ -417,7 +417,7 @@ def test_an_interruption_is_one_even_when_a_library_makes_an_error_of_it() -> No
 def test_an_interruption_that_a_library_lost_ends_training_at_the_next_step(bar: bool) -> None:
     with Progress(console=Console(file=StringIO())) as progress:
         observer = BarObserver(progress) if bar else LineObserver(notices(quiet=True))
-        observer.on_start(StartInfo("onnxruntime", PLAN, None, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
+        observer.on_start(StartInfo("onnxruntime", PLAN, 4, 4, None, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
         with termination_interrupts():
             observer.on_step(StepMetrics(1, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
             with suppress(KeyboardInterrupt):
@@ -477,7 +477,7 @@ import os
 from edgetune.cli.progress import shown
 from edgetune.train.observer import StartInfo, StepMetrics
 with shown(quiet=False) as observer:
-    observer.on_start(StartInfo("onnxruntime", "a plan", None, 3, 1, 5, 1, 0, 2, 1200, 300, 4096))
+    observer.on_start(StartInfo("onnxruntime", "a plan", 4, 4, None, 3, 1, 5, 1, 0, 2, 1200, 300, 4096))
     os.close(int(os.environ["TERMINAL"]))
     for step in (1, 2, 3):
         observer.on_step(StepMetrics(step, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
@@ -530,9 +530,9 @@ def test_no_traceback_in_a_real_process(arguments: list[str]) -> None:
 # The commands
 
 
-RESULT = TrainResult(Path("adapter"), 3, 0.25, 2.0, 0.5, 61.0, "openvino", "whole step", None, 2_000_000)
+RESULT = TrainResult(Path("adapter"), 3, 0.25, 2.0, 0.5, 61.0, "openvino", "whole step", 4, None, 2_000_000)
 PLAN = "fp32, activations computed again, weights streamed"
-START = StartInfo("onnxruntime", PLAN, 250_000_000, 3, 2, 5, 1, 0, 2, 1200, 300, 4096)
+START = StartInfo("onnxruntime", PLAN, 4, 1, 250_000_000, 3, 2, 5, 1, 0, 2, 1200, 300, 4096)
 METRICS = [StepMetrics(step, 1 / step, 2e-4, 0.5, 64, 1234.5, 1_500_000_000, 60.0 * step) for step in (1, 2, 3)]
 
 
@@ -647,7 +647,7 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
     assert result.stderr.splitlines() == [
         "1 row is too long",
         "5 rows (1,200 tokens, 300 of them trained), 3 steps (2 an epoch), 4,096 parameters, on onnxruntime "
-        f"({PLAN}, about 250.0 MB)",
+        f"({PLAN}, 1 row at a time, about 250.0 MB)",
         "validation loss 2.0000 before training",
         "step 1/3: loss 1.0000, lr 2.00e-04, 1,234 tokens/s, ETA 0:01:00, peak 1.5 GB",
         "step 2/3: loss 0.5000, lr 2.00e-04, 1,234 tokens/s, ETA 0:02:00, peak 1.5 GB",
@@ -664,6 +664,7 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
         "seconds": 61.0,
         "runtime": "openvino",
         "plan": "whole step",
+            "pass_rows": 4,
         "predicted_peak_memory_bytes": None,
         "peak_memory_bytes": 2_000_000,
         "placement": [],
@@ -674,7 +675,7 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
 def test_long_runs_write_about_a_hundred_lines() -> None:
     lines: list[str] = []
     observer = LineObserver(lines.append)
-    observer.on_start(StartInfo("onnxruntime", PLAN, None, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
+    observer.on_start(StartInfo("onnxruntime", PLAN, 4, 4, None, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
     for step in range(1, 1051):
         observer.on_step(StepMetrics(step, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
     steps = [int(line.split()[1].split("/")[0]) for line in lines[1:]]
@@ -698,7 +699,7 @@ def fake(bundle, data, valid, output, config, observer):
     observer.on_validation(3, 0.5)
     if {fails}:
         raise ResourceError("disk is full")
-    return TrainResult(Path("adapter"), 3, 0.25, None, None, 61.0, "", "", None, None)
+    return TrainResult(Path("adapter"), 3, 0.25, None, None, 61.0, "", "", 4, None, None)
 edgetune.train.train = fake
 """
     arguments = ["train", str(bundle), "--data", str(data), "--output", "adapter"]

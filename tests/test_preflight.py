@@ -149,9 +149,7 @@ def test_rows_that_no_fixed_shape_takes_are_answered_with_those_that_fit(bundle:
     refused = run("plan", bundle.path, "--device", device, "--length", "48")
     assert refused.exit_code == 6
     assert "in fixed shapes rows of at most 32 tokens, the longest has 48 (--truncate, or --runtime" in refused.output
-    assert "what would fit: rows of at most 32 tokens with --batch-size 1 (whole step in static shapes)" in (
-        refused.output
-    )
+    assert "what would fit: rows of at most 32 tokens (whole step in static shapes)" in refused.output
     # Rows that nobody gave are such, and rows that are cut become such.
     longest = answer("plan", bundle.path, "--device", device)
     assert longest["longest_row"] == 32
@@ -212,24 +210,18 @@ def test_flash_is_the_files_and_what_is_written(bundle: Bundle, tmp_path: Path) 
     assert "has 10.0 kB of flash, the run needs" in refused.output
 
 
-def test_a_batch_that_does_not_fit_is_made_smaller_or_refused(bundle: Bundle, tmp_path: Path) -> None:
-    lengths = ("--length", "128")
-    sizes = {
-        batch: answer(
-            "plan", bundle.path, "--device", board(tmp_path, "2GB"), *lengths, "--batch-size", batch, "--plan", "stream"
-        )
-        for batch in (1, 2, 4)
-    }
+@pytest.mark.parametrize("batch_size", [(), ("--batch-size", 4)])
+def test_a_batch_that_does_not_fit_goes_through_in_parts(bundle: Bundle, tmp_path: Path, batch_size: Any) -> None:
+    asked = ("plan", bundle.path, "--length", "128", "--plan", "stream", "--device")
+    sizes = {batch: answer(*asked, board(tmp_path, "2GB"), "--batch-size", batch) for batch in (1, 2, 4)}
     peaks = {batch: found["peak_memory_bytes"] for batch, found in sizes.items()}
     assert peaks[1] < peaks[2] < peaks[4]
+    assert [found["pass_rows"] for found in sizes.values()] == [1, 2, 4]
     device = board(tmp_path, f"{int((peaks[2] + peaks[4]) / 2 / 0.85)}B")
-    picked = answer("plan", bundle.path, "--device", device, *lengths, "--plan", "stream")
-    assert (picked["batch_size"], picked["gradient_accumulation_steps"]) == (2, 2)
-    assert any("2 rows a batch instead of 4" in note for note in picked["notes"])
-    refused = run("plan", bundle.path, "--device", device, *lengths, "--plan", "stream", "--batch-size", "4")
-    assert refused.exit_code == 6
-    assert "my-board is too small" in refused.output
-    assert "what would fit: --batch-size 2 --gradient-accumulation-steps 2" in refused.output
+    picked = answer(*asked, device, *batch_size)
+    assert (picked["batch_size"], picked["gradient_accumulation_steps"], picked["pass_rows"]) == (4, 1, 2)
+    assert picked["shapes"] == [{"sequences": 2, "length": 128, "batches": 2}]
+    assert "4 rows of at most 128 tokens, 2 at a time" in run(*asked, device).output
 
 
 def test_rows_that_are_too_long_are_answered_with_a_length_that_fits(bundle: Bundle, tmp_path: Path) -> None:
@@ -248,7 +240,7 @@ def test_rows_that_are_too_long_are_answered_with_a_length_that_fits(bundle: Bun
     device = board(tmp_path, f"{int(short['peak_memory_bytes'] / 0.85) + 6000}B")
     refused = run("plan", bundle.path, "--device", device, "--length", "128", "--plan", "stream")
     assert refused.exit_code == 6
-    assert "what would fit: rows of at most 32 tokens with --batch-size 1" in refused.output
+    assert "what would fit: rows of at most 32 tokens (fp32" in refused.output
     nothing = run("plan", bundle.path, "--device", board(tmp_path, "10MB"), "--length", "64")
     assert nothing.exit_code == 6
     assert "what would fit: nothing of this bundle" in nothing.output
@@ -266,14 +258,15 @@ def test_train_holds_to_the_device(bundle: Bundle, tmp_path: Path) -> None:
     assert refused.exit_code == 6 and "my-board is too small" in refused.output
     wrong = train(board(tmp_path, "2GB"), "--runtime", "openvino")
     assert wrong.exit_code == 4 and "my-board runs onnxruntime, not --runtime openvino" in wrong.output
-    limited = CPU.replace(
-        "[[limits.notes]]",
-        '[limits]\nlargest-batch = { value = 2, source = "x" }\n'
-        'longest-row = { value = 8, source = "x" }\n\n[[limits.notes]]',
-    )
-    both = train(board(tmp_path, "2GB", limited))
-    assert both.exit_code == 6
-    assert "rows of at most 8 tokens" in both.output and "at most 2 rows in a batch, not 4" in both.output
+
+    def limited(limit: str) -> str:
+        limits = f'[limits]\n{limit}, source = "x" }}\n\n[[limits.notes]]'
+        return board(tmp_path, "2GB", CPU.replace("[[limits.notes]]", limits))
+
+    long = train(limited("longest-row = { value = 8"))
+    assert long.exit_code == 6 and "rows of at most 8 tokens" in long.output
+    in_parts = train(limited("largest-batch = { value = 2"))
+    assert in_parts.exit_code == 0 and json.loads(in_parts.stdout)["pass_rows"] == 2
 
 
 def test_fixed_shapes_hold_where_the_accelerator_executes(tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def test_truncating_cuts_to_what_the_device_takes(tmp_path: Path) -> None:
     limit = '[limits]\nlongest-row = { value = 30, source = "manual" }\n'
     board.write_text(text.replace("[[limits.notes]]", f"{limit}\n[[limits.notes]]", 1))
     refused = call("plan", GOLDEN / "bundle", *ROWS, "--device", board)
-    assert refused.exit_code == 6 and "rows of at most 30 tokens with --batch-size 1" in refused.stderr
+    assert refused.exit_code == 6 and "what would fit: rows of at most 30 tokens (fp32" in refused.stderr
     cut = call("plan", GOLDEN / "bundle", *ROWS, "--device", board, "--truncate", "--json")
     assert cut.exit_code == 0 and json.loads(cut.stdout)["longest_row"] == 30
 

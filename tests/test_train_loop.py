@@ -146,6 +146,8 @@ def test_the_start_says_what_is_trained(bundle: Bundle, data: Path, tmp_path: Pa
         StartInfo(
             runtime="onnxruntime",  # what `auto` stands for
             plan="whole step",
+            batch_size=4,
+            pass_rows=4,
             predicted_peak_memory_bytes=None,
             steps=9,
             steps_per_epoch=3,

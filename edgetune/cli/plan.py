@@ -14,6 +14,7 @@ from edgetune.cli.inputs import PATH, bundle_folder, input_file
 from edgetune.cli.output import cell, console, print_json
 from edgetune.cli.progress import duration_text
 from edgetune.cli.run_options import (
+    batch_size_option,
     buckets_option,
     device_type_option,
     epochs_option,
@@ -32,8 +33,6 @@ from edgetune.config import DeviceType, Method, PlanName, RuntimeName, TrainConf
 
 if TYPE_CHECKING:
     from edgetune.train.preflight import Preflight
-
-DEFAULT = TrainConfig()
 
 EXAMPLES = """
 edgetune plan bundle --data train.jsonl
@@ -58,11 +57,7 @@ edgetune plan bundle --device ./my-board.toml --length 256 --batch-size 2 --step
 @buckets_option
 @steps_option
 @epochs_option
-@click.option(
-    "--batch-size",
-    type=COUNT,
-    help=f"Rows of a batch; without it {DEFAULT.batch_size}, or as many of them as fit.",
-)
+@batch_size_option
 @gradient_accumulation_steps_option
 @packing_option
 @truncate_option
@@ -85,7 +80,7 @@ def command(
     buckets: str | None,
     steps: int | None,
     epochs: float | None,
-    batch_size: int | None,
+    batch_size: int,
     gradient_accumulation_steps: int,
     packing: bool,
     truncate: bool,
@@ -121,7 +116,7 @@ def command(
         buckets=buckets,
         steps=steps,
         epochs=epochs,
-        batch_size=batch_size or DEFAULT.batch_size,
+        batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         packing=packing,
         truncate=truncate,
@@ -134,7 +129,6 @@ def command(
         profile,
         here=profile is None or check(profile).here,
         length=length,
-        pick_batch=batch_size is None,
     )
     if as_json:
         print_json(asdict(found))
@@ -176,7 +170,8 @@ def _where(found: Preflight) -> str:
 def _batch(found: Preflight) -> str:
     several = found.gradient_accumulation_steps
     step = f", {several} batches a step" if several > 1 else ""
-    return f"{found.batch_size} rows of at most {found.longest_row:,} tokens{step}"
+    passes = f", {found.pass_rows} at a time" if found.pass_rows < found.batch_size else ""
+    return f"{found.batch_size} rows of at most {found.longest_row:,} tokens{passes}{step}"
 
 
 def _memory(found: Preflight) -> str:

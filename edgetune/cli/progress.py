@@ -114,7 +114,10 @@ def start_text(info: StartInfo) -> str:
 
 def _plan_text(info: StartInfo) -> str:
     peak = info.predicted_peak_memory_bytes
-    return f"on {info.runtime} ({info.plan}{'' if peak is None else f', about {bytes_text(peak)}'})"
+    count = f"{info.pass_rows} row{'s' if info.pass_rows > 1 else ''}"
+    passes = f"{count} at a time" if info.pass_rows < info.batch_size else ""
+    memory = "" if peak is None else f"about {bytes_text(peak)}"
+    return f"on {info.runtime} ({', '.join(filter(None, (info.plan, passes, memory)))})"
 
 
 def step_text(metrics: StepMetrics) -> str:

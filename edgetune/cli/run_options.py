@@ -70,6 +70,13 @@ epochs_option = click.option(
     default=_DEFAULT.epochs,
     help=f"Passes over the rows; {DEFAULT_EPOCHS:g} when neither --steps nor --epochs is given.",
 )
+batch_size_option = click.option(
+    "--batch-size",
+    type=COUNT,
+    default=_DEFAULT.batch_size,
+    show_default=True,
+    help="Rows of a batch; where memory is short, they go through the model in several passes.",
+)
 gradient_accumulation_steps_option = click.option(
     "--gradient-accumulation-steps",
     type=COUNT,

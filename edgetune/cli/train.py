@@ -9,11 +9,12 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
-from edgetune.cli.command import COUNT, NOT_NEGATIVE, POSITIVE, SIZE, Command, json_option, quiet_option
+from edgetune.cli.command import NOT_NEGATIVE, POSITIVE, SIZE, Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file
 from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
 from edgetune.cli.run_options import (
+    batch_size_option,
     buckets_option,
     device_type_option,
     epochs_option,
@@ -100,13 +101,7 @@ train.toml holds the same options, which flags override:
 @buckets_option
 @steps_option
 @epochs_option
-@click.option(
-    "--batch-size",
-    type=COUNT,
-    default=DEFAULT.batch_size,
-    show_default=True,
-    help="Rows of a batch; memory grows with it.",
-)
+@batch_size_option
 @gradient_accumulation_steps_option
 @packing_option
 @click.option(

@@ -39,7 +39,7 @@ class Batcher:
     Args:
         manifest: The bundle's.
         examples: All rows that will come, at least one; the longest decides how much room there is.
-        batch_size: No batch takes more memory than this many of the longest row.
+        pass_rows: No batch takes more memory than this many of the longest row.
         packing: Put several rows into one sequence; otherwise each has its own.
         buckets: The only shapes that batches may have; any shape may come without them.
 
@@ -51,7 +51,7 @@ class Batcher:
         self,
         manifest: BundleManifest,
         examples: Sequence[Example],
-        batch_size: int,
+        pass_rows: int,
         *,
         packing: bool,
         buckets: Sequence[Bucket] | None = None,
@@ -67,8 +67,8 @@ class Batcher:
         if buckets is not None:
             check_buckets(buckets, longest)
         limit = max(longest, manifest.max_length)
-        self.room = Room(batch_size, round_up(longest, limit), round_up(limit, limit))
-        """No batch has more positions or more attention scores than `batch_size` sequences of `longest` positions."""
+        self.room = Room(pass_rows, round_up(longest, limit), round_up(limit, limit))
+        """No batch has more positions or more attention scores than `pass_rows` sequences of `longest` positions."""
 
     def step(self, drawn: Sequence[Sequence[Example]]) -> list[Batch]:
         """The batches of one optimizer step; every row occurs once.
@@ -78,7 +78,7 @@ class Batcher:
         only rows that were drawn together share a batch.
 
         Args:
-            drawn: The step's rows, in groups of `batch_size` at most.
+            drawn: The step's rows, in the groups in which they were drawn.
         """
         return [self._lay_out(pool, item) for pool in self._pools(drawn) for item in self._passes(pool)]
 

@@ -1,8 +1,8 @@
 """Which rows share a pass through the model, and which share a sequence of it.
 
 Rows differ in length, and what is computed on padding is lost. So rows are packed: several stand behind each other in
-one sequence, and none sees another. What a pass may hold stays what `batch_size` of the longest rows, padded, would
-take: packing never needs more memory than the worst batch without it.
+one sequence, and none sees another. What a pass may hold stays what a number of the longest rows, padded, would take:
+packing never needs more memory than the worst batch without it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Pass:
 
 @dataclass(frozen=True)
 class Room:
-    """The largest pass: `batch_size` sequences of `longest` positions."""
+    """The largest pass: `rows` sequences of `longest` positions."""
 
-    batch_size: int
+    rows: int
     longest: int
     """The longest row, rounded up."""
     limit: int
@@ -45,7 +45,7 @@ class Room:
     @property
     def positions(self) -> int:
         """Most positions of all sequences of a pass together."""
-        return self.batch_size * self.longest
+        return self.rows * self.longest
 
     @property
     def scores(self) -> int:
@@ -101,7 +101,7 @@ def pass_work(passes: Sequence[Pass], attention: float) -> float:
 def pad(lengths: Sequence[int], room: Room) -> list[Pass]:
     """A sequence for each row; rows of similar length share a pass. The arguments are those of `pack`."""
     order = longest_first(lengths)
-    groups = [order[start : start + room.batch_size] for start in range(0, len(order), room.batch_size)]
+    groups = [order[start : start + room.rows] for start in range(0, len(order), room.rows)]
     return [Pass(round_up(lengths[group[0]], room.limit), [[row] for row in group]) for group in groups]
 
 

@@ -16,11 +16,10 @@ from edgetune.bundle import Bundle
 from edgetune.config import TrainConfig
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
-from edgetune.data.packing import PASS_COST
 from edgetune.footprint import Sizes, Work
 from edgetune.runtimes import Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
-from edgetune.step_cost import step_cost
+from edgetune.step_cost import start_cost, step_cost
 from edgetune.train.choice import Choice
 from edgetune.train.trainer import open_trainer
 
@@ -91,6 +90,8 @@ class CostModel:
         self._plan = choice.plan
         self._dequantise = choice.footprint.dequantise if choice.footprint else 0.0
         self.layers = self._sizes.layers
+        self.start = start_cost(self._sizes, self._dequantise, self._plan)
+        """Work of a pass without positions."""
 
     def work(self, positions: int, scores: int, trained: int) -> float:
         """Work of a pass; see `step_cost`."""
@@ -148,8 +149,7 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
         points.append((work, (timing.step + added * (work - shallow_model.of(batch))) / passes))
     return Calibration(
         points=tuple(sorted(points)),
-        # What streamed weights cost to dequantise is no position's.
-        start=PASS_COST * (model.work(1, 0, 0) - model.work(0, 0, 0)),
+        start=model.start,
         first_seconds=_first_seconds(choice, firsts, model.layers / depth),
         shape_seconds=compiling,
         kept_seconds=min(firsts),

@@ -40,6 +40,9 @@ class Choice:
     """The runtime's; none for the whole step."""
     least_bytes: int | None = None
     """What the whole step takes more than on a device that was named; none where the memory is predicted."""
+    order: tuple[bool, int, float] = (False, 0, 0.0)
+    """Of choices for other passes the least is to be taken: whether it does not fit, the runtime's place among those
+    that may do it, and the work for a position, or the peak of what does not fit."""
 
     @property
     def on_accelerator(self) -> bool:
@@ -50,6 +53,11 @@ class Choice:
     def compiles(self) -> bool:
         """Whether a batch of another shape costs a compilation, in the layered form."""
         return self.footprint is not None and self.footprint.shape > 0
+
+    def is_ideal(self, manifest: BundleManifest) -> bool:
+        """Whether no smaller passes could be faster: the best runtime has room for all that it would keep."""
+        too_large, place, _ = self.order
+        return not too_large and not place and self.plan.repeats_nothing(manifest.architecture.num_hidden_layers)
 
     @property
     def emulated(self) -> bool:
@@ -123,11 +131,13 @@ class _Planned:
     planner: Planner
     footprint: Footprint
 
-    def choice(self, prediction: Prediction) -> Choice:
-        return Choice(self.name, self.runtime, prediction.plan, prediction.peak_memory_bytes, self.footprint)
+    def choice(self, prediction: Prediction, order: tuple[bool, int, float]) -> Choice:
+        plan, peak = prediction.plan, prediction.peak_memory_bytes
+        return Choice(self.name, self.runtime, plan, peak, self.footprint, order=order)
 
     def smallest(self, plan: PlanName) -> Choice:
-        return self.choice(self.planner.smallest(plan))
+        prediction = self.planner.smallest(plan)
+        return self.choice(prediction, (True, 0, prediction.peak_memory_bytes))
 
 
 def _fitting(
@@ -143,9 +153,9 @@ def _fitting(
     free = None if elsewhere else free_memory_bytes()
     soft = [] if limits and profile is None else [int(_SHARE * free)] if free is not None else []
     limit = min([size for size, _ in limits] + soft, default=None)
-    for each in planned:
+    for place, each in enumerate(planned):
         if prediction := each.planner.choose(config.plan, limit):
-            return each.choice(prediction)
+            return each.choice(prediction, (False, place, prediction.cost))
     smallest = min((each.smallest(config.plan) for each in planned), key=_peak)
     hard = min(limits, key=lambda each: each[0], default=None)
     if hard is None or _peak(smallest) <= hard[0]:
@@ -156,17 +166,17 @@ def _fitting(
         return smallest
     streamed = min((each.smallest("stream") for each in planned), key=_peak)
     less = _budget(streamed) != _budget(smallest)
-    fewer = "have fewer or shorter rows in a batch (--batch-size, --truncate)"
+    shorter = "have shorter rows (--truncate)"
     if hard[1] is None:
         hint = f", or --plan stream and {_budget(streamed)}" if less else ""
         raise ResourceError(
             f"a memory budget of {config.memory_budget} is too small: the smallest plan for this bundle and these rows "
-            f"needs --memory-budget {_budget(smallest)}; give that{hint}, or {fewer}"
+            f"needs --memory-budget {_budget(smallest)}; give that{hint}, or {shorter}"
         )
     hint = f"use --plan stream, which needs {bytes_text(_peak(streamed))}, or " if _peak(streamed) <= hard[0] else ""
     raise ResourceError(
         f"{hard[1]} is too small: a run may take {bytes_text(hard[0])}, {_SHARE:.0%} of its memory, and the smallest "
-        f"plan for this bundle and these rows needs {bytes_text(_peak(smallest))}; {hint}{fewer}"
+        f"plan for this bundle and these rows needs {bytes_text(_peak(smallest))}; {hint}{shorter}"
     )
 
 
@@ -188,7 +198,7 @@ def _whole(
         raise ResourceError(
             f"{profile.name} is too small: a run may take {bytes_text(most)}, {_SHARE:.0%} of its memory, and the "
             f"whole step needs more than the {bytes_text(least)} that training layer by layer does; use a smaller "
-            "model, or fewer or shorter rows in a batch (--batch-size)"
+            "model, or shorter rows (--truncate)"
         )
     return Choice(name, runtime, whole, None, least_bytes=least)
 

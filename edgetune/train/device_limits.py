@@ -1,4 +1,4 @@
-"""What a device cannot do, whatever memory it has: rows too long, batches too large, shapes that it does not take."""
+"""What a device cannot do, whatever memory it has: rows that are too long, shapes that it does not take."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def require_fit(profile: Profile | None, config: TrainConfig, longest: int) -> N
 
     Args:
         profile: The device's, where one was given.
-        config: How to train, as it holds on the device: its batch size counts.
+        config: How to train, as it holds on the device.
         longest: Tokens of the longest row.
 
     Raises:
@@ -101,8 +101,6 @@ def require_fit(profile: Profile | None, config: TrainConfig, longest: int) -> N
         problems.append(
             f"in fixed shapes rows of at most {most:,} tokens, the longest has {longest:,} (--truncate{cpu})"
         )
-    if limits.largest_batch is not None and config.batch_size > limits.largest_batch.value:
-        problems.append(f"at most {limits.largest_batch.value} rows in a batch, not {config.batch_size} (--batch-size)")
     if problems:
         raise ResourceError(f"{profile.name} takes {'; '.join(problems)}")
 

@@ -1,4 +1,4 @@
-"""The shapes and the plan of a run, held to a device; the largest batch that fits it, or what else would."""
+"""The shapes, the plan and the passes of a run, held to a device; or what would fit."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from edgetune.train.workload import Workload
 class Fit:
     """How a run fits."""
 
-    config: TrainConfig
     workload: Workload
-    """In the shapes that the device takes."""
+    """In the shapes that the device takes, and in as many passes a step as are fastest."""
     choice: Choice
 
 
 class Fitting:
-    """Finds shapes, plan and batch of a run.
+    """Finds shapes, plan and passes of a run.
 
     Args:
         bundle: What would be trained.
@@ -46,7 +45,10 @@ class Fitting:
         self._bundle, self._rows, self._valid, self._profile, self._here = bundle, rows, valid, profile, here
 
     def fit(self, config: TrainConfig, notice: Callable[[str], None]) -> Fit:
-        """The run by that configuration.
+        """The run by that configuration: on the fastest runtime that fits, in the fastest way.
+
+        A batch takes less memory in several passes than in one, for the price of reading the weights more often, which
+        is less than that of computing activations again.
 
         Args:
             config: How to train.
@@ -60,87 +62,69 @@ class Fitting:
         """
         workload = Workload(self._bundle.manifest, self._rows, self._valid, config)
         require_fit(self._profile, config, workload.longest())
-        workload = in_fixed_shapes(workload, self._profile, config)
         trunk = plan_of_trunk(self._bundle, config, [*self._rows, *self._valid])
-        choice = self._choose(config, workload.work(), notice, trunk)
-        require_place(self._profile, choice, notice)
-        return Fit(config, workload, choice)
-
-    def find(self, config: TrainConfig, notice: Callable[[str], None], *, pick_batch: bool) -> Fit:
-        """The run with a batch that fits.
-
-        Args:
-            config: How to train.
-            notice: Hears what is to be said of it.
-            pick_batch: Where its batch does not fit, take the largest that does, and accumulate gradients.
-
-        Raises:
-            IncompatibleError: The device does not run what was asked for, or the bundle lacks it.
-            MissingDependencyError: The runtime's package is not installed.
-            ResourceError: Nothing fits; the message says what would.
-            UsageError: As `fit`.
-        """
-        notes: list[str] = []
-        try:
-            found = self.fit(config, notes.append)
-        except ResourceError as error:
-            smaller = next(self._smaller(config), None)
-            if not pick_batch or smaller is None:
-                raise ResourceError(f"{error}\nwhat would fit: {self._advice(config, smaller)}") from error
-            found, notes = smaller
+        found: list[tuple[Fit, list[str]]] = []
+        refused: list[ResourceError] = []
+        for rows in self._pass_rows(config):
+            notes: list[str] = []
+            divided = in_fixed_shapes(workload.in_passes(rows), self._profile, config)
+            try:
+                choice = self._choose(config, divided.work(), notes.append, trunk)
+            except ResourceError as error:
+                refused.append(error)
+                continue
+            found.append((Fit(divided, choice), notes))
+            if choice.is_ideal(self._bundle.manifest):
+                break
+        if not found:
+            raise refused[-1]
+        fit, notes = min(found, key=lambda each: each[0].choice.order)
         for note in notes:
             notice(note)
-        return found
+        require_place(self._profile, fit.choice, notice)
+        return fit
+
+    def find(self, config: TrainConfig, notice: Callable[[str], None]) -> Fit:
+        """As `fit`; where nothing fits, the message says what would."""
+        try:
+            return self.fit(config, notice)
+        except ResourceError as error:
+            raise ResourceError(f"{error}\nwhat would fit: {self._advice(config)}") from error
+
+    def _pass_rows(self, config: TrainConfig) -> Iterator[int]:
+        """How many rows a pass may hold: all of a batch that the device takes, half of them, and so on."""
+        limit = None if self._profile is None else self._profile.limits.largest_batch
+        rows = config.batch_size if limit is None else min(config.batch_size, limit.value)
+        yield rows
+        while rows > 1:
+            rows = -(-rows // 2)
+            yield rows
 
     def _choose(
         self, config: TrainConfig, work: Work, notice: Callable[[str], None], trunk: ExecutionPlan | None
     ) -> Choice:
         return choose(self._bundle.manifest, config, work, notice, self._profile, trunk, elsewhere=not self._here)
 
-    def _smaller(self, config: TrainConfig) -> Iterator[tuple[Fit, list[str]]]:
-        """Smaller batches that fit, the largest first, with as many rows a step."""
-        for size in range(config.batch_size - 1, 0, -1):
-            if config.batch_size % size:
-                continue
-            share = config.batch_size // size
-            accumulated = config.gradient_accumulation_steps * share
-            smaller = replace(config, batch_size=size, gradient_accumulation_steps=accumulated)
-            notes: list[str] = []
-            try:
-                found = self.fit(smaller, notes.append)
-            except ResourceError:
-                continue
-            said = f"{size} rows a batch instead of {config.batch_size}, {share} times as many batches a step"
-            yield found, [*notes, said]
-
-    def _advice(self, config: TrainConfig, smaller: tuple[Fit, list[str]] | None) -> str:
-        if smaller is not None:
-            fit, _ = smaller
-            return (
-                f"--batch-size {fit.config.batch_size} --gradient-accumulation-steps "
-                f"{fit.config.gradient_accumulation_steps} ({fit.choice.plan}{_memory(fit.choice)})"
-            )
-        single = replace(config, batch_size=1)
+    def _advice(self, config: TrainConfig) -> str:
+        """The longest rows that fit."""
         fits, too_long = 0, max(len(row.input_ids) for row in self._rows)
         found = None
         while too_long - fits > 1:
             length = (fits + too_long) // 2
             try:
-                found, fits = self._choose_length(single, length), length
+                found, fits = self._choose_length(config, length), length
             except ResourceError:
                 too_long = length
         if found is None:
             return "nothing of this bundle; use a smaller model, or a device with more memory"
-        return f"rows of at most {fits:,} tokens with --batch-size 1 ({found.plan}{_memory(found)})"
+        peak = found.predicted_peak_bytes
+        memory = "" if peak is None else f", about {bytes_text(peak)}"
+        return f"rows of at most {fits:,} tokens ({found.plan}{memory})"
 
     def _choose_length(self, config: TrainConfig, length: int) -> Choice:
+        """For passes of one row."""
         cut = [replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length]) for row in self._rows]
         require_fit(self._profile, config, length)
         work = Work(length, length**2, rows=sum(row.memory for row in cut))
         trunk = plan_of_trunk(self._bundle, config, cut)
         return self._choose(config, work, lambda text: None, trunk)
-
-
-def _memory(choice: Choice) -> str:
-    peak = choice.predicted_peak_bytes
-    return "" if peak is None else f", about {bytes_text(peak)}"

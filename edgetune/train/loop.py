@@ -75,6 +75,7 @@ def train(
         seconds=run.seconds,
         runtime=run.choice.name,
         plan=str(run.choice.plan),
+        pass_rows=run.pass_rows,
         predicted_peak_memory_bytes=run.choice.predicted_peak_bytes,
         peak_memory_bytes=run.peak,
         placement=[placement_record(placement) for placement in run.placements],
@@ -105,7 +106,7 @@ class _Run:
         self._rows, self._valid, self._valid_sha256 = rows.train, rows.valid, rows.valid_sha256
         fit = Fitting(bundle, self._rows.examples, self._valid, profile, here=True).fit(config, observer.on_notice)
         self._workload, self.choice = fit.workload, fit.choice
-        self._schedule = self._workload.schedule
+        self._schedule, self.pass_rows = self._workload.schedule, self._workload.pass_rows
         self.placements: list[Placement] = []
         self._lora = manifest.lora.from_layer(self.choice.plan.trunk_layers)
         """The slots that are trained."""
@@ -244,6 +245,8 @@ class _Run:
         return StartInfo(
             runtime=self.choice.name,
             plan=str(self.choice.plan),
+            batch_size=self._config.batch_size,
+            pass_rows=self.pass_rows,
             predicted_peak_memory_bytes=self.choice.predicted_peak_bytes,
             steps=self._schedule.total_steps,
             steps_per_epoch=self._schedule.steps_per_epoch,
@@ -273,7 +276,8 @@ class _Run:
             cosine=self.cosine,
             stopped=self.stopped,
         )
-        provenance = provenance_of(self._bundle.manifest.manifest_sha256, self._config, self.choice, outcome)
+        sha256 = self._bundle.manifest.manifest_sha256
+        provenance = provenance_of(sha256, self._config, self.choice, self.pass_rows, outcome)
         if self._valid_path is not None:
             provenance |= validation_rows(self._valid_path, self._valid_sha256, self._output)
         return provenance

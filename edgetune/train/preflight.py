@@ -72,6 +72,8 @@ class Preflight:
     """Whether this machine would simulate that hardware."""
     batch_size: int
     gradient_accumulation_steps: int
+    pass_rows: int
+    """No pass through the model holds more than so many of the longest row: a batch can take several."""
     longest_row: int
     buckets: list[str]
     """The only shapes that batches may have, as `--buckets` takes them; empty where any may come."""
@@ -107,7 +109,6 @@ def preflight(
     *,
     here: bool,
     length: int | None = None,
-    pick_batch: bool = False,
 ) -> Preflight:
     """Predict a run.
 
@@ -119,7 +120,6 @@ def preflight(
         profile: Of the device; without one it is this machine, as `train` takes it.
         here: The device is this machine: a few steps are timed, and what is free counts.
         length: Tokens of a row, at most the bundle's longest; when it is not given, the most that the device takes.
-        pick_batch: Where the batch does not fit, take the largest that does, and accumulate gradients.
 
     Raises:
         UsageError: Options that cannot be meant, or not together.
@@ -134,8 +134,8 @@ def preflight(
     reader = RowReader(opened, config, profile, notes.append)
     rows = _made_up(opened, config, profile, length, notes) if data is None else reader.read(data).examples
     measured = [] if valid is None else reader.read(valid).examples
-    fit = Fitting(opened, rows, measured, profile, here=here).find(config, notes.append, pick_batch=pick_batch)
-    config, workload, choice = fit.config, fit.workload, fit.choice
+    fit = Fitting(opened, rows, measured, profile, here=here).find(config, notes.append)
+    workload, choice = fit.workload, fit.choice
     flash = _flash(opened, choice, workload)
     if profile is not None and (limit := profile.hardware.flash) is not None and flash.total > limit.value:
         smaller = "" if opened.manifest.base.weights == "int4" else ", or prepare it with --base int4"
@@ -162,6 +162,7 @@ def preflight(
         emulated=here and choice.emulated,
         batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
+        pass_rows=workload.pass_rows,
         longest_row=workload.longest(),
         buckets=[str(bucket) for bucket in workload.buckets or ()],
         shapes=_uses(workload),

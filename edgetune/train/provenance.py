@@ -37,13 +37,16 @@ class Outcome:
     """Why the run ended early; empty when it did not."""
 
 
-def provenance_of(bundle_sha256: str, config: TrainConfig, choice: Choice, outcome: Outcome) -> dict[str, str]:
+def provenance_of(
+    bundle_sha256: str, config: TrainConfig, choice: Choice, pass_rows: int, outcome: Outcome
+) -> dict[str, str]:
     """How a run was made and what came of it.
 
     Args:
         bundle_sha256: Of the bundle's manifest.
         config: How it trained.
         choice: What executed it.
+        pass_rows: Most rows of a pass.
         outcome: What came out.
     """
     options = {key: value for key, value in asdict(config).items() if key not in _PRIVATE}
@@ -52,6 +55,7 @@ def provenance_of(bundle_sha256: str, config: TrainConfig, choice: Choice, outco
         "runtime": choice.name,
         "runtime_version": choice.runtime.version(),
         "plan": str(choice.plan),
+        "pass_rows": str(pass_rows),
         "numpy": np.__version__,
         "bundle": bundle_sha256,
         "options": json.dumps(options, sort_keys=True),

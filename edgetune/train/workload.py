@@ -28,6 +28,8 @@ class Workload:
         valid: What is measured on; may be empty.
         config: How to train.
         buckets: The only shapes of batches, where graphs are compiled for each.
+        pass_rows: No pass through the model holds more than so many of the longest row, padded; the batch size without
+            it. A step has the same rows in more passes.
 
     Raises:
         UsageError: Warm-up takes the whole run, or a row, of training or validation, fits into no bucket.
@@ -40,10 +42,12 @@ class Workload:
         valid: Sequence[Example],
         config: TrainConfig,
         buckets: Sequence[Bucket] | None = None,
+        pass_rows: int | None = None,
     ) -> None:
         self._manifest, self._rows, self._valid, self._config = manifest, rows, valid, config
         self.schedule = schedule_steps(len(rows), config)
         self.buckets = buckets
+        self.pass_rows = pass_rows or config.batch_size
         self._batcher = self._batches_of(rows, buckets)
         self._measurer = self._batches_of(valid, buckets) if valid else None
 
@@ -53,7 +57,11 @@ class Workload:
         Raises:
             UsageError: A row fits into none of them.
         """
-        return Workload(self._manifest, self._rows, self._valid, self._config, buckets)
+        return Workload(self._manifest, self._rows, self._valid, self._config, buckets, self.pass_rows)
+
+    def in_passes(self, rows: int) -> Workload:
+        """The same rows, no pass holding more than so many of the longest."""
+        return Workload(self._manifest, self._rows, self._valid, self._config, self.buckets, rows)
 
     def steps(self) -> Iterator[list[Batch]]:
         """The batches of every step."""
@@ -109,5 +117,4 @@ class Workload:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _batches_of(self, rows: Sequence[Example], buckets: Sequence[Bucket] | None) -> Batcher:
-        config = self._config
-        return Batcher(self._manifest, rows, config.batch_size, packing=config.packing, buckets=buckets)
+        return Batcher(self._manifest, rows, self.pass_rows, packing=self._config.packing, buckets=buckets)
