@@ -664,7 +664,7 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
         "seconds": 61.0,
         "runtime": "openvino",
         "plan": "whole step",
-            "pass_rows": 4,
+        "pass_rows": 4,
         "predicted_peak_memory_bytes": None,
         "peak_memory_bytes": 2_000_000,
         "placement": [],

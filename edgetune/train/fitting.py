@@ -57,9 +57,20 @@ class Fitting:
         Raises:
             IncompatibleError: The device does not run what was asked for, or the bundle lacks it.
             MissingDependencyError: The runtime's package is not installed.
-            ResourceError: It does not fit.
+            ResourceError: Nothing fits; the message says what would.
             UsageError: Warm-up takes the whole run, or a row fits into none of the shapes that were asked for.
         """
+        try:
+            fit, notes = self._fastest(config)
+        except ResourceError as error:
+            raise ResourceError(f"{error}\nwhat would fit: {self._advice(config)}") from error
+        for note in notes:
+            notice(note)
+        require_place(self._profile, fit.choice, notice)
+        return fit
+
+    def _fastest(self, config: TrainConfig) -> tuple[Fit, list[str]]:
+        """What fits and is the fastest, and what is to be said of it."""
         workload = Workload(self._bundle.manifest, self._rows, self._valid, config)
         require_fit(self._profile, config, workload.longest())
         trunk = plan_of_trunk(self._bundle, config, [*self._rows, *self._valid])
@@ -78,18 +89,7 @@ class Fitting:
                 break
         if not found:
             raise refused[-1]
-        fit, notes = min(found, key=lambda each: each[0].choice.order)
-        for note in notes:
-            notice(note)
-        require_place(self._profile, fit.choice, notice)
-        return fit
-
-    def find(self, config: TrainConfig, notice: Callable[[str], None]) -> Fit:
-        """As `fit`; where nothing fits, the message says what would."""
-        try:
-            return self.fit(config, notice)
-        except ResourceError as error:
-            raise ResourceError(f"{error}\nwhat would fit: {self._advice(config)}") from error
+        return min(found, key=lambda each: each[0].choice.order)
 
     def _pass_rows(self, config: TrainConfig) -> Iterator[int]:
         """How many rows a pass may hold: all of a batch that the device takes, half of them, and so on."""

@@ -134,7 +134,7 @@ def preflight(
     reader = RowReader(opened, config, profile, notes.append)
     rows = _made_up(opened, config, profile, length, notes) if data is None else reader.read(data).examples
     measured = [] if valid is None else reader.read(valid).examples
-    fit = Fitting(opened, rows, measured, profile, here=here).find(config, notes.append)
+    fit = Fitting(opened, rows, measured, profile, here=here).fit(config, notes.append)
     workload, choice = fit.workload, fit.choice
     flash = _flash(opened, choice, workload)
     if profile is not None and (limit := profile.hardware.flash) is not None and flash.total > limit.value:
