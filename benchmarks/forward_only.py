@@ -24,12 +24,10 @@ from benchmarks.process import Finished, run_watched
 from edgetune.adapter import initial_parameters
 from edgetune.bundle import open_bundle
 from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
-from edgetune.data.batcher import Batcher
 from edgetune.data.encode import load_encoder, load_examples
-from edgetune.footprint import Work
 from edgetune.runtimes import ForwardRuntime
 from edgetune.runtimes.forward_only import passes_a_step
-from edgetune.train.choice import choose
+from edgetune.train.fitting import Fitting
 
 GOAL = 0.8
 """Share of backpropagation's loss drop."""
@@ -99,14 +97,13 @@ def measure(asked: Namespace) -> None:
     bundle = open_bundle(asked.bundle)
     manifest = bundle.manifest
     rows = load_examples(asked.data, load_encoder(bundle.path, manifest.tokenizer), manifest.max_length, truncate=False)
-    batcher = Batcher(manifest, rows.examples, asked.batch_size, packing=True)
-    config = TrainConfig(runtime=runtime, plan=plan, method="forward-only")
-    work = Work(batcher.room.positions, batcher.room.scores)
-    choice = choose(manifest, config, work, lambda notice: print(notice, file=sys.stderr))
+    config = TrainConfig(runtime, plan=plan, method="forward-only", batch_size=asked.batch_size, epochs=1)
+    fitting = Fitting(bundle, rows.examples, [], profile=None, here=True)
+    fit = fitting.fit(config, lambda notice: print(notice, file=sys.stderr))
     parameters = initial_parameters(manifest.lora, seed=0)
-    with cast(ForwardRuntime, choice.runtime).open_forward(bundle, parameters, choice.plan) as forward:
-        for start in range(0, len(rows.examples), asked.batch_size):
-            for batch in batcher.step([rows.examples[start : start + asked.batch_size]]):
+    with cast(ForwardRuntime, fit.choice.runtime).open_forward(bundle, parameters, fit.choice.plan) as forward:
+        for batches in fit.workload.steps():
+            for batch in batches:
                 forward.evaluate(batch)
 
 

@@ -88,11 +88,6 @@ class ExecutionPlan:
     forward_only: bool = False
     """Run forward alone, and keep nothing for a backward pass."""
 
-    def repeats_nothing(self, layers: int) -> bool:
-        """Whether no weight is dequantised and nothing computed a second time, in a model of so many layers."""
-        nothing_again = self.forward_only or self.kept_layers == layers - self.trunk_layers
-        return self.form == "whole" or (self.resident and nothing_again)
-
     def __str__(self) -> str:
         """In a few words."""
         if self.form == "whole":

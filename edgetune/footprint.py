@@ -86,14 +86,14 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Work:
-    """The largest batch of a run."""
+    """The largest pass of a run through the model."""
 
     positions: int
     """Positions of all its sequences together."""
     scores: int
     """Attention scores of one head: the sum of the squared lengths of its sequences."""
     others: tuple[tuple[int, int], ...] = ()
-    """Positions and scores of every other batch shape of the run."""
+    """Positions and scores of every other shape of a pass."""
     rows: int = 0
     """Bytes of the rows that are trained and measured on, which stay in memory."""
 

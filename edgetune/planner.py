@@ -11,7 +11,7 @@ from edgetune.execution import LAYERED, ExecutionPlan
 from edgetune.footprint import SUBLAYERS, Footprint, Sizes, Work, peak_memory
 from edgetune.manifest import BundleManifest
 from edgetune.pieces import widths
-from edgetune.step_cost import start_cost, step_cost
+from edgetune.step_cost import step_cost
 
 _HEAD_LOGITS = 8 << 20
 """Logits that exist at the same time in the head."""
@@ -34,7 +34,7 @@ class Prediction:
     peak_memory_bytes: int
     """Highest resident memory, file pages of the weights included."""
     cost: float
-    """Work for a position of the largest batch, in products with one weight; smaller is faster."""
+    """Work of the largest pass, in products of one weight and position; smaller is faster."""
 
 
 class Planner:
@@ -43,7 +43,7 @@ class Planner:
     Args:
         manifest: Of a bundle with the layered form.
         footprint: The runtime's.
-        work: The largest batch.
+        work: The largest pass.
         given: What every plan has: the trunk, and whether it runs forward alone.
     """
 
@@ -77,9 +77,7 @@ class Planner:
         """Memory and work of a layered plan."""
         sizes = self._sizes[plan.wide]
         peak = peak_memory(sizes, self._footprint, self._work, plan)
-        price = self._footprint.dequantise
-        cost = step_cost(sizes, price, self._work, plan) + start_cost(sizes, price, plan)
-        return Prediction(plan, peak, cost / self._work.positions)
+        return Prediction(plan, peak, step_cost(sizes, self._footprint.dequantise, self._work, plan))
 
     def _plans(self, name: PlanName) -> Iterator[ExecutionPlan]:
         """In pieces of either width."""

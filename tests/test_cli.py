@@ -647,7 +647,7 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
     assert result.stderr.splitlines() == [
         "1 row is too long",
         "5 rows (1,200 tokens, 300 of them trained), 3 steps (2 an epoch), 4,096 parameters, on onnxruntime "
-        f"({PLAN}, 1 row at a time, about 250.0 MB)",
+        f"({PLAN}, room for 1 row at a time, about 250.0 MB)",
         "validation loss 2.0000 before training",
         "step 1/3: loss 1.0000, lr 2.00e-04, 1,234 tokens/s, ETA 0:01:00, peak 1.5 GB",
         "step 2/3: loss 0.5000, lr 2.00e-04, 1,234 tokens/s, ETA 0:02:00, peak 1.5 GB",

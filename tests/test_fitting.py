@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +17,13 @@ from safetensors.numpy import load_file
 
 from edgetune.bundle import Bundle
 from edgetune.config import Method, TrainConfig
+from edgetune.data.batcher import BatchShape
 from edgetune.data.encode import Example
 from edgetune.errors import ResourceError
 from edgetune.train import train
+from edgetune.train.cost_model import CostModel
 from edgetune.train.fitting import Fit, Fitting
 from edgetune.train.observer import StartInfo, StepMetrics
-
-BATCH = 8
 
 
 class Starts:
@@ -49,16 +53,12 @@ def bundle(prepared: Prepared) -> Bundle:
     return prepared("grouped-query", "int4")
 
 
-def rows(count: int, length: int) -> list[Example]:
-    return [Example(line, ids, ids) for line in range(1, count + 1) for ids in [list(range(length))]]
-
-
-def fit(bundle: Bundle, budget: int | None, method: Method = "backpropagation", batch_size: int = BATCH) -> Fit:
-    text = None if budget is None else f"{budget}B"
-    config = TrainConfig(
-        "onnxruntime", memory_budget=text, batch_size=batch_size, method=method, packing=False, epochs=1
-    )
-    return Fitting(bundle, rows(BATCH, 96), [], None, here=True).fit(config, lambda text: None)
+def fit(bundle: Bundle, lengths: Sequence[int], budget: int | None, **options: Any) -> Fit:
+    """Of a batch of rows that are not packed, in the order of the file."""
+    given: dict[str, Any] = {"runtime": "onnxruntime", "batch_size": len(lengths), **options}
+    config = TrainConfig(**given, memory_budget=f"{budget}B" if budget else None, packing=False, epochs=1)
+    rows = [Example(line, [1] * length, [1] * length) for line, length in enumerate(lengths, 1)]
+    return Fitting(bundle, rows, [], None, here=True).fit(config, lambda text: None)
 
 
 def peak(fit: Fit) -> int:
@@ -67,32 +67,73 @@ def peak(fit: Fit) -> int:
     return found
 
 
+def sequences(fit: Fit) -> list[int]:
+    """Of each pass of a step."""
+    return [shape.sequences for step in fit.workload.step_shapes() for shape in step]
+
+
 @pytest.mark.parametrize("method", ["backpropagation", "forward-only"])
-def test_a_batch_is_divided_before_anything_is_computed_twice(bundle: Bundle, method: Method) -> None:
-    layers = bundle.manifest.architecture.num_hidden_layers
-    unlimited = fit(bundle, None, method)
-    assert unlimited.workload.pass_rows == BATCH and unlimited.choice.plan.repeats_nothing(layers)
-    single = fit(bundle, None, method, batch_size=1)
-    assert peak(single) < peak(unlimited)
-    divided = []
-    for share in (0.25, 0.5, 0.75):
-        budget = int(1.05 * (peak(single) + share * (peak(unlimited) - peak(single)))) + 1
-        found = fit(bundle, budget, method)
-        assert 1.05 * peak(found) <= budget
-        divided.append(found.workload.pass_rows)
-        assert found.choice.plan.repeats_nothing(layers), found.choice.plan
-        shapes = [(shape.sequences, shape.length) for step in found.workload.step_shapes() for shape in step]
-        assert set(shapes) == {(found.workload.pass_rows, 96)} and len(shapes) == BATCH // divided[-1]
-    assert divided == sorted(divided) and 1 <= divided[0] < BATCH
+@pytest.mark.parametrize("count", [8, 6])
+def test_a_batch_is_divided_as_little_as_memory_allows(bundle: Bundle, count: int, method: Method) -> None:
+    lengths = [96] * count
+    whole, single = (fit(bundle, lengths, None, method=method, batch_size=size) for size in (count, 1))
+    assert sequences(whole) == [count] and whole.workload.pass_rows == count
+    found = []
+    for share in (0.1, 0.25, 0.5, 0.75, 0.95):
+        budget = int(1.05 * (peak(single) + share * (peak(whole) - peak(single)))) + 2
+        divided = fit(bundle, lengths, budget, method=method)
+        assert 1.05 * peak(divided) <= budget
+        rows = divided.workload.pass_rows
+        assert rows is not None and max(sequences(divided)) == rows < count and sum(sequences(divided)) == count
+        # Nothing is computed or unpacked twice, as it would be if more rows went through at a time.
+        assert replace(divided.choice.plan, head_rows=0) == replace(whole.choice.plan, head_rows=0)
+        more = fit(bundle, [96] * min(count, 2 * rows), None, method=method)
+        assert 1.05 * peak(more) > budget
+        found.append(rows)
+    assert found == sorted(found) and found[0] < found[-1]
 
 
 def test_what_no_division_makes_fit_is_refused_with_what_would(bundle: Bundle) -> None:
     with pytest.raises(ResourceError, match=r"the smallest plan .* needs --memory-budget (\d+)MB") as refused:
-        fit(bundle, 10**6)
+        fit(bundle, [96] * 8, 10**6)
+    assert "what would fit: nothing of this bundle" in str(refused.value)
     advice = needed(refused.value)
-    assert fit(bundle, advice).workload.pass_rows == 1
+    assert fit(bundle, [96] * 8, advice).workload.pass_rows == 1
+    with pytest.raises(ResourceError) as refused:
+        fit(bundle, [96] * 8, advice - 10**6)
+    found = re.search(r"what would fit: rows of at most (\d+) tokens \(fp32", str(refused.value))
+    assert found is not None
+    longest = int(found[1])
+    assert fit(bundle, [longest] * 8, advice - 10**6).workload.pass_rows == 1
     with pytest.raises(ResourceError):
-        fit(bundle, advice - 10**6)
+        fit(bundle, [longest + 1] * 8, advice - 10**6)
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="needs OpenVINO")
+def test_where_shapes_have_a_price_fewer_passes_can_be_the_smallest(bundle: Bundle) -> None:
+    lengths = [32, 64, 96, 128]
+    with pytest.raises(ResourceError) as refused:
+        fit(bundle, lengths, 10**6, runtime="openvino")
+    with pytest.raises(ResourceError) as in_four_shapes:
+        fit(bundle, lengths, 10**6, runtime="openvino", batch_size=1)
+    assert needed(refused.value) < needed(in_four_shapes.value)
+    assert len(set(sequences(fit(bundle, lengths, needed(refused.value), runtime="openvino")))) == 1
+
+
+def test_free_memory_divides_a_batch_as_a_budget_does(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, single = (fit(bundle, [96] * 8, None, batch_size=size) for size in (8, 1))
+    free = int((peak(whole) + peak(single)) / 2 / 0.85)
+    monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: free)
+    assert 1 <= max(sequences(fit(bundle, [96] * 8, None))) < 8
+
+
+def test_the_work_of_passes_counts_what_each_of_them_repeats(bundle: Bundle) -> None:
+    streamed = fit(bundle, [96] * 8, None, plan="stream")
+    model = CostModel(bundle, streamed.choice)
+    together, apart = ([BatchShape(8 // count, 96, 0)] * count for count in (1, 4))
+    repeated = model.of_passes(apart) - model.of_passes(together)
+    assert repeated == pytest.approx(3 * (model.start + model.work(0, 0, 0)), rel=1e-9)
+    assert model.start > 0 and model.work(0, 0, 0) > 0
 
 
 def needed(refused: ResourceError) -> int:
@@ -118,7 +159,7 @@ def test_a_step_is_the_same_in_any_number_of_passes(bundle: Bundle, tmp_path: Pa
     with pytest.raises(ResourceError) as refused:
         run("divided", "1MB")
     divided = run("divided", f"{needed(refused.value)}B")
-    assert divided.start[0].pass_rows < whole.start[0].pass_rows == 8
+    assert (divided.start[0].pass_rows, whole.start[0].pass_rows) == (1, 8)
     assert len(whole.losses) == len(divided.losses) == 7
     np.testing.assert_allclose(divided.losses, whole.losses, rtol=1e-5)
     np.testing.assert_allclose(divided.norms, whole.norms, rtol=1e-4)
@@ -128,5 +169,5 @@ def test_a_step_is_the_same_in_any_number_of_passes(bundle: Bundle, tmp_path: Pa
         # A hundredth of a step: AdamW's first steps are of one length, however small a gradient and its rounding are.
         np.testing.assert_allclose(left[name], values, rtol=0, atol=1e-4, err_msg=name)
     provenance = json.loads((tmp_path / "divided" / "edgetune.json").read_text())["provenance"]
-    assert int(provenance["pass_rows"]) == divided.start[0].pass_rows
+    assert provenance["pass_rows"] == "1"
     assert json.loads(provenance["options"])["batch_size"] == 8

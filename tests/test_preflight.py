@@ -25,8 +25,9 @@ from edgetune.runtimes import RUNTIMES, Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
 from edgetune.runtimes.layered.session import LayeredSession
 from edgetune.train import calibration
-from edgetune.train.calibration import Calibration, CostModel, calibrate
+from edgetune.train.calibration import Calibration, calibrate
 from edgetune.train.choice import choose
+from edgetune.train.cost_model import CostModel
 from edgetune.train.device_limits import require_fit
 from edgetune.train.run_time import _typical
 from edgetune.train.workload import Workload
@@ -210,18 +211,17 @@ def test_flash_is_the_files_and_what_is_written(bundle: Bundle, tmp_path: Path) 
     assert "has 10.0 kB of flash, the run needs" in refused.output
 
 
-@pytest.mark.parametrize("batch_size", [(), ("--batch-size", 4)])
-def test_a_batch_that_does_not_fit_goes_through_in_parts(bundle: Bundle, tmp_path: Path, batch_size: Any) -> None:
+def test_a_batch_that_does_not_fit_goes_through_in_parts(bundle: Bundle, tmp_path: Path) -> None:
     asked = ("plan", bundle.path, "--length", "128", "--plan", "stream", "--device")
     sizes = {batch: answer(*asked, board(tmp_path, "2GB"), "--batch-size", batch) for batch in (1, 2, 4)}
     peaks = {batch: found["peak_memory_bytes"] for batch, found in sizes.items()}
     assert peaks[1] < peaks[2] < peaks[4]
     assert [found["pass_rows"] for found in sizes.values()] == [1, 2, 4]
     device = board(tmp_path, f"{int((peaks[2] + peaks[4]) / 2 / 0.85)}B")
-    picked = answer(*asked, device, *batch_size)
+    picked = answer(*asked, device)
     assert (picked["batch_size"], picked["gradient_accumulation_steps"], picked["pass_rows"]) == (4, 1, 2)
     assert picked["shapes"] == [{"sequences": 2, "length": 128, "batches": 2}]
-    assert "4 rows of at most 128 tokens, 2 at a time" in run(*asked, device).output
+    assert "4 rows of at most 128 tokens, room for 2 rows at a time" in run(*asked, device).output
 
 
 def test_rows_that_are_too_long_are_answered_with_a_length_that_fits(bundle: Bundle, tmp_path: Path) -> None:
@@ -267,6 +267,10 @@ def test_train_holds_to_the_device(bundle: Bundle, tmp_path: Path) -> None:
     assert long.exit_code == 6 and "rows of at most 8 tokens" in long.output
     in_parts = train(limited("largest-batch = { value = 2"))
     assert in_parts.exit_code == 0 and json.loads(in_parts.stdout)["pass_rows"] == 2
+    alike = ("plan", bundle.path, "--length", 64, "--device", limited("largest-batch = { value = 3"))
+    for batch_size, passes in ((4, [3, 1]), (3, [3]), (2, [2])):
+        planned = answer(*alike, "--batch-size", batch_size, "--no-packing")
+        assert sorted((shape["sequences"] for shape in planned["shapes"]), reverse=True) == passes
 
 
 def test_fixed_shapes_hold_where_the_accelerator_executes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, Command, json_option
 from edgetune.cli.inputs import PATH, bundle_folder, input_file
 from edgetune.cli.output import cell, console, print_json
-from edgetune.cli.progress import duration_text
+from edgetune.cli.progress import duration_text, passes_text
 from edgetune.cli.run_options import (
     batch_size_option,
     buckets_option,
@@ -170,8 +170,9 @@ def _where(found: Preflight) -> str:
 def _batch(found: Preflight) -> str:
     several = found.gradient_accumulation_steps
     step = f", {several} batches a step" if several > 1 else ""
-    passes = f", {found.pass_rows} at a time" if found.pass_rows < found.batch_size else ""
-    return f"{found.batch_size} rows of at most {found.longest_row:,} tokens{passes}{step}"
+    passes = passes_text(found.pass_rows, found.batch_size)
+    rows = f"{found.batch_size} rows of at most {found.longest_row:,} tokens{step}"
+    return ", ".join(filter(None, (rows, passes)))
 
 
 def _memory(found: Preflight) -> str:

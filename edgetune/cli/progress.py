@@ -114,10 +114,16 @@ def start_text(info: StartInfo) -> str:
 
 def _plan_text(info: StartInfo) -> str:
     peak = info.predicted_peak_memory_bytes
-    count = f"{info.pass_rows} row{'s' if info.pass_rows > 1 else ''}"
-    passes = f"{count} at a time" if info.pass_rows < info.batch_size else ""
+    passes = passes_text(info.pass_rows, info.batch_size)
     memory = "" if peak is None else f"about {bytes_text(peak)}"
     return f"on {info.runtime} ({', '.join(filter(None, (info.plan, passes, memory)))})"
+
+
+def passes_text(pass_rows: int | None, batch_size: int) -> str:
+    """How much of a batch goes through the model at a time; empty where it is all of it, or buckets say it."""
+    if pass_rows is None or pass_rows >= batch_size:
+        return ""
+    return f"room for {pass_rows} row{'s' if pass_rows > 1 else ''} at a time"
 
 
 def step_text(metrics: StepMetrics) -> str:

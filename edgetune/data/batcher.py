@@ -39,7 +39,7 @@ class Batcher:
     Args:
         manifest: The bundle's.
         examples: All rows that will come, at least one; the longest decides how much room there is.
-        pass_rows: No batch takes more memory than this many of the longest row.
+        pass_rows: Every batch has room for this many of the longest row, padded.
         packing: Put several rows into one sequence; otherwise each has its own.
         buckets: The only shapes that batches may have; any shape may come without them.
 

@@ -16,11 +16,10 @@ from edgetune.bundle import Bundle
 from edgetune.config import TrainConfig
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
-from edgetune.footprint import Sizes, Work
 from edgetune.runtimes import Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
-from edgetune.step_cost import start_cost, step_cost
 from edgetune.train.choice import Choice
+from edgetune.train.cost_model import CostModel
 from edgetune.train.trainer import open_trainer
 
 _AIM = 8.5
@@ -75,32 +74,6 @@ class Calibration:
             return short + (long - short) * (work - less) / (more - less)
         near, seconds = below[-1] if below else above[0]
         return seconds * (work + self.start) / (near + self.start)
-
-
-class CostModel:
-    """Work of a pass by the manifest's sizes: through the layers that the plan runs itself.
-
-    Args:
-        bundle: What is trained.
-        choice: By which plan.
-    """
-
-    def __init__(self, bundle: Bundle, choice: Choice) -> None:
-        self._sizes = Sizes(bundle.manifest, choice.plan)
-        self._plan = choice.plan
-        self._dequantise = choice.footprint.dequantise if choice.footprint else 0.0
-        self.layers = self._sizes.layers
-        self.start = start_cost(self._sizes, self._dequantise, self._plan)
-        """Work of a pass without positions."""
-
-    def work(self, positions: int, scores: int, trained: int) -> float:
-        """Work of a pass; see `step_cost`."""
-        return step_cost(self._sizes, self._dequantise, Work(positions, scores), self._plan, trained)
-
-    def of(self, batch: Batch) -> float:
-        """Work of a batch."""
-        sequences, length = batch.input_ids.shape
-        return self.work(sequences * length, sequences * length**2, batch.trained_tokens)
 
 
 @dataclass(frozen=True)

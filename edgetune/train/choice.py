@@ -26,6 +26,19 @@ _MARGIN = 1.05
 """By which a budget is larger than the prediction of a plan that fits: predictions are rarely further off."""
 
 
+class TooLargeError(ResourceError):
+    """A run needs more memory than there is.
+
+    Args:
+        peak: What the smallest plan needs, in bytes.
+        message: Says so.
+    """
+
+    def __init__(self, peak: int, message: str) -> None:
+        super().__init__(message)
+        self.peak = peak
+
+
 @dataclass(frozen=True)
 class Choice:
     """What was chosen."""
@@ -40,9 +53,12 @@ class Choice:
     """The runtime's; none for the whole step."""
     least_bytes: int | None = None
     """What the whole step takes more than on a device that was named; none where the memory is predicted."""
-    order: tuple[bool, int, float] = (False, 0, 0.0)
-    """Of choices for other passes the least is to be taken: whether it does not fit, the runtime's place among those
-    that may do it, and the work for a position, or the peak of what does not fit."""
+    place: int = 0
+    """Of the runtime among those that may do it, the fastest first."""
+    free: bool = True
+    """Whether with more memory the choice would be no other."""
+    fits: bool = True
+    """Otherwise it is the smallest there is, and more than the machine has free."""
 
     @property
     def on_accelerator(self) -> bool:
@@ -53,11 +69,6 @@ class Choice:
     def compiles(self) -> bool:
         """Whether a batch of another shape costs a compilation, in the layered form."""
         return self.footprint is not None and self.footprint.shape > 0
-
-    def is_ideal(self, manifest: BundleManifest) -> bool:
-        """Whether no smaller passes could be faster: the best runtime has room for all that it would keep."""
-        too_large, place, _ = self.order
-        return not too_large and not place and self.plan.repeats_nothing(manifest.architecture.num_hidden_layers)
 
     @property
     def emulated(self) -> bool:
@@ -80,7 +91,7 @@ def choose(
     Args:
         manifest: The bundle's.
         config: How to train.
-        work: The largest batch of training and of validation.
+        work: The largest pass of training and of validation.
         notice: Hears when the machine has too little free memory, or edgetune not the device's runtime.
         profile: The device's, where one was given.
         trunk: What `plan_of_trunk` says.
@@ -88,7 +99,7 @@ def choose(
 
     Raises:
         IncompatibleError: The bundle does not have the form that was asked for, or the device not the runtime.
-        ResourceError: No plan fits into the memory budget, or into the device.
+        TooLargeError: No plan fits into the memory budget, or into the device.
         UsageError: No runtime executes the plan.
     """
     plan = config.plan if is_accelerated(config.runtime, config.plan) else _layered_plan(manifest, config)
@@ -131,13 +142,11 @@ class _Planned:
     planner: Planner
     footprint: Footprint
 
-    def choice(self, prediction: Prediction, order: tuple[bool, int, float]) -> Choice:
-        plan, peak = prediction.plan, prediction.peak_memory_bytes
-        return Choice(self.name, self.runtime, plan, peak, self.footprint, order=order)
+    def choice(self, prediction: Prediction) -> Choice:
+        return Choice(self.name, self.runtime, prediction.plan, prediction.peak_memory_bytes, self.footprint)
 
     def smallest(self, plan: PlanName) -> Choice:
-        prediction = self.planner.smallest(plan)
-        return self.choice(prediction, (True, 0, prediction.peak_memory_bytes))
+        return self.choice(self.planner.smallest(plan))
 
 
 def _fitting(
@@ -155,7 +164,8 @@ def _fitting(
     limit = min([size for size, _ in limits] + soft, default=None)
     for place, each in enumerate(planned):
         if prediction := each.planner.choose(config.plan, limit):
-            return each.choice(prediction, (False, place, prediction.cost))
+            best = each.planner.choose(config.plan, None)
+            return replace(each.choice(prediction), place=place, free=not place and prediction == best)
     smallest = min((each.smallest(config.plan) for each in planned), key=_peak)
     hard = min(limits, key=lambda each: each[0], default=None)
     if hard is None or _peak(smallest) <= hard[0]:
@@ -163,20 +173,22 @@ def _fitting(
             f"this machine has {bytes_text(free or 0)} of memory free; the smallest plan is expected to need "
             f"{bytes_text(_peak(smallest))}; it is tried"
         )
-        return smallest
+        return replace(smallest, free=False, fits=False)
     streamed = min((each.smallest("stream") for each in planned), key=_peak)
     less = _budget(streamed) != _budget(smallest)
-    shorter = "have shorter rows (--truncate)"
+    shorter = "have shorter rows (prepare --max-length, train --truncate)"
     if hard[1] is None:
         hint = f", or --plan stream and {_budget(streamed)}" if less else ""
-        raise ResourceError(
+        raise TooLargeError(
+            _peak(smallest),
             f"a memory budget of {config.memory_budget} is too small: the smallest plan for this bundle and these rows "
-            f"needs --memory-budget {_budget(smallest)}; give that{hint}, or {shorter}"
+            f"needs --memory-budget {_budget(smallest)}; give that{hint}, or {shorter}",
         )
     hint = f"use --plan stream, which needs {bytes_text(_peak(streamed))}, or " if _peak(streamed) <= hard[0] else ""
-    raise ResourceError(
+    raise TooLargeError(
+        _peak(smallest),
         f"{hard[1]} is too small: a run may take {bytes_text(hard[0])}, {_SHARE:.0%} of its memory, and the smallest "
-        f"plan for this bundle and these rows needs {bytes_text(_peak(smallest))}; {hint}{shorter}"
+        f"plan for this bundle and these rows needs {bytes_text(_peak(smallest))}; {hint}{shorter}",
     )
 
 
@@ -195,10 +207,11 @@ def _whole(
     least = Planner(manifest, footprint, work, given).smallest("stream").peak_memory_bytes
     memory = profile.hardware.memory
     if memory is not None and least > (most := int(_SHARE * memory.value)):
-        raise ResourceError(
+        raise TooLargeError(
+            least,
             f"{profile.name} is too small: a run may take {bytes_text(most)}, {_SHARE:.0%} of its memory, and the "
             f"whole step needs more than the {bytes_text(least)} that training layer by layer does; use a smaller "
-            "model, or shorter rows (--truncate)"
+            "model, or shorter rows (prepare --max-length, train --truncate)",
         )
     return Choice(name, runtime, whole, None, least_bytes=least)
 

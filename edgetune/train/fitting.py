@@ -13,7 +13,8 @@ from edgetune.device import Profile
 from edgetune.errors import ResourceError
 from edgetune.execution import ExecutionPlan
 from edgetune.footprint import Work
-from edgetune.train.choice import Choice, choose
+from edgetune.train.choice import Choice, TooLargeError, choose
+from edgetune.train.cost_model import CostModel
 from edgetune.train.device_limits import in_fixed_shapes, require_fit, require_place
 from edgetune.train.trunk_plan import plan_of_trunk
 from edgetune.train.workload import Workload
@@ -26,6 +27,8 @@ class Fit:
     workload: Workload
     """In the shapes that the device takes, and in as many passes a step as are fastest."""
     choice: Choice
+    notes: tuple[str, ...] = ()
+    """What is to be said of it."""
 
 
 class Fitting:
@@ -45,10 +48,10 @@ class Fitting:
         self._bundle, self._rows, self._valid, self._profile, self._here = bundle, rows, valid, profile, here
 
     def fit(self, config: TrainConfig, notice: Callable[[str], None]) -> Fit:
-        """The run by that configuration: on the fastest runtime that fits, in the fastest way.
+        """The run by that configuration: on the fastest runtime that fits, with the least work.
 
-        A batch takes less memory in several passes than in one, for the price of reading the weights more often, which
-        is less than that of computing activations again.
+        In several passes a batch takes less memory than in one, and weights are read more often; activations that are
+        computed again have their price, too. The plan and the number of passes are chosen together.
 
         Args:
             config: How to train.
@@ -61,41 +64,55 @@ class Fitting:
             UsageError: Warm-up takes the whole run, or a row fits into none of the shapes that were asked for.
         """
         try:
-            fit, notes = self._fastest(config)
+            fit = self._fastest(config)
         except ResourceError as error:
             raise ResourceError(f"{error}\nwhat would fit: {self._advice(config)}") from error
-        for note in notes:
+        for note in fit.notes:
             notice(note)
         require_place(self._profile, fit.choice, notice)
         return fit
 
-    def _fastest(self, config: TrainConfig) -> tuple[Fit, list[str]]:
-        """What fits and is the fastest, and what is to be said of it."""
+    def _fastest(self, config: TrainConfig) -> Fit:
         workload = Workload(self._bundle.manifest, self._rows, self._valid, config)
         require_fit(self._profile, config, workload.longest())
         trunk = plan_of_trunk(self._bundle, config, [*self._rows, *self._valid])
-        found: list[tuple[Fit, list[str]]] = []
-        refused: list[ResourceError] = []
+        found: dict[Work, Fit] = {}
+        refused: list[TooLargeError] = []
         for rows in self._pass_rows(config):
-            notes: list[str] = []
             divided = in_fixed_shapes(workload.in_passes(rows), self._profile, config)
+            work = divided.work()
+            if work in found:
+                continue
+            notes: list[str] = []
             try:
-                choice = self._choose(config, divided.work(), notes.append, trunk)
-            except ResourceError as error:
+                choice = self._choose(config, work, notes.append, trunk)
+            except TooLargeError as error:
                 refused.append(error)
                 continue
-            found.append((Fit(divided, choice), notes))
-            if choice.is_ideal(self._bundle.manifest):
+            found[work] = Fit(divided, choice, tuple(notes))
+            if choice.free:
                 break
         if not found:
-            raise refused[-1]
-        return min(found, key=lambda each: each[0].choice.order)
+            raise min(refused, key=lambda error: error.peak)
+        return min(found.values(), key=self._order)
+
+    def _order(self, fit: Fit) -> tuple[bool, int, float]:
+        """The least is the best: it fits, its runtime is the fastest, and then it has the least work.
+
+        Of what does not fit, and is tried nevertheless, the least memory.
+        """
+        choice = fit.choice
+        if not choice.fits:
+            return True, 0, choice.predicted_peak_bytes or 0
+        steps = fit.workload.step_shapes()
+        return False, choice.place, CostModel(self._bundle, choice).of_passes(each for step in steps for each in step)
 
     def _pass_rows(self, config: TrainConfig) -> Iterator[int]:
-        """How many rows a pass may hold: all of a batch that the device takes, half of them, and so on."""
+        """For how many rows a pass may have room: a batch, or what the device takes of it, half of that, and so on."""
         limit = None if self._profile is None else self._profile.limits.largest_batch
         rows = config.batch_size if limit is None else min(config.batch_size, limit.value)
         yield rows
+        rows = min(rows, max(len(self._rows), len(self._valid)))
         while rows > 1:
             rows = -(-rows // 2)
             yield rows
@@ -107,7 +124,7 @@ class Fitting:
 
     def _advice(self, config: TrainConfig) -> str:
         """The longest rows that fit."""
-        fits, too_long = 0, max(len(row.input_ids) for row in self._rows)
+        fits, too_long = 0, max(len(row.input_ids) for row in (*self._rows, *self._valid))
         found = None
         while too_long - fits > 1:
             length = (fits + too_long) // 2
@@ -123,8 +140,10 @@ class Fitting:
 
     def _choose_length(self, config: TrainConfig, length: int) -> Choice:
         """For passes of one row."""
-        cut = [replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length]) for row in self._rows]
+        cut, valid = (
+            [replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length]) for row in rows]
+            for rows in (self._rows, self._valid)
+        )
         require_fit(self._profile, config, length)
-        work = Work(length, length**2, rows=sum(row.memory for row in cut))
-        trunk = plan_of_trunk(self._bundle, config, cut)
-        return self._choose(config, work, lambda text: None, trunk)
+        work = Workload(self._bundle.manifest, cut, valid, config).in_passes(1).work()
+        return self._choose(config, work, lambda text: None, plan_of_trunk(self._bundle, config, [*cut, *valid]))

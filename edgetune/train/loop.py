@@ -18,7 +18,7 @@ from edgetune.errors import EdgetuneError, IncompatibleError
 from edgetune.placement import Placement, placement_record
 from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
 from edgetune.storage import atomic_folder
-from edgetune.train.choice import Choice, choose
+from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config
 from edgetune.train.fitting import Fitting
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
@@ -28,7 +28,6 @@ from edgetune.train.record import RunRecord, peak_memory_bytes
 from edgetune.train.run_rows import RowReader, read_run_rows
 from edgetune.train.schedule import learning_rate
 from edgetune.train.trainer import open_trainer, query_config
-from edgetune.train.trunk_plan import plan_of_trunk
 
 
 def train(
@@ -104,7 +103,8 @@ class _Run:
         manifest = bundle.manifest
         rows = read_run_rows(RowReader(bundle, config, profile, observer.on_notice), data, valid)
         self._rows, self._valid, self._valid_sha256 = rows.train, rows.valid, rows.valid_sha256
-        fit = Fitting(bundle, self._rows.examples, self._valid, profile, here=True).fit(config, observer.on_notice)
+        fitting = Fitting(bundle, self._rows.examples, self._valid, profile, here=True)
+        fit = fitting.fit(config, observer.on_notice)
         self._workload, self.choice = fit.workload, fit.choice
         self._schedule, self.pass_rows = self._workload.schedule, self._workload.pass_rows
         self.placements: list[Placement] = []
@@ -113,13 +113,12 @@ class _Run:
         self._parameters = self._first_parameters()
         self.cosine: GradientCosine | None = None
         if config.report_gradient_cosine:
-            differentiating = replace(config, method="backpropagation")
-            trunk = plan_of_trunk(bundle, config, [*self._rows.examples, *self._valid])
-            exact = choose(manifest, differentiating, self._workload.work(), observer.on_notice, profile, trunk)
-            batches, queries = next(self._workload.steps()), query_config(config)
-            self.cosine = measure_gradient_cosine(bundle, self._parameters, batches, queries, self.choice, exact)
+            exact = fitting.fit(replace(config, method="backpropagation"), observer.on_notice)
+            # Where differentiating takes smaller passes, they do for running forward as well.
+            batches, queries = next(exact.workload.steps()), query_config(config)
+            self.cosine = measure_gradient_cosine(bundle, self._parameters, batches, queries, self.choice, exact.choice)
             observer.on_notice(str(self.cosine))
-            self.choice = _after(exact, self.choice)
+            self.choice = _after(exact.choice, self.choice)
         install(self.choice.runtime, observer.on_notice)
         self.validation_losses: list[float] = []
         self.final_loss = math.nan

@@ -20,8 +20,8 @@ class StartInfo:
     """How it executes them, in a few words."""
     batch_size: int
     """Rows of a batch."""
-    pass_rows: int
-    """No pass through the model holds more than so many of the longest row."""
+    pass_rows: int | None
+    """See `Workload.pass_rows`."""
     predicted_peak_memory_bytes: int | None
     """Highest resident memory that is expected; none where it is not known."""
     steps: int
@@ -80,8 +80,8 @@ class TrainResult:
     """What executed the steps."""
     plan: str
     """How, in a few words."""
-    pass_rows: int
-    """No pass through the model held more than so many of the longest row."""
+    pass_rows: int | None
+    """See `Workload.pass_rows`."""
     predicted_peak_memory_bytes: int | None
     """Highest resident memory that was expected; none where it was not known."""
     peak_memory_bytes: int | None

@@ -72,8 +72,9 @@ class Preflight:
     """Whether this machine would simulate that hardware."""
     batch_size: int
     gradient_accumulation_steps: int
-    pass_rows: int
-    """No pass through the model holds more than so many of the longest row: a batch can take several."""
+    pass_rows: int | None
+    """For how many of the longest rows a pass through the model has room: a batch can take several. None where
+    `buckets` say it."""
     longest_row: int
     buckets: list[str]
     """The only shapes that batches may have, as `--buckets` takes them; empty where any may come."""

@@ -38,7 +38,7 @@ class Outcome:
 
 
 def provenance_of(
-    bundle_sha256: str, config: TrainConfig, choice: Choice, pass_rows: int, outcome: Outcome
+    bundle_sha256: str, config: TrainConfig, choice: Choice, pass_rows: int | None, outcome: Outcome
 ) -> dict[str, str]:
     """How a run was made and what came of it.
 
@@ -46,7 +46,7 @@ def provenance_of(
         bundle_sha256: Of the bundle's manifest.
         config: How it trained.
         choice: What executed it.
-        pass_rows: Most rows of a pass.
+        pass_rows: See `Workload.pass_rows`.
         outcome: What came out.
     """
     options = {key: value for key, value in asdict(config).items() if key not in _PRIVATE}
@@ -55,7 +55,6 @@ def provenance_of(
         "runtime": choice.name,
         "runtime_version": choice.runtime.version(),
         "plan": str(choice.plan),
-        "pass_rows": str(pass_rows),
         "numpy": np.__version__,
         "bundle": bundle_sha256,
         "options": json.dumps(options, sort_keys=True),
@@ -63,6 +62,8 @@ def provenance_of(
         "steps": str(outcome.steps),
         "final_loss": repr(outcome.final_loss),
     }
+    if pass_rows is not None:
+        provenance["pass_rows"] = str(pass_rows)
     if config.init_adapter is not None:
         provenance["init_adapter"] = config.init_adapter.resolve().name
     if outcome.validation_loss is not None:

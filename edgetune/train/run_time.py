@@ -13,8 +13,9 @@ from edgetune.bundle import Bundle
 from edgetune.data.batcher import BatchShape
 from edgetune.data.batches import Batch
 from edgetune.device import Profile
-from edgetune.train.calibration import Calibration, CostModel, calibrate
+from edgetune.train.calibration import Calibration, calibrate
 from edgetune.train.choice import Choice
+from edgetune.train.cost_model import CostModel
 from edgetune.train.workload import Workload
 
 _OPERATIONS = 2

@@ -28,8 +28,8 @@ class Workload:
         valid: What is measured on; may be empty.
         config: How to train.
         buckets: The only shapes of batches, where graphs are compiled for each.
-        pass_rows: No pass through the model holds more than so many of the longest row, padded; the batch size without
-            it. A step has the same rows in more passes.
+        pass_rows: As many of the longest rows, padded, a pass through the model has room for; the batch size without
+            it. A step has the same rows in more passes. Buckets have their own room.
 
     Raises:
         UsageError: Warm-up takes the whole run, or a row, of training or validation, fits into no bucket.
@@ -47,7 +47,7 @@ class Workload:
         self._manifest, self._rows, self._valid, self._config = manifest, rows, valid, config
         self.schedule = schedule_steps(len(rows), config)
         self.buckets = buckets
-        self.pass_rows = pass_rows or config.batch_size
+        self._room_rows = config.batch_size if pass_rows is None else pass_rows
         self._batcher = self._batches_of(rows, buckets)
         self._measurer = self._batches_of(valid, buckets) if valid else None
 
@@ -57,10 +57,15 @@ class Workload:
         Raises:
             UsageError: A row fits into none of them.
         """
-        return Workload(self._manifest, self._rows, self._valid, self._config, buckets, self.pass_rows)
+        return Workload(self._manifest, self._rows, self._valid, self._config, buckets, self._room_rows)
+
+    @property
+    def pass_rows(self) -> int | None:
+        """For how many of the longest rows, padded, a pass has room; none where buckets say it."""
+        return None if self.buckets is not None else self._room_rows
 
     def in_passes(self, rows: int) -> Workload:
-        """The same rows, no pass holding more than so many of the longest."""
+        """The same rows in passes with room for so many of the longest."""
         return Workload(self._manifest, self._rows, self._valid, self._config, self.buckets, rows)
 
     def steps(self) -> Iterator[list[Batch]]:
@@ -84,7 +89,7 @@ class Workload:
         return self.schedule.validations() if self._valid else 0
 
     def work(self) -> Work:
-        """The largest batch, and the other shapes that there are."""
+        """The largest pass, and the other shapes that there are."""
         shapes = [*(shape for step in self.step_shapes() for shape in step), *self.validation_shapes()]
         if self.schedule.total_steps > _LOOKED_AT:
             # A later step may draw the longest rows together.
@@ -117,4 +122,4 @@ class Workload:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _batches_of(self, rows: Sequence[Example], buckets: Sequence[Bucket] | None) -> Batcher:
-        return Batcher(self._manifest, rows, self.pass_rows, packing=self._config.packing, buckets=buckets)
+        return Batcher(self._manifest, rows, self._room_rows, packing=self._config.packing, buckets=buckets)
