@@ -245,6 +245,9 @@ def _contradictions(profile: Profile) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("buckets", "shapes"), "expected at least one [rows, positions], none of them 0"
         elif len(set(shapes)) < len(shapes) or list(shapes) != sorted(shapes, key=lambda each: each[0] * each[1]):
             yield ("buckets", "shapes"), "expected each [rows, positions] once, the smallest product first"
+        limit = profile.limits.largest_batch
+        if limit is not None and (most := max((rows for rows, _ in shapes), default=0)) > limit.value:
+            yield ("buckets", "shapes"), f"a shape has {most} rows, but limits.largest-batch is {limit.value}"
     if (known_as := profile.hardware.known_as) is not None:
         try:
             re.compile(known_as.text)

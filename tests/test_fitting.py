@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 from prepared_bundles import Prepared
 from safetensors.numpy import load_file
+from test_planner import FOOTPRINT, FakeRuntime, runtimes
 
 from edgetune.bundle import Bundle
 from edgetune.config import Method, TrainConfig
 from edgetune.data.batcher import BatchShape
+from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.errors import ResourceError
 from edgetune.train import train
 from edgetune.train.cost_model import CostModel
 from edgetune.train.fitting import Fit, Fitting
+from edgetune.train.gradient_cosine import GradientCosine
 from edgetune.train.observer import StartInfo, StepMetrics
 
 
@@ -87,8 +90,8 @@ def test_a_batch_is_divided_as_little_as_memory_allows(bundle: Bundle, count: in
         assert rows is not None and max(sequences(divided)) == rows < count and sum(sequences(divided)) == count
         # Nothing is computed or unpacked twice, as it would be if more rows went through at a time.
         assert replace(divided.choice.plan, head_rows=0) == replace(whole.choice.plan, head_rows=0)
-        more = fit(bundle, [96] * min(count, 2 * rows), None, method=method)
-        assert 1.05 * peak(more) > budget
+        next_larger = {1: 2, 2: count // 2 if count == 6 else 4, 3: 6, 4: 8}[rows]
+        assert 1.05 * peak(fit(bundle, [96] * next_larger, None, method=method)) > budget
         found.append(rows)
     assert found == sorted(found) and found[0] < found[-1]
 
@@ -124,7 +127,59 @@ def test_free_memory_divides_a_batch_as_a_budget_does(bundle: Bundle, monkeypatc
     whole, single = (fit(bundle, [96] * 8, None, batch_size=size) for size in (8, 1))
     free = int((peak(whole) + peak(single)) / 2 / 0.85)
     monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: free)
-    assert 1 <= max(sequences(fit(bundle, [96] * 8, None))) < 8
+    assert max(sequences(fit(bundle, [96] * 8, None))) < 8
+    monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: 1_000_000)
+    tried = fit(bundle, [96] * 8, None)
+    assert not tried.choice.fits and tried.workload.pass_rows == 1
+    assert any(note.endswith("it is tried") for note in tried.notes)
+
+
+def test_the_fastest_runtime_divides_a_batch_before_a_slower_one_is_taken(bundle: Bundle) -> None:
+    slower = replace(FOOTPRINT, base=FOOTPRINT.base - 5_000_000)
+    with runtimes(fast=FakeRuntime(), onnxruntime=FakeRuntime(exact=slower)):
+        whole, single = (fit(bundle, [96] * 8, None, runtime="fast", batch_size=size) for size in (8, 1))
+        budget = int(1.05 * (peak(whole) + peak(single)) / 2)
+        assert fit(bundle, [96] * 8, budget, runtime="onnxruntime").choice.name == "onnxruntime"
+        found = fit(bundle, [96] * 8, budget, runtime="auto")
+        assert found.choice.name == "fast" and found.workload.pass_rows in (1, 2, 4)
+        alone = fit(bundle, [96] * 8, int(1.05 * peak(single)) - 100_000, runtime="auto", plan="keep")
+        assert alone.choice.name == "onnxruntime"
+
+
+def test_gradients_are_compared_in_passes_for_which_both_have_room(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact, forward = (fit(bundle, [96] * 4, None, method=each) for each in ("backpropagation", "forward-only"))
+    assert peak(forward) < peak(exact)
+    seen = []
+
+    def compared(_: Bundle, __: object, batches: Sequence[Batch], *choices: object) -> GradientCosine:
+        seen.extend(batch.input_ids.shape for batch in batches)
+        return GradientCosine(0.5, 0.5, 10)
+
+    monkeypatch.setattr("edgetune.train.loop.measure_gradient_cosine", compared)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "lamp on kitchen in the off lamp on the kitchen"}\n' * 4)
+    config = TrainConfig(
+        "onnxruntime",
+        method="forward-only",
+        queries=2,
+        batch_size=4,
+        steps=1,
+        packing=False,
+        report_gradient_cosine=True,
+    )
+
+    def run(budget: int) -> list[tuple[int, ...]]:
+        seen.clear()
+        given = replace(config, memory_budget=f"{budget}B", force=True)
+        train(bundle.path, data, None, tmp_path / "adapter", given, Starts())
+        return list(seen)
+
+    with pytest.raises(ResourceError, match="leave out --report-gradient-cosine") as refused:
+        run(int(1.05 * peak(fit(bundle, [16], None, method="forward-only", plan="stream"))) + 10**6)
+    assert [shape[0] for shape in run(needed(refused.value))] == [1, 1, 1, 1]
+    assert [shape[0] for shape in run(2 * 10**9)] == [4]
 
 
 def test_the_work_of_passes_counts_what_each_of_them_repeats(bundle: Bundle) -> None:

@@ -224,6 +224,22 @@ def test_a_batch_that_does_not_fit_goes_through_in_parts(bundle: Bundle, tmp_pat
     assert "4 rows of at most 128 tokens, room for 2 rows at a time" in run(*asked, device).output
 
 
+def test_a_device_takes_no_shape_with_more_rows_than_its_largest_batch(bundle: Bundle, tmp_path: Path) -> None:
+    limit = '[limits]\nlargest-batch = { value = 2, source = "x" }\n\n[[limits.notes]]'
+    limited = VALID.replace("[[limits.notes]]", limit)
+    free = re.sub(r"\[buckets\].*?(?=\n\[)", "", limited, count=1, flags=re.DOTALL)
+    device = board(tmp_path, "2GB", free)
+    asked = ("plan", bundle.path, "--device", device, "--length", 32, "--buckets")
+    refused = run(*asked, "2x32,4x32")
+    assert refused.exit_code == 2
+    assert "my-board takes batches of at most 2 rows, not 4x32; give smaller ones to --buckets" in refused.output
+    assert answer(*asked, "2x32")["pass_rows"] is None
+    strange = board(tmp_path, "2GB", limited.replace("[1, 64], [1, 128]", "[1, 16], [4, 32]"))
+    refused = run("plan", bundle.path, "--device", strange, "--length", 32)
+    assert refused.exit_code == 2
+    assert "a shape has 4 rows, but limits.largest-batch is 2" in refused.output
+
+
 def test_rows_that_are_too_long_are_answered_with_a_length_that_fits(bundle: Bundle, tmp_path: Path) -> None:
     short = answer(
         "plan",

@@ -119,6 +119,13 @@ def in_fixed_shapes(workload: Workload, profile: Profile | None, config: TrainCo
     if not is_accelerated(config.runtime, config.plan):
         return workload
     asked, own = _asked_shapes(config), _own_shapes(profile, config)
+    limit = None if profile is None else profile.limits.largest_batch
+    large = [] if limit is None else [bucket for bucket in asked if bucket.batch > limit.value]
+    if large and profile is not None and limit is not None:
+        raise UsageError(
+            f"{profile.name} takes batches of at most {limit.value} rows, not {_text(large)}; give smaller ones to "
+            "--buckets, or leave it out"
+        )
     strange = [bucket for bucket in asked if own and bucket not in own]
     if strange and profile is not None:
         raise UsageError(

@@ -64,7 +64,7 @@ class Fitting:
             UsageError: Warm-up takes the whole run, or a row fits into none of the shapes that were asked for.
         """
         try:
-            fit = self._fastest(config)
+            fit = self.fastest(config)
         except ResourceError as error:
             raise ResourceError(f"{error}\nwhat would fit: {self._advice(config)}") from error
         for note in fit.notes:
@@ -72,7 +72,8 @@ class Fitting:
         require_place(self._profile, fit.choice, notice)
         return fit
 
-    def _fastest(self, config: TrainConfig) -> Fit:
+    def fastest(self, config: TrainConfig) -> Fit:
+        """As `fit`, wherever the device's profile says that it runs, and without advice where nothing fits."""
         workload = Workload(self._bundle.manifest, self._rows, self._valid, config)
         require_fit(self._profile, config, workload.longest())
         trunk = plan_of_trunk(self._bundle, config, [*self._rows, *self._valid])
@@ -139,11 +140,9 @@ class Fitting:
         return f"rows of at most {fits:,} tokens ({found.plan}{memory})"
 
     def _choose_length(self, config: TrainConfig, length: int) -> Choice:
-        """For passes of one row."""
+        """With rows that are cut to that length."""
         cut, valid = (
             [replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length]) for row in rows]
             for rows in (self._rows, self._valid)
         )
-        require_fit(self._profile, config, length)
-        work = Workload(self._bundle.manifest, cut, valid, config).in_passes(1).work()
-        return self._choose(config, work, lambda text: None, plan_of_trunk(self._bundle, config, [*cut, *valid]))
+        return Fitting(self._bundle, cut, valid, self._profile, here=self._here).fastest(config).choice

@@ -14,13 +14,13 @@ from edgetune.adapter import MANIFEST, initial_parameters, read_adapter, write_a
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
 from edgetune.device import Profile, load_profile
-from edgetune.errors import EdgetuneError, IncompatibleError
+from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError
 from edgetune.placement import Placement, placement_record
 from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
 from edgetune.storage import atomic_folder
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config
-from edgetune.train.fitting import Fitting
+from edgetune.train.fitting import Fit, Fitting
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.provenance import Outcome, provenance_of, validation_rows
@@ -113,9 +113,10 @@ class _Run:
         self._parameters = self._first_parameters()
         self.cosine: GradientCosine | None = None
         if config.report_gradient_cosine:
-            exact = fitting.fit(replace(config, method="backpropagation"), observer.on_notice)
-            # Where differentiating takes smaller passes, they do for running forward as well.
-            batches, queries = next(exact.workload.steps()), query_config(config)
+            exact = _differentiating(fitting, config, observer)
+            # Each has memory for the smaller passes of both.
+            passes = min(fit.workload, exact.workload, key=lambda each: each.room().rows)
+            batches, queries = next(passes.steps()), query_config(config)
             self.cosine = measure_gradient_cosine(bundle, self._parameters, batches, queries, self.choice, exact.choice)
             observer.on_notice(str(self.cosine))
             self.choice = _after(exact.choice, self.choice)
@@ -280,6 +281,23 @@ class _Run:
         if self._valid_path is not None:
             provenance |= validation_rows(self._valid_path, self._valid_sha256, self._output)
         return provenance
+
+
+def _differentiating(fitting: Fitting, config: TrainConfig, observer: Observer) -> Fit:
+    """The step with a backward pass beside which a forward-only one is measured, whatever the device is for.
+
+    Raises:
+        ResourceError: It does not fit.
+    """
+    try:
+        fit = fitting.fastest(replace(config, method="backpropagation"))
+    except ResourceError as error:
+        raise ResourceError(
+            f"{error}\nthat is what differentiating takes: leave out --report-gradient-cosine"
+        ) from error
+    for note in fit.notes:
+        observer.on_notice(note)
+    return fit
 
 
 def _after(exact: Choice, choice: Choice) -> Choice:
