@@ -17,7 +17,7 @@ from benchmarks.rows import random_rows
 from benchmarks.training_steps import LEARNING_RATE, MAX_GRAD_NORM, time_steps
 from edgetune.adapter import initial_parameters
 from edgetune.bundle import Bundle, open_bundle
-from edgetune.config import PlanName, RuntimeName, TrainConfig
+from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
@@ -29,7 +29,15 @@ from edgetune.train.fitting import Fit, Fitting
 Gradients = dict[str, NDArray[np.float64]]
 
 
-def fit(contestant: Edgetune, bundle: Bundle, rows: Sequence[Example], batch_size: int, *, packing: bool) -> Fit:
+def fit(
+    contestant: Edgetune,
+    bundle: Bundle,
+    rows: Sequence[Example],
+    batch_size: int,
+    *,
+    packing: bool,
+    method: Method = "backpropagation",
+) -> Fit:
     """How `edgetune train` would run with the contestant's options: by which plan, in which passes.
 
     Args:
@@ -38,10 +46,12 @@ def fit(contestant: Edgetune, bundle: Bundle, rows: Sequence[Example], batch_siz
         rows: On which, in their order.
         batch_size: Of them in a step.
         packing: Put several rows into one sequence.
+        method: How the gradient is found.
     """
     config = TrainConfig(
         runtime=cast(RuntimeName, contestant.runtime),
         plan=cast(PlanName, contestant.plan or "auto"),
+        method=method,
         memory_budget=contestant.memory_budget,
         batch_size=batch_size,
         packing=packing,

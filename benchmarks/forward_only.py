@@ -20,6 +20,8 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.edgetune_worker import fit
+from benchmarks.experiments import Edgetune
 from benchmarks.process import Finished, run_watched
 from edgetune.adapter import initial_parameters
 from edgetune.bundle import open_bundle
@@ -27,7 +29,6 @@ from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
 from edgetune.data.encode import load_encoder, load_examples
 from edgetune.runtimes import ForwardRuntime
 from edgetune.runtimes.forward_only import passes_a_step
-from edgetune.train.fitting import Fitting
 
 GOAL = 0.8
 """Share of backpropagation's loss drop."""
@@ -97,12 +98,11 @@ def measure(asked: Namespace) -> None:
     bundle = open_bundle(asked.bundle)
     manifest = bundle.manifest
     rows = load_examples(asked.data, load_encoder(bundle.path, manifest.tokenizer), manifest.max_length, truncate=False)
-    config = TrainConfig(runtime, plan=plan, method="forward-only", batch_size=asked.batch_size, epochs=1)
-    fitting = Fitting(bundle, rows.examples, [], profile=None, here=True)
-    fit = fitting.fit(config, lambda notice: print(notice, file=sys.stderr))
+    contestant = Edgetune(runtime, plan)
+    fitted = fit(contestant, bundle, rows.examples, asked.batch_size, packing=True, method="forward-only")
     parameters = initial_parameters(manifest.lora, seed=0)
-    with cast(ForwardRuntime, fit.choice.runtime).open_forward(bundle, parameters, fit.choice.plan) as forward:
-        for batches in fit.workload.steps():
+    with cast(ForwardRuntime, fitted.choice.runtime).open_forward(bundle, parameters, fitted.choice.plan) as forward:
+        for batches in fitted.workload.steps():
             for batch in batches:
                 forward.evaluate(batch)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,10 +23,11 @@ from edgetune.data.batcher import BatchShape
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.errors import ResourceError
+from edgetune.runtimes import Parameters
 from edgetune.train import train
 from edgetune.train.cost_model import CostModel
 from edgetune.train.fitting import Fit, Fitting
-from edgetune.train.gradient_cosine import GradientCosine
+from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import StartInfo, StepMetrics
 
 
@@ -72,7 +74,7 @@ def peak(fit: Fit) -> int:
 
 def sequences(fit: Fit) -> list[int]:
     """Of each pass of a step."""
-    return [shape.sequences for step in fit.workload.step_shapes() for shape in step]
+    return [shape.sequences for step in fit.workload.step_shapes for shape in step]
 
 
 @pytest.mark.parametrize("method", ["backpropagation", "forward-only"])
@@ -153,9 +155,12 @@ def test_gradients_are_compared_in_passes_for_which_both_have_room(
     assert peak(forward) < peak(exact)
     seen = []
 
-    def compared(_: Bundle, __: object, batches: Sequence[Batch], *choices: object) -> GradientCosine:
+    def compared(_: Bundle, parameters: Parameters, batches: Sequence[Batch], *rest: Any) -> GradientCosine:
         seen.extend(batch.input_ids.shape for batch in batches)
-        return GradientCosine(0.5, 0.5, 10)
+        found = measure_gradient_cosine(bundle, parameters, batches, *rest)
+        # A single estimate is off by about one by the root of the dimension.
+        assert abs(found.measured - found.expected) < 6 / math.sqrt(found.parameters)
+        return found
 
     monkeypatch.setattr("edgetune.train.loop.measure_gradient_cosine", compared)
     data = tmp_path / "rows.jsonl"

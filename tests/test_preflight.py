@@ -357,7 +357,7 @@ def _workload(bundle: Bundle, lengths: list[int], **options: Any) -> Workload:
 def test_the_workload_knows_every_shape_of_the_run(bundle: Bundle) -> None:
     workload = _workload(bundle, [9, 30, 60, 17, 44, 8], batch_size=2, epochs=2)
     made = [[batch.input_ids.shape for batch in step] for step in workload.steps()]
-    known = [[(shape.sequences, shape.length) for shape in step] for step in workload.step_shapes()]
+    known = [[(shape.sequences, shape.length) for shape in step] for step in workload.step_shapes]
     assert made == known and len(made) == workload.schedule.total_steps == 6
     work = workload.work()
     sizes = {(b * t, b * t * t) for step in made for b, t in step}

@@ -164,8 +164,8 @@ def _fitting(
     limit = min([size for size, _ in limits] + soft, default=None)
     for place, each in enumerate(planned):
         if prediction := each.planner.choose(config.plan, limit):
-            best = each.planner.choose(config.plan, None)
-            return replace(each.choice(prediction), place=place, free=not place and prediction == best)
+            free = not place and prediction == each.planner.choose(config.plan, None)
+            return replace(each.choice(prediction), place=place, free=free)
     smallest = min((each.smallest(config.plan) for each in planned), key=_peak)
     hard = min(limits, key=lambda each: each[0], default=None)
     if hard is None or _peak(smallest) <= hard[0]:

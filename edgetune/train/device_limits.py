@@ -119,20 +119,23 @@ def in_fixed_shapes(workload: Workload, profile: Profile | None, config: TrainCo
     if not is_accelerated(config.runtime, config.plan):
         return workload
     asked, own = _asked_shapes(config), _own_shapes(profile, config)
-    limit = None if profile is None else profile.limits.largest_batch
-    large = [] if limit is None else [bucket for bucket in asked if bucket.batch > limit.value]
-    if large and profile is not None and limit is not None:
+    if profile is not None:
+        _require_shapes(profile, asked, own)
+    return workload.within(asked or own or default_buckets(workload.room()))
+
+
+def _require_shapes(profile: Profile, asked: list[Bucket], own: list[Bucket]) -> None:
+    limit = profile.limits.largest_batch
+    if limit is not None and (large := [bucket for bucket in asked if bucket.batch > limit.value]):
         raise UsageError(
             f"{profile.name} takes batches of at most {limit.value} rows, not {_text(large)}; give smaller ones to "
             "--buckets, or leave it out"
         )
-    strange = [bucket for bucket in asked if own and bucket not in own]
-    if strange and profile is not None:
+    if own and (strange := [bucket for bucket in asked if bucket not in own]):
         raise UsageError(
             f"{profile.name} takes batches of {_text(own)} only, not {_text(strange)}; give some of these to "
             "--buckets, or leave it out"
         )
-    return workload.within(asked or own or default_buckets(workload.room()))
 
 
 def _asked_shapes(config: TrainConfig) -> list[Bucket]:

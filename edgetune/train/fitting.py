@@ -11,7 +11,6 @@ from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.device import Profile
 from edgetune.errors import ResourceError
-from edgetune.execution import ExecutionPlan
 from edgetune.footprint import Work
 from edgetune.train.choice import Choice, TooLargeError, choose
 from edgetune.train.cost_model import CostModel
@@ -86,7 +85,9 @@ class Fitting:
                 continue
             notes: list[str] = []
             try:
-                choice = self._choose(config, work, notes.append, trunk)
+                choice = choose(
+                    self._bundle.manifest, config, work, notes.append, self._profile, trunk, elsewhere=not self._here
+                )
             except TooLargeError as error:
                 refused.append(error)
                 continue
@@ -105,7 +106,7 @@ class Fitting:
         choice = fit.choice
         if not choice.fits:
             return True, 0, choice.predicted_peak_bytes or 0
-        steps = fit.workload.step_shapes()
+        steps = fit.workload.step_shapes
         return False, choice.place, CostModel(self._bundle, choice).of_passes(each for step in steps for each in step)
 
     def _pass_rows(self, config: TrainConfig) -> Iterator[int]:
@@ -117,11 +118,6 @@ class Fitting:
         while rows > 1:
             rows = -(-rows // 2)
             yield rows
-
-    def _choose(
-        self, config: TrainConfig, work: Work, notice: Callable[[str], None], trunk: ExecutionPlan | None
-    ) -> Choice:
-        return choose(self._bundle.manifest, config, work, notice, self._profile, trunk, elsewhere=not self._here)
 
     def _advice(self, config: TrainConfig) -> str:
         """The longest rows that fit."""

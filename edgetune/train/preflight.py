@@ -212,8 +212,8 @@ def _flash(bundle: Bundle, choice: Choice, workload: Workload) -> Flash:
     cache = 0 if choice.footprint is None else choice.footprint.cache
     if choice.plan.accelerator is not None:
         weights = sum(math.prod(shape) for shape in tensor_shapes(manifest.architecture).values())
-        training = {(shape.sequences, shape.length) for step in workload.step_shapes() for shape in step}
-        measuring = {(shape.sequences, shape.length) for shape in workload.validation_shapes()}
+        training = {(shape.sequences, shape.length) for step in workload.step_shapes for shape in step}
+        measuring = {(shape.sequences, shape.length) for shape in workload.validation_shapes}
         # Measuring takes a graph of its own, which is all that forward-only training takes.
         graphs = len(training | measuring) if choice.plan.forward_only else len(training) + len(measuring)
         cache = most_context_bytes(weights, graphs)
@@ -222,6 +222,6 @@ def _flash(bundle: Bundle, choice: Choice, workload: Workload) -> Flash:
 
 def _uses(workload: Workload) -> list[ShapeUse]:
     steps = workload.schedule.steps_per_epoch
-    looked_at = workload.step_shapes()[:steps]
+    looked_at = workload.step_shapes[:steps]
     counts = Counter((shape.sequences, shape.length) for step in looked_at for shape in step)
     return [ShapeUse(*shape, round(count * steps / len(looked_at))) for shape, count in counts.most_common()]

@@ -55,7 +55,7 @@ def predict_times(
     """
     if here and choice.emulated:
         return Times(None, None, None, f"unknown: {choice.name} simulates hardware, at a speed that says nothing of it")
-    steps, validation = workload.step_shapes(), workload.validation_shapes()
+    steps, validation = workload.step_shapes, workload.validation_shapes
     model = CostModel(bundle, choice)
 
     def work(shape: BatchShape) -> float:

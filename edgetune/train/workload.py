@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 
 from edgetune.config import TrainConfig
@@ -76,10 +77,12 @@ class Workload:
         """The batches of the validation rows."""
         return iter(()) if self._measurer is None else self._measurer.measure(self._valid)
 
+    @cached_property
     def step_shapes(self) -> list[list[BatchShape]]:
         """Shapes of the batches of the first steps, of all of them in a short run."""
         return [self._batcher.shapes(drawn) for drawn in islice(self._drawn(), _LOOKED_AT)]
 
+    @cached_property
     def validation_shapes(self) -> list[BatchShape]:
         """Shapes of the batches of one validation."""
         return [] if self._measurer is None else self._measurer.measure_shapes(self._valid)
@@ -90,7 +93,7 @@ class Workload:
 
     def work(self) -> Work:
         """The largest pass, and the other shapes that there are."""
-        shapes = [*(shape for step in self.step_shapes() for shape in step), *self.validation_shapes()]
+        shapes = [*(shape for step in self.step_shapes for shape in step), *self.validation_shapes]
         if self.schedule.total_steps > _LOOKED_AT:
             # A later step may draw the longest rows together.
             shapes += self._batcher.shapes(self._longest_drawn())
