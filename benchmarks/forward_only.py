@@ -26,7 +26,8 @@ from benchmarks.process import Finished, run_watched
 from edgetune.adapter import initial_parameters
 from edgetune.bundle import open_bundle
 from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
-from edgetune.data.encode import load_encoder, load_examples
+from edgetune.data.encode import load_encoder
+from edgetune.data.examples import load_examples
 from edgetune.runtimes import ForwardRuntime
 from edgetune.runtimes.forward_only import passes_a_step
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from edgetune.bundle import list_files, load_manifest, verify_files
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
 from edgetune.json_file import read_object
-from edgetune.manifest import ADAPTER_FORMAT, FORMAT_VERSION, AdapterManifest, BaseModel, Lora, Tokenizer
+from edgetune.manifest import ADAPTER_FORMAT, FORMAT_VERSION, AdapterManifest, BaseModel, Lora, RowEncoding, Tokenizer
 from edgetune.manifest_json import write_manifest
 from edgetune.runtimes import Parameters
 from edgetune.storage import recover, write_file
@@ -84,6 +84,7 @@ def write_adapter(
     lora: Lora,
     parameters: Parameters,
     provenance: Mapping[str, str],
+    encoding: RowEncoding = RowEncoding(),
 ) -> AdapterManifest:
     """Write the three files of an adapter; the contract comes last and covers every file that lies in `folder`.
 
@@ -95,6 +96,7 @@ def write_adapter(
             (`layers_to_transform`).
         parameters: The values, of the shapes that `lora` lists; written as float32, bit for bit.
         provenance: How the adapter came to be; for people.
+        encoding: How its rows were encoded, and prompts are to be.
 
     Raises:
         VerificationError: A parameter is not finite.
@@ -114,6 +116,7 @@ def write_adapter(
         lora=lora,
         provenance=dict(provenance),
         files=list_files(folder, without=MANIFEST),
+        encoding=encoding,
     )
     write_file(folder / MANIFEST, write_manifest(manifest))
     return manifest
@@ -187,6 +190,17 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
     parameters = _read_tensors(weights, trained)
     _require_finite(parameters, str(weights))
     return parameters if trained is lora else initial_parameters(lora, seed=0) | parameters
+
+
+def row_encoding(path: Path) -> RowEncoding:
+    """How an adapter's rows were encoded: as its contract says, or the default where it has none.
+
+    Raises:
+        IncompatibleError: The contract is of a format version that this edgetune does not read.
+        VerificationError: The contract was changed.
+    """
+    source = path / MANIFEST
+    return load_manifest(source, AdapterManifest).encoding if source.is_file() else RowEncoding()
 
 
 def _require_slots(lora: Lora) -> None:

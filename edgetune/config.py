@@ -122,6 +122,10 @@ class TrainConfig:
     """Draw the rows in a new seeded order every epoch."""
     truncate: bool = False
     """Cut rows that are longer than the bundle's maximum; without it they are left out and counted."""
+    raw_prompts: bool = False
+    """Take prompt and completion as they are; otherwise they go through the model's chat template."""
+    content_as_text: bool = False
+    """Take control tokens that a message spells as text; otherwise they steer the model."""
     init_adapter: Path | None = None
     """A PEFT folder to start from."""
     force: bool = False
@@ -150,6 +154,10 @@ class GenerateConfig:
 
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
+    raw: bool = False
+    """Go on with the prompt as it is, without the chat template."""
+    content_as_text: bool = False
+    """Take control tokens that the prompt spells as text; otherwise they steer the model."""
 
 
 @dataclass(frozen=True)

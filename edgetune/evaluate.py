@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from edgetune.adapter import initial_parameters, read_adapter
+from edgetune.adapter import initial_parameters, read_adapter, row_encoding
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.data.batcher import Batcher
-from edgetune.data.encode import IGNORED, Example, load_encoder, load_examples
+from edgetune.data.encode import IGNORED, Example, load_encoder
+from edgetune.data.examples import load_examples
 from edgetune.errors import EdgetuneError
+from edgetune.manifest import RowEncoding
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes import Parameters
 
@@ -40,7 +42,15 @@ class Evaluation:
     """Share of rows of which all are: greedy decoding gives exactly their answers."""
 
 
-def evaluate(bundle: Path, data: Path, adapter: Path | None, *, truncate: bool = False) -> Evaluation:
+def evaluate(
+    bundle: Path,
+    data: Path,
+    adapter: Path | None,
+    *,
+    truncate: bool = False,
+    encoding: RowEncoding = RowEncoding(),
+    notice: Callable[[str], None] = lambda _: None,
+) -> Evaluation:
     """Measure a bundle on a file of rows.
 
     Args:
@@ -48,6 +58,8 @@ def evaluate(bundle: Path, data: Path, adapter: Path | None, *, truncate: bool =
         data: JSONL rows.
         adapter: The adapter that shall answer; without it the base alone.
         truncate: Cut rows that are too long instead of leaving them out, as training did that was told so.
+        encoding: How rows are encoded beyond what the adapter's contract says.
+        notice: Called with each thing that is to be said of the rows.
 
     Raises:
         UsageError: A path is not there.
@@ -57,8 +69,12 @@ def evaluate(bundle: Path, data: Path, adapter: Path | None, *, truncate: bool =
     """
     opened = open_bundle(bundle)
     manifest = opened.manifest
-    encoder = load_encoder(opened.path, manifest.tokenizer)
+    if adapter is not None:
+        encoding |= row_encoding(adapter)
+    encoder = load_encoder(opened.path, manifest.tokenizer, encoding)
     examples = load_examples(data, encoder, manifest.max_length, truncate=truncate)
+    for line in examples.notices:
+        notice(line)
     parameters = None
     if adapter is not None:
         parameters = read_adapter(adapter, manifest.lora, manifest.base, manifest.tokenizer)

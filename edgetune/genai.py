@@ -10,7 +10,7 @@ from edgetune.bundle import MANIFEST as BUNDLE_MANIFEST
 from edgetune.bundle import load_manifest, open_bundle, verify_files
 from edgetune.errors import UsageError, VerificationError
 from edgetune.json_file import read_object
-from edgetune.manifest import BundleManifest, ModelManifest
+from edgetune.manifest import BundleManifest, ModelManifest, RowEncoding
 from edgetune.storage import recover
 
 MODEL = "model.onnx"
@@ -68,6 +68,11 @@ class GenaiModel:
     """Most tokens of prompt and answer together."""
     eos_token_ids: tuple[int, ...]
     """Each of them ends an answer."""
+
+    @property
+    def encoding(self) -> RowEncoding:
+        """How prompts are encoded."""
+        return self.manifest.encoding if isinstance(self.manifest, ModelManifest) else RowEncoding()
 
     @property
     def adapter(self) -> Path | None:

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from edgetune.config import GenerateConfig
+from edgetune.data.answers import common_length
 from edgetune.data.encode import Encoder, load_encoder
-from edgetune.data.rows import Message, TextRow
+from edgetune.data.rows import Message
 from edgetune.errors import EdgetuneError, UsageError
 from edgetune.genai import GenaiModel, open_model
+from edgetune.manifest import RowEncoding
 
 _ADAPTER = "default"
 _INCOMPLETE = "\ufffd"
 """What the bytes of a character decode to that has more to come."""
 
 
-def generate(model: Path, prompt: str, system: str | None, config: GenerateConfig) -> Iterator[str]:
+def generate(
+    model: Path,
+    prompt: str,
+    system: str | None,
+    config: GenerateConfig,
+    notice: Callable[[str], None] = lambda _: None,
+) -> Iterator[str]:
     """Answer a prompt.
 
     Args:
         model: A bundle, or a folder that `export` wrote; its adapter, when it has one beside it, is active.
-        prompt: The user's turn; without a chat template, the text to continue.
+        prompt: The user's turn; without a chat template or raw, the text to continue.
         system: The system's turn.
-        config: How to answer.
+        config: How to answer; where the model's adapter was trained on raw prompts or on content as text, so it is
+            asked.
+        notice: Called with what is to be said of the prompt.
 
     Returns:
         Pieces of the answer as they come, without special tokens.
@@ -35,8 +45,9 @@ def generate(model: Path, prompt: str, system: str | None, config: GenerateConfi
         VerificationError: A file is missing or changed, or the configuration could do harm.
     """
     opened = open_model(model)
-    encoder = load_encoder(opened.path, opened.manifest.tokenizer)
-    input_ids = _encode(encoder, prompt, system)
+    encoding = opened.encoding | RowEncoding(raw_prompts=config.raw, content_as_text=config.content_as_text)
+    encoder = load_encoder(opened.path, opened.manifest.tokenizer, encoding)
+    input_ids = _encode(encoder, prompt, system, notice)
     _check_length(opened, input_ids)
     return text_pieces(encoder, _stream(opened, input_ids, config.max_new_tokens))
 
@@ -83,20 +94,24 @@ def text_pieces(encoder: Encoder, ids: Iterable[int]) -> Iterator[str]:
 
 def _fresh(shown: str, text: str) -> str:
     """What of `text` comes after its agreement with `shown`."""
-    agreed = min(len(shown), len(text))
-    return text[next((index for index in range(agreed) if shown[index] != text[index]), agreed) :]
+    return text[common_length(shown, text) :]
 
 
-def _encode(encoder: Encoder, prompt: str, system: str | None) -> list[int]:
+def _encode(encoder: Encoder, prompt: str, system: str | None, notice: Callable[[str], None]) -> list[int]:
     if not prompt:
         raise UsageError("the prompt is empty; give it some text")
-    if encoder.template is not None:
+    if not encoder.asks_raw:
         turns = [] if system is None else [Message("system", system)]
-        return encoder.encode_prompt([*turns, Message("user", prompt)])
+        turns.append(Message("user", prompt))
+        if system and not encoder.shows(0, turns):
+            raise UsageError("the model's chat template leaves the system's text out; put it into the prompt")
+        for remark in encoder.remarks_of(turns):
+            notice(remark)
+        return encoder.encode_prompt(turns)
     if system is not None:
-        raise UsageError("the model has no chat template, so a system text has no place; put it into the prompt")
-    # Training ends a text with the end of the sequence; here the model goes on instead.
-    return list(encoder.encode(TextRow(0, prompt)).input_ids[:-1])
+        why = "the model has no chat template" if encoder.template is None else "the prompt is raw"
+        raise UsageError(f"{why}, so a system text has no place; put it into the prompt")
+    return encoder.encode_raw_prompt(prompt)
 
 
 def _check_length(model: GenaiModel, input_ids: Sequence[int]) -> None:

@@ -81,6 +81,20 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
+class RowEncoding:
+    """How text becomes token ids where there is a choice: rows when they are trained, prompts when they are asked."""
+
+    raw_prompts: bool = False
+    """Prompts are taken as they are; otherwise they go through the chat template as the user's turn."""
+    content_as_text: bool = False
+    """Control tokens that a message spells are text; otherwise they steer, as in transformers."""
+
+    def __or__(self, other: RowEncoding) -> RowEncoding:
+        """What either asks for."""
+        return RowEncoding(self.raw_prompts or other.raw_prompts, self.content_as_text or other.content_as_text)
+
+
+@dataclass(frozen=True)
 class Slot:
     """One projection that carries LoRA parameters A (rank, in_features) and B (out_features, rank)."""
 
@@ -225,6 +239,8 @@ class AdapterManifest:
     lora: Lora
     provenance: dict[str, str]
     files: list[File]
+    encoding: RowEncoding = RowEncoding()
+    """How its rows were encoded; not written where it is the default."""
     manifest_sha256: str = ""
 
 
@@ -248,6 +264,8 @@ class ModelManifest:
     """Answer loss on the validation rows of `base`, `base + adapter` and `merged`; empty when there were no rows."""
     provenance: dict[str, str]
     files: list[File]
+    encoding: RowEncoding = RowEncoding()
+    """How prompts are encoded, as the adapter's rows were; not written where it is the default."""
     manifest_sha256: str = ""
 
 

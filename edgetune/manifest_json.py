@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 import cattrs
 from cattrs.errors import BaseValidationError
+from cattrs.gen import make_dict_unstructure_fn, override
 from cattrs.v import format_exception
 
 from edgetune.errors import IncompatibleError, VerificationError
-from edgetune.manifest import FORMAT_VERSION, Manifest
+from edgetune.manifest import FORMAT_VERSION, AdapterManifest, Manifest, ModelManifest
 
 _SHOWN = 10
 """Reasons in one message."""
@@ -51,6 +52,12 @@ for _type, (_expected, _fits) in _VALUES.items():
         return value
 
     _converter.register_structure_hook(_type, _structure)
+
+
+for _kind in (AdapterManifest, ModelManifest):
+    # Not written where it has its default, as in manifests that are older than it.
+    _write = make_dict_unstructure_fn(_kind, _converter, encoding=override(omit_if_default=True))
+    _converter.register_unstructure_hook(_kind, _write)
 
 
 def _shown(value: Any) -> str:

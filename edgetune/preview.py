@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from edgetune.bundle import open_bundle
-from edgetune.data.encode import IGNORED, Encoder, Example, encode_rows, load_encoder
+from edgetune.data.encode import IGNORED, Encoder, Example, load_encoder
+from edgetune.data.examples import Tally, encode_rows
+from edgetune.manifest import RowEncoding
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,20 @@ class Preview:
     """Longer than the bundle's maximum: training leaves it out or cuts it."""
 
 
-def preview(bundle: Path, data: Path) -> Iterator[Preview]:
+def preview(
+    bundle: Path,
+    data: Path,
+    *,
+    encoding: RowEncoding = RowEncoding(),
+    notice: Callable[[str], None] = lambda _: None,
+) -> Iterator[Preview]:
     """What training would see of each row of `data`.
+
+    Args:
+        bundle: What would be trained.
+        data: JSONL rows.
+        encoding: How they are encoded where there is a choice.
+        notice: Called after the last row with each thing that is to be said of the rows.
 
     Raises:
         UsageError: There is no such bundle or file.
@@ -43,10 +57,13 @@ def preview(bundle: Path, data: Path) -> Iterator[Preview]:
         VerificationError: A file of the bundle was changed.
     """
     opened = open_bundle(bundle)
-    encoder = load_encoder(opened.path, opened.manifest.tokenizer)
-    for example in encode_rows(data, encoder):
+    encoder = load_encoder(opened.path, opened.manifest.tokenizer, encoding)
+    tally = Tally(data)
+    for example in encode_rows(data, encoder, tally):
         too_long = len(example.input_ids) > opened.manifest.max_length
         yield Preview(example.line, list(example.input_ids), list(example.labels), _pieces(example, encoder), too_long)
+    for line in tally.notices():
+        notice(line)
 
 
 def _pieces(example: Example, encoder: Encoder) -> list[Piece]:

@@ -76,7 +76,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, bundle: Path, data: Path) -> Calla
     """Runs `edgetune eval` with a stage that raises or returns what it is given."""
 
     def invoke(outcome: BaseException | Evaluation, *flags: str, **environment: str) -> Result:
-        def fake(bundle: Path, data: Path, adapter: Path | None, *, truncate: bool) -> Evaluation:
+        def fake(bundle: Path, data: Path, adapter: Path | None, **_: object) -> Evaluation:
             if isinstance(outcome, BaseException):
                 raise outcome
             return outcome
@@ -139,11 +139,11 @@ OPTIONS = {
     "train": "data valid output config runtime device plan trunk-cache vitisai-config method queries perturbation-size "
     "report-gradient-cosine memory-budget device-type require-npu soc-model buckets steps epochs batch-size "
     "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "
-    "seed shuffle no-shuffle truncate init-adapter force quiet json",
-    "preview": "data json",
-    "eval": "data adapter truncate json",
+    "seed shuffle no-shuffle truncate raw-prompts content-as-text init-adapter force quiet json",
+    "preview": "data raw-prompts content-as-text json",
+    "eval": "data adapter truncate raw-prompts content-as-text json",
     "export": "adapter output merge keep-adapter precision valid force quiet json",
-    "generate": "prompt system max-new-tokens json",
+    "generate": "prompt system max-new-tokens raw content-as-text json",
     "bundle": "target output adapter force quiet json",
     "inspect": "placement buckets device-type soc-model require-npu json",
     "devices": "",
@@ -435,7 +435,7 @@ def test_signals_clean_up_and_say_so_in_one_line(tmp_path: Path, bundle: Path, d
         pytest.skip("whoever started the tests ignores the signal, as nohup does, and so do all their processes")
     body = """
 import edgetune.evaluate
-def fake(bundle, data, adapter, truncate):
+def fake(bundle, data, adapter, **_):
     try:
         print("ready", flush=True)
         time.sleep(60)
@@ -459,7 +459,7 @@ def test_what_is_said_of_the_work_is_worth_less_than_the_work(tmp_path: Path, bu
     body = """
 import edgetune.evaluate
 from edgetune.cli.output import notices
-def fake(bundle, data, adapter, truncate):
+def fake(bundle, data, adapter, **_):
     for line in range(10_000):
         notices(quiet=False)("a line that nobody can read")
     return edgetune.evaluate.Evaluation(3, 1, 20, 0.5, 1.6487, 0.75, 0.3333)
@@ -507,7 +507,7 @@ def test_a_reader_that_leaves_is_no_error(
     body = f"""
 import edgetune.preview
 from edgetune.preview import Piece, Preview
-def fake(bundle, data):
+def fake(bundle, data, **_):
     for line in range({rows}):
         yield Preview(line, [1, 2], [-100, 2], [Piece("a", False), Piece("b", True)], False)
 edgetune.preview.preview = fake
@@ -746,7 +746,7 @@ def test_preview_marks_what_is_trained(monkeypatch: pytest.MonkeyPatch, bundle: 
         Preview(1, [5, 6, 7], [-100, 6, 7], [Piece("ask\x1b[31m ", False), Piece("answer", True)], False),
         Preview(4, [5], [5], [Piece("all", True)], True),
     ]
-    monkeypatch.setattr("edgetune.preview.preview", lambda bundle, data: iter(rows))
+    monkeypatch.setattr("edgetune.preview.preview", lambda bundle, data, **_: iter(rows))
     result = run("preview", bundle, "--data", data)
     assert result.stdout == (
         f"{data}:1: 3 tokens, 2 trained\nask\\x1b[31m [[answer]]\n\n"
@@ -761,7 +761,7 @@ def test_preview_marks_what_is_trained(monkeypatch: pytest.MonkeyPatch, bundle: 
 
 
 def test_bad_rows_end_a_preview_with_their_places(monkeypatch: pytest.MonkeyPatch, bundle: Path, data: Path) -> None:
-    def fake(bundle: Path, data: Path) -> Iterator[Preview]:
+    def fake(bundle: Path, data: Path, **_: object) -> Iterator[Preview]:
         yield Preview(1, [5], [5], [Piece("all", True)], False)
         raise DataError(["train.jsonl:2: no text"])
 
@@ -774,7 +774,7 @@ def test_bad_rows_end_a_preview_with_their_places(monkeypatch: pytest.MonkeyPatc
 def test_generate_streams_or_gives_one_object(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
 
-    def fake(model: Path, prompt: str, system: str | None, config: GenerateConfig) -> Iterator[str]:
+    def fake(model: Path, prompt: str, system: str | None, config: GenerateConfig, notice: object) -> Iterator[str]:
         calls.append((model, prompt, system, config))
         yield from ("It is ", "23 °C.", "\x1b]0;x\x07")
 

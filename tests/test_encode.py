@@ -13,26 +13,23 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizer_models import EOS, KINDS, MANIFEST, Model, bytes_kind, dicts, tokenizer_model, trained_runs, turns
+from tokenizers import processors
 
 from edgetune import bundle as bundles
 from edgetune.data import template as templates
-from edgetune.data.encode import IGNORED, Encoder, Examples, load_encoder, load_examples
+from edgetune.data.encode import IGNORED, Encoder, load_encoder
+from edgetune.data.examples import Examples, load_examples
 from edgetune.data.rows import ChatRow, CompletionRow, Message, TextRow
 from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, UsageError
-from edgetune.manifest import Architecture, BaseModel, BundleManifest, Lora
-from edgetune.manifest import Tokenizer as TokenizerManifest
+from edgetune.manifest import Architecture, BaseModel, BundleManifest, Lora, RowEncoding
 from edgetune.preview import preview
 from edgetune.rope import rope_from_config
 from edgetune.storage import sha256_of
 
-EOS = "<|endoftext|>"
-TURNS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-CORPUS = [
-    "the answer is yes, and the lamp in the kitchen is on now",
-    "turn the lamp off. what is the answer? hello there, hello world",
-] * 4
+Models = Callable[[str, str | None], Model]
+
 ENDED = "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
 TEMPLATES = {
     # Phi-3-mini and Phi-3.5: every header on a line of its own
@@ -63,90 +60,9 @@ BARE_TEMPLATES = {
 """As a model has them: only transformers knows the tag that marks answers."""
 
 
-def llama_kind() -> Tokenizer:
-    """As Phi-3 has it: `▁` for spaces, bytes for what is unknown, specials that swallow the white space after them."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", "<s>", *bytes_], show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    record = json.loads(tokenizer.to_str())
-    record["added_tokens"] = [token for token in record["added_tokens"] if token["content"] not in bytes_]
-    tokenizer = Tokenizer.from_str(json.dumps(record))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_special_tokens([AddedToken(EOS, normalized=False)])
-    tokenizer.add_special_tokens([AddedToken(turn, rstrip=True, normalized=False) for turn in TURNS])
-    return tokenizer
-
-
-def bytes_kind() -> Tokenizer:
-    """As Phi-4-mini has it: bytes from the start, no token in front."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ["<s>", EOS, *TURNS]])
-    return tokenizer
-
-
-KINDS: dict[str, Callable[[], Tokenizer]] = {"llama": llama_kind, "bytes": bytes_kind}
-MANIFEST = TokenizerManifest(sha256="", chat_template_sha256=None, bos_token="<s>", eos_token=EOS, pad_token_id=0)
-
-
-class Model:
-    """A tokenizer folder as transformers writes it, opened by transformers and by edgetune."""
-
-    def __init__(self, folder: Path, kind: str, template: str | None) -> None:
-        transformers = pytest.importorskip("transformers")
-        self.folder = folder
-        oracle = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=KINDS[kind](), bos_token="<s>", eos_token=EOS, pad_token=EOS, chat_template=template
-        )
-        oracle.save_pretrained(folder)
-        self.oracle = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-        self.encoder: Encoder = load_encoder(folder, MANIFEST)
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str | None], Model]:
-    made: dict[tuple[str, str | None], Model] = {}
-
-    def make(kind: str, template: str | None) -> Model:
-        if (kind, template) not in made:
-            made[kind, template] = Model(tmp_path_factory.mktemp("model"), kind, template)
-        return made[kind, template]
-
-    return make
-
-
-Models = Callable[[str, str | None], Model]
-
-
-def turns(*contents: str, system: str | None = None) -> tuple[Message, ...]:
-    first = () if system is None else (Message("system", system),)
-    return first + tuple(
-        Message("user" if index % 2 == 0 else "assistant", content) for index, content in enumerate(contents)
-    )
-
-
-def dicts(messages: tuple[Message, ...]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
-
-
-def trained_runs(ids: list[int], labels: list[int]) -> list[list[int]]:
-    runs: list[list[int]] = [[]]
-    for token, label in zip(ids, labels, strict=True):
-        assert label in (token, IGNORED)
-        if label != IGNORED:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    return [run for run in runs if run]
+@pytest.fixture
+def model() -> Models:
+    return tokenizer_model
 
 
 CONVERSATIONS = {
@@ -273,19 +189,30 @@ def test_a_long_conversation_takes_no_time(model: Models) -> None:
     assert time.monotonic() - started < 10
 
 
-def test_without_a_special_token_after_it_only_the_answer_is_trained(model: Models) -> None:
+def test_where_text_alone_closes_answers_the_last_one_ends_with_the_end_of_the_sequence(model: Models) -> None:
     made = model("bytes", "{% for message in messages %}{{ message.role }}:\n{{ message.content }}\n\n{% endfor %}")
     example = made.encoder.encode(ChatRow(1, turns("hello", "yes", "and", "no")))
-    assert [made.oracle.decode(run).strip() for run in trained_runs(example.input_ids, example.labels)] == ["yes", "no"]
+    rendered = made.oracle.apply_chat_template(dicts(turns("hello", "yes", "and", "no")))
+    assert example.input_ids == [*rendered, made.oracle.eos_token_id]
+    first, last = trained_runs(example.input_ids, example.labels)
+    assert made.oracle.decode(first).strip() == "yes"
+    assert made.oracle.decode(last) == f"no\n\n{EOS}"
 
 
 @pytest.mark.parametrize(
     "template",
     ["{% for m in messages %}{{ m.content | reverse }}<|end|>{% endfor %}", "{{ messages[0].content }}", "nothing"],
 )
-def test_a_template_that_changes_the_answer_is_refused(model: Models, template: str) -> None:
-    with pytest.raises(IncompatibleError, match=r"changes the content of messages\[1\]"):
-        model("bytes", template).encoder.encode(ChatRow(1, turns("hello", "yes")))
+def test_an_answer_that_the_template_does_not_show_is_a_problem_of_its_row(
+    model: Models, template: str, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", *({"messages": dicts(turns("hello", "yes"))} for _ in range(2)))
+    with pytest.raises(DataError) as caught:
+        load_examples(path, model("bytes", template).encoder, 100, truncate=False)
+    first, second = caught.value.problems
+    reason = "changes messages[1].content" if "reverse" in template else "shows no answer"
+    assert first.startswith(f"{path}:1: the chat template {reason}")
+    assert second == first.replace(f"{path}:1:", f"{path}:2:")
 
 
 RENDERED = {
@@ -496,7 +423,7 @@ def test_everything_masked(model: Models, tmp_path: Path) -> None:
     """An answer that the header's token swallows whole leaves nothing to train."""
     made = model("llama", "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}")
     with pytest.raises(DataError, match="no token of this row would be trained"):
-        made.encoder.encode(ChatRow(1, (Message("assistant", " "),)))
+        made.encoder.encode(ChatRow(1, (Message("assistant", " "), Message("user", "hello"))))
 
 
 @pytest.fixture
@@ -516,7 +443,13 @@ def test_long_rows_are_left_out_and_counted(model: Models, long_rows: Path) -> N
     found = load_examples(long_rows, encoder, lengths[0], truncate=False)
     assert [example.line for example in found.examples] == [1]
     assert found == Examples(
-        found.examples, 3, [(2, lengths[1]), (3, lengths[2])], [], found.examples[0].trained_tokens
+        found.examples,
+        3,
+        [(2, lengths[1]), (3, lengths[2])],
+        [],
+        found.examples[0].trained_tokens,
+        RowEncoding(),
+        [],
     )
     whole = load_examples(long_rows, encoder, max(lengths), truncate=False)
     assert not whole.too_long
@@ -564,7 +497,7 @@ def test_preview(model: Models, kind: str, tmp_path: Path) -> None:
         {"messages": dicts(turns("hello", "yes " * 80))},
     )
     folder = seal(made, tmp_path / "bundle", max_length=60)
-    first, second = preview(folder, data)
+    first, second = preview(folder, data, notice=pytest.fail)
     assert (first.line, second.line, first.too_long, second.too_long) == (1, 2, False, True)
     example = made.encoder.encode(ChatRow(1, turns("hello 🙂", "🙂 the lamp", "and", "yes")))
     assert (first.input_ids, first.labels) == (example.input_ids, example.labels)

@@ -130,7 +130,8 @@ def test_long_rows_are_cut_where_that_is_asked_for(bundle: Bundle, tmp_path: Pat
 
 
 def test_rows_that_are_loaded_already(bundle: Bundle, tmp_path: Path) -> None:
-    from edgetune.data.encode import load_encoder, load_examples
+    from edgetune.data.encode import load_encoder
+    from edgetune.data.examples import load_examples
 
     data = write_rows(tmp_path / "data.jsonl", some_rows(5))
     examples = load_examples(data, load_encoder(bundle.path, bundle.manifest.tokenizer), MAX_LENGTH, truncate=False)

@@ -21,7 +21,8 @@ from tiny_phi3 import VARIANTS, bundle, greedy, parameters, save_adapter, silent
 
 from edgetune.bundle import Bundle
 from edgetune.config import Base, ExportConfig
-from edgetune.data.encode import load_encoder, load_examples
+from edgetune.data.encode import load_encoder
+from edgetune.data.examples import load_examples
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune.export import ADAPTER, ExportReport, export
 from edgetune.genai import open_model

@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shared_material import shared_material
 from tiny_phi3 import bundle, checkpoint, greedy, save_adapter, silent, torch_model
 
 from edgetune.bundle import list_files
 from edgetune.config import ExportConfig, GenerateConfig
-from edgetune.data.encode import load_encoder
+from edgetune.data.encode import Remark, load_encoder
+from edgetune.data.rows import Message
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
 from edgetune.export import ADAPTER, export
 from edgetune.genai import MANIFEST, open_model
 from edgetune.generate import generate, generate_ids, text_pieces
-from edgetune.manifest import ModelManifest
+from edgetune.manifest import AdapterManifest, ModelManifest, RowEncoding
 from edgetune.manifest_json import read_manifest, write_manifest
 
 CONFIG = GenerateConfig(max_new_tokens=16)
@@ -227,3 +229,50 @@ def test_link_and_unlisted_files_are_refused(model: Path, tmp_path: Path) -> Non
     reseal(model, adapter="../adapter.onnx_adapter")
     with pytest.raises(VerificationError, match="not a listed file"):
         generate(model, "hello", None, CONFIG)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_prompts_are_encoded_as_the_adapters_rows_were(tmp_path: Path, merge: bool) -> None:
+    """An adapter that was trained on raw prompts is asked with them, once it is exported; `raw` asks any model so."""
+    source = bundle("grouped-query", "int4")
+    plain = save_adapter(tmp_path / "plain", source)
+    prompt = "is the lamp <|end|> on?"
+    encoder = load_encoder(source.path, source.manifest.tokenizer)
+    as_text = load_encoder(source.path, source.manifest.tokenizer, RowEncoding(content_as_text=True))
+    asked = {
+        RowEncoding(): encoder.encode_prompt([Message("user", prompt)]),
+        RowEncoding(raw_prompts=True): encoder.encode_raw_prompt(prompt),
+        RowEncoding(content_as_text=True): as_text.encode_prompt([Message("user", prompt)]),
+        RowEncoding(raw_prompts=True, content_as_text=True): as_text.encode_raw_prompt(prompt),
+    }
+    assert len({tuple(ids) for ids in asked.values()}) == 4
+    answers = set()
+    for number, (encoding, ids) in enumerate(asked.items()):
+        adapter = Path(shutil.copytree(plain, tmp_path / f"adapter{number}"))
+        contract = read_manifest((adapter / MANIFEST).read_bytes(), AdapterManifest, MANIFEST)
+        (adapter / MANIFEST).write_bytes(write_manifest(replace(contract, encoding=encoding)))
+        model = tmp_path / f"model{number}"
+        export(source, adapter, model, ExportConfig(merge=merge), silent)
+        expected = "".join(text_pieces(encoder, generate_ids(model, ids, 16)))
+        assert "".join(generate(model, prompt, None, CONFIG)) == expected
+        answers.add(expected)
+        config = replace(CONFIG, raw=encoding.raw_prompts, content_as_text=encoding.content_as_text)
+        other = "".join(text_pieces(encoder, generate_ids(tmp_path / "model0", ids, 16)))
+        assert "".join(generate(tmp_path / "model0", prompt, None, config)) == other
+    assert len(answers) > 1
+    with pytest.raises(UsageError, match="the prompt is raw, so a system text has no place"):
+        generate(tmp_path / "model1", prompt, "be kind", CONFIG)
+
+
+def test_what_the_prompt_and_the_template_do_not_get_along_with(model: Path) -> None:
+    said: list[str] = []
+    generate(model, "hello <|end|>", None, CONFIG, said.append)
+    assert said == [Remark.CONTROL_TOKENS]
+    generate(model, "hello <|end|>", None, replace(CONFIG, content_as_text=True), said.append)
+    generate(model, "hello", None, CONFIG, said.append)
+    assert len(said) == 1
+    template = (shared_material() / "cases" / "template-without-system.jinja").read_bytes()
+    (model / "chat_template.jinja").write_bytes(template)
+    reseal(model, adapter=None)
+    with pytest.raises(UsageError, match="leaves the system's text out"):
+        generate(model, "hello", "be kind", CONFIG)

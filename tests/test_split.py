@@ -271,7 +271,8 @@ def _peft_loss(bundle: Bundle, adapter: Path, data: Path) -> float:
     from peft import PeftModel
     from transformers import Phi3ForCausalLM
 
-    from edgetune.data.encode import load_encoder, load_examples
+    from edgetune.data.encode import load_encoder
+    from edgetune.data.examples import load_examples
 
     model = Phi3ForCausalLM.from_pretrained(checkpoint("multi-head"), attn_implementation="eager")
     oracle.load_stored(model, bundle.path)

@@ -9,8 +9,8 @@ import click
 
 from edgetune.cli.command import Command, json_option
 from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file
-from edgetune.cli.output import console, print_json
-from edgetune.cli.run_options import truncate_option
+from edgetune.cli.output import console, notices, print_json
+from edgetune.cli.run_options import content_as_text_option, raw_prompts_option, truncate_option
 
 EXAMPLES = """
 edgetune eval bundle --data valid.jsonl
@@ -24,19 +24,34 @@ edgetune eval bundle --data valid.jsonl --adapter adapter --json
 @click.option("--data", type=PATH, required=True, help="JSONL rows to measure on.")
 @click.option("--adapter", type=PATH, help="Adapter to measure; without it the base alone.")
 @truncate_option
+@raw_prompts_option
+@content_as_text_option
 @json_option
-def command(bundle: Path, data: Path, adapter: Path | None, truncate: bool, as_json: bool) -> None:
+def command(
+    bundle: Path,
+    data: Path,
+    adapter: Path | None,
+    truncate: bool,
+    raw_prompts: bool,
+    content_as_text: bool,
+    as_json: bool,
+) -> None:
     """Measure loss and perplexity of the answers in a file.
 
-    Only what training would train on counts: the assistant's answers, the completion, or the whole text.
+    Only what training would train on counts: the assistant's answers, the completion, or the whole text. With an
+    adapter that was trained with --raw-prompts or --content-as-text, rows are encoded so.
     """
     input_file(data, "--data")
     if adapter is not None:
         adapter_at(adapter)
     bundle_folder(bundle)
     from edgetune.evaluate import evaluate
+    from edgetune.manifest import RowEncoding
 
-    evaluation = evaluate(bundle, data, adapter, truncate=truncate)
+    encoding = RowEncoding(raw_prompts=raw_prompts, content_as_text=content_as_text)
+    evaluation = evaluate(
+        bundle, data, adapter, truncate=truncate, encoding=encoding, notice=notices(quiet=False)
+    )
     if as_json:
         print_json(asdict(evaluation))
         return

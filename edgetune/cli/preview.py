@@ -10,7 +10,8 @@ import click
 
 from edgetune.cli.command import Command, json_option
 from edgetune.cli.inputs import PATH, bundle_folder, input_file
-from edgetune.cli.output import print_json, printable
+from edgetune.cli.output import notices, print_json, printable
+from edgetune.cli.run_options import content_as_text_option, raw_prompts_option
 
 if TYPE_CHECKING:
     from edgetune.preview import Preview
@@ -25,8 +26,10 @@ edgetune preview bundle --data train.jsonl --json | head -n 1
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("bundle", type=PATH)
 @click.option("--data", type=PATH, required=True, help="JSONL rows to show.")
+@raw_prompts_option
+@content_as_text_option
 @json_option
-def command(bundle: Path, data: Path, as_json: bool) -> None:
+def command(bundle: Path, data: Path, raw_prompts: bool, content_as_text: bool, as_json: bool) -> None:
     """Show what training would see of each row.
 
     Text that is trained on is green on a terminal and [[in double brackets]] elsewhere. With --json one object a
@@ -34,9 +37,11 @@ def command(bundle: Path, data: Path, as_json: bool) -> None:
     """
     input_file(data, "--data")
     bundle_folder(bundle)
+    from edgetune.manifest import RowEncoding
     from edgetune.preview import preview
 
-    for row in preview(bundle, data):
+    encoding = RowEncoding(raw_prompts=raw_prompts, content_as_text=content_as_text)
+    for row in preview(bundle, data, encoding=encoding, notice=notices(quiet=False)):
         if as_json:
             print_json({"line": row.line, "input_ids": row.input_ids, "labels": row.labels})
         else:

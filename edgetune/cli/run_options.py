@@ -90,6 +90,18 @@ packing_option = click.option(
     show_default=True,
     help="Put short rows behind each other instead of padding each; none sees another.",
 )
+raw_prompts_option = click.option(
+    "--raw-prompts",
+    is_flag=True,
+    default=_DEFAULT.raw_prompts,
+    help="Take prompt and completion as they are; without it they go through the model's chat template.",
+)
+content_as_text_option = click.option(
+    "--content-as-text",
+    is_flag=True,
+    default=_DEFAULT.content_as_text,
+    help="Take control tokens that a message spells, such as <|end|>, as text.",
+)
 truncate_option = click.option(
     "--truncate",
     is_flag=True,

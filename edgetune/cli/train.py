@@ -16,6 +16,7 @@ from edgetune.cli.progress import duration_text, shown
 from edgetune.cli.run_options import (
     batch_size_option,
     buckets_option,
+    content_as_text_option,
     device_type_option,
     epochs_option,
     gradient_accumulation_steps_option,
@@ -24,6 +25,7 @@ from edgetune.cli.run_options import (
     packing_option,
     plan_option,
     queries_option,
+    raw_prompts_option,
     runtime_option,
     soc_model_option,
     steps_option,
@@ -142,6 +144,8 @@ train.toml holds the same options, which flags override:
     "--shuffle/--no-shuffle", default=DEFAULT.shuffle, show_default=True, help="Draw a new order of rows every epoch."
 )
 @truncate_option
+@raw_prompts_option
+@content_as_text_option
 @click.option("--init-adapter", type=PATH, default=DEFAULT.init_adapter, help="Adapter to start from, PEFT's as well.")
 @click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace an adapter that is already there.")
 @quiet_option
@@ -181,6 +185,8 @@ def command(
     seed: int,
     shuffle: bool,
     truncate: bool,
+    raw_prompts: bool,
+    content_as_text: bool,
     init_adapter: Path | None,
     force: bool,
     quiet: bool,
@@ -188,8 +194,9 @@ def command(
 ) -> None:
     """Train a LoRA adapter on the rows of a JSONL file.
 
-    A row is {"messages": [...]} (trained on the assistant's answers), {"prompt": ..., "completion": ...} (trained on
-    the completion) or {"text": ...} (trained on all of it). The adapter folder is in PEFT's format.
+    A row is {"messages": [...]} (trained on the assistant's answers), {"prompt": ..., "completion": ...} (a
+    conversation of two turns, trained on the completion) or {"text": ...} (trained on all of it). The adapter folder is
+    in PEFT's format.
     """
     flags = TrainConfig(
         runtime=runtime,
@@ -219,6 +226,8 @@ def command(
         seed=seed,
         shuffle=shuffle,
         truncate=truncate,
+        raw_prompts=raw_prompts,
+        content_as_text=content_as_text,
         init_adapter=init_adapter,
         force=force,
     )

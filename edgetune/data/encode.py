@@ -1,18 +1,20 @@
-"""Rows to token ids and labels: which tokens a row has, and which of them are trained."""
+"""A row to token ids and labels: which tokens it has, and which of them are trained."""
 
 from __future__ import annotations
 
-import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune import manifest
-from edgetune.data.answers import answer_spans
-from edgetune.data.rows import ChatRow, CompletionRow, Message, Problems, Row, TextRow, read_rows
+from edgetune.data.answers import Answer, common_length, render_conversation
+from edgetune.data.control_tokens import ContentAsText, ControlTokens
+from edgetune.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
 from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, IncompatibleError
 
@@ -25,7 +27,17 @@ TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer.json"
 _OBJECTS = 290
 """Measured bytes of an example beside its tokens."""
-_NO_SPACE = re.compile(r"\S")
+
+
+class Remark(StrEnum):
+    """Something that is trained all the same, but that whoever wrote the row may not have meant."""
+
+    SYSTEM_LEFT_OUT = "the chat template leaves the system's text out; put it into the user's first message"
+    MESSAGE_LEFT_OUT = "the chat template leaves messages out, which are not trained"
+    CONTROL_TOKENS = (
+        "messages spell control tokens of the model, which steer it as the chat template's own do; "
+        "--content-as-text takes them as text"
+    )
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Example:
     input_ids: Sequence[int]
     labels: Sequence[int]
     """At each position the same token id, or `IGNORED` where it is not trained."""
+    remarks: frozenset[Remark] = frozenset()
 
     @property
     def trained_tokens(self) -> int:
@@ -50,21 +63,7 @@ class Example:
 
     def compact(self) -> Example:
         """The same in `memory` bytes, a fifth of what lists take."""
-        return Example(self.line, array("i", self.input_ids), array("i", self.labels))
-
-
-@dataclass(frozen=True)
-class Examples:
-    """The encoded rows of a file, and which rows were left out or cut."""
-
-    examples: list[Example]
-    rows: int
-    """Rows in the file."""
-    too_long: list[tuple[int, int]]
-    """Line and length in tokens of every row that was left out."""
-    truncated: list[tuple[int, int]]
-    """Line and length in tokens, before the cut, of every row that was cut."""
-    trained_tokens: int
+        return replace(self, input_ids=array("i", self.input_ids), labels=array("i", self.labels))
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ class _Token:
     id: int
     start: int
     end: int
-    special: bool
-    """One of the tokenizer's added tokens, such as `<|end|>`."""
+    closes: bool
+    """Whether it can close a turn: it is the end of the sequence or another special token, such as `<|end|>`."""
 
 
 class Encoder:
@@ -81,36 +80,55 @@ class Encoder:
 
     Args:
         tokenizer: The model's tokenizer, without truncation and padding.
-        eos_token_id: Ends a row that is not a conversation.
+        eos_token_id: Ends a row that nothing else ends.
         template: The model's chat template, when it has one.
+        encoding: How rows are encoded where there is a choice.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_token_id: int, template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        eos_token_id: int,
+        template: ChatTemplate | None,
+        encoding: manifest.RowEncoding = manifest.RowEncoding(),
+    ) -> None:
         self._tokenizer = tokenizer
         self._eos_token_id = eos_token_id
-        self._added = frozenset(tokenizer.get_added_tokens_decoder())
         self.template = template
+        self.encoding = encoding
+        special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._closing_ids = special | {eos_token_id}
+        self._control = ControlTokens(tokenizer)
 
     def encode(self, row: Row) -> Example:
         """Token ids and labels of a row.
 
-        A conversation is trained on each answer and on the special token that ends it, prompt/completion on the
-        completion and the end of the sequence, text on everything.
+        A conversation is trained on each answer and on what ends it: the special token that closes the turn, or the
+        end of the sequence after the last answer where the template has no such token. Prompt/completion is a
+        conversation of two turns; without a template, or as raw prompts, it is trained on the completion and the end
+        of the sequence. Text is trained whole.
 
         Raises:
             DataError: The row cannot be trained on; the one problem is the reason, without a place.
-            IncompatibleError: The model's template is missing, broken, or does not show the answers.
+            IncompatibleError: The model's template is missing or broken.
         """
         match row:
             case ChatRow(line, messages):
                 example = self._encode_chat(line, messages)
-            case CompletionRow(line, prompt, completion):
+            case CompletionRow(line, prompt, completion) if self.asks_raw:
                 example = self._encode_plain(line, prompt + completion, len(prompt))
+            case CompletionRow(line, prompt, completion):
+                example = self._encode_chat(line, (Message("user", prompt), Message("assistant", completion)))
             case TextRow(line, text):
                 example = self._encode_plain(line, text, None)
         if not example.trained_tokens:
             raise DataError(["no token of this row would be trained; give it a longer answer"])
         return example
+
+    @property
+    def asks_raw(self) -> bool:
+        """Whether prompts are taken as they are: they are raw, or the model has no chat template."""
+        return self.encoding.raw_prompts or self.template is None
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that waits for the assistant's answer, as training saw it.
@@ -119,30 +137,75 @@ class Encoder:
             DataError: The template refuses the conversation.
             IncompatibleError: The model's template is missing or broken.
         """
-        text = self._require_template().render(messages, add_generation_prompt=True)
-        return [token.id for token in self._tokens(text)]
+        return [token.id for token in self._tokens(self._render(messages, add_generation_prompt=True))]
+
+    def shows(self, index: int, messages: Sequence[Message]) -> bool:
+        """Whether the prompt that asks for the next answer shows the message at `index`; errors are as above."""
+        others = [*messages[:index], *messages[index + 1 :]]
+        asked = self._render(messages, add_generation_prompt=True)
+        return asked != self._render(others, add_generation_prompt=True)
+
+    def encode_raw_prompt(self, prompt: str) -> list[int]:
+        """Token ids of a text that the model shall go on with, as training saw a raw prompt."""
+        _check_text(prompt)
+        ids: list[int] = self._reader.encode(prompt, add_special_tokens=True).ids
+        return ids[:-1] if ids[-1:] == [self._eos_token_id] else ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def remarks_of(self, messages: Sequence[Message]) -> frozenset[Remark]:
+        """What is to be said of the messages, whatever the template makes of them."""
+        if self.encoding.content_as_text or not any(self._control.spelt_in(message.content) for message in messages):
+            return frozenset()
+        return frozenset([Remark.CONTROL_TOKENS])
+
     def _encode_chat(self, line: int, messages: Sequence[Message]) -> Example:
-        template = self._require_template()
-        text = template.render(messages, add_generation_prompt=False)
-        tokens = self._tokens(text)
+        conversation = render_conversation(self._render, messages)
+        tokens = self._tokens(conversation.text)
         starts = [token.start for token in tokens]
+        ids = [token.id for token in tokens]
         labels = [IGNORED] * len(tokens)
-        for start, end in answer_spans(template, messages, text):
-            end = _end_of_turn(tokens, starts, text, end)
-            for index in range(bisect_left(starts, start), bisect_left(starts, end)):
+        closed = True
+        for answer in conversation.answers:
+            end = self._end_of_turn(answer, conversation.text, tokens, starts)
+            closed = end is not None
+            end = self._end_of_text(answer, conversation.text, ids, tokens) if end is None else end
+            for index in range(bisect_left(starts, answer.begin), bisect_left(starts, end)):
                 if tokens[index].end <= end:
-                    labels[index] = tokens[index].id
-        return Example(line, [token.id for token in tokens], labels)
+                    labels[index] = ids[index]
+        if conversation.ends_with_answer and not closed:
+            _end_sequence(ids, labels, self._eos_token_id)
+        remarks = self.remarks_of(messages)
+        if conversation.left_out:
+            systems = set(conversation.left_out) == {"system"}
+            remarks |= {Remark.SYSTEM_LEFT_OUT if systems else Remark.MESSAGE_LEFT_OUT}
+        return Example(line, ids, labels, remarks)
+
+    def _end_of_turn(self, answer: Answer, text: str, tokens: Sequence[_Token], starts: Sequence[int]) -> int | None:
+        """Where the special token ends that closes an answer, whatever turn comes next; None where there is none."""
+        end = answer.content_end
+        agreed = end + common_length(text[end : end + len(answer.closing)], answer.closing)
+        for index in range(bisect_left(starts, end), len(tokens)):
+            if tokens[index].end > agreed:
+                break
+            if tokens[index].closes:
+                return tokens[index].end
+        return None
+
+    def _end_of_text(self, answer: Answer, text: str, ids: Sequence[int], tokens: Sequence[_Token]) -> int:
+        """Where an answer ends that text alone closes: with the last token that is the same without a next turn."""
+        alone = text[: answer.content_end] + answer.closing
+        if alone == text:
+            return len(text)
+        common = common_length(ids, [token.id for token in self._tokens(alone)])
+        return tokens[common - 1].end if common else 0
 
     def _encode_plain(self, line: int, text: str, prompt_end: int | None) -> Example:
         _check_text(text)
-        encoding = self._tokenizer.encode(text, add_special_tokens=True)
+        encoding = self._reader.encode(text, add_special_tokens=True)
         ids: list[int] = encoding.ids
         if prompt_end is None:
             labels = list(ids)
@@ -150,39 +213,59 @@ class Encoder:
             # Specials that the tokenizer itself puts around the text have no place in it: they are not trained.
             offsets = zip(ids, encoding.offsets, encoding.special_tokens_mask, strict=True)
             labels = [id if start >= prompt_end and not added else IGNORED for id, (start, _), added in offsets]
-        if ids[-1:] != [self._eos_token_id]:
-            ids, labels = [*ids, self._eos_token_id], [*labels, IGNORED]
-        labels[-1] = self._eos_token_id
+        _end_sequence(ids, labels, self._eos_token_id)
         return Example(line, ids, labels)
 
-    def _tokens(self, text: str) -> list[_Token]:
-        _check_text(text)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        tokens = []
-        for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            special = id in self._added
-            if special and (bare := text[start:end].strip()):
-                # A special token may swallow the white space around it (`rstrip`, `lstrip`): that is not its own.
-                start = text.index(bare, start)
-                end = start + len(bare)
-            tokens.append(_Token(id, start, end, special))
-        return tokens
+    @property
+    def _reader(self) -> tokenizers.Tokenizer:
+        """What reads text: rendered conversations, raw prompts, plain text."""
+        return self._as_text.tokenizer if self.encoding.content_as_text else self._tokenizer
 
-    def _require_template(self) -> ChatTemplate:
+    @cached_property
+    def _as_text(self) -> ContentAsText:
+        return ContentAsText(self._tokenizer)
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         if self.template is None:
             raise IncompatibleError(
                 "the model has no chat template, so it takes no conversations; "
                 'write rows as {"prompt": "…", "completion": "…"} or {"text": "…"}'
             )
-        return self.template
+        if not self.encoding.content_as_text:
+            return self.template.render(messages, add_generation_prompt=add_generation_prompt)
+        hidden = [replace(message, content=self._as_text.hidden(message.content)) for message in messages]
+        return self._as_text.named(self.template.render(hidden, add_generation_prompt=add_generation_prompt))
+
+    def _tokens(self, text: str) -> list[_Token]:
+        _check_text(text)
+        encoding = self._reader.encode(text, add_special_tokens=False)
+        added = self._added
+        tokens = []
+        for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            bare = text[start:end].strip() if id in added else ""
+            if bare:
+                # An added token may swallow the white space around it (`rstrip`, `lstrip`): that is not its own.
+                start = text.index(bare, start)
+                end = start + len(bare)
+            tokens.append(_Token(id, start, end, bool(bare) and id in self._closing_ids))
+        return tokens
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
 
 
-def load_encoder(folder: Path, tokenizer: manifest.Tokenizer) -> Encoder:
+def load_encoder(
+    folder: Path,
+    tokenizer: manifest.Tokenizer,
+    encoding: manifest.RowEncoding = manifest.RowEncoding(),
+) -> Encoder:
     """The encoder of a verified bundle, adapter or model folder.
 
     Args:
         folder: Holds `tokenizer.json` and, when the model has a template, `chat_template.jinja`.
         tokenizer: The tokenizer's entry in the manifest.
+        encoding: How rows are encoded where there is a choice.
 
     Raises:
         IncompatibleError: The files are not what the manifest says.
@@ -210,80 +293,15 @@ def load_encoder(folder: Path, tokenizer: manifest.Tokenizer) -> Encoder:
                 f"{folder / TEMPLATE_FILE}: is not UTF-8 ({error.reason}); save it as UTF-8"
             ) from error
         template = ChatTemplate(source, tokenizer.bos_token, tokenizer.eos_token)
-    return Encoder(loaded, eos_token_id, template)
+    return Encoder(loaded, eos_token_id, template, encoding)
 
 
-def encode_rows(path: Path, encoder: Encoder) -> Iterator[Example]:
-    """Read and encode the rows of a file; problems are reported together once the last row is through.
-
-    Raises:
-        UsageError: There is no such file.
-        DataError: Naming every line that is wrong or cannot be trained on, and why.
-        IncompatibleError: The model's template does not fit the rows.
-    """
-    problems = Problems(path)
-    for row in read_rows(path, problems):
-        try:
-            yield encoder.encode(row)
-        except DataError as error:
-            for reason in error.problems:
-                problems.add(row.line, reason)
-        except IncompatibleError as error:
-            raise IncompatibleError(f"{path}:{row.line}: {error}") from error
-    problems.raise_if_any()
-
-
-def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bool) -> Examples:
-    """Read and encode a file of rows.
-
-    Args:
-        path: JSONL.
-        encoder: The encoder of the model to be trained.
-        max_length: Longest row that is taken, in tokens.
-        truncate: Cut longer rows instead of leaving them out. One whose trained tokens are all cut off is left out.
-
-    Raises:
-        UsageError: There is no such file.
-        DataError: Naming every bad row; or every row is too long.
-        IncompatibleError: The model's template does not fit the rows.
-    """
-    examples: list[Example] = []
-    too_long: list[tuple[int, int]] = []
-    truncated: list[tuple[int, int]] = []
-    for example in encode_rows(path, encoder):
-        length = len(example.input_ids)
-        if length <= max_length:
-            examples.append(example.compact())
-            continue
-        cut = Example(example.line, example.input_ids[:max_length], example.labels[:max_length])
-        if truncate and cut.trained_tokens:
-            examples.append(cut.compact())
-            truncated.append((example.line, length))
-        else:
-            too_long.append((example.line, length))
-    count = len(examples) + len(too_long)
-    if not examples:
-        line, length = min(too_long, key=lambda entry: entry[1])
-        fix = "their answers begin after that" if truncate else "shorten them, or cut them with --truncate"
-        raise DataError(
-            [
-                f"{path}:{line}: all {count:,} rows are longer than {max_length:,} tokens, this one has the fewest "
-                f"({length:,}); {fix}, or prepare the model with a larger --max-length"
-            ]
-        )
-    return Examples(examples, count, too_long, truncated, sum(example.trained_tokens for example in examples))
-
-
-def _end_of_turn(tokens: Sequence[_Token], starts: Sequence[int], text: str, end: int) -> int:
-    """End of the special token that closes an answer; `end` when the next thing after white space is none."""
-    if (following := _NO_SPACE.search(text, end)) is not None:
-        for token in tokens[bisect_left(starts, following.start()) :]:
-            if token.start != following.start():
-                break
-            # A space before it stands at the same place where the tokenizer trims spaces off.
-            if token.special:
-                return token.end
-    return end
+def _end_sequence(ids: list[int], labels: list[int], eos_token_id: int) -> None:
+    """Let the row end with the end of the sequence, and train it."""
+    if ids[-1:] != [eos_token_id]:
+        ids.append(eos_token_id)
+        labels.append(IGNORED)
+    labels[-1] = eos_token_id
 
 
 def _check_text(text: str) -> None:

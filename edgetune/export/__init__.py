@@ -11,18 +11,19 @@ from typing import Literal
 
 from edgetune import __version__
 from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
-from edgetune.adapter import VALIDATION_DATA, VALIDATION_SHA256, read_adapter
+from edgetune.adapter import VALIDATION_DATA, VALIDATION_SHA256, read_adapter, row_encoding
 from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from edgetune.bundle import Bundle, load_manifest
 from edgetune.config import ExportConfig, Precision
-from edgetune.data.encode import Example, load_encoder, load_examples
+from edgetune.data.encode import Example, load_encoder
+from edgetune.data.examples import load_examples
 from edgetune.errors import VerificationError
 from edgetune.export.keep import add_lora_inputs, graph_values, write_onnx_adapter
 from edgetune.export.measure import Measured
 from edgetune.export.merge import merge_adapter
 from edgetune.export.quantise import quantise_layers
 from edgetune.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
-from edgetune.manifest import FORMAT_VERSION, MODEL_FORMAT, AdapterManifest, File, ModelManifest
+from edgetune.manifest import FORMAT_VERSION, MODEL_FORMAT, AdapterManifest, File, ModelManifest, RowEncoding
 from edgetune.manifest_json import write_manifest
 from edgetune.provenance import version_of
 from edgetune.runtimes import Parameters
@@ -78,7 +79,8 @@ def export(
         EdgetuneError: Olive failed.
     """
     parameters = read_adapter(adapter, bundle.manifest.lora, bundle.manifest.base, bundle.manifest.tokenizer)
-    examples = _examples(bundle, valid or _validation_rows(adapter, say))
+    encoding = row_encoding(adapter)
+    examples = _examples(bundle, valid or _validation_rows(adapter, say), encoding)
     versions = {name: version_of(name) for name in _TOOLS}
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
         listed = {file.path: file for file in bundle.manifest.files}
@@ -95,7 +97,7 @@ def export(
         written = [] if config.merge else [ADAPTER]
         written += [name for name in (MODEL, WEIGHTS) if name not in {file.path for file in files}]
         files += [File(name, (folder / name).stat().st_size, sha256_of(folder / name)) for name in written]
-        manifest = _manifest(bundle, adapter, config, losses, versions, files)
+        manifest = _manifest(bundle, adapter, config, losses, versions, files, encoding)
         write_file(folder / MANIFEST, write_manifest(manifest))
     kind: Kind = "merged" if config.merge else "base + adapter"
     return ExportReport(output, kind, losses, sum(file.size for file in files))
@@ -108,6 +110,7 @@ def _manifest(
     losses: dict[str, float],
     versions: dict[str, str],
     files: list[File],
+    encoding: RowEncoding,
 ) -> ModelManifest:
     source = bundle.manifest
     return ModelManifest(
@@ -126,6 +129,7 @@ def _manifest(
             **versions,
         },
         files=sorted(files, key=lambda file: file.path),
+        encoding=encoding,
     )
 
 
@@ -178,10 +182,10 @@ def _validation_rows(adapter: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def _examples(bundle: Bundle, rows: Path | None) -> list[Example]:
+def _examples(bundle: Bundle, rows: Path | None, encoding: RowEncoding) -> list[Example]:
     if rows is None:
         return []
-    encoder = load_encoder(bundle.path, bundle.manifest.tokenizer)
+    encoder = load_encoder(bundle.path, bundle.manifest.tokenizer, encoding)
     # Whatever is left of a long row says as much about what quantising changes.
     return load_examples(rows, encoder, bundle.manifest.max_length, truncate=True).examples
 

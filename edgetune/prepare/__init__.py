@@ -15,7 +15,8 @@ from edgetune.architecture import slots_of
 from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
-from edgetune.data.encode import Example, load_encoder, load_examples
+from edgetune.data.encode import Example, load_encoder
+from edgetune.data.examples import load_examples
 from edgetune.errors import UsageError, VerificationError
 from edgetune.frozen import BITS
 from edgetune.manifest import (
@@ -67,8 +68,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         say(f"The longest row is {positions} tokens, the model's positions, not {config.max_length}")
         config = replace(config, max_length=positions)
     bos, eos = _special_tokens(source)
-    _check_calibration_rows(source, config, bos, eos)
-    from edgetune.prepare.genai_model import stop_at_end_of_turn
+    _check_calibration_rows(source, config, bos, eos, say)
     from edgetune.prepare.layers import build_layers
 
     # First what may need the network, then what takes long.
@@ -87,8 +87,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         if config.npu != "none":
             say(f"Writing the step with int8 weights ({config.npu}) …")
             roles += _build_int8_step(source, folder, config, lora, lowered, tokenizer)
-        if (added := stop_at_end_of_turn(folder, tokenizer)) is not None:
-            say(f"Answers end at token {added} as well, which closes a turn in the chat template")
+        _learn_ends(folder, tokenizer, say)
         say("Hashing …")
         manifest = _manifest(source, folder, config, tokenizer, lora, coverage, roles, versions)
         sealed = seal_bundle(folder, manifest)
@@ -100,6 +99,26 @@ def _build_inference_model(source: Checkpoint, view: Path, folder: Path, config:
 
     build_genai_model(view, folder, config.base)
     copy_chat_template(source, folder)
+
+
+def _learn_ends(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+    """Let the model stop where training ends an answer, and say what the chat template means for training."""
+    from edgetune.prepare.conversations import try_conversations
+    from edgetune.prepare.genai_model import stop_at
+
+    if tokenizer.chat_template_sha256 is None:
+        say("The model has no chat template: rows are prompt/completion or text")
+        return
+    encoder = load_encoder(folder, tokenizer)
+    found = try_conversations(encoder)
+    if found.end is not None:
+        name = encoder.decode([found.end], skip_special_tokens=False)
+        added = ", where the model did not stop until now" if stop_at(folder, found.end) else ""
+        say(f"Answers end with {name}{added}")
+        if found.closed_by_text:
+            say(f"The chat template closes turns with text alone: {name} is trained after a row's last answer only")
+    if not found.shows_system:
+        say("The chat template leaves the system's text out: it is neither trained nor asked with")
 
 
 def _build_training_graphs(
@@ -173,7 +192,9 @@ def _check_rank(architecture: Architecture, config: PrepareConfig) -> None:
         )
 
 
-def _check_calibration_rows(source: Checkpoint, config: PrepareConfig, bos: str | None, eos: str) -> None:
+def _check_calibration_rows(
+    source: Checkpoint, config: PrepareConfig, bos: str | None, eos: str, say: Callable[[str], None]
+) -> None:
     """Read the rows once before the long stages, so that a bad one does not cost their work."""
     if config.npu == "none" or config.calibration is None:
         return
@@ -181,7 +202,10 @@ def _check_calibration_rows(source: Checkpoint, config: PrepareConfig, bos: str 
         folder = Path(scratch)
         shutil.copyfile(source.path / "tokenizer.json", folder / "tokenizer.json")
         copy_chat_template(source, folder)
-        _encoded(config.calibration, folder, _tokenizer(source, folder, bos, eos), config.max_length)
+        tokenizer = _tokenizer(source, folder, bos, eos)
+        rows = load_examples(config.calibration, load_encoder(folder, tokenizer), config.max_length, truncate=True)
+        for line in rows.notices:
+            say(line)
 
 
 def _encoded(rows: Path, folder: Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:

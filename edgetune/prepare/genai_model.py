@@ -7,12 +7,8 @@ import tempfile
 from pathlib import Path
 
 from edgetune.config import Base
-from edgetune.data.encode import IGNORED, load_encoder
-from edgetune.data.rows import ChatRow, Message
-from edgetune.errors import EdgetuneError
 from edgetune.frozen import BLOCK_SIZE
 from edgetune.genai import ACCURACY_LEVEL, CONFIG, MODEL, SIDE_FILES, WEIGHTS
-from edgetune.manifest import Tokenizer
 from edgetune.olive_pass import run_olive_pass
 
 
@@ -49,30 +45,21 @@ def build_genai_model(checkpoint: Path, output: Path, base: Base) -> None:
                 (built / name).replace(output / name)
 
 
-def stop_at_end_of_turn(folder: Path, tokenizer: Tokenizer) -> int | None:
+def stop_at(folder: Path, token: int) -> bool:
     """Let the model stop at the token with which training ends an answer; checkpoints do not always list it.
 
     Args:
-        folder: A GenAI folder with its tokenizer and chat template.
-        tokenizer: Its special tokens.
+        folder: A GenAI folder.
+        token: Id of the token.
 
     Returns:
-        The token that was added to `eos_token_id`; None where nothing was missing.
+        Whether it was missing in `eos_token_id`.
     """
-    if tokenizer.chat_template_sha256 is None:
-        return None
-    encoder = load_encoder(folder, tokenizer)
-    turns = (Message("user", "Hello"), Message("assistant", "Hello"))
-    try:
-        labels = encoder.encode(ChatRow(1, turns)).labels
-    except EdgetuneError:  # a template that wants other conversations than this one
-        return None
-    last = next(label for label in reversed(labels) if label != IGNORED)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     ends = config["model"]["eos_token_id"]
     listed = ends if isinstance(ends, list) else [ends]
-    if last in listed or encoder.decode([last]):
-        return None  # listed, or an ordinary token: the template has no end of turn
-    config["model"]["eos_token_id"] = [*listed, last]
+    if token in listed:
+        return False
+    config["model"]["eos_token_id"] = [*listed, token]
     (folder / CONFIG).write_text(json.dumps(config, indent=4), encoding="utf-8")
-    return last
+    return True

@@ -12,7 +12,8 @@ import numpy as np
 from edgetune.bundle import MANIFEST, Bundle, list_files, open_bundle, seal_bundle
 from edgetune.config import SplitConfig
 from edgetune.data.batches import MASKED, make_batch
-from edgetune.data.encode import Example, load_encoder, load_examples
+from edgetune.data.encode import Example, load_encoder
+from edgetune.data.examples import load_examples
 from edgetune.errors import DataError, UsageError
 from edgetune.frozen import EMBEDDING, FrozenWeights
 from edgetune.manifest import BundleManifest, Graph, TensorSpec

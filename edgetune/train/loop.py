@@ -144,6 +144,7 @@ class _Run:
             lora=self._lora,
             parameters=parameters,
             provenance=self._provenance(steps),
+            encoding=self._rows.encoding,
         )
         self._notice_peak()
         return steps

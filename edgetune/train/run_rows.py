@@ -9,8 +9,10 @@ from pathlib import Path
 
 from edgetune.bundle import Bundle
 from edgetune.config import TrainConfig
-from edgetune.data.encode import Encoder, Example, Examples, load_encoder, load_examples
+from edgetune.data.encode import Encoder, Example, load_encoder
+from edgetune.data.examples import Examples, load_examples
 from edgetune.device import Profile
+from edgetune.manifest import RowEncoding
 from edgetune.storage import sha256_of
 from edgetune.train.device_limits import longest_row
 
@@ -31,15 +33,16 @@ class RowReader:
 
     Args:
         bundle: Has the tokenizer, and says how long rows may be.
-        config: Whether rows are cut.
+        config: Whether rows are cut, and how they are encoded.
         profile: The device's, where one was given.
-        notice: Hears how many rows were cut or left out.
+        notice: Called with how many rows were cut or left out, and with what else is to be said of them.
     """
 
     def __init__(
         self, bundle: Bundle, config: TrainConfig, profile: Profile | None, notice: Callable[[str], None]
     ) -> None:
         self._bundle, self._truncate, self._notice = bundle, config.truncate, notice
+        self._encoding = RowEncoding(raw_prompts=config.raw_prompts, content_as_text=config.content_as_text)
         self._most = longest_row(profile, bundle.manifest, config)
 
     def read(self, path: Path) -> Examples:
@@ -57,11 +60,13 @@ class RowReader:
         if rows.too_long:
             advice = "their answers begin after that" if self._truncate else "--truncate cuts them instead"
             self._notice(f"{path}: {len(rows.too_long):,} {which} and were left out; {advice}")
+        for line in rows.notices:
+            self._notice(line)
         return rows
 
     @cached_property
     def _encoder(self) -> Encoder:
-        return load_encoder(self._bundle.path, self._bundle.manifest.tokenizer)
+        return load_encoder(self._bundle.path, self._bundle.manifest.tokenizer, self._encoding)
 
 
 def read_run_rows(reader: RowReader, data: Path, valid: Path | None) -> RunRows:

@@ -1,0 +1,133 @@
+"""The encoded rows of a file: those to train on, those left out, and what is to be said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgetune.data.encode import Encoder, Example, Remark
+from edgetune.data.rows import CompletionRow, Problems, Row, read_rows
+from edgetune.errors import DataError, IncompatibleError
+from edgetune.manifest import RowEncoding
+
+
+class Tally:
+    """Counts the rows of a file, and the remarks on them.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows = 0
+        self._remarks: dict[Remark, tuple[int, int]] = {}
+        self.prompts = 0
+        """Prompt/completion rows."""
+
+    def add(self, row: Row, example: Example) -> None:
+        """Count a row and what it became."""
+        self._rows += 1
+        self.prompts += isinstance(row, CompletionRow)
+        for remark in example.remarks:
+            count, first = self._remarks.get(remark, (0, example.line))
+            self._remarks[remark] = (count + 1, first)
+
+    def notices(self) -> list[str]:
+        """One line for each kind of remark: the place of the first row, what it is, and in how many rows."""
+        return [
+            f"{self._path}:{first}: {remark} (in {count:,} of {self._rows:,} rows, this is the first)"
+            for remark, (count, first) in sorted(self._remarks.items())
+        ]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The encoded rows of a file, and which rows were left out or cut."""
+
+    examples: list[Example]
+    rows: int
+    """Rows in the file."""
+    too_long: list[tuple[int, int]]
+    """Line and length in tokens of every row that was left out."""
+    truncated: list[tuple[int, int]]
+    """Line and length in tokens, before the cut, of every row that was cut."""
+    trained_tokens: int
+    encoding: RowEncoding
+    """How prompts are to be encoded, so that what was trained is what is asked."""
+    notices: list[str]
+    """What is to be said of them, each line with the place of the first row that it is about."""
+
+
+def encode_rows(path: Path, encoder: Encoder, tally: Tally) -> Iterator[Example]:
+    """Read and encode the rows of a file; problems are reported together once the last row is through.
+
+    Args:
+        path: JSONL.
+        encoder: The encoder of the model to be trained.
+        tally: Counts the rows.
+
+    Raises:
+        UsageError: There is no such file.
+        DataError: Naming every line that is wrong or cannot be trained on, and why.
+        IncompatibleError: The model's template does not fit the rows.
+    """
+    problems = Problems(path)
+    for row in read_rows(path, problems):
+        try:
+            example = encoder.encode(row)
+        except DataError as error:
+            for reason in error.problems:
+                problems.add(row.line, reason)
+        except IncompatibleError as error:
+            raise IncompatibleError(f"{path}:{row.line}: {error}") from error
+        else:
+            tally.add(row, example)
+            yield example
+    problems.raise_if_any()
+
+
+def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bool) -> Examples:
+    """Read and encode a file of rows.
+
+    Args:
+        path: JSONL.
+        encoder: The encoder of the model to be trained.
+        max_length: Longest row that is taken, in tokens.
+        truncate: Cut longer rows instead of leaving them out. One whose trained tokens are all cut off is left out.
+
+    Raises:
+        UsageError: There is no such file.
+        DataError: Naming every bad row; or every row is too long.
+        IncompatibleError: The model's template does not fit the rows.
+    """
+    examples: list[Example] = []
+    too_long: list[tuple[int, int]] = []
+    truncated: list[tuple[int, int]] = []
+    tally = Tally(path)
+    for example in encode_rows(path, encoder, tally):
+        length = len(example.input_ids)
+        if length <= max_length:
+            examples.append(example.compact())
+            continue
+        cut = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
+        if truncate and cut.trained_tokens:
+            examples.append(cut.compact())
+            truncated.append((example.line, length))
+        else:
+            too_long.append((example.line, length))
+    count = len(examples) + len(too_long)
+    if not examples:
+        line, length = min(too_long, key=lambda entry: entry[1])
+        fix = "their answers begin after that" if truncate else "shorten them, or cut them with --truncate"
+        raise DataError(
+            [
+                f"{path}:{line}: all {count:,} rows are longer than {max_length:,} tokens, this one has the fewest "
+                f"({length:,}); {fix}, or prepare the model with a larger --max-length"
+            ]
+        )
+    trained_tokens = sum(example.trained_tokens for example in examples)
+    raw_prompts = encoder.asks_raw and encoder.template is not None and tally.prompts > 0
+    encoding = replace(encoder.encoding, raw_prompts=raw_prompts)
+    return Examples(examples, count, too_long, truncated, trained_tokens, encoding, tally.notices())
