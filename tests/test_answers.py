@@ -349,6 +349,36 @@ def test_an_end_is_learnt_where_the_template_has_none() -> None:
     assert encoder.decode(trained, skip_special_tokens=False) == f"boiler shut now light six boiler\n\n{EOS}"
 
 
+@pytest.mark.parametrize("file", ["special-in-user.jsonl", "special-in-answer.jsonl"])
+def test_control_tokens_of_people_are_told_and_can_be_text(file: str) -> None:
+    rows = shared_material() / "cases" / file
+    made = tokenizer_model("llama", FORMS["by token"].template)
+    loaded = load_examples(rows, made.encoder, 500, truncate=False)
+    assert loaded.notices == [f"{rows}:1: {Remark.CONTROL_TOKENS} (in 1 of 1 rows, this is the first)"]
+    (example,) = loaded.examples
+    messages = json.loads(rows.read_text())["messages"]
+    assert list(example.input_ids) == made.oracle.apply_chat_template(messages)
+    as_text = load_examples(rows, made.encodes(RowEncoding(content_as_text=True)), 500, truncate=False)
+    (text,) = as_text.examples
+    assert as_text.notices == []
+    end, header = (made.oracle.convert_tokens_to_ids(token) for token in ("<|end|>", "<|assistant|>"))
+    assert (list(text.input_ids).count(end), list(text.input_ids).count(header)) == (2, 1)
+
+
+def test_published_prompt_rows_are_asked_as_they_are_trained() -> None:
+    rows = shared_material() / "real" / "rows" / "mlx-examples" / "wwdc25_valid.jsonl"
+    made = tokenizer_model("llama", FORMS["by token"].template)
+    loaded = load_examples(rows, made.encoder, 2000, truncate=False)
+    records = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert len(loaded.examples) == len(records) > 10
+    for example, record in zip(loaded.examples, records, strict=True):
+        asked = made.encoder.encode_prompt([Message("user", record["prompt"])])
+        assert list(example.input_ids[: len(asked)]) == asked
+        assert set(example.labels[: len(asked)]) == {IGNORED}
+        expected = turns(record["prompt"], record["completion"])
+        assert list(example.input_ids) == made.oracle.apply_chat_template(dicts(expected))
+
+
 def test_what_is_said_of_the_rows_of_a_file(tmp_path: Path) -> None:
     """One line for each kind of remark, with the count and the place of the first row."""
     made = tokenizer_model("bytes", FORMS["only the last pair"].template)

@@ -49,6 +49,8 @@ max-grad-norm = 0
 seed = 7
 shuffle = false
 truncate = true
+raw-prompts = true
+content-as-text = true
 init-adapter = "old/adapter"
 force = true
 """,
@@ -83,6 +85,8 @@ force = true
         seed=7,
         shuffle=False,
         truncate=True,
+        raw_prompts=True,
+        content_as_text=True,
         init_adapter=Path("old/adapter"),
         force=True,
     )
