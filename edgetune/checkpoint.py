@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -19,15 +18,14 @@ from edgetune.manifest import Architecture
 from edgetune.storage import sha256_of
 
 FAMILY = "phi3"
+FAMILY_CLASS = "Phi3ForCausalLM"
+"""What configs call the model's class."""
 FETCHED = ("*.safetensors", "*.json", "*.jinja")
 """What is fetched of a hub repository: weights and descriptions, no code and no pickles."""
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_READ = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
-"""What model builders need beside the weights and `config.json`."""
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _DTYPES = ("F32", "BF16", "F16")
 _GENAI_ROTARY_MULTIPLE = 16
@@ -52,25 +50,10 @@ class Checkpoint:
             digest.update(f"{path.name} {sha256_of(path)}\n".encode())
         return digest.hexdigest()
 
-    def without_code(self, folder: Path) -> Path:
-        """Make `folder` a view of the checkpoint: links to weights and tokenizer, configs that name no code.
-
-        Model builders read configs that may point to Python files in the folder (`auto_map`); this view has neither.
-        Nor has it an adapter that lies beside the weights, which transformers would load as well.
-        """
-        folder.mkdir()
-        index = [] if self.weights[0].name == _SINGLE else [_INDEX]
-        for name in [*(file.name for file in self.weights), *index, *_READ]:
-            if (self.path / name).is_file():
-                _link(self.path / name, folder / name)
-        configs = {"config.json": self.config}
-        if (folder / "tokenizer_config.json").exists():
-            configs["tokenizer_config.json"] = _read_json(self.path / "tokenizer_config.json")
-        for name, content in configs.items():
-            (folder / name).unlink(missing_ok=True)
-            tame = {key: value for key, value in content.items() if key != "auto_map"}
-            (folder / name).write_text(json.dumps(tame, ensure_ascii=False), encoding="utf-8")
-        return folder
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, and the index that lists them where there are several."""
+        return self.weights if self.weights[0].name == _SINGLE else [*self.weights, self.path / _INDEX]
 
 
 def open_checkpoint(source: str, *, download: bool, blocks: bool) -> Checkpoint:
@@ -197,7 +180,7 @@ def _check_tensors(path: Path, weights: list[Path], architecture: Architecture) 
 def _check_tokenizer(path: Path, config: dict[str, Any], architecture: Architecture) -> None:
     from tokenizers import Tokenizer
 
-    file = path / "tokenizer.json"
+    file = path / TOKENIZER
     if not file.is_file():
         raise VerificationError(
             f"{path}: tokenizer.json is missing; "
@@ -207,8 +190,8 @@ def _check_tokenizer(path: Path, config: dict[str, Any], architecture: Architect
         tokens = Tokenizer.from_file(str(file)).get_vocab()
     except Exception as error:  # the only class that tokenizers raises
         raise VerificationError(f"{file}: not a tokenizer ({error})") from error
-    if (path / "tokenizer_config.json").is_file():
-        _read_json(path / "tokenizer_config.json")
+    if (path / TOKENIZER_CONFIG).is_file():
+        _read_json(path / TOKENIZER_CONFIG)
     largest, pad = max(tokens.values(), default=0), config.get("pad_token_id")
     if largest >= architecture.vocab_size:
         raise VerificationError(f"{file}: has token {largest}, config.json says vocab_size {architecture.vocab_size}")
@@ -254,7 +237,7 @@ def copy_chat_template(checkpoint: Checkpoint, folder: Path) -> bool:
     if source.is_file():
         shutil.copyfile(source, target)
         return True
-    tokenizer_config = checkpoint.path / "tokenizer_config.json"
+    tokenizer_config = checkpoint.path / TOKENIZER_CONFIG
     template = _read_json(tokenizer_config).get("chat_template") if tokenizer_config.is_file() else None
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -264,9 +247,3 @@ def copy_chat_template(checkpoint: Checkpoint, folder: Path) -> bool:
     target.write_text(template, encoding="utf-8")
     return True
 
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.symlink_to(source.resolve())
-    except OSError:  # Windows wants a privilege for that
-        shutil.copyfile(source, target)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from edgetune import __version__
 from edgetune.architecture import slots_of
+from edgetune.builder_view import builder_view
 from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
@@ -76,7 +77,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
         # Inside the folder: what a killed process leaves goes with it.
         with TemporaryDirectory(prefix=".scratch-", dir=folder) as scratch:
-            view = source.without_code(Path(scratch) / "source")
+            view = builder_view(source, Path(scratch) / "source")
             say(f"Building the {config.base} GenAI model (Olive) …")
             _build_inference_model(source, view, folder, config)
             say("Exporting the forward graph (Optimum) …")
