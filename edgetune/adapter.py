@@ -24,6 +24,7 @@ from edgetune.json_file import read_object
 from edgetune.manifest import ADAPTER_FORMAT, FORMAT_VERSION, AdapterManifest, BaseModel, Lora, Tokenizer
 from edgetune.manifest_json import write_manifest
 from edgetune.runtimes import Parameters
+from edgetune.safetensors_file import read_header
 from edgetune.storage import recover, write_file
 
 MANIFEST = "edgetune.json"
@@ -272,31 +273,23 @@ def _short(value: object) -> str:
 
 def _tensor_problems(weights: Path, lora: Lora) -> list[str]:
     """What the header says against the slots; the file is mapped, so that its size costs nothing."""
-    from safetensors import SafetensorError, safe_open
-
     expected = {PREFIX + name: shape for name, shape in lora.shapes().items()}
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    try:
-        with safe_open(weights, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                entry = file.get_slice(name)
-                found[name] = (str(entry.get_dtype()), tuple(entry.get_shape()))
-    except SafetensorError as error:
-        raise VerificationError(f"{weights}: not a whole safetensors file ({error}); copy it again") from error
+    found = read_header(weights, "copy it again")
+    types = {name: found[name].dtype for name in expected if name in found}
     problems = [
         *_listed("tensors are missing", [name for name in expected if name not in found]),
         *_listed("tensors have no slot in the bundle", [name for name in found if name not in expected]),
         *_listed(
             "tensors are of another shape",
             [
-                f"{name} {list(found[name][1])}, expected {list(shape)}"
+                f"{name} {list(found[name].shape)}, expected {list(shape)}"
                 for name, shape in expected.items()
-                if name in found and found[name][1] != shape
+                if name in found and found[name].shape != shape
             ],
         ),
         *_listed(
             f"tensors are of another type than {', '.join(_DECODERS)}",
-            [f"{name} {dtype}" for name, (dtype, _) in found.items() if name in expected and dtype not in _DECODERS],
+            [f"{name} {dtype}" for name, dtype in types.items() if dtype not in _DECODERS],
         ),
     ]
     return [f"{WEIGHTS}: {problem}" for problem in problems]

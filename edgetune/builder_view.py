@@ -12,13 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgetune.checkpoint import FAMILY_CLASS, TOKENIZER, TOKENIZER_CONFIG, Checkpoint
+from edgetune.checkpoint import FAMILY_CLASS, SIDE_FILES, TOKENIZER, TOKENIZER_CONFIG, Checkpoint
 from edgetune.json_file import read_object
 from edgetune.rope import with_older_rope_keys
 
-_AS_THEY_ARE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
-    "chat_template.jinja")  # fmt: skip
-"""What builders read beside weights, tokenizer and descriptions."""
 _FROM_FILE = "PreTrainedTokenizerFast"
 """transformers 4's class that takes `tokenizer.json` as it is."""
 _OLDER_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast", _FROM_FILE)
@@ -49,7 +46,7 @@ def builder_view(checkpoint: Checkpoint, folder: Path) -> Path:
     folder.mkdir()
     for file in checkpoint.weight_files:
         _link(file, folder / file.name)
-    for name in _AS_THEY_ARE:
+    for name in SIDE_FILES:
         if (checkpoint.path / name).is_file():
             _link(checkpoint.path / name, folder / name)
     _write(folder / "config.json", _config(checkpoint))

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgetune.errors import UsageError, VerificationError
+from edgetune.git_lfs import FETCH, refuse_pointers, size_behind
 from edgetune.manifest import Architecture, BundleManifest, File, Lora
 from edgetune.manifest_json import ManifestT, read_manifest, write_manifest
 from edgetune.storage import recover, sha256_of, write_file
@@ -77,6 +78,7 @@ def load_manifest(path: Path, kind: type[ManifestT]) -> ManifestT:
         raise VerificationError(f"{path} is not a regular file; copy the folder again from its source")
     if status.st_size > LARGEST_MANIFEST:
         raise VerificationError(f"{path} has {status.st_size:,} bytes, a manifest has at most {LARGEST_MANIFEST:,}")
+    refuse_pointers([path])
     return read_manifest(path.read_bytes(), kind, str(path))
 
 
@@ -109,6 +111,8 @@ def _problem(folder: Path, entry: File) -> str | None:
         if not stat.S_ISREG(status.st_mode):
             return f"{path} is not a regular file"
         if status.st_size != entry.size:
+            if (behind := size_behind(path)) is not None:
+                return f"{path} is a Git LFS pointer in the place of {behind:,} bytes: {FETCH}"
             return f"{path} has {status.st_size:,} bytes, its manifest says {entry.size:,}"
         if (found := sha256_of(path)) != entry.sha256:
             return f"{path} was changed: SHA-256 is {found[:16]}…, its manifest says {entry.sha256[:16]}…"

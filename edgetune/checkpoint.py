@@ -13,8 +13,10 @@ from typing import Any
 from edgetune.architecture import read_architecture, tensor_shapes
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune.frozen import BLOCK_SIZE
+from edgetune.git_lfs import refuse_pointers
 from edgetune.json_file import read_object
 from edgetune.manifest import Architecture
+from edgetune.safetensors_file import FLOATS, non_finite, read_header
 from edgetune.storage import sha256_of
 
 FAMILY = "phi3"
@@ -22,12 +24,21 @@ FAMILY_CLASS = "Phi3ForCausalLM"
 """What configs call the model's class."""
 FETCHED = ("*.safetensors", "*.json", "*.jinja")
 """What is fetched of a hub repository: weights and descriptions, no code and no pickles."""
+_AGAIN = "copy or fetch the checkpoint again"
+_CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SIDE_FILES = (
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
+"""What model builders read beside weights, `config.json` and these two."""
+_FREQUENCIES = "rotary_emb.inv_freq"
+"""End of the names of tensors that older checkpoints hold, and nobody reads."""
+_SHOWN = 10
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_DTYPES = ("F32", "BF16", "F16")
 _GENAI_ROTARY_MULTIPLE = 16
 
 
@@ -70,10 +81,12 @@ def open_checkpoint(source: str, *, download: bool, blocks: bool) -> Checkpoint:
         VerificationError: The folder is incomplete, broken, or holds pickles in the place of safetensors.
     """
     path = _locate(source, download=download)
-    config = _read_json(path / "config.json")
+    refuse_pointers([path / name for name in (_CONFIG, _SINGLE, _INDEX, TOKENIZER, TOKENIZER_CONFIG, *SIDE_FILES)])
+    config = _read_json(path / _CONFIG)
     _check_family(path, config)
     architecture = read_architecture(config)
     weights = _find_weights(path)
+    refuse_pointers(weights)
     _check_tensors(path, weights, architecture)
     _check_tokenizer(path, config, architecture)
     _check_sizes(architecture, blocks=blocks)
@@ -86,7 +99,7 @@ def _locate(source: str, *, download: bool) -> Path:
     if path.is_dir():
         if "\ufffd" in os.fsencode(path.resolve()).decode(errors="replace"):
             raise UsageError(f"{source!a}: the folder's path is not valid Unicode; rename it")
-        if not (path / "config.json").is_file():
+        if not (path / _CONFIG).is_file():
             raise UsageError(f"{path}: no config.json; expected a Hugging Face model folder")
         return path
     if path.exists():
@@ -108,7 +121,7 @@ def _locate(source: str, *, download: bool) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path, "copy or fetch the checkpoint again")
+    return read_object(path, _AGAIN)
 
 
 def _check_family(path: Path, config: dict[str, Any]) -> None:
@@ -138,27 +151,20 @@ def _find_weights(path: Path) -> list[Path]:
     if not names or any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
         raise VerificationError(f"{path / _INDEX}: expected a weight_map to safetensors files in the same folder")
     if missing := [name for name in names if not (path / name).is_file()]:
-        raise VerificationError(f"{path}: {', '.join(missing)} is missing; copy or fetch the checkpoint again")
+        raise VerificationError(f"{path}: {', '.join(missing)} is missing; {_AGAIN}")
     return [path / name for name in names]
 
 
 def _check_tensors(path: Path, weights: list[Path], architecture: Architecture) -> None:
-    from safetensors import SafetensorError, safe_open
-
     found: dict[str, tuple[int, ...]] = {}
     problems = []
     for file in weights:
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                    tensor = tensors.get_slice(name)
-                    if name in found:
-                        problems.append(f"{name} lies in two files")
-                    if tensor.get_dtype() not in _DTYPES:
-                        problems.append(f"{name} is of type {tensor.get_dtype()}, expected one of {', '.join(_DTYPES)}")
-                    found[name] = tuple(tensor.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise VerificationError(f"{file}: not a valid safetensors file ({error})") from error
+        for name, tensor in read_header(file).items():
+            if name in found:
+                problems.append(f"{name} lies in two files")
+            if tensor.dtype not in FLOATS:
+                problems.append(f"{name} is of type {tensor.dtype}, expected one of {', '.join(FLOATS)}")
+            found[name] = tensor.shape
     if architecture.num_hidden_layers > len(found):  # a list of what a billion layers hold would fill the memory
         raise VerificationError(
             f"{path}: config.json says {architecture.num_hidden_layers:,} layers, the weights are {len(found)} tensors"
@@ -169,12 +175,38 @@ def _check_tensors(path: Path, weights: list[Path], architecture: Architecture) 
             problems.append(f"{name} is missing")
         elif found[name] != shape:
             problems.append(f"{name} has shape {list(found[name])}, config.json says {list(shape)}")
-    # Older checkpoints hold the frequencies, too; a tied head may be there twice.
-    extra = (name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq"))
+    # A tied head may be there twice.
+    extra = (name for name in found if name not in expected and not name.endswith(_FREQUENCIES))
     problems += [f"{name} is not part of a Phi-3 model" for name in extra if name != "lm_head.weight"]
     if problems:
-        hidden = f"; … and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise VerificationError(f"{path}: {'; '.join(problems[:10])}{hidden}")
+        raise VerificationError(f"{path}: {_told(problems)}")
+
+
+def refuse_non_finite(checkpoint: Checkpoint) -> None:
+    """Refuse weights that are NaN or infinity: every loss and every answer would be, too.
+
+    All weights are read once, in pieces of 1 MiB.
+
+    Raises:
+        VerificationError: Naming the tensors.
+    """
+    wrong = [
+        f"{name} ({file.name})"
+        for file in checkpoint.weights
+        for name in non_finite(
+            file, ((name, tensor) for name, tensor in read_header(file).items() if not name.endswith(_FREQUENCIES))
+        )
+    ]
+    if wrong:
+        raise VerificationError(
+            f"{checkpoint.path}: NaN or infinity in {len(wrong)} of the weights: {_told(wrong)}; nothing can be "
+            "trained on such a model: take the checkpoint of an earlier step, or download it again"
+        )
+
+
+def _told(problems: list[str]) -> str:
+    hidden = f"; … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "; ".join(problems[:_SHOWN]) + hidden
 
 
 def _check_tokenizer(path: Path, config: dict[str, Any], architecture: Architecture) -> None:
@@ -189,7 +221,7 @@ def _check_tokenizer(path: Path, config: dict[str, Any], architecture: Architect
     try:
         tokens = Tokenizer.from_file(str(file)).get_vocab()
     except Exception as error:  # the only class that tokenizers raises
-        raise VerificationError(f"{file}: not a tokenizer ({error})") from error
+        raise VerificationError(f"{file}: not a tokenizer ({error}); {_AGAIN}") from error
     if (path / TOKENIZER_CONFIG).is_file():
         _read_json(path / TOKENIZER_CONFIG)
     largest, pad = max(tokens.values(), default=0), config.get("pad_token_id")
@@ -246,4 +278,3 @@ def copy_chat_template(checkpoint: Checkpoint, folder: Path) -> bool:
         return False
     target.write_text(template, encoding="utf-8")
     return True
-

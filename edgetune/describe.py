@@ -27,6 +27,7 @@ from edgetune.manifest import (
     ModelManifest,
     Tokenizer,
 )
+from edgetune.safetensors_file import read_header
 from edgetune.storage import recover
 
 Kind = Literal["bundle", "adapter", "target", "unsealed", "model", "checkpoint", "folder", "file", "nothing"]
@@ -265,14 +266,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         advice = "only safetensors are read; save the adapter with safe_serialization=True"
         raise VerificationError(f"{path} is missing; {advice}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        message = f"{path}: not readable as safetensors ({error}); copy it again from its source"
-        raise VerificationError(message) from error
+    return {name: tensor.shape for name, tensor in read_header(path, "copy it again from its source").items()}

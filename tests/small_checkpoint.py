@@ -41,6 +41,11 @@ SHAPES = {
     "lm_head.weight": (64, 64),
 }
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz"]
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:b7492726c01287bf6e13c3d74c65ade3d436d50da1cf5bb6925bc962419d6610\nsize 4972489328\n"
+)
+"""What lies in the place of a file that Git LFS has not fetched."""
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from bundle_copy import copy_of_bundle
+from small_checkpoint import POINTER
 from tiny_bundle import LORA, SLOT, make_bundle
 
 from edgetune.adapter import initial_parameters, read_adapter
@@ -185,6 +186,13 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path
         open_bundle(folder)
     assert [other for other in NAMES if f"{folder / other} " in str(caught.value)] == [name]
     assert f"copy {folder} again from its source" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*NAMES, MANIFEST])
+def test_a_file_that_git_has_not_fetched_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(POINTER)
+    with pytest.raises(VerificationError, match=f"{folder / name}.*Git LFS pointer in the place of 4,972,489,328"):
+        open_bundle(folder)
 
 
 def test_all_problems_are_told_at_once(folder: Path) -> None:

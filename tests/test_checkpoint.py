@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small_checkpoint import CONFIG, SHAPES, opened, shard, tensors, write_checkpoint, write_json
+from small_checkpoint import CONFIG, POINTER, SHAPES, opened, shard, tensors, write_checkpoint, write_json
 
 from edgetune.architecture import read_architecture, tensor_shapes
 from edgetune.builder_view import builder_view
-from edgetune.checkpoint import copy_chat_template, open_checkpoint
+from edgetune.checkpoint import copy_chat_template, open_checkpoint, refuse_non_finite
+from edgetune.config import PrepareConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
+from edgetune.prepare import prepare
 
 
 @pytest.fixture
@@ -286,7 +288,7 @@ def test_a_billion_layers_fill_no_memory(folder: Path) -> None:
 def test_truncated_weights_are_refused(folder: Path, cut: int) -> None:
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:cut])
-    with pytest.raises(VerificationError, match=r"model\.safetensors: not a valid safetensors file"):
+    with pytest.raises(VerificationError, match=r"model\.safetensors: is cut off: it has [\d,]+ .*; copy or download"):
         opened(folder)
 
 
@@ -347,6 +349,74 @@ def test_broken_json_is_named(folder: Path, name: str, kind: str) -> None:
     (folder / name).write_bytes(BROKEN_JSON[kind])
     with pytest.raises(VerificationError, match=rf"{name}: (not valid JSON|expected a JSON object|not a tokenizer)"):
         opened(folder)
+
+
+@pytest.mark.parametrize("name", [
+    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+])  # fmt: skip
+def test_what_git_has_not_fetched_is_named(folder: Path, name: str) -> None:
+    """Some of these would be passed over in silence, or be taken for what they are not."""
+    shard(folder)
+    (folder / name).write_bytes(POINTER)
+    with pytest.raises(VerificationError) as caught:
+        opened(folder)
+    assert f"{folder / name}: a Git LFS pointer in the place of 4,972,489,328 bytes" in str(caught.value)
+    assert "run `git lfs pull` in that folder, or download it again" in str(caught.value)
+
+
+def test_all_that_git_has_not_fetched_is_named_at_once(folder: Path) -> None:
+    shard(folder)
+    for file in folder.glob("*-of-*"):
+        file.write_bytes(POINTER)
+    with pytest.raises(VerificationError, match=r"(?s)model-00001-of.*model-00002-of.*git lfs pull"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_tensor_that_is_not_finite_is_named(folder: Path, name: str, value: float) -> None:
+    broken = tensors()[name].copy()
+    broken.flat[-1] = value
+    change_tensors(folder, **{name: broken})
+    with pytest.raises(VerificationError, match=rf"NaN or infinity in 1 of the weights: {name} \(model\.safe"):
+        refuse_non_finite(opened(folder))
+
+
+def test_every_shard_is_looked_at(folder: Path) -> None:
+    shard(folder)
+    refuse_non_finite(opened(folder))
+    for file in folder.glob("*-of-*"):
+        save_file({name: np.full_like(value, np.nan) for name, value in load_file(file).items()}, file)
+    with pytest.raises(VerificationError, match=r"NaN or infinity in 9 of the weights: .*model-00001.*model-00002"):
+        refuse_non_finite(opened(folder))
+
+
+def test_what_nobody_reads_may_be_anything(folder: Path) -> None:
+    change_tensors(folder, model__layers__0__self_attn__rotary_emb__inv_freq=np.full(16, np.nan, np.float32))
+    refuse_non_finite(opened(folder))
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_prepare_refuses_a_chat_template_that_was_cut_off(folder: Path, tmp_path: Path, place: str) -> None:
+    broken = "{% for message in messages %}{{ message['content'] }}{% endf"
+    if place == "chat_template.jinja":
+        (folder / place).write_text(broken)
+    else:
+        write_json(folder / place, json.loads((folder / place).read_text()) | {"chat_template": broken})
+    told: list[str] = []
+    with pytest.raises(IncompatibleError, match=r"the model's chat template is broken \(TemplateSyntaxError"):
+        prepare(str(folder), tmp_path / "bundle", PrepareConfig(), told.append)
+    assert not any("Building" in line for line in told)
+
+
+def test_prepare_refuses_weights_that_are_not_finite_before_it_builds(folder: Path, tmp_path: Path) -> None:
+    change_tensors(folder, model__norm__weight=np.full(64, np.nan, np.float32))
+    told: list[str] = []
+    with pytest.raises(VerificationError, match=r"model\.norm\.weight"):
+        prepare(str(folder), tmp_path / "bundle", PrepareConfig(), told.append)
+    assert not (tmp_path / "bundle").exists()
+    assert not any("Building" in line for line in told)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(folder: Path) -> None:

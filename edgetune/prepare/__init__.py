@@ -14,7 +14,7 @@ from edgetune import __version__
 from edgetune.architecture import slots_of
 from edgetune.builder_view import builder_view
 from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
-from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
+from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.data.encode import Example, load_encoder, load_examples
 from edgetune.errors import UsageError, VerificationError
@@ -53,8 +53,8 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         UsageError: There is no checkpoint or no file of calibration rows, the rank is above the features of the
             model's widest slot, or the output exists.
         DataError: Calibration rows that cannot be used; raised before anything is built.
-        IncompatibleError: Another family, or an operator without gradient.
-        VerificationError: The checkpoint is incomplete or broken, or names no end-of-text token.
+        IncompatibleError: Another family, a broken chat template, or an operator without gradient.
+        VerificationError: The checkpoint is incomplete or broken, holds NaN or infinity, or names no end-of-text token.
         MissingDependencyError: A host package is not installed, or the side environment cannot be made.
         ResourceError: The disk is full, or the system ended a stage for want of memory.
         LockedError: Another process writes the output.
@@ -68,7 +68,8 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         say(f"The longest row is {positions} tokens, the model's positions, not {config.max_length}")
         config = replace(config, max_length=positions)
     bos, eos = _special_tokens(source)
-    _check_calibration_rows(source, config, bos, eos)
+    _check_rows(source, config, bos, eos)
+    refuse_non_finite(source)
     from edgetune.prepare.genai_model import stop_at_end_of_turn
     from edgetune.prepare.layers import build_layers
 
@@ -174,15 +175,17 @@ def _check_rank(architecture: Architecture, config: PrepareConfig) -> None:
         )
 
 
-def _check_calibration_rows(source: Checkpoint, config: PrepareConfig, bos: str | None, eos: str) -> None:
-    """Read the rows once before the long stages, so that a bad one does not cost their work."""
-    if config.npu == "none" or config.calibration is None:
-        return
+def _check_rows(source: Checkpoint, config: PrepareConfig, bos: str | None, eos: str) -> None:
+    """Read tokenizer, chat template and calibration rows before the long stages: a bad one does not cost their work."""
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shutil.copyfile(source.path / "tokenizer.json", folder / "tokenizer.json")
         copy_chat_template(source, folder)
-        _encoded(config.calibration, folder, _tokenizer(source, folder, bos, eos), config.max_length)
+        tokenizer = _tokenizer(source, folder, bos, eos)
+        if (template := load_encoder(folder, tokenizer).template) is not None:
+            template.compile()
+        if config.npu != "none" and config.calibration is not None:
+            _encoded(config.calibration, folder, tokenizer, config.max_length)
 
 
 def _encoded(rows: Path, folder: Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
