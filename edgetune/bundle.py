@@ -6,6 +6,7 @@ import math
 import re
 import stat
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def load_manifest(path: Path, kind: type[ManifestT]) -> ManifestT:
         VerificationError: It was changed, is not a regular file, or is far too large.
     """
     status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise VerificationError(f"{path} is a link; {_without_links(path.parent)}")
     if not stat.S_ISREG(status.st_mode):
         raise VerificationError(f"{path} is not a regular file; copy the folder again from its source")
     if status.st_size > LARGEST_MANIFEST:
@@ -91,22 +94,42 @@ def verify_files(folder: Path, files: list[File]) -> None:
     Raises:
         VerificationError: Naming each file that fails, what was expected and what was found.
     """
-    problems = [problem for entry in files if (problem := _problem(folder, entry))]
+    problems = {entry.path: problem for entry in files if (problem := _problem(folder, entry))}
     if problems:
-        raise VerificationError("\n".join([*problems, f"copy {folder} again from its source, or make it anew"]))
+        linked = [name for name in problems if _leads_inside(name) and _linked(folder, name)]
+        fixes = [_without_links(folder)] if linked else []
+        if len(linked) < len(problems):
+            fixes.append(f"copy {folder} again from its source, or make it anew")
+        raise VerificationError("\n".join([*problems.values(), *fixes]))
 
 
 def _leads_inside(path: str) -> bool:
     return len(path) <= _LONGEST_PATH and all(_PLAIN_NAME.fullmatch(part) for part in path.split("/"))
 
 
+def _linked(folder: Path, name: str) -> bool:
+    """Whether a file is a link, or lies behind one."""
+    parts = name.split("/")
+    with suppress(OSError):  # of a name that no file system takes
+        return any(folder.joinpath(*parts[:depth]).is_symlink() for depth in range(1, len(parts) + 1))
+    return False
+
+
+def _without_links(folder: Path) -> str:
+    """What to do about a folder of links, as the hub's cache and `cp -rs` make them."""
+    return (
+        "only files are opened, so that nobody changes them from elsewhere: "
+        f"copy the folder with `cp -rL {folder} COPY`, or fetch it from the hub with `--local-dir`"
+    )
+
+
 def _problem(folder: Path, entry: File) -> str | None:
     if not _leads_inside(entry.path):
         return f"{entry.path!r:.80} is not the path of a file inside {folder}"
-    path, parts = folder / entry.path, entry.path.split("/")
+    path = folder / entry.path
     try:
-        if any(folder.joinpath(*parts[:depth]).is_symlink() for depth in range(1, len(parts))):
-            return f"{path} lies behind a link"
+        if _linked(folder, entry.path):
+            return f"{path} is a link" if path.is_symlink() else f"{path} lies behind a link"
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             return f"{path} is not a regular file"

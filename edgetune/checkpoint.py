@@ -17,7 +17,7 @@ from edgetune.git_lfs import refuse_pointers
 from edgetune.json_file import read_object
 from edgetune.manifest import Architecture
 from edgetune.safetensors_file import FLOATS, non_finite, read_header
-from edgetune.storage import sha256_of
+from edgetune.storage import require_unicode, sha256_of
 
 FAMILY = "phi3"
 FAMILY_CLASS = "Phi3ForCausalLM"
@@ -39,6 +39,8 @@ _FREQUENCIES = "rotary_emb.inv_freq"
 """End of the names of tensors that older checkpoints hold, and nobody reads."""
 _SHOWN = 10
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_SNAPSHOT = re.compile(r"models--(?P<repository>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})")
+"""How the hub's cache names the folder of a repository (its slash becomes two hyphens) at a revision."""
 _GENAI_ROTARY_MULTIPLE = 16
 
 
@@ -48,11 +50,13 @@ class Checkpoint:
 
     path: Path
     name: str
-    """Folder name or hub id."""
+    """Hub id, also of a folder in the hub's cache; otherwise the folder's name."""
     config: dict[str, Any]
     architecture: Architecture
     weights: list[Path]
     """The safetensors files."""
+    revision: str | None = None
+    """The hub's commit, 40 hexadecimal digits; None for a folder that is not in the hub's cache."""
 
     def sha256(self) -> str:
         """Identity of the model: SHA-256 over names and hashes of the safetensors files."""
@@ -90,15 +94,15 @@ def open_checkpoint(source: str, *, download: bool, blocks: bool) -> Checkpoint:
     _check_tensors(path, weights, architecture)
     _check_tokenizer(path, config, architecture)
     _check_sizes(architecture, blocks=blocks)
-    name = path.resolve().name if Path(source).is_dir() else source
-    return Checkpoint(path, name, config, architecture, weights)
+    cached, revision = _snapshot(path)
+    name = (cached or path.resolve().name) if Path(source).is_dir() else source
+    return Checkpoint(path, name, config, architecture, weights, revision)
 
 
 def _locate(source: str, *, download: bool) -> Path:
     path = Path(source)
     if path.is_dir():
-        if "\ufffd" in os.fsencode(path.resolve()).decode(errors="replace"):
-            raise UsageError(f"{source!a}: the folder's path is not valid Unicode; rename it")
+        require_unicode(path)
         if not (path / _CONFIG).is_file():
             raise UsageError(f"{path}: no config.json; expected a Hugging Face model folder")
         return path
@@ -118,6 +122,12 @@ def _locate(source: str, *, download: bool) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EdgetuneError(f"{source}: cannot be fetched: {reason}") from error
+
+
+def _snapshot(path: Path) -> tuple[str | None, str | None]:
+    """Hub id and revision of a folder in the hub's cache; None and None elsewhere."""
+    found = _SNAPSHOT.fullmatch(str(Path(*path.resolve().parts[-3:])))
+    return (found["repository"].replace("--", "/", 1), found["revision"]) if found else (None, None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def test_truncation_and_padding_are_taken_out(words: Path, tmp_path: Path) -> No
 
 def test_both_forms_give_the_same_bundle(tmp_path: Path) -> None:
     older = save_checkpoint(tmp_path / "older" / "model", EMBEDDINGS["longrope, partial, theta"])
-    newer = shutil.copytree(older, tmp_path / "newer" / "model")
+    newer = shutil.copytree(older, tmp_path / "models--some--one" / "snapshots" / ("1a" * 20))
     write_json(newer / "config.json", as_transformers_5(json.loads((older / "config.json").read_text())))
     described = json.loads((newer / "tokenizer_config.json").read_text())
     write_json(newer / "tokenizer_config.json", {**described, **NEWER["its base class"]})
@@ -249,5 +249,7 @@ def test_both_forms_give_the_same_bundle(tmp_path: Path) -> None:
     )
     assert found.architecture == expected.architecture
     assert found.tokenizer == expected.tokenizer
+    assert (found.base.name, found.provenance["revision"]) == ("some/one", "1a" * 20)
+    assert (expected.base.name, expected.provenance.get("revision")) == ("model", None)
     differ = {file.path for file in {*found.files} ^ {*expected.files}}
-    assert differ <= {"config.json"}, "which says which transformers wrote it"
+    assert differ <= {"config.json"}, "which says who wrote it"

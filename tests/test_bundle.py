@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,13 +169,13 @@ DAMAGE: dict[Callable[[Path], object], str] = {
     lengthen: r"has [\d,]+ bytes, its manifest says [\d,]+",
     empty: r"has 0 bytes, its manifest says [\d,]+",
     Path.unlink: "is missing",
-    soft_link: "is not a regular file",
-    dangling_link: "is not a regular file",
-    circular_link: "is not a regular file",
+    soft_link: "is a link",
+    dangling_link: "is a link",
+    circular_link: "is a link",
     become_folder: "is not a regular file",
     become_pipe: "is not a regular file",
     become_socket: "is not a regular file",
-    become_endless: "is not a regular file",
+    become_endless: "is a link",
 }
 
 
@@ -185,7 +186,11 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path
     with pytest.raises(VerificationError, match=f"{folder / name} {DAMAGE[damage]}") as caught:
         open_bundle(folder)
     assert [other for other in NAMES if f"{folder / other} " in str(caught.value)] == [name]
-    assert f"copy {folder} again from its source" in str(caught.value)
+    fix = str(caught.value).splitlines()[-1]
+    if DAMAGE[damage] == "is a link":
+        assert f"copy the folder with `cp -rL {folder} COPY`, or fetch it from the hub with `--local-dir`" in fix
+    else:
+        assert fix.startswith(f"copy {folder} again from its source")
 
 
 @pytest.mark.parametrize("name", [*NAMES, MANIFEST])
@@ -228,8 +233,31 @@ def test_a_file_in_the_place_of_a_folder(folder: Path) -> None:
 def test_a_folder_behind_a_link(folder: Path, tmp_path: Path) -> None:
     (folder / "parts").rename(tmp_path / "parts")
     (folder / "parts").symlink_to(tmp_path / "parts")
-    with pytest.raises(VerificationError, match=r"extra\.bin lies behind a link"):
+    with pytest.raises(VerificationError, match=r"extra\.bin lies behind a link\n.*cp -rL"):
         open_bundle(folder)
+
+
+def test_links_and_damage_have_a_fix_each(folder: Path) -> None:
+    soft_link(folder / "loss.onnx")
+    truncate(folder / "tokenizer.json")
+    with pytest.raises(VerificationError, match=r"(?s)is a link\n.*has .* bytes.*\n.*cp -rL.*\ncopy .* again"):
+        open_bundle(folder)
+
+
+def test_a_folder_of_links_opens_once_it_is_copied_as_told(folder: Path, tmp_path: Path) -> None:
+    links, copy = tmp_path / "links", tmp_path / "copy"
+    subprocess.run(["cp", "-rs", folder, links], check=True)
+    with pytest.raises(VerificationError, match=rf"{MANIFEST} is a link; .*`cp -rL {links} COPY`.*`--local-dir`"):
+        open_bundle(links)
+    (links / MANIFEST).unlink()
+    shutil.copyfile(folder / MANIFEST, links / MANIFEST)
+    with pytest.raises(VerificationError) as caught:
+        open_bundle(links)
+    *problems, fix = str(caught.value).splitlines()
+    assert len(problems) == len(NAMES) and all(problem.endswith("is a link") for problem in problems)
+    assert f"`cp -rL {links} COPY`" in fix
+    subprocess.run(["cp", "-rL", links, copy], check=True)
+    open_bundle(copy)
 
 
 def test_a_failing_disk_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +450,7 @@ def test_a_changed_manifest_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("damage", [soft_link, become_endless])
 def test_a_manifest_that_is_no_regular_file_is_refused(folder: Path, damage: Callable[[Path], object]) -> None:
     damage(folder / MANIFEST)
-    with pytest.raises(EdgetuneError, match=r"not a regular file|no bundle here"):
+    with pytest.raises(EdgetuneError, match=r"is a link; .*cp -rL|no bundle here"):
         open_bundle(folder)
 
 

@@ -70,6 +70,29 @@ def test_the_name_is_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert open_checkpoint(".", download=False, blocks=True).name == "tiny-phi3"
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "revision"),
+    [
+        (f"models--microsoft--Phi-3.5-mini/snapshots/{'0a' * 20}", "microsoft/Phi-3.5-mini", "0a" * 20),
+        (f"models--some--phi--3--mini/snapshots/{'b' * 40}", "some/phi--3--mini", "b" * 40),
+        (f"models--phi3/snapshots/{'1' * 40}", "phi3", "1" * 40),
+        ("models--microsoft--Phi-3/snapshots/main", "main", None),
+        (f"models--microsoft--Phi-3/{'a' * 40}", "a" * 40, None),
+        (f"phi3/snapshots/{'a' * 40}", "a" * 40, None),
+        (f"models--microsoft--Phi-3/snapshots/{'A' * 40}/more", "more", None),
+    ],
+)
+def test_a_snapshot_of_the_hubs_cache_has_the_repositorys_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, name: str, revision: str | None
+) -> None:
+    folder = write_checkpoint(tmp_path / place)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for source in (str(folder), ".", str(tmp_path / "link")):
+        found = open_checkpoint(source, download=False, blocks=True)
+        assert (found.name, found.revision) == (name, revision)
+
+
 def test_a_folder_whose_name_is_not_unicode_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"caf\\udce9': the folder's path is not valid Unicode; rename it"):
         opened(folder.rename(tmp_path / os.fsdecode(b"caf\xe9")))
@@ -177,7 +200,7 @@ def test_a_hub_id_in_the_cache_is_read_from_there(tmp_path: Path, monkeypatch: p
     (repository / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     found = open_checkpoint("someone/tiny", download=False, blocks=True)
-    assert found.name == "someone/tiny"
+    assert (found.name, found.revision) == ("someone/tiny", "a" * 40)
     assert load_file(builder_view(found, tmp_path / "view") / "model.safetensors").keys() == SHAPES.keys()
 
 

@@ -205,6 +205,7 @@ def _manifest(
 ) -> BundleManifest:
     from edgetune.prepare.portable import describe_graph
 
+    revision = {"revision": source.revision} if source.revision else {}
     roles = ("step", "loss", "adamw", "training_model", "eval_model", "optimizer_model", "model", *more)
     graphs = [Graph(role, f"{role}.onnx", *describe_graph(folder / f"{role}.onnx")) for role in roles]
     return BundleManifest(
@@ -217,7 +218,7 @@ def _manifest(
         max_length=config.max_length,
         graphs=graphs,
         gradient_coverage=coverage,
-        provenance={"edgetune": __version__, **versions},
+        provenance={"edgetune": __version__, **versions, **revision},
         files=list_files(folder, without=MANIFEST),
     )
 
