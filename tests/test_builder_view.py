@@ -32,6 +32,9 @@ from tokenizers import Tokenizer
 from edgetune.architecture import read_architecture
 from edgetune.builder_view import builder_view
 from edgetune.checkpoint import Checkpoint
+from edgetune.config import Base
+
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture
@@ -136,6 +139,29 @@ def test_the_model_that_is_built_answers_as_pytorch_does(tmp_path: Path, name: s
         expected = greedy(model, prompt, 16)
         assert genai_greedy(folder, prompt, 16) == expected
         assert len(set(expected)) > 4, "an answer of one token shows nothing"
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+@pytest.mark.parametrize("base", ["int4", "fp32"])
+def test_whatever_the_type_of_the_weights_is_called_the_model_is_the_same(
+    tmp_path: Path, stored: str, base: Base
+) -> None:
+    """transformers 5 writes `dtype`, older ones `torch_dtype`; the weights themselves say what they are."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = save_checkpoint(tmp_path / "source", {})
+    weights = {name: value.to(getattr(torch, stored)) for name, value in load_file(source / WEIGHTS).items()}
+    save_file(weights, source / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    built = []
+    for index, key in enumerate(("dtype", "torch_dtype", None)):
+        plain = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+        write_json(source / "config.json", plain if key is None else {**plain, key: stored})
+        built.append(build_here(builder_view(opened(source), tmp_path / f"view{index}"), tmp_path / f"{index}", base))
+    for name in ("model.onnx", "model.onnx.data"):
+        first, *others = ((folder / name).read_bytes() for folder in built)
+        assert others == [first, first]
 
 
 # --- tokenizers: what counts is tokenizer.json

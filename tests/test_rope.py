@@ -137,6 +137,21 @@ def test_a_file_as_transformers_5_writes_it() -> None:
     assert rope.attention_factor == math.sqrt(1 + math.log(4) / math.log(64))
 
 
+REAL = ("phi-3-medium-4k", "phi-3-mini-128k-su", "phi-3-mini-4k", "phi-3.5-mini", "phi-4-mini", "phi-4-mini-reasoning")
+
+
+@pytest.mark.parametrize("length", [7, 4097])
+@pytest.mark.parametrize("name", REAL)
+def test_real_configurations_in_both_forms(name: str, length: int) -> None:
+    config = json.loads((shared_material() / "real" / "configs" / f"{name}.config.json").read_text())
+    rope = rope_from_config(config)
+    assert rope_from_config(as_transformers_5(config)) == rope
+    expected = oracle(with_older_rope_keys(as_transformers_5(config)), length)
+    for found, theirs in zip(rope_tables(rope, np.arange(length)[None], np.array([length])), expected, strict=True):
+        np.testing.assert_allclose(found[:, :512], theirs[:, :512], atol=2e-6)
+        np.testing.assert_allclose(found, theirs, atol=2e-4)
+
+
 @pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 @pytest.mark.parametrize("section", ["rope_scaling", "rope_parameters"])
