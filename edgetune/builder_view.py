@@ -22,8 +22,9 @@ _OLDER_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", "GPT2
 """What the Phi-3 family's checkpoints name, and transformers 4 knows."""
 _NEWER_MARK = "backend"
 """A key that transformers 5 writes into every `tokenizer_config.json`."""
+_ADDED = "added_tokens_decoder"
 _TOKENIZER_KEYS = (
-    "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "additional_special_tokens",
+    "add_bos_token", "add_eos_token", "add_prefix_space", _ADDED, "additional_special_tokens",
     "bos_token", "chat_template", "clean_up_tokenization_spaces", "cls_token", "eos_token", "errors", "legacy",
     "mask_token", "model_max_length", "pad_token", "padding_side", "sep_token", "sp_model_kwargs", "tokenizer_class",
     "unk_token", "use_default_system_prompt",
@@ -70,10 +71,10 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _tokenizer_config(described: dict[str, Any]) -> dict[str, Any]:
     known = {key: described[key] for key in _TOKENIZER_KEYS if described.get(key) is not None}
-    # What transformers 5 writes leaves out what the older classes add to the tokenizer of their own accord.
-    if _NEWER_MARK in described or known.get("tokenizer_class", _FROM_FILE) not in _OLDER_CLASSES:
-        known["tokenizer_class"] = _FROM_FILE
-    return known
+    if _NEWER_MARK not in described and known.get("tokenizer_class", _FROM_FILE) in _OLDER_CLASSES:
+        return known
+    # transformers 5 leaves out what would keep the older classes from adding tokens of their own accord.
+    return {key: value for key, value in known.items() if key != _ADDED} | {"tokenizer_class": _FROM_FILE}
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

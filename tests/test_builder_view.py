@@ -229,7 +229,9 @@ def test_a_tokenizer_config_as_transformers_5_writes_it(words: Path, tmp_path: P
     shutil.copyfile(source, words / "tokenizer_config.json")
     tokenizer = Tokenizer.from_file(str(words / "tokenizer.json"))
     found = saved_again(view_of(words), tmp_path / "saved")
-    assert found.encode("hello", add_special_tokens=True).ids == tokenizer.encode("hello", add_special_tokens=True).ids
+    # The file lists added tokens of another tokenizer, too.
+    assert found.get_vocab() == tokenizer.get_vocab()
+    assert_same_ids(found, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["phi-3-mini", "phi-3-medium", "phi-4-mini-json"])
