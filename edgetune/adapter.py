@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.bundle import list_files, load_manifest, verify_files
+from edgetune.bundle import is_there, list_files, load_manifest, verify_files
 from edgetune.config import MODULES_OF_TARGETS
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
 from edgetune.json_file import read_object
@@ -171,9 +171,9 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
     """
     _require_slots(lora)
     recover(path)
-    if not (path / CONFIG).is_file():
+    if not is_there(path / CONFIG):
         raise UsageError(f"{path}: no adapter here (no {CONFIG}); give the folder that `edgetune train` or PEFT saved")
-    if (path / MANIFEST).is_file():
+    if is_there(path / MANIFEST):
         _check_contract(path, lora, base, tokenizer)
     weights = path / WEIGHTS
     if not weights.is_file():

@@ -56,7 +56,7 @@ def open_bundle(path: Path) -> Bundle:
             itself.
     """
     recover(path)
-    if not (path / MANIFEST).is_file():
+    if not is_there(path / MANIFEST):
         raise UsageError(
             f"{path}: no bundle here (no {MANIFEST}); make one with `edgetune prepare CHECKPOINT --output {path}`"
         )
@@ -65,6 +65,11 @@ def open_bundle(path: Path) -> Bundle:
         raise VerificationError("\n".join(f"{path / MANIFEST}: {problem}" for problem in problems))
     verify_files(path, manifest.files)
     return Bundle(path, manifest)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file has that name, or a link, wherever it leads: it is refused as a link, not missed as a file."""
+    return path.is_file() or path.is_symlink()
 
 
 def load_manifest(path: Path, kind: type[ManifestT]) -> ManifestT:
@@ -76,7 +81,7 @@ def load_manifest(path: Path, kind: type[ManifestT]) -> ManifestT:
     """
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
-        raise VerificationError(f"{path} is a link; {_without_links(path.parent)}")
+        raise VerificationError(f"{_link_told(path)}; {_without_links(path.parent, lost=not path.exists())}")
     if not stat.S_ISREG(status.st_mode):
         raise VerificationError(f"{path} is not a regular file; copy the folder again from its source")
     if status.st_size > LARGEST_MANIFEST:
@@ -97,7 +102,8 @@ def verify_files(folder: Path, files: list[File]) -> None:
     problems = {entry.path: problem for entry in files if (problem := _problem(folder, entry))}
     if problems:
         linked = [name for name in problems if _leads_inside(name) and _linked(folder, name)]
-        fixes = [_without_links(folder)] if linked else []
+        lost = not all((folder / name).exists() for name in linked)
+        fixes = [_without_links(folder, lost=lost)] if linked else []
         if len(linked) < len(problems):
             fixes.append(f"copy {folder} again from its source, or make it anew")
         raise VerificationError("\n".join([*problems.values(), *fixes]))
@@ -115,12 +121,14 @@ def _linked(folder: Path, name: str) -> bool:
     return False
 
 
-def _without_links(folder: Path) -> str:
-    """What to do about a folder of links, as the hub's cache and `cp -rs` make them."""
-    return (
-        "only files are opened, so that nobody changes them from elsewhere: "
-        f"copy the folder with `cp -rL {folder} COPY`, or fetch it from the hub with `--local-dir`"
-    )
+def _link_told(path: Path) -> str:
+    return f"{path} is a link" if path.exists() else f"{path} is a link that leads nowhere"
+
+
+def _without_links(folder: Path, *, lost: bool) -> str:
+    """What to do about a folder of links, as the hub's cache and `cp -rs` make them; `lost` when one leads nowhere."""
+    copy = f"copy {folder} again from its source with `cp -rL`" if lost else f"copy it with `cp -rL {folder} COPY`"
+    return f"only files are opened, so none changes from elsewhere: {copy}, or fetch it from the hub with `--local-dir`"
 
 
 def _problem(folder: Path, entry: File) -> str | None:
@@ -129,7 +137,7 @@ def _problem(folder: Path, entry: File) -> str | None:
     path = folder / entry.path
     try:
         if _linked(folder, entry.path):
-            return f"{path} is a link" if path.is_symlink() else f"{path} lies behind a link"
+            return _link_told(path) if path.is_symlink() else f"{path} lies behind a link"
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             return f"{path} is not a regular file"

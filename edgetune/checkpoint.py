@@ -103,6 +103,7 @@ def _locate(source: str, *, download: bool) -> Path:
     path = Path(source)
     if path.is_dir():
         require_unicode(path)
+        _refuse_lost_links(path)
         if not (path / _CONFIG).is_file():
             raise UsageError(f"{path}: no config.json; expected a Hugging Face model folder")
         return path
@@ -122,6 +123,20 @@ def _locate(source: str, *, download: bool) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EdgetuneError(f"{source}: cannot be fetched: {reason}") from error
+
+
+def _refuse_lost_links(path: Path) -> None:
+    """Refuse what is left of a folder of the hub's cache that was copied without the blobs that its links lead to."""
+    lost = sorted(
+        name
+        for pattern in (*FETCHED, "merges.txt")
+        for name in (file.name for file in path.glob(pattern) if file.is_symlink() and not file.exists())
+    )
+    if lost:
+        raise VerificationError(
+            f"{path}: links that lead nowhere: {', '.join(lost[:_SHOWN])}; copy the folder again from its source with "
+            "`cp -rL`, or fetch it from the hub with `--local-dir`"
+        )
 
 
 def _snapshot(path: Path) -> tuple[str | None, str | None]:

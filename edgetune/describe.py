@@ -11,7 +11,7 @@ from typing import Literal
 from edgetune.adapter import CONFIG as ADAPTER_CONFIG
 from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
 from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from edgetune.bundle import MANIFEST, list_files, load_manifest, open_bundle, verify_files
+from edgetune.bundle import MANIFEST, is_there, list_files, load_manifest, open_bundle, verify_files
 from edgetune.errors import UsageError, VerificationError
 from edgetune.genai import CONFIG as GENAI_CONFIG
 from edgetune.genai import MANIFEST as MODEL_MANIFEST
@@ -110,7 +110,7 @@ def kind_of(path: Path) -> Kind:
     recover(path)
     if not path.is_dir():
         return "file" if path.exists() else "nothing"
-    return next((kind for mark, kind in _MARKS.items() if (path / mark).is_file()), "folder")
+    return next((kind for mark, kind in _MARKS.items() if is_there(path / mark)), "folder")
 
 
 def describe(path: Path) -> Description:
@@ -148,7 +148,7 @@ def _describe_bundle(path: Path) -> Description:
 
 
 def _describe_adapter(path: Path) -> Description:
-    if not (path / ADAPTER_MANIFEST).is_file():
+    if not is_there(path / ADAPTER_MANIFEST):
         return _describe_peft(path)
     source = path / ADAPTER_MANIFEST
     manifest = load_manifest(source, AdapterManifest)
@@ -199,7 +199,7 @@ def _describe_peft(path: Path) -> Description:
 
 
 def _describe_model(path: Path) -> Description:
-    manifest = open_model(path).manifest if (path / MODEL_MANIFEST).is_file() else None
+    manifest = open_model(path).manifest if is_there(path / MODEL_MANIFEST) else None
     if not isinstance(manifest, ModelManifest):
         return _describe_genai(path, list_files(path, without=""))
     return replace(

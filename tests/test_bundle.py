@@ -29,7 +29,10 @@ from edgetune.bundle import (
     seal_bundle,
     verify_files,
 )
+from edgetune.cli.inputs import bundle_at
+from edgetune.describe import describe
 from edgetune.errors import EdgetuneError, IncompatibleError, LockedError, UsageError, VerificationError
+from edgetune.genai import open_model
 from edgetune.manifest import BundleManifest, File, Graph, Lora, TensorSpec
 from edgetune.storage import locked
 
@@ -188,7 +191,11 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path
     assert [other for other in NAMES if f"{folder / other} " in str(caught.value)] == [name]
     fix = str(caught.value).splitlines()[-1]
     if DAMAGE[damage] == "is a link":
-        assert f"copy the folder with `cp -rL {folder} COPY`, or fetch it from the hub with `--local-dir`" in fix
+        copy = f"copy it with `cp -rL {folder} COPY`"
+        if damage in (dangling_link, circular_link):
+            assert "is a link that leads nowhere" in str(caught.value)
+            copy = f"copy {folder} again from its source with `cp -rL`"
+        assert fix.endswith(f"{copy}, or fetch it from the hub with `--local-dir`")
     else:
         assert fix.startswith(f"copy {folder} again from its source")
 
@@ -242,6 +249,17 @@ def test_links_and_damage_have_a_fix_each(folder: Path) -> None:
     truncate(folder / "tokenizer.json")
     with pytest.raises(VerificationError, match=r"(?s)is a link\n.*has .* bytes.*\n.*cp -rL.*\ncopy .* again"):
         open_bundle(folder)
+
+
+def test_links_that_were_copied_without_what_they_lead_to_are_named(folder: Path, tmp_path: Path) -> None:
+    """As `cp -r` leaves a folder of the hub's cache: it must not look like a folder of something else."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.unlink()
+        path.symlink_to(tmp_path / "blobs" / path.name)
+    found = f"{folder / MANIFEST} is a link that leads nowhere; .*copy {folder} again from its source with `cp -rL`"
+    for opening in (open_bundle, open_model, describe, bundle_at):
+        with pytest.raises(VerificationError, match=found):
+            opening(folder)
 
 
 def test_a_folder_of_links_opens_once_it_is_copied_as_told(folder: Path, tmp_path: Path) -> None:

@@ -93,6 +93,14 @@ def test_a_snapshot_of_the_hubs_cache_has_the_repositorys_name(
         assert (found.name, found.revision) == (name, revision)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
+def test_a_snapshot_that_was_copied_without_its_blobs_is_told(folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../../blobs/0a")
+    with pytest.raises(VerificationError, match=f"{folder}: links that lead nowhere: {name}; copy .*`cp -rL`.*-dir"):
+        opened(folder)
+
+
 def test_a_folder_whose_name_is_not_unicode_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"caf\\udce9': the folder's path is not valid Unicode; rename it"):
         opened(folder.rename(tmp_path / os.fsdecode(b"caf\xe9")))
