@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.bundle import list_files, load_manifest, verify_files
+from edgetune.bundle import is_there, list_files, load_manifest, verify_files
+from edgetune.config import MODULES_OF_TARGETS
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
 from edgetune.json_file import read_object
 from edgetune.manifest import ADAPTER_FORMAT, FORMAT_VERSION, AdapterManifest, BaseModel, Lora, RowEncoding, Tokenizer
 from edgetune.manifest_json import write_manifest
 from edgetune.runtimes import Parameters
+from edgetune.safetensors_file import StoredTensor, read_header
 from edgetune.storage import recover, write_file
 
 MANIFEST = "edgetune.json"
@@ -36,6 +39,7 @@ VALIDATION_SHA256 = "validation_data_sha256"
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's path in the checkpoint."""
+_A = ".lora_A.weight"
 _SHOWN = 5
 
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -170,9 +174,9 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
     """
     _require_slots(lora)
     recover(path)
-    if not (path / CONFIG).is_file():
+    if not is_there(path / CONFIG):
         raise UsageError(f"{path}: no adapter here (no {CONFIG}); give the folder that `edgetune train` or PEFT saved")
-    if (path / MANIFEST).is_file():
+    if is_there(path / MANIFEST):
         _check_contract(path, lora, base, tokenizer)
     weights = path / WEIGHTS
     if not weights.is_file():
@@ -181,12 +185,13 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
             f"{path}: no {WEIGHTS}{pickled}; save the adapter with PEFT's save_pretrained(safe_serialization=True)"
         )
     config = read_object(path / CONFIG, "save the adapter again")
-    trained = _trained(config, lora)
-    problems = [*_config_problems(config, lora), *_tensor_problems(weights, trained)]
+    trained, found = _trained(config, lora), read_header(weights, "copy it again")
+    problems = [*_config_problems(config, lora), *_tensor_problems(found, trained)]
     if problems:
-        raise IncompatibleError(
-            "\n".join([f"{path} does not fit a bundle of {base.name} with {_described(lora)}:", *problems])
-        )
+        title = f"{path} does not fit a bundle of {base.name} with {_described(lora)}:"
+        modules = {name.removesuffix(_A).rpartition(".")[2] for name in found if name.endswith(_A)}
+        advice = _advice(config.get("r"), config.get("lora_alpha"), modules, lora)
+        raise IncompatibleError("\n".join([title, *problems, *advice]))
     parameters = _read_tensors(weights, trained)
     _require_finite(parameters, str(weights))
     return parameters if trained is lora else initial_parameters(lora, seed=0) | parameters
@@ -238,7 +243,8 @@ def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenize
         problems.append(f"the adapter has {_described(manifest.lora)}, the bundle {_described(lora)}")
     if problems:
         fix = "use the bundle it was trained with, or train it anew"
-        raise IncompatibleError("\n".join([f"{path} does not fit the bundle:", *problems, fix]))
+        advice = _advice(manifest.lora.rank, manifest.lora.alpha, set(manifest.lora.target_modules), lora)
+        raise IncompatibleError("\n".join([f"{path} does not fit the bundle:", *problems, fix, *advice]))
     if unlisted := {CONFIG, WEIGHTS} - {entry.path for entry in manifest.files}:
         raise VerificationError(f"{source}: does not list {', '.join(sorted(unlisted))}; copy the folder again")
     verify_files(path, manifest.files)
@@ -247,6 +253,34 @@ def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenize
 def _described(lora: Lora) -> str:
     modules = ", ".join(sorted(lora.target_modules))
     return f"rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.slots)} slots on {modules}"
+
+
+def _advice(rank: object, alpha: object, modules: set[str], lora: Lora) -> list[str]:
+    """How to get a bundle of an adapter's form, or why there can be none; nothing where the bundle has that form."""
+    if not modules:
+        return []
+    targets = next((name for name, of in MODULES_OF_TARGETS.items() if modules == set(of)), None)
+    if targets is None:
+        choices = ", or ".join(f"{', '.join(of)} ({name})" for name, of in MODULES_OF_TARGETS.items())
+        return [
+            f"the adapter is on {_short(sorted(modules))}, and no `edgetune prepare` line gives exactly such slots; "
+            f"train it again on {choices}"
+        ]
+    if type(rank) is not int or not 1 <= rank <= lora.highest_rank or not _is_positive(alpha):
+        return [
+            f"no `edgetune prepare` line takes r {_short(rank)} and lora_alpha {_short(alpha)}; train it again with a "
+            f"whole number from 1 to {lora.highest_rank} and a number above 0"
+        ]
+    if (rank, alpha, modules) == (lora.rank, lora.alpha, set(lora.target_modules)):
+        return []
+    return [
+        "a bundle of the adapter's rank, alpha and projections: "
+        f"edgetune prepare CHECKPOINT --rank {rank} --alpha {alpha:g} --targets {targets} --output BUNDLE"
+    ]
+
+
+def _is_positive(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _config_problems(config: Mapping[str, Any], lora: Lora) -> list[str]:
@@ -284,33 +318,24 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-def _tensor_problems(weights: Path, lora: Lora) -> list[str]:
-    """What the header says against the slots; the file is mapped, so that its size costs nothing."""
-    from safetensors import SafetensorError, safe_open
-
+def _tensor_problems(found: Mapping[str, StoredTensor], lora: Lora) -> list[str]:
+    """What the header says against the slots; no number is read, so that the file's size costs nothing."""
     expected = {PREFIX + name: shape for name, shape in lora.shapes().items()}
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    try:
-        with safe_open(weights, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                entry = file.get_slice(name)
-                found[name] = (str(entry.get_dtype()), tuple(entry.get_shape()))
-    except SafetensorError as error:
-        raise VerificationError(f"{weights}: not a whole safetensors file ({error}); copy it again") from error
+    types = {name: found[name].dtype for name in expected if name in found}
     problems = [
         *_listed("tensors are missing", [name for name in expected if name not in found]),
         *_listed("tensors have no slot in the bundle", [name for name in found if name not in expected]),
         *_listed(
             "tensors are of another shape",
             [
-                f"{name} {list(found[name][1])}, expected {list(shape)}"
+                f"{name} {list(found[name].shape)}, expected {list(shape)}"
                 for name, shape in expected.items()
-                if name in found and found[name][1] != shape
+                if name in found and found[name].shape != shape
             ],
         ),
         *_listed(
             f"tensors are of another type than {', '.join(_DECODERS)}",
-            [f"{name} {dtype}" for name, (dtype, _) in found.items() if name in expected and dtype not in _DECODERS],
+            [f"{name} {dtype}" for name, dtype in types.items() if dtype not in _DECODERS],
         ),
     ]
     return [f"{WEIGHTS}: {problem}" for problem in problems]

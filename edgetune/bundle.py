@@ -6,10 +6,12 @@ import math
 import re
 import stat
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgetune.errors import UsageError, VerificationError
+from edgetune.git_lfs import FETCH, refuse_pointers, size_behind
 from edgetune.manifest import Architecture, BundleManifest, File, Lora
 from edgetune.manifest_json import ManifestT, read_manifest, write_manifest
 from edgetune.storage import recover, sha256_of, write_file
@@ -54,7 +56,7 @@ def open_bundle(path: Path) -> Bundle:
             itself.
     """
     recover(path)
-    if not (path / MANIFEST).is_file():
+    if not is_there(path / MANIFEST):
         raise UsageError(
             f"{path}: no bundle here (no {MANIFEST}); make one with `edgetune prepare CHECKPOINT --output {path}`"
         )
@@ -65,6 +67,11 @@ def open_bundle(path: Path) -> Bundle:
     return Bundle(path, manifest)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file has that name, or a link, wherever it leads: it is refused as a link, not missed as a file."""
+    return path.is_file() or path.is_symlink()
+
+
 def load_manifest(path: Path, kind: type[ManifestT]) -> ManifestT:
     """Read and verify the manifest of a folder.
 
@@ -73,10 +80,13 @@ def load_manifest(path: Path, kind: type[ManifestT]) -> ManifestT:
         VerificationError: It was changed, is not a regular file, or is far too large.
     """
     status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise VerificationError(f"{_link_told(path)}; {_without_links(path.parent, lost=not path.exists())}")
     if not stat.S_ISREG(status.st_mode):
         raise VerificationError(f"{path} is not a regular file; copy the folder again from its source")
     if status.st_size > LARGEST_MANIFEST:
         raise VerificationError(f"{path} has {status.st_size:,} bytes, a manifest has at most {LARGEST_MANIFEST:,}")
+    refuse_pointers([path])
     return read_manifest(path.read_bytes(), kind, str(path))
 
 
@@ -89,26 +99,51 @@ def verify_files(folder: Path, files: list[File]) -> None:
     Raises:
         VerificationError: Naming each file that fails, what was expected and what was found.
     """
-    problems = [problem for entry in files if (problem := _problem(folder, entry))]
+    problems = {entry.path: problem for entry in files if (problem := _problem(folder, entry))}
     if problems:
-        raise VerificationError("\n".join([*problems, f"copy {folder} again from its source, or make it anew"]))
+        linked = [name for name in problems if _leads_inside(name) and _linked(folder, name)]
+        lost = not all((folder / name).exists() for name in linked)
+        fixes = [_without_links(folder, lost=lost)] if linked else []
+        if len(linked) < len(problems):
+            fixes.append(f"copy {folder} again from its source, or make it anew")
+        raise VerificationError("\n".join([*problems.values(), *fixes]))
 
 
 def _leads_inside(path: str) -> bool:
     return len(path) <= _LONGEST_PATH and all(_PLAIN_NAME.fullmatch(part) for part in path.split("/"))
 
 
+def _linked(folder: Path, name: str) -> bool:
+    """Whether a file is a link, or lies behind one."""
+    parts = name.split("/")
+    with suppress(OSError):  # of a name that no file system takes
+        return any(folder.joinpath(*parts[:depth]).is_symlink() for depth in range(1, len(parts) + 1))
+    return False
+
+
+def _link_told(path: Path) -> str:
+    return f"{path} is a link" if path.exists() else f"{path} is a link that leads nowhere"
+
+
+def _without_links(folder: Path, *, lost: bool) -> str:
+    """What to do about a folder of links, as the hub's cache and `cp -rs` make them; `lost` when one leads nowhere."""
+    copy = f"copy {folder} again from its source with `cp -rL`" if lost else f"copy it with `cp -rL {folder} COPY`"
+    return f"only files are opened, so none changes from elsewhere: {copy}, or fetch it from the hub with `--local-dir`"
+
+
 def _problem(folder: Path, entry: File) -> str | None:
     if not _leads_inside(entry.path):
         return f"{entry.path!r:.80} is not the path of a file inside {folder}"
-    path, parts = folder / entry.path, entry.path.split("/")
+    path = folder / entry.path
     try:
-        if any(folder.joinpath(*parts[:depth]).is_symlink() for depth in range(1, len(parts))):
-            return f"{path} lies behind a link"
+        if _linked(folder, entry.path):
+            return _link_told(path) if path.is_symlink() else f"{path} lies behind a link"
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             return f"{path} is not a regular file"
         if status.st_size != entry.size:
+            if (behind := size_behind(path)) is not None:
+                return f"{path} is a Git LFS pointer in the place of {behind:,} bytes: {FETCH}"
             return f"{path} has {status.st_size:,} bytes, its manifest says {entry.size:,}"
         if (found := sha256_of(path)) != entry.sha256:
             return f"{path} was changed: SHA-256 is {found[:16]}…, its manifest says {entry.sha256[:16]}…"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -14,22 +13,34 @@ from typing import Any
 from edgetune.architecture import read_architecture, tensor_shapes
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune.frozen import BLOCK_SIZE
+from edgetune.git_lfs import refuse_pointers
 from edgetune.json_file import read_object
 from edgetune.manifest import Architecture
-from edgetune.storage import sha256_of
+from edgetune.safetensors_file import FLOATS, non_finite, read_header
+from edgetune.storage import require_unicode, sha256_of
 
 FAMILY = "phi3"
+FAMILY_CLASS = "Phi3ForCausalLM"
+"""What configs call the model's class."""
 FETCHED = ("*.safetensors", "*.json", "*.jinja")
 """What is fetched of a hub repository: weights and descriptions, no code and no pickles."""
+_AGAIN = "copy or fetch the checkpoint again"
+_CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_READ = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "generation_config.json", "chat_template.jinja",
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SIDE_FILES = (
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
+    "chat_template.jinja",
 )  # fmt: skip
-"""What model builders need beside the weights and `config.json`."""
+"""What model builders read beside weights, `config.json` and these two."""
+_FREQUENCIES = "rotary_emb.inv_freq"
+"""End of the names of tensors that older checkpoints hold, and nobody reads."""
+_SHOWN = 10
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_DTYPES = ("F32", "BF16", "F16")
+_SNAPSHOT = re.compile(r"models--(?P<repository>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})")
+"""How the hub's cache names the folder of a repository (its slash becomes two hyphens) at a revision."""
 _GENAI_ROTARY_MULTIPLE = 16
 
 
@@ -39,11 +50,13 @@ class Checkpoint:
 
     path: Path
     name: str
-    """Folder name or hub id."""
+    """Hub id, also of a folder in the hub's cache; otherwise the folder's name."""
     config: dict[str, Any]
     architecture: Architecture
     weights: list[Path]
     """The safetensors files."""
+    revision: str | None = None
+    """The hub's commit, 40 hexadecimal digits; None for a folder that is not in the hub's cache."""
 
     def sha256(self) -> str:
         """Identity of the model: SHA-256 over names and hashes of the safetensors files."""
@@ -52,25 +65,10 @@ class Checkpoint:
             digest.update(f"{path.name} {sha256_of(path)}\n".encode())
         return digest.hexdigest()
 
-    def without_code(self, folder: Path) -> Path:
-        """Make `folder` a view of the checkpoint: links to weights and tokenizer, configs that name no code.
-
-        Model builders read configs that may point to Python files in the folder (`auto_map`); this view has neither.
-        Nor has it an adapter that lies beside the weights, which transformers would load as well.
-        """
-        folder.mkdir()
-        index = [] if self.weights[0].name == _SINGLE else [_INDEX]
-        for name in [*(file.name for file in self.weights), *index, *_READ]:
-            if (self.path / name).is_file():
-                _link(self.path / name, folder / name)
-        configs = {"config.json": self.config}
-        if (folder / "tokenizer_config.json").exists():
-            configs["tokenizer_config.json"] = _read_json(self.path / "tokenizer_config.json")
-        for name, content in configs.items():
-            (folder / name).unlink(missing_ok=True)
-            tame = {key: value for key, value in content.items() if key != "auto_map"}
-            (folder / name).write_text(json.dumps(tame, ensure_ascii=False), encoding="utf-8")
-        return folder
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, and the index that lists them where there are several."""
+        return self.weights if self.weights[0].name == _SINGLE else [*self.weights, self.path / _INDEX]
 
 
 def open_checkpoint(source: str, *, download: bool, blocks: bool) -> Checkpoint:
@@ -87,23 +85,26 @@ def open_checkpoint(source: str, *, download: bool, blocks: bool) -> Checkpoint:
         VerificationError: The folder is incomplete, broken, or holds pickles in the place of safetensors.
     """
     path = _locate(source, download=download)
-    config = _read_json(path / "config.json")
+    refuse_pointers([path / name for name in (_CONFIG, _SINGLE, _INDEX, TOKENIZER, TOKENIZER_CONFIG, *SIDE_FILES)])
+    config = _read_json(path / _CONFIG)
     _check_family(path, config)
     architecture = read_architecture(config)
     weights = _find_weights(path)
+    refuse_pointers(weights)
     _check_tensors(path, weights, architecture)
     _check_tokenizer(path, config, architecture)
     _check_sizes(architecture, blocks=blocks)
-    name = path.resolve().name if Path(source).is_dir() else source
-    return Checkpoint(path, name, config, architecture, weights)
+    cached, revision = _snapshot(path)
+    name = (cached or path.resolve().name) if Path(source).is_dir() else source
+    return Checkpoint(path, name, config, architecture, weights, revision)
 
 
 def _locate(source: str, *, download: bool) -> Path:
     path = Path(source)
     if path.is_dir():
-        if "\ufffd" in os.fsencode(path.resolve()).decode(errors="replace"):
-            raise UsageError(f"{source!a}: the folder's path is not valid Unicode; rename it")
-        if not (path / "config.json").is_file():
+        require_unicode(path)
+        _refuse_lost_links(path)
+        if not (path / _CONFIG).is_file():
             raise UsageError(f"{path}: no config.json; expected a Hugging Face model folder")
         return path
     if path.exists():
@@ -124,8 +125,28 @@ def _locate(source: str, *, download: bool) -> Path:
         raise EdgetuneError(f"{source}: cannot be fetched: {reason}") from error
 
 
+def _refuse_lost_links(path: Path) -> None:
+    """Refuse what is left of a folder of the hub's cache that was copied without the blobs that its links lead to."""
+    lost = sorted(
+        name
+        for pattern in (*FETCHED, "merges.txt")
+        for name in (file.name for file in path.glob(pattern) if file.is_symlink() and not file.exists())
+    )
+    if lost:
+        raise VerificationError(
+            f"{path}: links that lead nowhere: {', '.join(lost[:_SHOWN])}; copy the folder again from its source with "
+            "`cp -rL`, or fetch it from the hub with `--local-dir`"
+        )
+
+
+def _snapshot(path: Path) -> tuple[str | None, str | None]:
+    """Hub id and revision of a folder in the hub's cache; None and None elsewhere."""
+    found = _SNAPSHOT.fullmatch(str(Path(*path.resolve().parts[-3:])))
+    return (found["repository"].replace("--", "/", 1), found["revision"]) if found else (None, None)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path, "copy or fetch the checkpoint again")
+    return read_object(path, _AGAIN)
 
 
 def _check_family(path: Path, config: dict[str, Any]) -> None:
@@ -155,27 +176,20 @@ def _find_weights(path: Path) -> list[Path]:
     if not names or any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
         raise VerificationError(f"{path / _INDEX}: expected a weight_map to safetensors files in the same folder")
     if missing := [name for name in names if not (path / name).is_file()]:
-        raise VerificationError(f"{path}: {', '.join(missing)} is missing; copy or fetch the checkpoint again")
+        raise VerificationError(f"{path}: {', '.join(missing)} is missing; {_AGAIN}")
     return [path / name for name in names]
 
 
 def _check_tensors(path: Path, weights: list[Path], architecture: Architecture) -> None:
-    from safetensors import SafetensorError, safe_open
-
     found: dict[str, tuple[int, ...]] = {}
     problems = []
     for file in weights:
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                    tensor = tensors.get_slice(name)
-                    if name in found:
-                        problems.append(f"{name} lies in two files")
-                    if tensor.get_dtype() not in _DTYPES:
-                        problems.append(f"{name} is of type {tensor.get_dtype()}, expected one of {', '.join(_DTYPES)}")
-                    found[name] = tuple(tensor.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise VerificationError(f"{file}: not a valid safetensors file ({error})") from error
+        for name, tensor in read_header(file).items():
+            if name in found:
+                problems.append(f"{name} lies in two files")
+            if tensor.dtype not in FLOATS:
+                problems.append(f"{name} is of type {tensor.dtype}, expected one of {', '.join(FLOATS)}")
+            found[name] = tensor.shape
     if architecture.num_hidden_layers > len(found):  # a list of what a billion layers hold would fill the memory
         raise VerificationError(
             f"{path}: config.json says {architecture.num_hidden_layers:,} layers, the weights are {len(found)} tensors"
@@ -186,18 +200,44 @@ def _check_tensors(path: Path, weights: list[Path], architecture: Architecture) 
             problems.append(f"{name} is missing")
         elif found[name] != shape:
             problems.append(f"{name} has shape {list(found[name])}, config.json says {list(shape)}")
-    # Older checkpoints hold the frequencies, too; a tied head may be there twice.
-    extra = (name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq"))
+    # A tied head may be there twice.
+    extra = (name for name in found if name not in expected and not name.endswith(_FREQUENCIES))
     problems += [f"{name} is not part of a Phi-3 model" for name in extra if name != "lm_head.weight"]
     if problems:
-        hidden = f"; … and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise VerificationError(f"{path}: {'; '.join(problems[:10])}{hidden}")
+        raise VerificationError(f"{path}: {_told(problems)}")
+
+
+def refuse_non_finite(checkpoint: Checkpoint) -> None:
+    """Refuse weights that are NaN or infinity: every loss and every answer would be, too.
+
+    All weights are read once, in pieces of 1 MiB.
+
+    Raises:
+        VerificationError: Naming the tensors.
+    """
+    wrong = [
+        f"{name} ({file.name})"
+        for file in checkpoint.weights
+        for name in non_finite(
+            file, ((name, tensor) for name, tensor in read_header(file).items() if not name.endswith(_FREQUENCIES))
+        )
+    ]
+    if wrong:
+        raise VerificationError(
+            f"{checkpoint.path}: NaN or infinity in {len(wrong)} of the weights: {_told(wrong)}; nothing can be "
+            "trained on such a model: take the checkpoint of an earlier step, or download it again"
+        )
+
+
+def _told(problems: list[str]) -> str:
+    hidden = f"; … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "; ".join(problems[:_SHOWN]) + hidden
 
 
 def _check_tokenizer(path: Path, config: dict[str, Any], architecture: Architecture) -> None:
     from tokenizers import Tokenizer
 
-    file = path / "tokenizer.json"
+    file = path / TOKENIZER
     if not file.is_file():
         raise VerificationError(
             f"{path}: tokenizer.json is missing; "
@@ -206,9 +246,9 @@ def _check_tokenizer(path: Path, config: dict[str, Any], architecture: Architect
     try:
         tokens = Tokenizer.from_file(str(file)).get_vocab()
     except Exception as error:  # the only class that tokenizers raises
-        raise VerificationError(f"{file}: not a tokenizer ({error})") from error
-    if (path / "tokenizer_config.json").is_file():
-        _read_json(path / "tokenizer_config.json")
+        raise VerificationError(f"{file}: not a tokenizer ({error}); {_AGAIN}") from error
+    if (path / TOKENIZER_CONFIG).is_file():
+        _read_json(path / TOKENIZER_CONFIG)
     largest, pad = max(tokens.values(), default=0), config.get("pad_token_id")
     if largest >= architecture.vocab_size:
         raise VerificationError(f"{file}: has token {largest}, config.json says vocab_size {architecture.vocab_size}")
@@ -254,7 +294,7 @@ def copy_chat_template(checkpoint: Checkpoint, folder: Path) -> bool:
     if source.is_file():
         shutil.copyfile(source, target)
         return True
-    tokenizer_config = checkpoint.path / "tokenizer_config.json"
+    tokenizer_config = checkpoint.path / TOKENIZER_CONFIG
     template = _read_json(tokenizer_config).get("chat_template") if tokenizer_config.is_file() else None
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -263,10 +303,3 @@ def copy_chat_template(checkpoint: Checkpoint, folder: Path) -> bool:
         return False
     target.write_text(template, encoding="utf-8")
     return True
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.symlink_to(source.resolve())
-    except OSError:  # Windows wants a privilege for that
-        shutil.copyfile(source, target)

@@ -11,7 +11,7 @@ from typing import Literal
 from edgetune.adapter import CONFIG as ADAPTER_CONFIG
 from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
 from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from edgetune.bundle import MANIFEST, list_files, load_manifest, open_bundle, verify_files
+from edgetune.bundle import MANIFEST, is_there, list_files, load_manifest, open_bundle, verify_files
 from edgetune.errors import UsageError, VerificationError
 from edgetune.genai import CONFIG as GENAI_CONFIG
 from edgetune.genai import MANIFEST as MODEL_MANIFEST
@@ -27,6 +27,7 @@ from edgetune.manifest import (
     ModelManifest,
     Tokenizer,
 )
+from edgetune.safetensors_file import read_header
 from edgetune.storage import recover
 
 Kind = Literal["bundle", "adapter", "target", "unsealed", "model", "checkpoint", "folder", "file", "nothing"]
@@ -109,7 +110,7 @@ def kind_of(path: Path) -> Kind:
     recover(path)
     if not path.is_dir():
         return "file" if path.exists() else "nothing"
-    return next((kind for mark, kind in _MARKS.items() if (path / mark).is_file()), "folder")
+    return next((kind for mark, kind in _MARKS.items() if is_there(path / mark)), "folder")
 
 
 def describe(path: Path) -> Description:
@@ -147,7 +148,7 @@ def _describe_bundle(path: Path) -> Description:
 
 
 def _describe_adapter(path: Path) -> Description:
-    if not (path / ADAPTER_MANIFEST).is_file():
+    if not is_there(path / ADAPTER_MANIFEST):
         return _describe_peft(path)
     source = path / ADAPTER_MANIFEST
     manifest = load_manifest(source, AdapterManifest)
@@ -198,7 +199,7 @@ def _describe_peft(path: Path) -> Description:
 
 
 def _describe_model(path: Path) -> Description:
-    manifest = open_model(path).manifest if (path / MODEL_MANIFEST).is_file() else None
+    manifest = open_model(path).manifest if is_there(path / MODEL_MANIFEST) else None
     if not isinstance(manifest, ModelManifest):
         return _describe_genai(path, list_files(path, without=""))
     return replace(
@@ -265,14 +266,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         advice = "only safetensors are read; save the adapter with safe_serialization=True"
         raise VerificationError(f"{path} is missing; {advice}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        message = f"{path}: not readable as safetensors ({error}); copy it again from its source"
-        raise VerificationError(message) from error
+    return {name: tensor.shape for name, tensor in read_header(path, "copy it again from its source").items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.bundle import MANIFEST as BUNDLE_MANIFEST
-from edgetune.bundle import load_manifest, open_bundle, verify_files
+from edgetune.bundle import is_there, load_manifest, open_bundle, verify_files
 from edgetune.errors import UsageError, VerificationError
 from edgetune.json_file import read_object
 from edgetune.manifest import BundleManifest, ModelManifest, RowEncoding
@@ -91,9 +91,9 @@ def open_model(path: Path) -> GenaiModel:
     """
     manifest: BundleManifest | ModelManifest
     recover(path)
-    if (path / BUNDLE_MANIFEST).is_file():
+    if is_there(path / BUNDLE_MANIFEST):
         manifest = open_bundle(path).manifest
-    elif (path / MANIFEST).is_file():
+    elif is_there(path / MANIFEST):
         manifest = load_manifest(path / MANIFEST, ModelManifest)
         verify_files(path, manifest.files)
     elif (path / CONFIG).is_file():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.errors import VerificationError
+from edgetune.git_lfs import refuse_pointers
 
 LARGEST = 16 << 20
 """Bytes; the largest that models come with, of their tokenizers, have a few million."""
@@ -21,7 +22,7 @@ def read_object(path: Path, fix: str) -> dict[str, Any]:
 
     Raises:
         VerificationError: The file cannot be read, is too large, not UTF-8, no JSON, nested too deeply, has a number of
-            thousands of digits, or holds something else than an object.
+            thousands of digits, holds something else than an object, or is a Git LFS pointer.
     """
     try:
         with path.open("rb") as file:
@@ -32,6 +33,7 @@ def read_object(path: Path, fix: str) -> dict[str, Any]:
     except OSError as error:
         raise VerificationError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
     except (ValueError, RecursionError) as error:
+        refuse_pointers([path])
         raise VerificationError(f"{path}: not valid JSON ({error}); {fix}") from error
     if not isinstance(value, dict):
         raise VerificationError(f"{path}: expected a JSON object, found {type(value).__name__}; {fix}")

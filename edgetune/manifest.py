@@ -25,7 +25,7 @@ class BaseModel:
     """Which model the bundle was made from."""
 
     name: str
-    """Folder name or hub id; for people."""
+    """Hub id or folder name; for people."""
     sha256: str
     """Identity: SHA-256 over a line `NAME SHA256` for each of the checkpoint's safetensors files, in order of names."""
     weights: str
@@ -209,7 +209,7 @@ class BundleManifest:
     gradient_coverage: dict[str, int]
     """Operators between the LoRA parameters and the loss, and how often each occurs; all have a gradient."""
     provenance: dict[str, str]
-    """Tool versions that made the bundle."""
+    """Tool versions that made the bundle, and the `revision` of a checkpoint that lay in the hub's cache."""
     files: list[File]
     manifest_sha256: str = ""
     """SHA-256 of this manifest written with an empty value here."""

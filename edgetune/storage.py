@@ -95,11 +95,12 @@ def atomic_folder(path: Path, *, replace: bool = False, marker: str = "") -> Ite
         The temporary folder to fill.
 
     Raises:
-        UsageError: `path` exists and is not to be replaced, or cannot be written.
+        UsageError: `path` exists and is not to be replaced, cannot be written, or is not valid Unicode.
         LockedError: Another process writes it.
         ResourceError: The disk is full.
         EdgetuneError: The disk fails.
     """
+    require_unicode(path)
     path = _real(path)
     partial = _beside(path, f"partial-{secrets.token_hex(4)}")
     written = 0
@@ -126,12 +127,27 @@ def atomic_folder(path: Path, *, replace: bool = False, marker: str = "") -> Ite
         raise explained from error
 
 
+def require_unicode(path: Path) -> None:
+    """Refuse a path that cannot be written down: tokenizers, ONNX Runtime and manifests take text, not bytes.
+
+    Raises:
+        UsageError: It is not valid Unicode, or leads to such a place.
+    """
+    try:
+        os.fsencode(_real(path)).decode("utf-8")
+    except UnicodeDecodeError:
+        kind = "file" if path.is_file() else "folder"
+        raise UsageError(f"{str(path)!a}: the {kind}'s path is not valid Unicode; rename it") from None
+
+
 def recover(path: Path) -> None:
     """Put back a folder whose replacement was cut off between its two renames; every reader calls this first.
 
     Raises:
+        UsageError: The path is not valid Unicode.
         LockedError: The replacement goes on right now.
     """
+    require_unicode(path)
     path = _real(path)
     if _beside(path, "previous").exists() and not path.exists():
         with locked(path):

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from edgetune.checkpoint import Checkpoint, open_checkpoint
+
 CONFIG: dict[str, Any] = {
     "architectures": ["Phi3ForCausalLM"],
     "model_type": "phi3",
@@ -39,6 +41,11 @@ SHAPES = {
     "lm_head.weight": (64, 64),
 }
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz"]
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:b7492726c01287bf6e13c3d74c65ade3d436d50da1cf5bb6925bc962419d6610\nsize 4972489328\n"
+)
+"""What lies in the place of a file that Git LFS has not fetched."""
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 
 
@@ -64,6 +71,10 @@ def write_checkpoint(folder: Path, **config: Any) -> Path:
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     write_json(folder / "tokenizer_config.json", described | {"unk_token": "<unk>", "chat_template": TEMPLATE})
     return folder
+
+
+def opened(folder: Path, *, blocks: bool = True) -> Checkpoint:
+    return open_checkpoint(str(folder), download=False, blocks=blocks)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -107,3 +118,19 @@ def plant_code(folder: Path, marker: Path) -> None:
     }.items():
         content = json.loads((folder / name).read_text())
         write_json(folder / name, content | {"auto_map": mapped})
+
+
+def as_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json` with the keys that transformers 5 writes in the place of transformers 4's."""
+    newer = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta", "torch_dtype")}
+    partial, scaling = config.get("partial_rotary_factor", 1.0), config.get("rope_scaling")
+    parameters = {"rope_theta": config.get("rope_theta", 10000.0), "partial_rotary_factor": partial}
+    if scaling is None:
+        parameters["rope_type"] = "default"
+    else:
+        original = config.get("original_max_position_embeddings", 4096)
+        longrope = {"rope_type": "longrope", "type": scaling.get("type", "longrope")}
+        parameters |= {**scaling, **longrope, "original_max_position_embeddings": original}
+    if "torch_dtype" in config:
+        newer["dtype"] = config["torch_dtype"]
+    return newer | {"rope_parameters": parameters, "transformers_version": "5.24.0"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable
@@ -14,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from small_checkpoint import POINTER
 
 from edgetune.adapter import CONFIG, MANIFEST, WEIGHTS, initial_parameters, read_adapter, write_adapter
+from edgetune.cli.prepare import command
+from edgetune.config import MODULES_OF_TARGETS
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune.manifest import AdapterManifest, BaseModel, Lora, Slot, Tokenizer
 from edgetune.manifest_json import read_manifest, write_manifest
@@ -273,6 +277,75 @@ def test_other_forms_of_lora_are_refused(
     assert all(reason in message for reason in reasons), message
 
 
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"r": 2}, "--rank 2 --alpha 6 --targets all-linear --output BUNDLE"),
+        ({"lora_alpha": 8}, "--rank 4 --alpha 8 --targets all-linear --output BUNDLE"),
+        ({"lora_alpha": 0.5}, "--rank 4 --alpha 0.5 --targets all-linear --output BUNDLE"),
+        ({"target_modules": ["o_proj", "qkv_proj"]}, "--rank 4 --alpha 6 --targets attention --output BUNDLE"),
+        ({"target_modules": r".*(qkv|o)_proj"}, "--rank 4 --alpha 6 --targets attention --output BUNDLE"),
+    ],
+    ids=str,
+)
+def test_a_form_that_prepare_can_make_comes_with_the_line_that_fits(
+    tmp_path: Path, phi3: Any, options: dict[str, Any], advice: str
+) -> None:
+    """The line is read by the command line itself; a bundle of what it says takes the adapter."""
+    folder = saved(tmp_path / "peft", phi3, **options)
+    with pytest.raises(IncompatibleError) as caught:
+        read(folder)
+    *_, line = str(caught.value).splitlines()
+    assert line == f"a bundle of the adapter's rank, alpha and projections: edgetune prepare CHECKPOINT {advice}"
+    given = command.make_context("prepare", shlex.split(line.partition("edgetune prepare ")[2])).params
+    modules = list(MODULES_OF_TARGETS[given["targets"]])
+    slots = [slot for slot in LORA.slots if slot.name.rpartition(".")[2] in modules]
+    read_adapter(folder, Lora(given["rank"], given["alpha"], modules, slots), BASE, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"target_modules": ["qkv_proj"]}, "the adapter is on ['qkv_proj'], and no `edgetune prepare` line gives"),
+        ({"target_modules": ["gate_up_proj", "down_proj"]}, "on ['down_proj', 'gate_up_proj'], and no `edgetune"),
+        ({"target_modules": [*LORA.target_modules, "lm_head"]}, "'lm_head', 'o_proj', 'qkv_proj'], and no"),
+        ({"lora_alpha": 0}, "no `edgetune prepare` line takes r 4 and lora_alpha 0; train it again with a whole"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_form_that_prepare_cannot_make_says_what_would_fit(
+    tmp_path: Path, phi3: Any, options: dict[str, Any], advice: str
+) -> None:
+    with pytest.raises(IncompatibleError) as caught:
+        read(saved(tmp_path / "peft", phi3, **options))
+    message = str(caught.value)
+    assert advice in message
+    assert "edgetune prepare CHECKPOINT" not in message
+    if "target_modules" in options:
+        choices = "qkv_proj, o_proj, gate_up_proj, down_proj (all-linear), or qkv_proj, o_proj (attention)"
+        assert message.endswith(f"train it again on {choices}")
+
+
+def test_no_line_where_rank_alpha_and_projections_fit_already(tmp_path: Path, phi3: Any) -> None:
+    with pytest.raises(IncompatibleError) as caught:
+        read(saved(tmp_path / "peft", phi3, use_rslora=True))
+    assert "edgetune prepare" not in str(caught.value)
+
+
+def test_an_adapter_of_another_bundle_comes_with_the_line_that_fits(tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", random_parameters())
+    with pytest.raises(IncompatibleError) as caught:
+        read_adapter(folder, replace(LORA, rank=2, alpha=3.0), BASE, TOKENIZER)
+    assert str(caught.value).endswith("CHECKPOINT --rank 4 --alpha 6 --targets all-linear --output BUNDLE")
+
+
+def test_weights_that_git_has_not_fetched_are_named(peft_folder: Path) -> None:
+    (peft_folder / WEIGHTS).write_bytes(POINTER)
+    with pytest.raises(VerificationError, match="a Git LFS pointer in the place of 4,972,489,328 bytes"):
+        read(peft_folder)
+
+
 def edit(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | changes))
@@ -324,17 +397,17 @@ def test_every_truncation_of_the_weights_is_refused(peft_folder: Path) -> None:
     cuts = {0, 1, 7, 8, 9, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1}
     for cut in sorted(cuts):
         (peft_folder / WEIGHTS).write_bytes(whole[:cut])
-        with pytest.raises(VerificationError, match="not a whole safetensors file"):
+        with pytest.raises(VerificationError, match=r"is cut off: it has [\d,]+ .*; copy it again"):
             read(peft_folder)
     (peft_folder / WEIGHTS).write_bytes(whole + b"\0")
-    with pytest.raises(VerificationError, match="not a whole safetensors file"):
+    with pytest.raises(VerificationError, match="not a valid safetensors file"):
         read(peft_folder)
 
 
 @pytest.mark.parametrize("data", [b"garbage" * 99, b"\xff" * 64, b"PK\x03\x04" + b"\0" * 64])
 def test_garbage_instead_of_weights_is_refused(peft_folder: Path, data: bytes) -> None:
     (peft_folder / WEIGHTS).write_bytes(data)
-    with pytest.raises(VerificationError, match="not a whole safetensors file"):
+    with pytest.raises(VerificationError, match="not a valid safetensors file"):
         read(peft_folder)
 
 

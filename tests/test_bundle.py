@@ -8,12 +8,14 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bundle_copy import copy_of_bundle
+from small_checkpoint import POINTER
 from tiny_bundle import LORA, SLOT, make_bundle
 
 from edgetune.adapter import initial_parameters, read_adapter
@@ -27,7 +29,10 @@ from edgetune.bundle import (
     seal_bundle,
     verify_files,
 )
+from edgetune.cli.inputs import bundle_at
+from edgetune.describe import describe
 from edgetune.errors import EdgetuneError, IncompatibleError, LockedError, UsageError, VerificationError
+from edgetune.genai import open_model
 from edgetune.manifest import BundleManifest, File, Graph, Lora, TensorSpec
 from edgetune.storage import locked
 
@@ -167,13 +172,13 @@ DAMAGE: dict[Callable[[Path], object], str] = {
     lengthen: r"has [\d,]+ bytes, its manifest says [\d,]+",
     empty: r"has 0 bytes, its manifest says [\d,]+",
     Path.unlink: "is missing",
-    soft_link: "is not a regular file",
-    dangling_link: "is not a regular file",
-    circular_link: "is not a regular file",
+    soft_link: "is a link",
+    dangling_link: "is a link",
+    circular_link: "is a link",
     become_folder: "is not a regular file",
     become_pipe: "is not a regular file",
     become_socket: "is not a regular file",
-    become_endless: "is not a regular file",
+    become_endless: "is a link",
 }
 
 
@@ -184,7 +189,22 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path
     with pytest.raises(VerificationError, match=f"{folder / name} {DAMAGE[damage]}") as caught:
         open_bundle(folder)
     assert [other for other in NAMES if f"{folder / other} " in str(caught.value)] == [name]
-    assert f"copy {folder} again from its source" in str(caught.value)
+    fix = str(caught.value).splitlines()[-1]
+    if DAMAGE[damage] == "is a link":
+        copy = f"copy it with `cp -rL {folder} COPY`"
+        if damage in (dangling_link, circular_link):
+            assert "is a link that leads nowhere" in str(caught.value)
+            copy = f"copy {folder} again from its source with `cp -rL`"
+        assert fix.endswith(f"{copy}, or fetch it from the hub with `--local-dir`")
+    else:
+        assert fix.startswith(f"copy {folder} again from its source")
+
+
+@pytest.mark.parametrize("name", [*NAMES, MANIFEST])
+def test_a_file_that_git_has_not_fetched_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(POINTER)
+    with pytest.raises(VerificationError, match=f"{folder / name}.*Git LFS pointer in the place of 4,972,489,328"):
+        open_bundle(folder)
 
 
 def test_all_problems_are_told_at_once(folder: Path) -> None:
@@ -220,8 +240,42 @@ def test_a_file_in_the_place_of_a_folder(folder: Path) -> None:
 def test_a_folder_behind_a_link(folder: Path, tmp_path: Path) -> None:
     (folder / "parts").rename(tmp_path / "parts")
     (folder / "parts").symlink_to(tmp_path / "parts")
-    with pytest.raises(VerificationError, match=r"extra\.bin lies behind a link"):
+    with pytest.raises(VerificationError, match=r"extra\.bin lies behind a link\n.*cp -rL"):
         open_bundle(folder)
+
+
+def test_links_and_damage_have_a_fix_each(folder: Path) -> None:
+    soft_link(folder / "loss.onnx")
+    truncate(folder / "tokenizer.json")
+    with pytest.raises(VerificationError, match=r"(?s)is a link\n.*has .* bytes.*\n.*cp -rL.*\ncopy .* again"):
+        open_bundle(folder)
+
+
+def test_links_that_were_copied_without_what_they_lead_to_are_named(folder: Path, tmp_path: Path) -> None:
+    """As `cp -r` leaves a folder of the hub's cache: it must not look like a folder of something else."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.unlink()
+        path.symlink_to(tmp_path / "blobs" / path.name)
+    found = f"{folder / MANIFEST} is a link that leads nowhere; .*copy {folder} again from its source with `cp -rL`"
+    for opening in (open_bundle, open_model, describe, bundle_at):
+        with pytest.raises(VerificationError, match=found):
+            opening(folder)
+
+
+def test_a_folder_of_links_opens_once_it_is_copied_as_told(folder: Path, tmp_path: Path) -> None:
+    links, copy = tmp_path / "links", tmp_path / "copy"
+    subprocess.run(["cp", "-rs", folder, links], check=True)
+    with pytest.raises(VerificationError, match=rf"{MANIFEST} is a link; .*`cp -rL {links} COPY`.*`--local-dir`"):
+        open_bundle(links)
+    (links / MANIFEST).unlink()
+    shutil.copyfile(folder / MANIFEST, links / MANIFEST)
+    with pytest.raises(VerificationError) as caught:
+        open_bundle(links)
+    *problems, fix = str(caught.value).splitlines()
+    assert len(problems) == len(NAMES) and all(problem.endswith("is a link") for problem in problems)
+    assert f"`cp -rL {links} COPY`" in fix
+    subprocess.run(["cp", "-rL", links, copy], check=True)
+    open_bundle(copy)
 
 
 def test_a_failing_disk_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +468,7 @@ def test_a_changed_manifest_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("damage", [soft_link, become_endless])
 def test_a_manifest_that_is_no_regular_file_is_refused(folder: Path, damage: Callable[[Path], object]) -> None:
     damage(folder / MANIFEST)
-    with pytest.raises(EdgetuneError, match=r"not a regular file|no bundle here"):
+    with pytest.raises(EdgetuneError, match=r"is a link; .*cp -rL|no bundle here"):
         open_bundle(folder)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 from rich.progress import Progress
+from small_checkpoint import write_checkpoint
 
 import edgetune
 from edgetune.byte_size import bytes_text
@@ -45,6 +48,7 @@ from edgetune.evaluate import Evaluation
 from edgetune.preview import Piece, Preview
 from edgetune.train import Observer, StartInfo, StepMetrics, TrainResult
 
+GOLDEN = Path(__file__).parent.parent / "artifacts" / "golden"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(edgetune.__file__).parents[1])}
 
 
@@ -832,3 +836,49 @@ def test_durations_stay_sane(seconds: float, text: str) -> None:
 
 def test_control_characters_are_made_visible() -> None:
     assert printable("a\tb\nc\x1b[2J\x9b\x7f é 日本 👩‍🚀") == "a\tb\nc\\x1b[2J\\x9b\\x7f é 日本 👩‍🚀"
+
+
+# Names that are not Unicode
+
+NOT_UNICODE = [
+    ["prepare", "{bad}", "--output", "out"],
+    ["prepare", "{checkpoint}", "--output", "{bad}"],
+    ["prepare", "{checkpoint}", "--output", "out", "--npu", "qdq", "--calibration", "{bad}/train.jsonl"],
+    ["split", "{bad}", "--data", "{data}", "--output", "out"],
+    ["split", "{golden}", "--data", "{bad}/train.jsonl", "--output", "out"],
+    ["plan", "{bad}"],
+    ["train", "{bad}", "--data", "{data}", "--output", "out"],
+    ["train", "{golden}", "--data", "{data}", "--output", "{bad}/out"],
+    ["train", "{golden}", "--data", "{data}", "--output", "out", "--valid", "{bad}/train.jsonl"],
+    ["train", "{golden}", "--data", "{data}", "--output", "out", "--init-adapter", "{bad}"],
+    ["preview", "{bad}", "--data", "{data}"],
+    ["eval", "{bad}", "--data", "{data}"],
+    ["eval", "{golden}", "--data", "{data}", "--adapter", "{bad}"],
+    ["export", "{bad}", "--adapter", "{adapter}", "--output", "out"],
+    ["export", "{golden}", "--adapter", "{bad}", "--output", "out"],
+    ["export", "{golden}", "--adapter", "{adapter}", "--output", "{bad}/out"],
+    ["generate", "{bad}", "--prompt", "hello"],
+    ["bundle", "{bad}", "--target", "web", "--output", "out"],
+    ["bundle", "{golden}", "--target", "web", "--output", "{bad}/out"],
+    ["inspect", "{bad}"],
+    ["conformance", "{bad}"],
+]
+
+
+@pytest.mark.parametrize("arguments", NOT_UNICODE, ids=" ".join)
+def test_a_name_that_is_not_unicode_is_what_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path, arguments: list[str]
+) -> None:
+    """By every verb, wherever it stands, and before anything is done: no tokenizer and no runtime is blamed."""
+    monkeypatch.chdir(tmp_path)
+    bad = shutil.copytree(GOLDEN / "bundle", tmp_path / os.fsdecode(b"caf\xe9"))
+    shutil.copy(data, bad)
+    write_checkpoint(tmp_path / "checkpoint")
+    places = {
+        "bad": bad, "checkpoint": tmp_path / "checkpoint", "data": data,
+        "golden": GOLDEN / "bundle", "adapter": GOLDEN / "initial_adapter",
+    }  # fmt: skip
+    result = run(*(argument.format(**places) for argument in arguments))
+    assert result.exit_code == UsageError.exit_code
+    assert re.search(r"caf\\udce9.*path is not valid Unicode; rename it", result.stderr), result.output
+    assert not (tmp_path / "out").exists()

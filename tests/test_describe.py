@@ -174,7 +174,7 @@ def test_pickle_and_broken_adapters_are_refused(tmp_path: Path) -> None:
     (adapter / "edgetune.json").unlink()
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(VerificationError, match="not readable as safetensors"):
+    with pytest.raises(VerificationError, match=r"is cut off: it has [\d,]+ of [\d,]+ bytes; copy it again from"):
         describe(adapter)
     weights.unlink()
     (adapter / "adapter_model.bin").write_bytes(b"pickle")

@@ -10,7 +10,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from tiny_phi3 import VARIANTS, checkpoint, genai_model, greedy, torch_model, weights
+from tiny_phi3 import VARIANTS, checkpoint, genai_greedy, genai_model, greedy, torch_model, weights
 
 from edgetune.config import Base
 from edgetune.errors import EdgetuneError
@@ -23,19 +23,6 @@ FILES = {
 PROMPT = [int(token) for token in np.random.default_rng(0).integers(10, 440, 12)]
 LONG_PROMPT = [int(token) for token in np.random.default_rng(1).integers(10, 440, 80)]
 """Longer than the 64 positions of longrope's short factors."""
-
-
-def genai_greedy(folder: Path, input_ids: list[int], max_new_tokens: int) -> list[int]:
-    import onnxruntime_genai as og
-
-    model = og.Model(str(folder))
-    parameters = og.GeneratorParams(model)
-    parameters.set_search_options(do_sample=False, max_length=len(input_ids) + max_new_tokens)
-    generator = og.Generator(model, parameters)
-    generator.append_tokens(np.array(input_ids, np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)[len(input_ids) :]]
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG_PROMPT], ids=["short", "long"])

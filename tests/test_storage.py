@@ -23,7 +23,7 @@ import pytest
 
 from edgetune import storage
 from edgetune.errors import EdgetuneError, LockedError, ResourceError, UsageError
-from edgetune.storage import atomic_folder, locked, recover, sha256_of, write_file
+from edgetune.storage import atomic_folder, locked, recover, require_unicode, sha256_of, write_file
 
 OLD = {"manifest.json": b"old", "weights": b"old" * 999}
 NEW = {"manifest.json": b"new", "weights": b"new" * 999, "deep/er/file": b"new"}
@@ -54,6 +54,33 @@ def names(folder: Path) -> list[str]:
 def make_old(path: Path) -> None:
     path.mkdir(parents=True)
     fill(path, OLD)
+
+
+# --- names
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"caf\xe9/inside", b"\xed\xa0\x80"])
+def test_a_path_that_is_not_unicode_is_refused_for_reading_and_writing(tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / os.fsdecode(name)
+    with pytest.raises(UsageError, match="the folder's path is not valid Unicode; rename it"):
+        recover(path)
+    with pytest.raises(UsageError, match="not valid Unicode"), atomic_folder(path):
+        pytest.fail("it was begun")
+    assert list(tmp_path.iterdir()) == []
+    path.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(UsageError, match="not valid Unicode"):
+        recover(tmp_path / "link")
+    (path / "file").write_text("")
+    with pytest.raises(UsageError, match="the file's path is not valid Unicode; rename it"):
+        require_unicode(path / "file")
+
+
+@pytest.mark.parametrize("name", ["café", "日本", "\ufffd", "a b"])
+def test_any_name_in_unicode_is_taken(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name)
+    recover(tmp_path / name)
+    assert content(tmp_path / name) == NEW
 
 
 # --- what happens on the disk, operation by operation

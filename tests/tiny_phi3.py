@@ -78,12 +78,16 @@ def _new_folder() -> Path:
 @cache
 def checkpoint(variant: str) -> Path:
     """A Hugging Face folder with random weights that are large enough for varied answers."""
+    return save_checkpoint(_new_folder() / variant, VARIANTS[variant])
+
+
+def save_checkpoint(folder: Path, changes: dict[str, Any]) -> Path:
+    """Write a checkpoint whose configuration differs from the variants' common one by `changes`."""
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    folder = _new_folder() / variant
     torch.manual_seed(0)
-    model = Phi3ForCausalLM(Phi3Config(**_CONFIG | VARIANTS[variant]))
+    model = Phi3ForCausalLM(Phi3Config(**_CONFIG | changes))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -123,7 +127,12 @@ def save_tokenizer(folder: Path, text: list[str], vocabulary: int) -> None:
 
 @cache
 def genai_model(variant: str, base: Base) -> Path:
-    """The variant's GenAI folder, built in this process: its imports cost seconds, a build milliseconds."""
+    """The variant's GenAI folder."""
+    return build_here(checkpoint(variant), _new_folder() / f"{variant}-{base}", base)
+
+
+def build_here(source: Path, folder: Path, base: Base) -> Path:
+    """Build a GenAI folder in this process: its imports cost seconds, a build milliseconds."""
     from edgetune import olive_pass
     from edgetune.prepare import genai_model
 
@@ -131,11 +140,10 @@ def genai_model(variant: str, base: Base) -> Path:
         places = {"source": str(source), "output": str(output)}
         olive_pass._serve(json.dumps({"name": name, "config": config, **places, "base": base}))
 
-    folder = _new_folder() / f"{variant}-{base}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OLIVE_DISABLE_TELEMETRY", "1")
         patch.setattr(genai_model, "run_olive_pass", run_here)
-        genai_model.build_genai_model(checkpoint(variant), folder, base)
+        genai_model.build_genai_model(source, folder, base)
     return folder
 
 
@@ -235,12 +243,17 @@ def weights(folder: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def torch_model(variant: str, folder: Path) -> Any:
-    """transformers' model of the checkpoint with the linear weights of a GenAI folder."""
+    """transformers' model of a variant with the linear weights of a GenAI folder."""
+    return torch_model_of(checkpoint(variant), folder)
+
+
+def torch_model_of(source: Path, folder: Path) -> Any:
+    """transformers' model of a checkpoint with the linear weights of a GenAI folder."""
     import torch
     from transformers import Phi3ForCausalLM
 
     torch.set_num_threads(1)  # these models are too small for two
-    model = Phi3ForCausalLM.from_pretrained(checkpoint(variant)).eval()
+    model = Phi3ForCausalLM.from_pretrained(source).eval()
     linear = {name: torch.from_numpy(value.copy()) for name, value in weights(folder).items()}
     # A tied head is a copy of its own in the GenAI model, quantised there while the embedding is not.
     model.lm_head.weight = torch.nn.Parameter(linear["lm_head"])
@@ -261,6 +274,20 @@ def greedy(model: Any, input_ids: list[int], max_new_tokens: int) -> list[int]:
     with torch.no_grad():
         ids = model.generate(torch.tensor([input_ids]), max_new_tokens=max_new_tokens, do_sample=False)
     return [int(token) for token in ids[0, len(input_ids) :] if token != model.config.eos_token_id]
+
+
+def genai_greedy(folder: Path, input_ids: list[int], max_new_tokens: int) -> list[int]:
+    """ONNX Runtime GenAI's greedy continuation."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(do_sample=False, max_length=len(input_ids) + max_new_tokens)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array(input_ids, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)[len(input_ids) :]]
 
 
 Say = Callable[[str], None]

@@ -27,8 +27,11 @@ def input_file(path: Path, option: str, expected: str = "a JSONL file") -> Path:
     """A file that an option names, of rows where nothing else is expected.
 
     Raises:
-        UsageError: It is missing or a folder; the message names `option`.
+        UsageError: It is missing, a folder, or of a name that is not valid Unicode; the message names `option`.
     """
+    from edgetune.storage import require_unicode
+
+    require_unicode(path)
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; expected {expected}")
     if not path.exists():

@@ -54,13 +54,24 @@ class ChatTemplate:
             raise DataError([f"the chat template refuses this conversation: {answer['refused']}"])
         return answer["text"]
 
+    def compile(self) -> None:
+        """Read the template and render nothing: enough to find one that was cut off.
+
+        Raises:
+            IncompatibleError: The template is broken.
+        """
+        self._started()
+
     def _ask(self, request: dict[str, Any]) -> dict[str, str]:
+        return self._exchange(self._started(), request)
+
+    def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
             process = _start()
             weakref.finalize(self, _stop, process)
             self._exchange(process, {"source": self._source, "variables": self._tokens})
             self._process = process
-        return self._exchange(self._process, request)
+        return self._process
 
     def _exchange(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> dict[str, str]:
         assert process.stdin is not None and process.stdout is not None  # for mypy: both are pipes

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from edgetune import __version__
 from edgetune.architecture import slots_of
+from edgetune.builder_view import builder_view
 from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
-from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
+from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
@@ -53,8 +54,8 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         UsageError: There is no checkpoint or no file of calibration rows, the rank is above the features of the
             model's widest slot, or the output exists.
         DataError: Calibration rows that cannot be used; raised before anything is built.
-        IncompatibleError: Another family, or an operator without gradient.
-        VerificationError: The checkpoint is incomplete or broken, or names no end-of-text token.
+        IncompatibleError: Another family, a broken chat template, or an operator without gradient.
+        VerificationError: The checkpoint is incomplete or broken, holds NaN or infinity, or names no end-of-text token.
         MissingDependencyError: A host package is not installed, or the side environment cannot be made.
         ResourceError: The disk is full, or the system ended a stage for want of memory.
         LockedError: Another process writes the output.
@@ -68,7 +69,8 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         say(f"The longest row is {positions} tokens, the model's positions, not {config.max_length}")
         config = replace(config, max_length=positions)
     bos, eos = _special_tokens(source)
-    _check_calibration_rows(source, config, bos, eos, say)
+    _check_rows(source, config, bos, eos, say)
+    refuse_non_finite(source)
     from edgetune.prepare.layers import build_layers
 
     # First what may need the network, then what takes long.
@@ -76,7 +78,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
         # Inside the folder: what a killed process leaves goes with it.
         with TemporaryDirectory(prefix=".scratch-", dir=folder) as scratch:
-            view = source.without_code(Path(scratch) / "source")
+            view = builder_view(source, Path(scratch) / "source")
             say(f"Building the {config.base} GenAI model (Olive) …")
             _build_inference_model(source, view, folder, config)
             say("Exporting the forward graph (Optimum) …")
@@ -192,20 +194,21 @@ def _check_rank(architecture: Architecture, config: PrepareConfig) -> None:
         )
 
 
-def _check_calibration_rows(
+def _check_rows(
     source: Checkpoint, config: PrepareConfig, bos: str | None, eos: str, say: Callable[[str], None]
 ) -> None:
-    """Read the rows once before the long stages, so that a bad one does not cost their work."""
-    if config.npu == "none" or config.calibration is None:
-        return
+    """Read tokenizer, chat template and calibration rows before the long stages: a bad one does not cost their work."""
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shutil.copyfile(source.path / "tokenizer.json", folder / "tokenizer.json")
         copy_chat_template(source, folder)
         tokenizer = _tokenizer(source, folder, bos, eos)
-        rows = load_examples(config.calibration, load_encoder(folder, tokenizer), config.max_length, truncate=True)
-        for line in rows.notices:
-            say(line)
+        encoder = load_encoder(folder, tokenizer)
+        if encoder.template is not None:
+            encoder.template.compile()
+        if config.npu != "none" and config.calibration is not None:
+            for line in load_examples(config.calibration, encoder, config.max_length, truncate=True).notices:
+                say(line)
 
 
 def _encoded(rows: Path, folder: Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
@@ -225,6 +228,7 @@ def _manifest(
 ) -> BundleManifest:
     from edgetune.prepare.portable import describe_graph
 
+    revision = {"revision": source.revision} if source.revision else {}
     roles = ("step", "loss", "adamw", "training_model", "eval_model", "optimizer_model", "model", *more)
     graphs = [Graph(role, f"{role}.onnx", *describe_graph(folder / f"{role}.onnx")) for role in roles]
     return BundleManifest(
@@ -237,7 +241,7 @@ def _manifest(
         max_length=config.max_length,
         graphs=graphs,
         gradient_coverage=coverage,
-        provenance={"edgetune": __version__, **versions},
+        provenance={"edgetune": __version__, **versions, **revision},
         files=list_files(folder, without=MANIFEST),
     )
 

@@ -1,0 +1,115 @@
+"""Safetensors files that others wrote: what is in them, why one cannot be read, and which tensors hold NaN or infinity.
+
+The format: eight bytes that say how long the header is (little-endian), a header in JSON, the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgetune.errors import VerificationError
+from edgetune.git_lfs import refuse_pointers
+
+_CHUNK = 1 << 20
+"""Bytes that are looked at in one go; they stay in the processor's cache."""
+_LENGTH = 8
+"""Bytes that say how long the header is."""
+_LONGEST_HEADER = 100_000_000
+"""Bytes; no reader of the format takes more."""
+_EXPONENTS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
+"""The bits of the exponent by type: all of them are set in NaN and infinity, and in no other number (IEEE 754)."""
+FLOATS = tuple(_EXPONENTS)
+"""Types whose numbers can be looked at."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One entry of a header."""
+
+    dtype: str
+    """As safetensors calls it: `F32`, `BF16` and so on."""
+    shape: tuple[int, ...]
+    start: int
+    """Byte of the file that it begins at."""
+    end: int
+    """The byte after its last one."""
+
+
+def read_header(path: Path, again: str = "copy or download it again") -> dict[str, StoredTensor]:
+    """Every tensor by name; no number is read.
+
+    Args:
+        path: The file; nobody needs to have verified it.
+        again: What messages say to do about a broken file.
+
+    Raises:
+        VerificationError: It is a Git LFS pointer, cut off, something else than safetensors, or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # it has checked all: no holes, no overlaps, nothing outside of the file
+        base, entries = _entries(path)
+    except (SafetensorError, OSError) as error:
+        refuse_pointers([path])
+        reason = _reason(path) or f"not a valid safetensors file ({error})"
+        raise VerificationError(f"{path}: {reason}; {again}") from error
+    return {
+        name: StoredTensor(entry["dtype"], tuple(entry["shape"]), *(base + offset for offset in entry["data_offsets"]))
+        for name, entry in entries
+    }
+
+
+def _entries(path: Path) -> tuple[int, list[tuple[str, dict[str, Any]]]]:
+    """Where the tensors' bytes begin, and the header's entries."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH), "little")
+        header = json.loads(file.read(min(length, _LONGEST_HEADER)))
+    return _LENGTH + length, [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+
+
+def _reason(path: Path) -> str | None:
+    """That a file was cut off, and where; None when it is broken in another way."""
+    try:
+        size = path.stat().st_size
+        if size < _LENGTH:
+            return f"is cut off: it has {size} bytes, less than any safetensors file"
+        with path.open("rb") as file:
+            length, begins = int.from_bytes(file.read(_LENGTH), "little"), file.read(1)
+        if length > _LONGEST_HEADER or begins not in (b"", b"{"):
+            return None
+        if size < _LENGTH + length:
+            return f"is cut off: it has {size:,} bytes, its header alone takes {_LENGTH + length:,}"
+        base, entries = _entries(path)
+        whole = base + max(int(entry["data_offsets"][1]) for _, entry in entries)
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
+    return f"is cut off: it has {size:,} of {whole:,} bytes" if size < whole else None
+
+
+def non_finite(path: Path, tensors: Iterable[tuple[str, StoredTensor]]) -> Iterator[str]:
+    """Names of the tensors that hold NaN or infinity, read in pieces of 1 MiB.
+
+    Args:
+        path: A safetensors file.
+        tensors: Entries of its header, of types in `FLOATS`.
+    """
+    buffer = memoryview(bytearray(_CHUNK))
+    with path.open("rb") as file:
+        for name, tensor in tensors:
+            kind, exponent = _EXPONENTS[tensor.dtype]
+            file.seek(tensor.start)
+            for begin in range(tensor.start, tensor.end, _CHUNK):
+                piece = buffer[: min(_CHUNK, tensor.end - begin)]
+                file.readinto(piece)
+                bits = np.frombuffer(piece, kind)
+                if np.bitwise_and(bits, exponent, out=bits).max() == exponent:
+                    yield name
+                    break
