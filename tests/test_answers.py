@@ -24,6 +24,7 @@ from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError
 from edgetune.manifest import RowEncoding
 from edgetune.manifest import Tokenizer as TokenizerManifest
+from edgetune.prepare.conversations import Conversations, try_conversations
 
 Shown = Callable[[int, Sequence[Message]], str | None]
 
@@ -408,3 +409,19 @@ def test_prompt_and_completion_are_a_conversation_of_two_turns(prompt: str) -> N
     assert made.encoder.encode(row) == made.encoder.encode(ChatRow(1, turns(prompt, "yes, it is")))
     raw = made.encodes(RowEncoding(raw_prompts=True)).encode(row)
     assert raw.input_ids == [*made.oracle(prompt + "yes, it is")["input_ids"], made.oracle.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "closed_by_text", "shows_system"),
+    [
+        ("by token", "<|end|>", False, True),
+        ("by the end of the sequence", EOS, False, True),
+        ("by text", EOS, True, True),
+        ("system dropped", "<|end|>", False, False),
+        ("strict alternation", "<|end|>", False, False),
+    ],
+)
+def test_what_prepare_finds_in_a_template(name: str, end: str, closed_by_text: bool, shows_system: bool) -> None:
+    made = tokenizer_model("bytes", FORMS[name].template)
+    expected = Conversations(made.oracle.convert_tokens_to_ids(end), closed_by_text, shows_system)
+    assert try_conversations(made.encoder) == expected
