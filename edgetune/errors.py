@@ -46,6 +46,10 @@ class IncompatibleError(EdgetuneError):
     exit_code = 4
 
 
+class TemplateStoppedError(IncompatibleError):
+    """A chat template took too much time or memory and was stopped (4): the next conversation would be no better."""
+
+
 class VerificationError(EdgetuneError):
     """A file is not what its manifest says, or could do harm (5)."""
 

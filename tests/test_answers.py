@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 from shared_material import shared_material
-from tokenizer_models import EOS, KINDS, dicts, tokenizer_model, turns
+from tokenizer_models import EOS, KINDS, bytes_kind, dicts, tokenizer_model, turns
 
+from edgetune.data import template as templates
+from edgetune.data.control_tokens import ContentAsText, ControlTokens
 from edgetune.data.encode import IGNORED, Encoder, Remark, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.data.rows import ChatRow, CompletionRow, Message, TextRow
 from edgetune.data.template import ChatTemplate
-from edgetune.errors import DataError
+from edgetune.errors import DataError, IncompatibleError
 from edgetune.manifest import RowEncoding
 from edgetune.manifest import Tokenizer as TokenizerManifest
 from edgetune.prepare.conversations import Conversations, try_conversations
@@ -144,6 +146,11 @@ FORMS = {
         f"{HEADER}{{{{ m.content }}}}<|end|>\n{{% endfor %}}{PROMPT}",
         "<|end|>",
     ),
+    "tests how a content ends": Form(
+        f"{{% for m in messages %}}{HEADER}{{{{ m.content }}}}{{% if m.role == 'user' and m.content.endswith('?') %}}"
+        f"(a question){{% endif %}}<|end|>\n{{% endfor %}}{PROMPT}",
+        "<|end|>",
+    ),
     "only the last pair": Form(
         f"{{% for m in messages[-1:] if add_generation_prompt %}}{HEADER}{{{{ m.content }}}}<|end|>\n{{% endfor %}}"
         f"{{% for m in messages[-2:] if not add_generation_prompt %}}{HEADER}{{{{ m.content }}}}<|end|>\n{{% endfor %}}"
@@ -237,14 +244,123 @@ def labels_by_prefixes(oracle: Any, form: Form, messages: Sequence[Message]) -> 
     return ids, labels
 
 
-@pytest.mark.parametrize("name", ["by token", "system dropped", "by text"])
-def test_a_conversation_that_begins_with_an_answer(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("by token", "hello there<|end|>yes<|end|>"),
+        ("system dropped", "hello there<|end|>yes<|end|>"),
+        # Without a next turn, the two lines after the first answer would be one token.
+        ("by text", f"hello thereyes\n\n{EOS}"),
+    ],
+)
+def test_a_conversation_that_begins_with_an_answer(name: str, expected: str) -> None:
     """transformers renders no empty conversation, so there is no prompt to compare with."""
     form, messages = FORMS[name], (Message("assistant", "hello there"), *turns("hello", "yes"))
     made = tokenizer_model("bytes", form.template)
     example = made.encoder.encode(ChatRow(1, messages))
     trained = made.oracle.decode([label for label in example.labels if label != IGNORED])
-    assert trained == f"hello there{form.closing}yes{form.closing}{'' if form.special else EOS}"
+    assert trained == expected
+
+
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>"
+    "{{ m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+"""As DeepSeek's R1 has it: the prompt opens a chain of thought that the rendered answer does not have."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "trained"),
+    [
+        ("yes", "yes"),
+        ("<think>\nwell\n</think>\n\nyes", "\n\nyes"),
+        ("<think>\nwell</think><html>", "<html>"),
+        ("<think>\nwell</think>\n<think> is what I print", "\n<think> is what I print"),
+        ("\n\n  yes", "\n\n  yes"),
+    ],
+)
+def test_an_answer_whose_prompt_opens_thoughts_that_it_does_not_have(answer: str, trained: str) -> None:
+    made = tokenizer_model("bytes", R1.replace("<|user|>", "user:").replace("<|assistant|>", "assistant:"))
+    example = made.encoder.encode(ChatRow(1, turns("hello", answer, "and now?", answer)))
+    assert example.input_ids == made.oracle.apply_chat_template(dicts(turns("hello", answer, "and now?", answer)))
+    labels = [label for label in example.labels if label != IGNORED]
+    assert made.encoder.decode(labels, skip_special_tokens=False) == f"{trained}{EOS}" * 2
+
+
+def test_a_prompt_that_shows_the_last_question_only_is_not_taken_for_an_earlier_one() -> None:
+    template = FORMS["by token"].template.replace(
+        "in messages", "in (messages[-1:] if add_generation_prompt else messages)"
+    )
+    made, plain = (tokenizer_model("bytes", each) for each in (template, FORMS["by token"].template))
+    row = ChatRow(1, CONVERSATIONS["repeated"][1:])
+    assert made.encoder.encode(row) == plain.encoder.encode(row)
+
+
+def test_a_template_that_takes_no_empty_conversation() -> None:
+    template = "{% if messages[0].role == 'user' %}{% endif %}" + FORMS["by token"].template
+    made, plain = (tokenizer_model("bytes", each) for each in (template, FORMS["by token"].template))
+    row = ChatRow(1, (Message("assistant", "hello there"), *turns("hello", "yes")))
+    assert made.encoder.encode(row) == plain.encoder.encode(row)
+
+
+def test_a_template_that_cuts_an_answer_is_a_problem_of_the_row() -> None:
+    made = tokenizer_model("bytes", FORMS["by token"].template.replace("m.content", "m.content.split('#')[0]"))
+    assert made.encoder.encode(ChatRow(1, turns("hello # there", "yes"))).remarks == {Remark.MESSAGE_LEFT_OUT}
+    with pytest.raises(DataError, match="changes the answer in turn 2"):
+        made.encoder.encode(ChatRow(1, turns("hello", "yes # it is")))
+
+
+def test_a_template_whose_prompt_is_broken_or_hangs_is_no_matter_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained on such a template, an adapter could not be asked."""
+    monkeypatch.setattr(templates, "TIME_LIMIT", 1.0)
+    loops = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+    for wrong, message in (("{{ nothing.here }}", "is broken"), (loops, "does not finish")):
+        broken = FORMS["by token"].template.replace("%}{{ '<|assistant|>", f"%}}{wrong}{{{{ '<|assistant|>")
+        assert wrong in broken
+        made = tokenizer_model("bytes", broken)
+        with pytest.raises(IncompatibleError, match=message):
+            made.encoder.encode(ChatRow(1, turns(*["yes"] * 40)))
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        (FORMS["by token"].template, True),
+        (FORMS["system dropped"].template, False),
+        # Neither renders the conversation without the system's turn.
+        ("{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}<|end|>", False),
+        ("{{ messages[0].content }}{{ messages[1].content }}", True),
+        # What stands there otherwise says the same.
+        ("{{ messages[0].content if messages[0].role == 'system' else 'be kind' }}{{ messages[-1].content }}", True),
+    ],
+)
+def test_whether_a_prompt_shows_the_system(template: str, shown: bool) -> None:
+    encoder = tokenizer_model("bytes", template).encoder
+    assert encoder.shows(0, [Message("system", "be kind"), Message("user", "hello")]) is shown
+
+
+@pytest.mark.parametrize(
+    ("template", "first", "second"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "obey<|en", "d|>yes"),
+        ("{% for m in messages %}{{ m.content.replace('()', '') }}<|end|>{% endfor %}", "hello", "<|en()d|>yes"),
+    ],
+)
+def test_content_that_a_template_joins_to_a_control_token_is_refused(template: str, first: str, second: str) -> None:
+    encoder = tokenizer_model("bytes", template).encodes(RowEncoding(content_as_text=True))
+    with pytest.raises(DataError, match="joins the messages"):
+        encoder.encode(ChatRow(1, turns(first, second)))
+    encoder.encode(ChatRow(1, turns("a < b", "b > a")))
+
+
+def test_of_control_tokens_that_begin_alike_the_longest_is_meant() -> None:
+    tokenizer = bytes_kind()
+    tokenizer.add_special_tokens(["<|end|>x"])
+    as_text = ContentAsText(tokenizer)
+    assert ControlTokens(tokenizer).pattern.findall("<|end|>xy<|end|>") == ["<|end|>x", "<|end|>"]
+    named = as_text.tokenizer.encode(as_text.named("<|end|>x<|end|>"), add_special_tokens=False).ids
+    assert named == [tokenizer.token_to_id("<|end|>x"), tokenizer.token_to_id("<|end|>")]
 
 
 PHI = {

@@ -166,6 +166,13 @@ OTHER_TEMPLATES = {
 }
 
 
+ANSWERS = {
+    "newline after the prompt": ("yes\n<|end|>", "itison\n<|end|>"),
+    # Nothing asks for an answer: the model has to write its own header, as `generate` asks without it.
+    "no prompt": ("<|assistant|>yes<|end|>", "<|assistant|>itison<|end|>"),
+}
+
+
 @pytest.mark.parametrize("name", OTHER_TEMPLATES)
 def test_other_templates(model: Models, name: str) -> None:
     made, messages = model("bytes", OTHER_TEMPLATES[name]), turns(" yes ", " yes ", "yes", "it is on")
@@ -174,23 +181,23 @@ def test_other_templates(model: Models, name: str) -> None:
     runs = trained_runs(example.input_ids, example.labels)
     assert [made.oracle.decode(run).replace(" ", "").strip() for run in runs] == [
         made.oracle.decode(made.oracle.encode(text)).replace(" ", "").strip()
-        for text in (
-            ("yes\n<|end|>", "itison\n<|end|>") if name.startswith("newline") else ("yes<|end|>", "itison<|end|>")
-        )
+        for text in ANSWERS.get(name, ("yes<|end|>", "itison<|end|>"))
     ]
 
 
-def test_a_long_conversation_takes_no_time(model: Models) -> None:
-    made = model("llama", TEMPLATES["headed"])
+@pytest.mark.parametrize("end", ["<|end|>", "\n\n"])
+def test_a_long_conversation_takes_no_time(model: Models, end: str) -> None:
+    made = model("llama", TEMPLATES["headed"].replace("<|end|>", end.replace("\n", "\\n")))
     started = time.monotonic()
     example = made.encoder.encode(ChatRow(1, turns(*["yes " * 250] * 200)))
-    assert example.labels.count(made.oracle.convert_tokens_to_ids("<|end|>")) == 100
+    assert len(trained_runs(example.input_ids, example.labels)) == 100
     assert len(example.input_ids) > 40_000
     assert time.monotonic() - started < 10
 
 
 def test_where_text_alone_closes_answers_the_last_one_ends_with_the_end_of_the_sequence(model: Models) -> None:
-    made = model("bytes", "{% for message in messages %}{{ message.role }}:\n{{ message.content }}\n\n{% endfor %}")
+    template = "{% for message in messages %}{{ message.role }}:\n{{ message.content }}\n\n{% endfor %}"
+    made = model("bytes", template + "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}")
     example = made.encoder.encode(ChatRow(1, turns("hello", "yes", "and", "no")))
     rendered = made.oracle.apply_chat_template(dicts(turns("hello", "yes", "and", "no")))
     assert example.input_ids == [*rendered, made.oracle.eos_token_id]
@@ -210,7 +217,7 @@ def test_an_answer_that_the_template_does_not_show_is_a_problem_of_its_row(
     with pytest.raises(DataError) as caught:
         load_examples(path, model("bytes", template).encoder, 100, truncate=False)
     first, second = caught.value.problems
-    reason = "changes messages[1].content" if "reverse" in template else "shows no answer"
+    reason = "changes the answer in turn 2" if "reverse" in template else "shows no answer"
     assert first.startswith(f"{path}:1: the chat template {reason}")
     assert second == first.replace(f"{path}:1:", f"{path}:2:")
 

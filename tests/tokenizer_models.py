@@ -21,6 +21,8 @@ TURNS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CORPUS = [
     "the answer is yes, and the lamp in the kitchen is on now",
     "turn the lamp off. what is the answer? hello there, hello world",
+    # Two lines are one token where nothing follows, and two tokens where something does.
+    "yes\n\n",
 ] * 4
 
 

@@ -2,21 +2,24 @@
 
 Both ends are known exactly, nothing is searched for. An answer begins where the prompt that asks for it ends: the
 earlier messages, rendered with the generation prompt. Its content ends where a mark comes out that was put at the end
-of the message's content before rendering: a noncharacter, which neither templates nor people write.
+of the message's content before rendering: a noncharacter, which neither templates nor people write. Few templates
+write a prompt otherwise once it is answered; there a mark tells where the content begins as well.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from edgetune.data.rows import Message
-from edgetune.errors import DataError, IncompatibleError
+from edgetune.errors import DataError, IncompatibleError, TemplateStoppedError
 
 _MARKS = [chr(code) for code in range(0xFDE0, 0xFDF0)]
 """Noncharacters: Unicode keeps them for programs, no text interchanges them (Unicode 16.0, section 23.7)."""
+_OVERLAP = 32
+"""Characters with which a content that was cut and what stands before it can end alike, at most."""
 _Places = Mapping[int, Sequence[int]]
 """For each message where its mark came out; more than one place where the template shows the content again."""
 
@@ -68,16 +71,31 @@ def render_conversation(render: Renderer, messages: Sequence[Message]) -> Conver
     text = render(messages, add_generation_prompt=False)
     ends = _ends(render, messages, text)
     shown = [index for index, message in enumerate(messages) if message.role == "assistant" and ends.get(index) != []]
-    answers: list[Answer] = []
+    answers = []
     for index in shown:
-        begin, end = _span(render, messages, index, text, ends, answers[-1].content_end if answers else 0)
+        begin, end = _span(render, messages, index, text, ends)
         last = index == len(messages) - 1
         closing = text[end:] if last else _closing(render, messages[: index + 1], text, end)
         answers.append(Answer(begin, end, closing))
+    left_out = [index for index in range(len(messages)) if ends.get(index) == []]
+    for index in left_out:
+        if messages[index].role == "assistant" and _places(render, messages, index, text, at=0):
+            raise DataError([_changed(index)])
     if not answers:
         raise DataError(["the chat template shows no answer of this conversation, so there is nothing to learn"])
-    left_out = [message.role for index, message in enumerate(messages) if ends.get(index) == []]
-    return Conversation(text, answers, left_out, shown[-1] == len(messages) - 1)
+    return Conversation(text, answers, [messages[index].role for index in left_out], shown[-1] == len(messages) - 1)
+
+
+def is_shown(render: Renderer, messages: Sequence[Message], index: int) -> bool:
+    """Whether the prompt that asks for the next answer shows the content of a message.
+
+    Raises:
+        DataError: The template refuses the conversation.
+        IncompatibleError: The template is broken.
+    """
+    prompt = render(messages, add_generation_prompt=True)
+    places = _marked(render, messages, [index], prompt, add_generation_prompt=True)
+    return places is None or bool(places[index])
 
 
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
@@ -86,62 +104,75 @@ def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     return next((index for index in range(shorter) if first[index] != second[index]), shorter)
 
 
-def _span(
-    render: Renderer, messages: Sequence[Message], index: int, text: str, ends: _Places, earlier: int
-) -> tuple[int, int]:
-    """Begin and end of an answer; the one before it ends at `earlier`."""
-    prompt = _attempt(render, messages[:index], add_generation_prompt=True) or ""
+def _span(render: Renderer, messages: Sequence[Message], index: int, text: str, ends: _Places) -> tuple[int, int]:
+    """Begin and end of an answer."""
+    content = messages[index].content.strip()
     own = ends.get(index, ())
-    least = 1 if messages[index].content.strip() else 0
-    if prompt and text.startswith(prompt):
-        end = next((end for end in own if end >= len(prompt) + least), None)
-        # A template that shows some of the messages only can begin like the prompt by chance.
+    prompt = _prompt(render, messages[:index])
+    if prompt is not None and text.startswith(prompt):
+        begin = len(prompt)
+        end = next((end for end in own if end >= begin + min(1, len(content))), None)
+        # A template whose prompts show some of the messages only can begin like one of them by chance.
         others = [end for other, places in ends.items() if other != index for end in places]
-        chance = end is None or any(len(prompt) < other < end for other in others)
-        if end is not None and not chance and not _lacks_header(render, messages, index, text, prompt):
-            return len(prompt), end
-    # Some templates open a chain of thought in the prompt only, or put the system's text into the last turn.
-    begins = _marked(render, messages, [index], text, at_end=False) or {}
-    for begin in begins.get(index, ()):
-        end = next((end for end in own if end >= begin + least), None)
-        if begin >= earlier and end is not None:
-            return _after_white_space(text, begin, prompt), end
-    # Others cut the beginning of the content off: then the prompt is what both have in common.
-    common = common_length(prompt, text)
-    end = next((end for end in own if end > common), None)
-    if common >= max(earlier, 1) and end is not None:
-        return common, end
-    raise DataError(
-        [
-            f"the chat template changes messages[{index}].content, so that the answer cannot be told from what "
-            "stands around it; use prompt/completion rows with --raw-prompts"
-        ]
+        if end is not None and not any(begin < other < end for other in others):
+            return begin, end
+    for end in own:
+        for begin in _begins(text, content, end):
+            if begin in _places(render, messages, index, text, at=len(content) - (end - begin)):
+                return _with_white_space(text, begin, messages[index].content, prompt), end
+    raise DataError([_changed(index)])
+
+
+def _begins(text: str, content: str, end: int) -> Iterator[int]:
+    """Where content that ends at `end` can begin: templates cut thoughts off that it begins with, if anything."""
+    shown = common_length(text[max(0, end - len(content)) : end][::-1], content[::-1])
+    yield from range(end - shown, min(end - shown + _OVERLAP, end if content else end + 1))
+
+
+def _with_white_space(text: str, begin: int, content: str, prompt: str | None) -> int:
+    """Where the model begins to write: of the white space before the bare content, with what the prompt does not have.
+
+    Without a prompt to compare with, it is the white space that the content itself begins with.
+    """
+    bare = len(text[:begin].rstrip())
+    if prompt is None:
+        own = content[: len(content) - len(content.lstrip())]
+        return begin - len(own) if text[bare:begin].endswith(own) else begin
+    common = common_length(prompt, text[:begin])
+    theirs = prompt[len(prompt.rstrip()) :]
+    return common if common >= bare else bare + common_length(theirs, text[bare:begin])
+
+
+def _changed(index: int) -> str:
+    return (
+        f"the chat template changes the answer in turn {index + 1}, so that it cannot be told from what stands around "
+        "it; use prompt/completion rows with --raw-prompts"
     )
 
 
-def _lacks_header(render: Renderer, messages: Sequence[Message], index: int, text: str, prompt: str) -> bool:
-    """Whether the template knows no generation prompt, so that `prompt` ends before the header of the answer."""
-    if text[len(prompt) :].lstrip().startswith(messages[index].content.strip()):
-        return False
-    return _attempt(render, messages[:index], add_generation_prompt=False) == prompt
-
-
-def _after_white_space(text: str, begin: int, prompt: str) -> int:
-    """Of the white space before the content, what the prompt has as well is the prompt's; the model writes the rest."""
-    bare = len(text[:begin].rstrip())
-    theirs = prompt[len(prompt.rstrip()) :]
-    return bare + common_length(theirs, text[bare:begin])
+def _prompt(render: Renderer, messages: Sequence[Message]) -> str | None:
+    """What asks for the next answer; None where the template takes other conversations only."""
+    try:
+        return render(messages, add_generation_prompt=True)
+    except TemplateStoppedError:
+        raise
+    except IncompatibleError:
+        if messages:
+            raise
+        return None  # many a template looks at the first message without asking whether there is one
+    except DataError:
+        return None
 
 
 def _closing(render: Renderer, messages: Sequence[Message], text: str, end: int) -> str:
     """What follows the content of the last message when nothing follows that message."""
-    alone = _attempt(render, messages, add_generation_prompt=False)
-    if alone is None:
+    try:
+        alone = render(messages, add_generation_prompt=False)
+    except DataError:
         return ""
     if alone[:end] == text[:end]:
         return alone[end:]
-    places = _marked(render, messages, [len(messages) - 1], alone, at_end=True) or {}
-    ends = places.get(len(messages) - 1, ())
+    ends = (_marked(render, messages, [len(messages) - 1], alone) or {}).get(len(messages) - 1)
     return alone[ends[-1] :] if ends else ""
 
 
@@ -149,18 +180,32 @@ def _ends(render: Renderer, messages: Sequence[Message], text: str) -> _Places:
     """Where the content of each message ends: no place where it is left out, no entry where that cannot be told."""
     # A mark in an empty message would change what templates test.
     indices = [at for at, message in enumerate(messages) if message.content.strip() or message.role == "assistant"]
-    together = _marked(render, messages, indices, text, at_end=True)
+    together = _marked(render, messages, indices, text)
     if together is not None:
         return together
     # A template may test how a content ends: then only that message has no mark.
-    alone = (_marked(render, messages, [index], text, at_end=True) for index in indices)
+    alone = (_marked(render, messages, [index], text) for index in indices)
     return {index: places[index] for places in alone if places is not None for index in places}
 
 
+def _places(render: Renderer, messages: Sequence[Message], index: int, text: str, *, at: int) -> Sequence[int]:
+    """Where a mark comes out at a place of a message's content, counted without white space around it."""
+    return (_marked(render, messages, [index], text, at=at) or {}).get(index, ())
+
+
 def _marked(
-    render: Renderer, messages: Sequence[Message], indices: Sequence[int], text: str, *, at_end: bool
+    render: Renderer,
+    messages: Sequence[Message],
+    indices: Sequence[int],
+    text: str,
+    *,
+    at: int | None = None,
+    add_generation_prompt: bool = False,
 ) -> _Places | None:
-    """Where marks in these messages come out; None when the template renders anything else otherwise for them."""
+    """Where marks in these messages come out, at their end or at a place of their content.
+
+    None when the template renders anything else otherwise because of them.
+    """
     mark = next((mark for mark in _MARKS if not any(mark in message.content for message in messages)), None)
     if mark is None:
         raise DataError(["the messages have all of the noncharacters U+FDE0 to U+FDEF, which are no text; remove one"])
@@ -168,10 +213,13 @@ def _marked(
     for index in indices:
         content = turns[index].content
         bare = content.strip()
-        place = content.index(bare) + (len(bare) if at_end else 0)
+        place = content.index(bare) + (len(bare) if at is None else at)
         turns[index] = replace(turns[index], content=f"{content[:place]}{mark}{index}{mark}{content[place:]}")
-    marked = _attempt(render, turns, add_generation_prompt=False)
-    if marked is None:
+    try:
+        marked = render(turns, add_generation_prompt=add_generation_prompt)
+    except TemplateStoppedError:
+        raise
+    except (DataError, IncompatibleError):
         return None
     places: dict[int, list[int]] = {index: [] for index in indices}
     shown, length = [], 0
@@ -182,11 +230,3 @@ def _marked(
             shown.append(piece)
             length += len(piece)
     return places if "".join(shown) == text else None
-
-
-def _attempt(render: Renderer, messages: Sequence[Message], *, add_generation_prompt: bool) -> str | None:
-    """The rendered messages; None when the template takes other conversations only."""
-    try:
-        return render(messages, add_generation_prompt=add_generation_prompt)
-    except (DataError, IncompatibleError):
-        return None

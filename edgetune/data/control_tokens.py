@@ -61,6 +61,7 @@ class ContentAsText:
         self._pattern = control.pattern
         self._texts = list(control.ids)
         self._names = {text: f"{_NAMED}{number}{_NAMED}" for number, text in enumerate(self._texts)}
+        self._edges = {ord(edge): "x" for text in self._texts for edge in (text[0], text[-1])}
         self.tokenizer = _renamed(tokenizer, self._names)
         """Knows control tokens by their private names alone."""
         if any(self.tokenizer.token_to_id(self._names[text]) != id for text, id in control.ids.items()):
@@ -75,6 +76,19 @@ class ContentAsText:
         if strange := {_HIDDEN, _NAMED} & set(content):
             raise DataError([f"the text has the noncharacter {min(strange)!a}, which is no text; remove it"])
         return self._pattern.sub(lambda found: f"{_HIDDEN}{self._texts.index(found[0])}{_HIDDEN}", content)
+
+    def harmless(self, content: str) -> str:
+        """Content with which nothing can begin or end a control token, as long as before."""
+        return content.translate(self._edges)
+
+    def require_equal(self, rendered: str, expected: str) -> None:
+        """See that what was rendered from hidden content has the control tokens that harmless content gives.
+
+        Raises:
+            DataError: The template puts pieces of content together so that they spell a control token.
+        """
+        if self._pattern.findall(rendered) != self._pattern.findall(expected):
+            raise DataError(["the chat template joins the messages so that they spell a control token; change them"])
 
     def named(self, rendered: str) -> str:
         """A text that was rendered from hidden content, for `tokenizer`: control tokens renamed, content restored."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune import manifest
-from edgetune.data.answers import Answer, common_length, render_conversation
+from edgetune.data.answers import Answer, common_length, is_shown, render_conversation
 from edgetune.data.control_tokens import ContentAsText, ControlTokens
 from edgetune.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
 from edgetune.data.template import ChatTemplate
@@ -25,6 +25,8 @@ IGNORED = -100
 """Label of a token that is not trained (Hugging Face's convention)."""
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer.json"
+_WINDOW = 256
+"""Characters around the end of an answer within which a tokenizer's choice of tokens can depend on what follows."""
 _OBJECTS = 290
 """Measured bytes of an example beside its tokens."""
 
@@ -140,10 +142,8 @@ class Encoder:
         return [token.id for token in self._tokens(self._render(messages, add_generation_prompt=True))]
 
     def shows(self, index: int, messages: Sequence[Message]) -> bool:
-        """Whether the prompt that asks for the next answer shows the message at `index`; errors are as above."""
-        others = [*messages[:index], *messages[index + 1 :]]
-        asked = self._render(messages, add_generation_prompt=True)
-        return asked != self._render(others, add_generation_prompt=True)
+        """Whether the prompt of `encode_prompt` shows the message at `index`; errors are the same."""
+        return is_shown(self._render, messages, index)
 
     def encode_raw_prompt(self, prompt: str) -> list[int]:
         """Token ids of a text that the model shall go on with, as training saw a raw prompt."""
@@ -172,16 +172,15 @@ class Encoder:
         for answer in conversation.answers:
             end = self._end_of_turn(answer, conversation.text, tokens, starts)
             closed = end is not None
-            end = self._end_of_text(answer, conversation.text, ids, tokens) if end is None else end
+            end = self._end_of_text(answer, conversation.text) if end is None else end
             for index in range(bisect_left(starts, answer.begin), bisect_left(starts, end)):
                 if tokens[index].end <= end:
                     labels[index] = ids[index]
         if conversation.ends_with_answer and not closed:
             _end_sequence(ids, labels, self._eos_token_id)
         remarks = self.remarks_of(messages)
-        if conversation.left_out:
-            systems = set(conversation.left_out) == {"system"}
-            remarks |= {Remark.SYSTEM_LEFT_OUT if systems else Remark.MESSAGE_LEFT_OUT}
+        for role in conversation.left_out:
+            remarks |= {Remark.SYSTEM_LEFT_OUT if role == "system" else Remark.MESSAGE_LEFT_OUT}
         return Example(line, ids, labels, remarks)
 
     def _end_of_turn(self, answer: Answer, text: str, tokens: Sequence[_Token], starts: Sequence[int]) -> int | None:
@@ -195,13 +194,16 @@ class Encoder:
                 return tokens[index].end
         return None
 
-    def _end_of_text(self, answer: Answer, text: str, ids: Sequence[int], tokens: Sequence[_Token]) -> int:
+    def _end_of_text(self, answer: Answer, text: str) -> int:
         """Where an answer ends that text alone closes: with the last token that is the same without a next turn."""
-        alone = text[: answer.content_end] + answer.closing
-        if alone == text:
+        end = answer.content_end
+        if text[end:] == answer.closing:
             return len(text)
-        common = common_length(ids, [token.id for token in self._tokens(alone)])
-        return tokens[common - 1].end if common else 0
+        begin = max(0, end - _WINDOW)
+        here = self._tokens(text[begin : end + len(answer.closing) + _WINDOW])
+        alone = self._tokens(text[begin:end] + answer.closing)
+        common = common_length([token.id for token in here], [token.id for token in alone])
+        return begin + here[common - 1].end if common else begin
 
     def _encode_plain(self, line: int, text: str, prompt_end: int | None) -> Example:
         _check_text(text)
@@ -234,7 +236,13 @@ class Encoder:
         if not self.encoding.content_as_text:
             return self.template.render(messages, add_generation_prompt=add_generation_prompt)
         hidden = [replace(message, content=self._as_text.hidden(message.content)) for message in messages]
-        return self._as_text.named(self.template.render(hidden, add_generation_prompt=add_generation_prompt))
+        rendered = self.template.render(hidden, add_generation_prompt=add_generation_prompt)
+        plain = [replace(message, content=self._as_text.harmless(message.content)) for message in hidden]
+        if plain != hidden:
+            # What was hidden apart may spell a control token where the template puts it together.
+            expected = self.template.render(plain, add_generation_prompt=add_generation_prompt)
+            self._as_text.require_equal(rendered, expected)
+        return self._as_text.named(rendered)
 
     def _tokens(self, text: str) -> list[_Token]:
         _check_text(text)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.data.rows import Message
-from edgetune.errors import DataError, EdgetuneError, IncompatibleError
+from edgetune.errors import DataError, EdgetuneError, IncompatibleError, TemplateStoppedError
 
 TIME_LIMIT = 20.0
 """Seconds that one rendering may take."""
@@ -44,7 +44,8 @@ class ChatTemplate:
 
         Raises:
             DataError: The template refuses this conversation; the one problem is its reason, without a place.
-            IncompatibleError: The template is broken, or takes too much time or memory.
+            IncompatibleError: The template is broken.
+            TemplateStoppedError: It takes too much time or memory.
         """
         turns = [{"role": message.role, "content": message.content} for message in messages]
         answer = self._ask(
@@ -96,7 +97,7 @@ class ChatTemplate:
             reason = (
                 f"does not finish in {TIME_LIMIT:g} seconds" if late.is_set() else "crashes or needs too much memory"
             )
-            raise IncompatibleError(_broken(reason))
+            raise TemplateStoppedError(_broken(reason))
         answer: dict[str, str] = json.loads(line)
         if "broken" in answer:
             raise IncompatibleError(_broken(answer["broken"]))

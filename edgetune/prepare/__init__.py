@@ -120,7 +120,7 @@ def _learn_ends(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) 
         if found.closed_by_text:
             say(f"The chat template closes turns with text alone: {name} is trained after a row's last answer only")
     if not found.shows_system:
-        say("The chat template leaves the system's text out: it is neither trained nor asked with")
+        say("The chat template leaves the system's text out: rows are trained without it, generate refuses --system")
 
 
 def _build_training_graphs(

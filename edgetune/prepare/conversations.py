@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgetune.data.encode import IGNORED, Encoder, Remark
+from edgetune.data.encode import IGNORED, Encoder
 from edgetune.data.rows import ChatRow, Message
 from edgetune.errors import EdgetuneError
 
@@ -20,18 +20,17 @@ class Conversations:
     closed_by_text: bool
     """Whether text alone closes an answer when another turn follows, so that no end is trained there."""
     shows_system: bool
-    """Whether the template shows what the system says."""
+    """Whether a prompt shows what the system says."""
 
 
 def try_conversations(encoder: Encoder) -> Conversations:
     """Encode short conversations, and look which tokens are trained."""
     ends = [_last_trained(encoder, turns) for turns in ([_QUESTION, _ANSWER], [_QUESTION, _ANSWER, _QUESTION])]
     try:
-        system = Message("system", "Be brief.")
-        left_out = Remark.SYSTEM_LEFT_OUT in encoder.encode(ChatRow(1, (system, _QUESTION, _ANSWER))).remarks
+        shows_system = encoder.shows(0, [Message("system", "Be brief."), _QUESTION])
     except EdgetuneError:  # a template that refuses a system's turn says so with each row
-        left_out = False
-    return Conversations(ends[0], None not in ends and ends[0] != ends[1], not left_out)
+        shows_system = True
+    return Conversations(ends[0], None not in ends and ends[0] != ends[1], shows_system)
 
 
 def _last_trained(encoder: Encoder, turns: list[Message]) -> int | None:
