@@ -281,7 +281,7 @@ R1 = (
     ],
 )
 def test_an_answer_whose_prompt_opens_thoughts_that_it_does_not_have(answer: str, trained: str) -> None:
-    made = tokenizer_model("bytes", R1.replace("<|user|>", "user:").replace("<|assistant|>", "assistant:"))
+    made = tokenizer_model("bytes", R1.replace("<|user|>", "user>").replace("<|assistant|>", "assistant>"))
     example = made.encoder.encode(ChatRow(1, turns("hello", answer, "and now?", answer)))
     assert example.input_ids == made.oracle.apply_chat_template(dicts(turns("hello", answer, "and now?", answer)))
     labels = [label for label in example.labels if label != IGNORED]

@@ -63,6 +63,9 @@ def test_the_contract_says_how_rows_were_encoded(
     with_adapter = evaluate(GOLDEN, data, tmp_path / "adapter")
     base = {encoding: evaluate(GOLDEN, data, None, encoding=encoding) for encoding in (expected, RowEncoding())}
     assert with_adapter.trained_tokens == base[expected].trained_tokens
+    told = evaluate(GOLDEN, data, tmp_path / "adapter", encoding=expected)
+    assert with_adapter == told
+    assert (base[expected].loss == base[RowEncoding()].loss) == (expected == RowEncoding())
     shown = [len(row.input_ids) for row in preview(GOLDEN, data, encoding=expected)]
     assert (shown == [len(row.input_ids) for row in preview(GOLDEN, data)]) == (expected == RowEncoding())
 

@@ -173,9 +173,8 @@ class Encoder:
             end = self._end_of_turn(answer, conversation.text, tokens, starts)
             closed = end is not None
             end = self._end_of_text(answer, conversation.text) if end is None else end
-            for index in range(bisect_left(starts, answer.begin), bisect_left(starts, end)):
-                if tokens[index].end <= end:
-                    labels[index] = ids[index]
+            trained = slice(bisect_left(starts, answer.begin), bisect_left(starts, end))
+            labels[trained] = ids[trained]
         if conversation.ends_with_answer and not closed:
             _end_sequence(ids, labels, self._eos_token_id)
         remarks = self.remarks_of(messages)
