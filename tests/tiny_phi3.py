@@ -44,6 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "partial": {"num_key_value_heads": 2, "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
 }
 """What each variant changes in the configuration; `partial` also ties the embeddings, as Phi-4-mini does."""
+WIDE = "wide"
+"""A model with as many inputs as it takes for rounding errors to cancel."""
+_MODELS = VARIANTS | {WIDE: {"hidden_size": 512, "intermediate_size": 512}}
 
 _CONFIG: dict[str, Any] = {
     "vocab_size": 448,
@@ -83,7 +86,7 @@ def checkpoint(variant: str) -> Path:
 
     folder = _new_folder() / variant
     torch.manual_seed(0)
-    model = Phi3ForCausalLM(Phi3Config(**_CONFIG | VARIANTS[variant]))
+    model = Phi3ForCausalLM(Phi3Config(**_CONFIG | _MODELS[variant]))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -141,7 +144,7 @@ def genai_model(variant: str, base: Base) -> Path:
 
 def lora(variant: str, rank: int = 4) -> Lora:
     """Slots on all projections."""
-    config = _CONFIG | VARIANTS[variant]
+    config = _CONFIG | _MODELS[variant]
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     packed = hidden + 2 * hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes = {
