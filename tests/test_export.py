@@ -334,6 +334,26 @@ def test_a_merge_that_loses_too_much_is_refused_with_the_figures(learnt: Learnt,
         assert expected in str(refusal.value)
 
 
+def test_the_command_says_what_is_kept_and_refuses_what_lost_too_much(learnt: Learnt, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from edgetune.cli import main
+
+    adapter, rows = learnt("int4")
+    command = ["export", str(bundle(WIDE, "int4").path), "--adapter", str(adapter), "--precision", "int4"]
+    refused = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a")])
+    assert refused.exit_code == UsageError.exit_code and "--unmeasured" in refused.stderr
+    command += ["--valid", str(rows)]
+    refused = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a"), "--least-kept", "1"])
+    assert refused.exit_code == IncompatibleError.exit_code and "of what was learnt" in refused.stderr
+    assert not (tmp_path / "a").exists()
+    told = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a"), "--json"])
+    kept = json.loads(told.stdout)["kept"]
+    assert 0.95 <= kept < 1
+    told = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "b")])
+    assert f"\n  kept of what was learnt: {kept:.1%}\n" in told.stdout
+
+
 def test_without_a_gain_there_is_no_share_of_it() -> None:
     losses = {"base": 2.0, "base + adapter": 1.0, "merged": 1.25}
     assert share_kept(losses) == 0.75
