@@ -34,6 +34,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 VALIDATION_DATA = "validation_data"
 """Provenance key: the rows that the training was validated on, as seen from the folder that the adapter lies in."""
+VALIDATION_GIVEN = "validation_data_given"
+"""Provenance key: the same rows, as seen from the folder that the training was started in."""
 VALIDATION_SHA256 = "validation_data_sha256"
 """Provenance key: their SHA-256."""
 

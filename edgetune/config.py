@@ -143,7 +143,12 @@ class ExportConfig:
     merge: bool = True
     """Fold the adapter into the weights; otherwise keep it beside the base as an `.onnx_adapter`."""
     precision: Precision = "fp32"
-    """Weights of a merged model. A merge into int4 can lose what was learnt: its loss is printed."""
+    """Weights of a merged model. A merge into int4 can lose what was learnt: it is measured."""
+    least_kept: float = 0.95
+    """Share of what was learnt that a merged model must keep, by the answer losses; below it nothing is written. 0
+    accepts any."""
+    unmeasured: bool = False
+    """Measure no answer loss, even where there are rows; a merge into int4 without rows has to be asked for so."""
     force: bool = False
     """Replace a model that is already there."""
 

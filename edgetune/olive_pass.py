@@ -12,17 +12,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-from typing import Literal
 
 from edgetune.config import Base
 from edgetune.errors import EdgetuneError, MissingDependencyError
 from edgetune.lean_builder import lean_builder
-
-PassName = Literal["ModelBuilder", "OnnxBlockWiseRtnQuantization"]
 
 _ENVIRONMENT = {
     "OLIVE_DISABLE_TELEMETRY": "1",
@@ -34,16 +30,16 @@ _SHOWN_LINES = 5
 
 
 def run_olive_pass(
-    name: PassName, config: Mapping[str, object], source: Path, output: Path, base: Base | None = None
+    name: str, config: Mapping[str, object], source: Path, output: Path, base: Base | None = None
 ) -> None:
     """Run a pass; what it prints is shown only when it fails.
 
     Args:
         name: Olive's name of the pass.
         config: The pass's own options.
-        source: A Hugging Face folder, or an `.onnx` file.
+        source: A Hugging Face folder.
         output: Folder for the result; its parent must exist and lends a scratch folder.
-        base: How `ModelBuilder` is to store linear layers.
+        base: How linear layers are to be stored.
 
     Raises:
         MissingDependencyError: Olive is not installed.
@@ -84,7 +80,7 @@ def run_olive_pass(
 def _serve(request: str) -> None:
     from olive.hardware.accelerator import AcceleratorSpec, Device
     from olive.hardware.constants import ExecutionProvider
-    from olive.model import HfModelHandler, ONNXModelHandler
+    from olive.model import HfModelHandler
     from olive.package_config import OlivePackageConfig
     from olive.passes.olive_pass import create_pass_from_dict
 
@@ -92,9 +88,8 @@ def _serve(request: str) -> None:
     cpu = AcceleratorSpec(Device.CPU, ExecutionProvider.CPUExecutionProvider)
     kind = OlivePackageConfig.load_default_config().import_pass_module(asked["name"])
     olive_pass = create_pass_from_dict(kind, asked["config"], disable_search=True, accelerator_spec=cpu)
-    handler = ONNXModelHandler if asked["source"].endswith(".onnx") else HfModelHandler
-    with lean_builder(asked["base"]) if asked["name"] == "ModelBuilder" else nullcontext():
-        olive_pass.run(handler(asked["source"]), asked["output"])
+    with lean_builder(asked["base"]):
+        olive_pass.run(HfModelHandler(asked["source"]), asked["output"])
 
 
 def _end_with_parent() -> None:

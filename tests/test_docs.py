@@ -18,6 +18,8 @@ from edgetune.bundle import open_bundle
 from edgetune.cli import VERBS, main
 from edgetune.cli.failures import INTERRUPTED
 from edgetune.config import ExportConfig, GenerateConfig, TrainConfig
+from edgetune.data.encode import load_encoder
+from edgetune.data.rows import Message
 from edgetune.errors import EdgetuneError
 from edgetune.export import export
 from edgetune.generate import generate
@@ -198,7 +200,8 @@ def test_metrics_are_those_of_the_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "verb"), [("training.md", "train"), ("prepare.md", "prepare"), ("mobile.md", "bundle")]
+    ("page", "verb"),
+    [("training.md", "train"), ("prepare.md", "prepare"), ("mobile.md", "bundle"), ("export.md", "export")],
 )
 def test_options_are_those_of_the_command(page: str, verb: str) -> None:
     said = [option for row in table_after(DOCS / page, "Options") for option in quoted(row[:1])]
@@ -252,14 +255,35 @@ def test_the_native_recipe_trains_as_edgetune_does(
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_genai_example_answers_with_and_without_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def kept_model(tmp_path: Path) -> Path:
+    """A folder in which `model` is the golden bundle's, with an adapter beside it."""
     train_golden(tmp_path / "adapter", TrainConfig(epochs=60, learning_rate=1e-2))
     bundle = open_bundle(GOLDEN / "bundle")
     export(bundle, tmp_path / "adapter", tmp_path / "model", ExportConfig(merge=False), lambda line: None)
-    printed = run_code(python_of("export.md"), tmp_path, monkeypatch, capsys)
+    return tmp_path
+
+
+def test_the_genai_example_answers_with_and_without_adapter(
+    kept_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = run_code(python_of("export.md"), kept_model, monkeypatch, capsys)
     base, adapted = re.findall(r"(?:base|adapter): *(.*)", printed)
     assert base != adapted
-    for answer, folder in ((base, GOLDEN / "bundle"), (adapted, tmp_path / "model")):
+    for answer, folder in ((base, GOLDEN / "bundle"), (adapted, kept_model / "model")):
         assert answer.strip() == "".join(generate(folder, "Turn on the lamp.", None, GenerateConfig())).strip()
+
+
+def test_the_genai_example_encodes_as_training_does(kept_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GenAI's own tokenizer does not: the second text is one that it reads otherwise."""
+    monkeypatch.chdir(kept_model)
+    Path("code.py").write_text(python_of("export.md"), encoding="utf-8")
+    example = runpy.run_path("code.py")
+    encoder = load_encoder(GOLDEN / "bundle", open_bundle(GOLDEN / "bundle").manifest.tokenizer)
+    for text, genai_agrees in (("Turn on the lamp.", True), ("\u2003Turn on the lamp.", False)):
+        message = Message("user", text)
+        ids = encoder.encode_prompt([message])
+        assert example["prompt_ids"](text) == ids
+        assert encoder.template is not None
+        prompt = encoder.template.render([message], add_generation_prompt=True)
+        assert ([int(token) for token in example["template"].encode(prompt)] == ids) == genai_agrees

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -17,21 +18,25 @@ import numpy as np
 import pytest
 from bundle_copy import copy_of_bundle
 from numpy.typing import NDArray
-from tiny_phi3 import VARIANTS, bundle, greedy, parameters, save_adapter, silent, torch_model, weights
+from tiny_phi3 import VARIANTS, WIDE, bundle, greedy, parameters, save_adapter, silent, torch_model, weights
 
+from edgetune.adapter import initial_parameters, write_adapter
 from edgetune.bundle import Bundle
 from edgetune.config import Base, ExportConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, UsageError, VerificationError
-from edgetune.export import ADAPTER, ExportReport, export
+from edgetune.export import ADAPTER, ExportReport, export, share_kept
+from edgetune.export.validation import validation_rows_of
 from edgetune.genai import open_model
 from edgetune.generate import generate_ids
 from edgetune.manifest import ModelManifest
+from edgetune.storage import sha256_of
+from edgetune.train.provenance import validation_rows
 
 PROMPT = [int(token) for token in np.random.default_rng(5).integers(10, 440, 10)]
 MERGED = ExportConfig(merge=True)
-MERGED_INT4 = ExportConfig(merge=True, precision="int4")
+MERGED_INT4 = ExportConfig(merge=True, precision="int4", unmeasured=True)
 KEPT = ExportConfig(merge=False)
 ROWS = [
     {"prompt": "what is it?", "completion": " the lamp in the kitchen"},
@@ -161,21 +166,212 @@ def test_kept_graph_takes_adapters_of_any_rank(exported: Exporter, tmp_path: Pat
     assert model.answer_loss(examples) != pytest.approx(twice, rel=1e-3)
 
 
-@pytest.mark.parametrize(("variant", "base"), [("partial", "int4"), ("longrope", "fp32")])
-def test_merge_to_int4_is_the_rounded_merge(exported: Exporter, variant: str, base: Base) -> None:
+def stored(folder: Path) -> dict[str, NDArray[Any]]:
+    """Every tensor of a GenAI folder as it lies in the file."""
+    import onnx
+    from onnx import numpy_helper
+
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(folder / "model.onnx").graph.initializer}
+
+
+@pytest.mark.parametrize(("variant", "base"), [("partial", "int4"), ("grouped-query", "int8"), ("longrope", "fp32")])
+def test_merge_to_int4_is_the_merge_in_whole_steps(exported: Exporter, variant: str, base: Base) -> None:
     folder = exported(variant, base, MERGED_INT4)
-    exact, rounded = weights(exported(variant, base, MERGED)), weights(folder)
+    exact, rounded, tensors = weights(exported(variant, base, MERGED)), weights(folder), stored(folder)
     assert exact.keys() == rounded.keys()
     for name, value in exact.items():
-        blocks = value.reshape(value.shape[0], -1, 32)
-        step = np.abs(blocks).max(axis=-1, keepdims=True) / 8
-        assert (np.abs(blocks - rounded[name].reshape(blocks.shape)) <= 1.001 * step).all(), name
+        step = np.abs(tensors[f"{name}.MatMul.weight_scales"])
+        assert step.shape == (len(value), value.shape[1] // 32)
+        errors = (rounded[name] - value).reshape(*step.shape, 32)
+        # The head's row of the token for padding is zero where it is tied.
+        assert not errors[step == 0].any()
+        errors = errors[step != 0] / step[step != 0, None]
+        # The base goes to its nearest point, the update to one beside it; a few weights would lie beyond the grid.
+        assert np.abs(errors).max() < 1.7 and np.abs(errors).mean() < 0.5, name
+        assert abs(errors.mean()) <= 4 * errors.std() / errors.size**0.5, name
     assert {path.name for path in folder.iterdir()} == {path.name for path in exported(variant, base, MERGED).iterdir()}
-    assert (folder / "model.onnx.data").stat().st_size < (
+    assert (folder / "model.onnx.data").stat().st_size == (
         bundle(variant, "int4").path / "model.onnx.data"
-    ).stat().st_size + 64
+    ).stat().st_size
     expected = greedy(torch_model(variant, folder), PROMPT, 24)
     assert generate_ids(folder, PROMPT, 24) == expected
+
+
+@pytest.mark.parametrize("base", get_args(Base))
+@pytest.mark.parametrize("variant", ["multi-head", "partial"])
+def test_what_the_adapter_leaves_alone_is_the_builders_int4_to_the_byte(
+    variant: str, base: Base, tmp_path: Path
+) -> None:
+    """An int4 base comes back as it is; any other becomes what GenAI's builder makes of it."""
+    source, changed = bundle(variant, base), "model.layers.1.self_attn.o_proj"
+    values = parameters(variant)
+    values |= {name: np.zeros_like(b) for name, b in values.items() if "lora_B" in name and changed not in name}
+    of = source.manifest
+    (tmp_path / "adapter").mkdir()
+    write_adapter(
+        tmp_path / "adapter", base=of.base, tokenizer=of.tokenizer, lora=of.lora, parameters=values, provenance={}
+    )
+    export(source, tmp_path / "adapter", tmp_path / "model", MERGED_INT4, silent)
+    found, expected = stored(tmp_path / "model"), stored(bundle(variant, "int4").path)
+    assert found.keys() == expected.keys()
+    # fp16 and int8 moved the weights before; where they lay is not known any more.
+    exact = base in ("int4", "fp32")
+    same = {name for name in found if found[name].tobytes() == expected[name].tobytes()}
+    layer = "model.layers.1.attn.o_proj.MatMul.weight"
+    assert f"{layer}_Q4" not in same
+    if exact:
+        assert found.keys() - same <= {f"{layer}_Q4", f"{layer}_scales"}
+    assert {name for name in found if "MatMul" not in name} <= same
+
+
+def test_merge_to_int4_is_the_same_each_time_whatever_the_pieces(
+    exported: Exporter, adapter: Callable[[Bundle], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import edgetune.export.merge as merging
+
+    for base in get_args(Base):
+        source = bundle("grouped-query", base)
+        whole = (exported("grouped-query", base, MERGED_INT4) / "model.onnx.data").read_bytes()
+        for name, piece in (("again", merging._PIECE), ("pieces", 1 << 14)):
+            with monkeypatch.context() as patch:
+                patch.setattr(merging, "_PIECE", piece)
+                export(source, adapter(source), tmp_path / f"{base}-{name}", MERGED_INT4, silent)
+            assert (tmp_path / f"{base}-{name}" / "model.onnx.data").read_bytes() == whole
+
+
+@pytest.mark.parametrize("base", get_args(Base))
+def test_merge_to_int4_holds_no_whole_weight(tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tracemalloc
+
+    import edgetune.export.merge as merging
+
+    source, values = bundle(WIDE, base), parameters(WIDE)
+    monkeypatch.setattr(merging, "_PIECE", 1 << 16)
+    merging.merge_adapter(source.path, tmp_path, source.manifest.lora, values, "int4")  # imports are not counted
+    tracemalloc.start()
+    try:
+        merging.merge_adapter(source.path, tmp_path, source.manifest.lora, values, "int4")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    largest = max(value.nbytes for value in weights(source.path).values())
+    assert largest == 3 << 20
+    assert peak < largest / 2
+
+
+Learnt = Callable[[Base], tuple[Path, Path]]
+LEARNT_RATE, LEARNT_STEPS = 3e-4, 80
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Learnt:
+    """An adapter that PEFT trained on a base until it knew the rows, and the rows: its updates are small."""
+
+    @cache
+    def make(base: Base) -> tuple[Path, Path]:
+        import torch
+        from peft import PeftModel
+
+        source, folder = bundle(WIDE, base), tmp_path_factory.mktemp("learnt")
+        of, fresh = source.manifest, folder / "fresh"
+        fresh.mkdir()
+        start = initial_parameters(of.lora, seed=0)
+        write_adapter(fresh, base=of.base, tokenizer=of.tokenizer, lora=of.lora, parameters=start, provenance={})
+        model = PeftModel.from_pretrained(torch_model(WIDE, source.path), fresh, is_trainable=True)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LEARNT_RATE)
+        examples = encoded(source, folder)
+        for _ in range(LEARNT_STEPS):
+            optimizer.zero_grad()
+            mean_loss(model, examples).backward()
+            optimizer.step()
+        model.save_pretrained(folder / "adapter", save_embedding_layers=False)  # looks for no checkpoint
+        return folder / "adapter", folder / "valid.jsonl"
+
+    return make
+
+
+@pytest.mark.parametrize("base", get_args(Base))
+def test_merge_to_int4_keeps_what_was_learnt(learnt: Learnt, tmp_path: Path, base: Base) -> None:
+    """By PyTorch's losses; rounding to nearest, as written down here once more, would give an int4 base back."""
+    source, (adapter, rows) = bundle(WIDE, base), learnt(base)
+    examples = encoded(source, tmp_path)
+    report = export(source, adapter, tmp_path / "model", ExportConfig(merge=True, precision="int4"), silent, valid=rows)
+    plain = torch_loss(torch_model(WIDE, source.path), examples)
+    adapted = torch_loss(peft_model(source, adapter), examples)
+    merged = torch_loss(torch_model(WIDE, tmp_path / "model"), examples)
+    assert report.losses == pytest.approx({"base": plain, "base + adapter": adapted, "merged": merged}, abs=2e-3)
+    kept = (plain - merged) / (plain - adapted)
+    assert kept >= 0.95
+    assert report.kept == pytest.approx(kept, abs=1e-3)
+    if base == "int4":
+        assert (plain - torch_loss(rounded_to_nearest(source, adapter), examples)) / (plain - adapted) < 0.5
+
+
+def rounded_to_nearest(source: Bundle, adapter: Path) -> Any:
+    """PyTorch's model of the sum, each block on the grid whose lowest point is its largest weight."""
+    import torch
+
+    model = peft_model(source, adapter).merge_and_unload()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+            blocks = module.weight.data.reshape(-1, 32)
+            scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -8
+            module.weight.data = ((blocks / scale).round().clamp(-8, 7) * scale).reshape(module.weight.shape)
+    return model
+
+
+def test_a_merge_that_loses_too_much_is_refused_with_the_figures(learnt: Learnt, tmp_path: Path) -> None:
+    source, (adapter, rows) = bundle(WIDE, "int4"), learnt("int4")
+    strict = ExportConfig(merge=True, precision="int4", least_kept=1.0)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(IncompatibleError) as refusal:
+        export(source, adapter, out / "model", strict, silent, valid=rows)
+    assert list(out.iterdir()) == []
+    accepted = export(source, adapter, out / "model", replace(strict, least_kept=0.0), silent, valid=rows)
+    assert accepted.kept is not None and 0.95 <= accepted.kept < 1
+    figures = [f"{accepted.kept:.1%}", *(f"{name} {loss:.4f}" for name, loss in accepted.losses.items())]
+    for expected in (*figures, "100.0% or more", "--precision fp32", "--keep-adapter", "--least-kept"):
+        assert expected in str(refusal.value)
+
+
+def test_the_command_says_what_is_kept_and_refuses_what_lost_too_much(learnt: Learnt, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from edgetune.cli import main
+
+    adapter, rows = learnt("int4")
+    command = ["export", str(bundle(WIDE, "int4").path), "--adapter", str(adapter), "--precision", "int4"]
+    refused = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a")])
+    assert refused.exit_code == UsageError.exit_code and "--unmeasured" in refused.stderr
+    command += ["--valid", str(rows)]
+    refused = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a"), "--least-kept", "1"])
+    assert refused.exit_code == IncompatibleError.exit_code and "of what was learnt" in refused.stderr
+    assert not (tmp_path / "a").exists()
+    told = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a"), "--json"])
+    kept = json.loads(told.stdout)["kept"]
+    assert 0.95 <= kept < 1
+    told = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "b")])
+    assert f"\n  kept of what was learnt: {kept:.1%}\n" in told.stdout
+
+
+def test_without_a_gain_there_is_no_share_of_it() -> None:
+    losses = {"base": 2.0, "base + adapter": 1.0, "merged": 1.25}
+    assert share_kept(losses) == 0.75
+    assert share_kept(losses | {"merged": 2.5}) == -0.5
+    assert share_kept(losses | {"base": 1.0}) is None
+    assert share_kept({"base": 2.0, "base + adapter": 1.0}) is None
+    assert share_kept({}) is None
+
+
+def test_a_merge_to_int4_without_rows_has_to_be_asked_for(adapter: Callable[[Bundle], Path], tmp_path: Path) -> None:
+    source, out = bundle("multi-head", "int4"), tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(UsageError, match="--valid, or ask for it with --unmeasured"):
+        export(source, adapter(source), out / "model", ExportConfig(merge=True, precision="int4"), silent)
+    assert list(out.iterdir()) == []
+    assert export(source, adapter(source), out / "model", MERGED_INT4, silent).losses == {}
+    assert export(source, adapter(source), out / "fp32", MERGED, silent).losses == {}
 
 
 def test_weights_are_merged_piece_by_piece(
@@ -211,18 +407,22 @@ def write_rows(path: Path) -> Path:
     return path
 
 
-def torch_loss(model: Any, examples: list[Any]) -> float:
+def mean_loss(model: Any, examples: list[Any]) -> Any:
     import torch
     from torch.nn.functional import cross_entropy
 
-    total, count = 0.0, 0
+    losses = []
     for example in examples:
-        with torch.no_grad():
-            logits = model(torch.tensor([example.input_ids])).logits[0, :-1]
-        labels = torch.tensor(example.labels[1:])
-        total += float(cross_entropy(logits, labels, reduction="sum"))
-        count += int((labels != -100).sum())
-    return total / count
+        logits, labels = model(torch.tensor([example.input_ids])).logits[0, :-1], torch.tensor(example.labels[1:])
+        losses.append(cross_entropy(logits[labels != -100], labels[labels != -100], reduction="none"))
+    return torch.cat(losses).mean()
+
+
+def torch_loss(model: Any, examples: list[Any]) -> float:
+    import torch
+
+    with torch.no_grad():
+        return float(mean_loss(model, examples))
 
 
 @pytest.mark.parametrize(("variant", "base"), [("longrope", "int4"), ("partial", "fp32")])
@@ -240,8 +440,6 @@ def test_losses_are_pytorchs(adapter: Callable[[Bundle], Path], tmp_path: Path, 
 
 
 def test_validation_rows_of_the_run_are_measured_while_they_are_unchanged(tmp_path: Path) -> None:
-    from edgetune.storage import sha256_of
-
     source = bundle("multi-head", "fp32")
     rows = write_rows(tmp_path / "valid.jsonl")
     provenance = {"validation_data": "valid.jsonl", "validation_data_sha256": sha256_of(rows)}
@@ -259,14 +457,62 @@ def test_validation_rows_of_the_run_are_measured_while_they_are_unchanged(tmp_pa
     assert losses("third") == {}
 
 
+@pytest.mark.parametrize(
+    ("adapter", "here"),
+    [
+        ("project/adapters/a1", "project"),
+        ("project/adapters/a1", "."),
+        ("renamed/adapters/a1", "renamed"),
+        ("renamed/adapters/a1", "."),
+        ("a1", "project"),
+    ],
+)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_rows_of_the_run_are_found_from_the_adapter_and_from_where_they_were_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: str, here: str, absolute: bool
+) -> None:
+    """The run: in `project`, --valid data/valid.jsonl --output adapters/a1. Then a folder moves, or the person does."""
+    project, given, output = tmp_path / "project", Path("data/valid.jsonl"), Path("adapters/a1")
+    for folder in (project / "data", project / "adapters"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(project)
+    rows = write_rows(given)
+    provenance = validation_rows(rows.absolute() if absolute else rows, sha256_of(rows), output)
+    save_adapter(output, bundle("multi-head", "fp32"), provenance)
+    assert str(tmp_path) not in json.dumps(provenance)
+    if adapter.startswith("renamed"):
+        project.rename(tmp_path / "renamed")
+    elif adapter == "a1":
+        output.rename(tmp_path / "a1")
+    monkeypatch.chdir(tmp_path / here)
+    found = validation_rows_of(Path(os.path.relpath(tmp_path / adapter)), lambda line: pytest.fail(line))
+    assert found is not None and sha256_of(found) == provenance["validation_data_sha256"]
+
+
+def test_a_link_to_rows_elsewhere_is_found_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "project" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "project")
+    link = Path("data/held-out.jsonl")
+    link.symlink_to(write_rows(tmp_path / "elsewhere" / "private.jsonl"))
+    provenance = validation_rows(link, sha256_of(link), Path("a1"))
+    save_adapter(Path("a1"), bundle("multi-head", "fp32"), provenance)
+    assert "elsewhere" not in json.dumps(provenance)
+    found = validation_rows_of(Path("a1"), lambda line: pytest.fail(line))
+    assert found is not None and found.samefile(link)
+
+
 @pytest.mark.parametrize("told", ["{}", "../adapter/../valid.jsonl"])
 def test_an_adapter_names_no_rows_elsewhere(tmp_path: Path, told: str) -> None:
-    from edgetune.storage import sha256_of
-
     source = bundle("multi-head", "fp32")
     (tmp_path / "elsewhere").mkdir()
     rows = write_rows(tmp_path / "elsewhere" / "valid.jsonl")
-    provenance = {"validation_data": told.format(rows), "validation_data_sha256": sha256_of(rows)}
+    told = told.format(rows)
+    provenance = {
+        "validation_data": told,
+        "validation_data_given": told,
+        "validation_data_sha256": sha256_of(rows),
+    }
     (tmp_path / "elsewhere" / "deeper").mkdir()
     adapter = save_adapter(tmp_path / "elsewhere" / "deeper" / "adapter", source, provenance)
     assert export(source, adapter, tmp_path / "kept", KEPT, silent).losses == {}

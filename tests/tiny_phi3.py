@@ -44,6 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "partial": {"num_key_value_heads": 2, "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
 }
 """What each variant changes in the configuration; `partial` also ties the embeddings, as Phi-4-mini does."""
+WIDE = "wide"
+"""A model with as many inputs as it takes for rounding errors to cancel."""
+_MODELS = VARIANTS | {WIDE: {"hidden_size": 512, "intermediate_size": 512}}
 
 _CONFIG: dict[str, Any] = {
     "vocab_size": 448,
@@ -78,7 +81,7 @@ def _new_folder() -> Path:
 @cache
 def checkpoint(variant: str) -> Path:
     """A Hugging Face folder with random weights that are large enough for varied answers."""
-    return save_checkpoint(_new_folder() / variant, VARIANTS[variant])
+    return save_checkpoint(_new_folder() / variant, _MODELS[variant])
 
 
 def save_checkpoint(folder: Path, changes: dict[str, Any]) -> Path:
@@ -149,7 +152,7 @@ def build_here(source: Path, folder: Path, base: Base) -> Path:
 
 def lora(variant: str, rank: int = 4) -> Lora:
     """Slots on all projections."""
-    config = _CONFIG | VARIANTS[variant]
+    config = _CONFIG | _MODELS[variant]
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     packed = hidden + 2 * hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes = {

@@ -8,7 +8,7 @@ from typing import get_args
 import click
 
 from edgetune.byte_size import bytes_text
-from edgetune.cli.command import Command, json_option, quiet_option
+from edgetune.cli.command import Command, Finite, json_option, quiet_option
 from edgetune.cli.inputs import PATH, adapter_at, bundle_at
 from edgetune.cli.output import notices, print_json
 from edgetune.config import ExportConfig, Precision
@@ -17,7 +17,7 @@ DEFAULT = ExportConfig()
 
 EXAMPLES = """
 edgetune export bundle --adapter adapter --output model
-edgetune export bundle --adapter adapter --output model --merge --precision int4
+edgetune export bundle --adapter adapter --output model --merge --precision int4 --valid valid.jsonl
 edgetune export bundle --adapter adapter --output model --keep-adapter
 """
 
@@ -40,6 +40,19 @@ edgetune export bundle --adapter adapter --output model --keep-adapter
     help="Weights of a merged model.",
 )
 @click.option("--valid", type=PATH, help="Rows to measure the answer loss on; default: those of the adapter's run.")
+@click.option(
+    "--least-kept",
+    type=Finite(0, 1),
+    default=DEFAULT.least_kept,
+    show_default=True,
+    help="Share of what was learnt that a merged model must keep on these rows; 0 accepts any.",
+)
+@click.option(
+    "--unmeasured",
+    is_flag=True,
+    default=DEFAULT.unmeasured,
+    help="Measure nothing; a merge into int4 without rows has to be asked for so.",
+)
 @click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace a model that is already there.")
 @quiet_option
 @json_option
@@ -52,6 +65,8 @@ def command(
     merge: bool,
     precision: Precision,
     valid: Path | None,
+    least_kept: float,
+    unmeasured: bool,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -60,18 +75,27 @@ def command(
 
     Where the bundle's run had validation rows, the answer loss of base, base + adapter and merged model is printed.
     """
-    chosen = ctx.get_parameter_source("precision") is click.core.ParameterSource.COMMANDLINE
-    if chosen and not merge:
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    if "precision" in given and not merge:
         raise click.UsageError("--precision is for --merge; with --keep-adapter the base stays as it is in the bundle")
+    if "least_kept" in given and (unmeasured or not merge):
+        raise click.UsageError("--least-kept is for a merge that is measured; leave it out")
+    if unmeasured and valid is not None:
+        raise click.UsageError("--unmeasured and --valid exclude each other; leave one of them out")
     adapter_at(adapter)
     opened = bundle_at(bundle)
     from edgetune.export import export
 
-    config = ExportConfig(merge=merge, precision=precision, force=force)
+    config = ExportConfig(merge=merge, precision=precision, least_kept=least_kept, unmeasured=unmeasured, force=force)
     exported = export(opened, adapter, output, config, notices(quiet=quiet), valid)
     if as_json:
-        print_json({"model": exported.path, "bytes": exported.bytes, "losses": exported.losses})
+        losses, kept = exported.losses, exported.kept
+        print_json({"model": exported.path, "bytes": exported.bytes, "losses": losses, "kept": kept})
         return
     click.echo(f"{exported.path}: {bytes_text(exported.bytes)}")
     for name, loss in exported.losses.items():
         click.echo(f"  answer loss, {name}: {loss:.4f}")
+    if exported.kept is not None:
+        click.echo(f"  kept of what was learnt: {exported.kept:.1%}")
+    elif "merged" in exported.losses:
+        click.echo("  kept of what was learnt: nothing to keep, the adapter is no better than the base on these rows")

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Literal
 
 from edgetune import __version__
-from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
-from edgetune.adapter import VALIDATION_DATA, VALIDATION_SHA256, read_adapter, row_encoding
 from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from edgetune.bundle import Bundle, load_manifest
-from edgetune.config import ExportConfig, Precision
+from edgetune.adapter import read_adapter, row_encoding
+from edgetune.bundle import Bundle
+from edgetune.config import ExportConfig
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
-from edgetune.errors import VerificationError
+from edgetune.errors import IncompatibleError, UsageError, VerificationError
 from edgetune.export.keep import add_lora_inputs, graph_values, write_onnx_adapter
 from edgetune.export.measure import Measured
 from edgetune.export.merge import merge_adapter
-from edgetune.export.quantise import quantise_layers
+from edgetune.export.validation import validation_rows_of
 from edgetune.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
-from edgetune.manifest import FORMAT_VERSION, MODEL_FORMAT, AdapterManifest, File, ModelManifest, RowEncoding
+from edgetune.manifest import FORMAT_VERSION, MODEL_FORMAT, File, ModelManifest, RowEncoding
 from edgetune.manifest_json import write_manifest
 from edgetune.provenance import version_of
 from edgetune.runtimes import Parameters
@@ -49,6 +47,26 @@ class ExportReport:
     bytes: int
     """Size of all files."""
 
+    @property
+    def kept(self) -> float | None:
+        """Share of what was learnt that the merged model keeps; see `share_kept`."""
+        return share_kept(self.losses)
+
+
+def share_kept(losses: Mapping[str, float]) -> float | None:
+    """How much of the adapter's gain over the base a merged model has: 1 for all of it, 0 where it answers as the base.
+
+    Args:
+        losses: Answer loss of `base`, `base + adapter` and `merged`.
+
+    Returns:
+        The share; None where nothing was merged or measured, or the adapter is no better than the base.
+    """
+    if "merged" not in losses:
+        return None
+    gain = losses["base"] - losses["base + adapter"]
+    return (losses["base"] - losses["merged"]) / gain if gain > 0 else None
+
 
 def export(
     bundle: Bundle,
@@ -69,26 +87,32 @@ def export(
         valid: Rows to measure on; without them, those that the adapter's training was validated on.
 
     Raises:
-        UsageError: There is no adapter, or `output` is there already.
+        UsageError: There is no adapter, `output` is there already, or a merge into int4 has no rows to measure on.
         DataError: `valid` has bad rows.
-        IncompatibleError: The adapter does not fit the bundle.
+        IncompatibleError: The adapter does not fit the bundle, or the merged model keeps too little of it.
         VerificationError: A file of adapter or bundle was changed.
         MissingDependencyError: A host package is not installed.
         ResourceError: The disk is full.
         LockedError: Another process writes `output`.
-        EdgetuneError: Olive failed.
     """
     parameters = read_adapter(adapter, bundle.manifest.lora, bundle.manifest.base, bundle.manifest.tokenizer)
     encoding = row_encoding(adapter)
-    examples = _examples(bundle, valid or _validation_rows(adapter, say), encoding)
+    rows = None if config.unmeasured else valid or validation_rows_of(adapter, say)
+    if rows is None and config.merge and config.precision == "int4" and not config.unmeasured:
+        raise UsageError(
+            "a merge into int4 can lose what was learnt, and there are no rows to measure that on: give some with "
+            "--valid, or ask for it with --unmeasured"
+        )
+    examples = _examples(bundle, rows, encoding)
     versions = {name: version_of(name) for name in _TOOLS}
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
         listed = {file.path: file for file in bundle.manifest.files}
         files = [_copy(bundle.path, folder, listed[name]) for name in SIDE_FILES if name in listed]
         if config.merge:
             say(f"merging the adapter into {config.precision} weights")
-            _write_merged(bundle, folder, config.precision, parameters)
+            merge_adapter(bundle.path, folder, bundle.manifest.lora, parameters, config.precision)
             losses = _merged_losses(bundle, folder, parameters, examples, say)
+            _refuse_what_lost_too_much(losses, config)
         else:
             say(f"putting the adapter beside the {bundle.manifest.base.weights} base")
             files.append(_copy(bundle.path, folder, listed[WEIGHTS]))
@@ -145,13 +169,16 @@ def _copy(source: Path, folder: Path, file: File) -> File:
     return file
 
 
-def _write_merged(bundle: Bundle, folder: Path, precision: Precision, parameters: Parameters) -> None:
-    if precision == "fp32":
-        merge_adapter(bundle.path, folder, bundle.manifest.lora, parameters)
+def _refuse_what_lost_too_much(losses: Mapping[str, float], config: ExportConfig) -> None:
+    kept = share_kept(losses)
+    if kept is None or kept >= config.least_kept or config.least_kept == 0:
         return
-    with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as scratch:
-        merge_adapter(bundle.path, Path(scratch), bundle.manifest.lora, parameters)
-        quantise_layers(Path(scratch), folder)
+    measured = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    raise IncompatibleError(
+        f"the model merged into {config.precision} keeps {kept:.1%} of what was learnt, expected "
+        f"{config.least_kept:.1%} or more (answer loss: {measured}), so it was not written; use --precision fp32 or "
+        "--keep-adapter, or accept it with a lower --least-kept"
+    )
 
 
 def _write_kept(bundle: Bundle, folder: Path, parameters: Parameters) -> None:
@@ -162,24 +189,6 @@ def _write_kept(bundle: Bundle, folder: Path, parameters: Parameters) -> None:
     onnx.save(model, str(folder / MODEL))
     (folder / ADAPTER).parent.mkdir()
     write_onnx_adapter(folder / ADAPTER, bundle.manifest.lora, parameters)
-
-
-def _validation_rows(adapter: Path, say: Callable[[str], None]) -> Path | None:
-    """The rows that the adapter's training was validated on, where they lie unchanged beside the adapter or here."""
-    source = adapter / ADAPTER_MANIFEST
-    if not source.is_file():
-        return None
-    provenance = load_manifest(source, AdapterManifest).provenance
-    if VALIDATION_DATA not in provenance:
-        return None
-    told = PurePath(provenance[VALIDATION_DATA])
-    # An adapter may come from anywhere.
-    name = told if not told.is_absolute() and ".." not in told.parts else PurePath(told.name)
-    for rows in (adapter.resolve().parent / name, Path(name)):
-        if rows.is_file() and sha256_of(rows) == provenance.get(VALIDATION_SHA256):
-            return rows
-    say(f"the validation rows {name} are neither beside the adapter nor here, unchanged; --valid names them")
-    return None
 
 
 def _examples(bundle: Bundle, rows: Path | None, encoding: RowEncoding) -> list[Example]:

@@ -1,40 +1,47 @@
-"""The adapter folded into the weights: W + scaling · B·A, a piece of one weight in memory at a time."""
+"""The adapter folded into the weights: W + scaling · B·A in fp32 or int4, a piece of one weight in memory at a time."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetune.config import Precision
 from edgetune.errors import IncompatibleError
 from edgetune.export.projections import Part, find_parts
-from edgetune.frozen import BLOCK_SIZE, Block, dequantised
-from edgetune.genai import HALF, MODEL, QUANTISED, WEIGHTS, weight_name
+from edgetune.export.quantise import generator_of, on_grid, scales_of
+from edgetune.frozen import BITS, BLOCK_SIZE, Block, dequantised
+from edgetune.genai import ACCURACY_LEVEL, HALF, MODEL, QUANTISED, WEIGHTS, weight_name
 from edgetune.manifest import Lora
 from edgetune.runtimes import Parameters
 
 if TYPE_CHECKING:
     import onnx
 
-_PIECE = 64 << 20
-"""Bytes of fp32 weights that are processed at once, roughly."""
+_PIECE = 16 << 20
+"""Bytes of fp32 weights that are processed at once, roughly; a handful of arrays of this size are in memory."""
 _SMALLEST = 256
 """Fewest inputs that are processed at once; a multiple of every block size."""
+_INT4 = BITS["int4"]
+_Update = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""A (rank, in) and scaling · B (out, rank) of one weight."""
 
 
-def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters) -> None:
-    """Write the fp32 GenAI graph and weights with the adapter folded in.
+def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters, precision: Precision) -> None:
+    """Write the GenAI graph and weights with the adapter folded in.
 
     Args:
         source: A verified GenAI folder, however its weights are stored.
         output: Folder for `model.onnx` and `model.onnx.data`.
         lora: The slots.
         parameters: A (rank, in_features) and B (out_features, rank), as `Lora.shapes` names them.
+        precision: How linear layers and the head are stored; everything else is copied. An int4 weight that gets no
+            update stays int4 as it is, to the byte.
 
     Raises:
         IncompatibleError: The graph is not what GenAI's builder makes of a Phi-3.
@@ -47,26 +54,18 @@ def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters
     layers = {weight_name(node.input[1]): node for node in graph.node if node.op_type in ("MatMul", "MatMulNBits")}
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     scales = {node.input[2] for node in layers.values() if node.op_type == "MatMulNBits"}
+    write_layer = _write_fp32 if precision == "fp32" else _write_int4
     written: list[onnx.TensorProto] = []
     with (source / WEIGHTS).open("rb") as file, (output / WEIGHTS).open("wb") as data:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         for tensor in graph.initializer:
-            if tensor.name in scales:
-                continue
-            offset = data.tell()
             name = weight_name(tensor.name)
             if name in layers:
                 weight = _read_weight(layers[name], tensor, tensors, mapped)
-                for piece in _merged(weight, parts.get(name), lora.scaling, parameters):
-                    data.write(piece.data)
-                shape, kind = list(weight.shape[::-1]), onnx.TensorProto.FLOAT
-            else:
-                data.write(_bytes_of(tensor, mapped))
-                shape, kind = list(tensor.dims), tensor.data_type
-            written.append(_external(name, kind, shape, offset, data.tell() - offset))
-    for node in layers.values():
-        if node.op_type == "MatMulNBits":
-            _make_fp32(node)
+                update = _update_of(parts[name], lora.scaling, parameters) if name in parts else None
+                written += write_layer(data, layers[name], name, weight, update)
+            elif tensor.name not in scales:
+                written.append(_append(data, tensor.name, tensor.data_type, tensor.dims, [_bytes_of(tensor, mapped)]))
     del graph.initializer[:]
     graph.initializer.extend(written)
     for node in [node for node in graph.node if node.op_type == "Cast" and node.output[0] in layers]:
@@ -74,16 +73,33 @@ def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters
     onnx.save(model, str(output / MODEL))
 
 
-def _merged(weight: Block, part: Part | None, scaling: float, parameters: Parameters) -> Iterator[NDArray[np.float32]]:
+def _update_of(part: Part, scaling: float, parameters: Parameters) -> _Update:
+    return parameters[part.slot.a], parameters[part.slot.b][part.start : part.stop] * np.float32(scaling)
+
+
+def _write_fp32(
+    data: BinaryIO, node: onnx.NodeProto, name: str, weight: Block, update: _Update | None
+) -> list[onnx.TensorProto]:
+    """Append W transposed, and turn the node into the `MatMul` that the builder makes for an fp32 model."""
+    import onnx
+
+    if node.op_type == "MatMulNBits":
+        node.op_type, node.domain, node.name = "MatMul", "", weight_name(node.name)
+        del node.attribute[:]
+    _take(node, name)
+    return [_append(data, name, onnx.TensorProto.FLOAT, weight.shape[::-1], _merged(weight, update))]
+
+
+def _merged(weight: Block, update: _Update | None) -> Iterator[NDArray[np.float32]]:
     """W transposed + scaling · (B·A) transposed, piece by piece along the inputs."""
     outputs, inputs = weight.shape
     rows = max(_SMALLEST, _PIECE // (4 * outputs) // _SMALLEST * _SMALLEST)
     for start in range(0, inputs, rows):
         stop = min(start + rows, inputs)
         piece = _transposed(weight, start, stop)
-        if part is not None:
-            a, b = parameters[part.slot.a], parameters[part.slot.b][part.start : part.stop]
-            piece += a[:, start:stop].T @ (b.T * np.float32(scaling))
+        if update is not None:
+            a, b = update
+            piece += a[:, start:stop].T @ b.T
         yield piece
 
 
@@ -96,6 +112,63 @@ def _transposed(weight: Block, start: int, stop: int) -> NDArray[np.float32]:
         for array in (weight.values, weight.scales)
     )
     return np.ascontiguousarray(dequantised(replace(weight, values=packed, scales=scales)).T)
+
+
+def _write_int4(
+    data: BinaryIO, node: onnx.NodeProto, name: str, weight: Block, update: _Update | None
+) -> list[onnx.TensorProto]:
+    """Append W and its scales, and turn the node into the `MatMulNBits` that the builder makes for an int4 model."""
+    import onnx
+    from onnx import helper
+
+    outputs, inputs = weight.shape
+    if inputs % BLOCK_SIZE:
+        raise IncompatibleError(f"{name}: {inputs} inputs, expected a multiple of {BLOCK_SIZE}; use --precision fp32")
+    blocks = inputs // BLOCK_SIZE
+    scales = np.empty((outputs, blocks), np.float32)
+    stored, scales_name = name + QUANTISED[_INT4], f"{name}_scales"
+    if weight.bits != _INT4:
+        node.op_type, node.domain, node.name = "MatMulNBits", "com.microsoft", weight_name(node.name) + QUANTISED[_INT4]
+        sizes = {"K": inputs, "N": outputs, "bits": _INT4, "block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL}
+        del node.attribute[:]
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in sizes.items())
+    _take(node, stored, scales_name)
+    packed = _append(
+        data, stored, onnx.TensorProto.UINT8, (outputs, blocks, BLOCK_SIZE // 2), _rounded(name, weight, update, scales)
+    )
+    return [packed, _append(data, scales_name, onnx.TensorProto.FLOAT, scales.shape, [scales])]
+
+
+def _rounded(
+    name: str, weight: Block, update: _Update | None, scales: NDArray[np.float32]
+) -> Iterator[NDArray[np.uint8]]:
+    """W + scaling · B·A in int4, piece by piece along the outputs; `scales` (out, in / 32) are filled meanwhile."""
+    outputs, inputs = weight.shape
+    rows, generator = max(1, _PIECE // (4 * inputs)), generator_of(name)
+    for start in range(0, outputs, rows):
+        piece = replace(
+            weight,
+            values=weight.values[start : start + rows],
+            scales=None if weight.scales is None else weight.scales[start : start + rows],
+        )
+        if update is None and piece.bits == _INT4:
+            assert piece.scales is not None  # for mypy: a weight in blocks has them
+            scales[start : start + rows] = piece.scales
+            yield piece.values
+            continue
+        values = np.ascontiguousarray(dequantised(piece) if piece.bits else piece.values, dtype=np.float32)
+        base = piece.scales if piece.scales is not None and piece.bits == _INT4 else scales_of(values)
+        a, b = update or (np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32))
+        draws = generator.random(values.shape, dtype=np.float32)
+        packed, scales[start : start + rows] = on_grid(values, base, b[start : start + rows] @ a, draws)
+        yield packed
+
+
+def _take(node: onnx.NodeProto, *weights: str) -> None:
+    """Let a product take these tensors beside its activation."""
+    inputs = [node.input[0], *weights]
+    del node.input[:]
+    node.input.extend(inputs)
 
 
 def _read_weight(
@@ -126,19 +199,16 @@ def _array(tensor: onnx.TensorProto, dtype: type[Any], mapped: mmap.mmap) -> NDA
     return np.frombuffer(_bytes_of(tensor, mapped), dtype).reshape(list(tensor.dims))
 
 
-def _external(name: str, kind: int, shape: list[int], offset: int, length: int) -> onnx.TensorProto:
+def _append(
+    data: BinaryIO, name: str, kind: int, shape: Iterable[int], pieces: Iterable[NDArray[Any]] | list[memoryview]
+) -> onnx.TensorProto:
+    """Write the pieces of a tensor; returns what the graph says of it."""
     import onnx
 
+    offset = data.tell()
+    for piece in pieces:
+        data.write(piece if isinstance(piece, memoryview) else piece.data)
     tensor = onnx.TensorProto(name=name, data_type=kind, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
-    for key, value in (("location", WEIGHTS), ("offset", offset), ("length", length)):
+    for key, value in (("location", WEIGHTS), ("offset", offset), ("length", data.tell() - offset)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
-
-
-def _make_fp32(node: onnx.NodeProto) -> None:
-    """Turn a `MatMulNBits` into the `MatMul` that the builder makes for an fp32 model."""
-    node.op_type, node.domain, node.name = "MatMul", "", weight_name(node.name)
-    inputs = [node.input[0], weight_name(node.input[1])]
-    del node.input[:]
-    node.input.extend(inputs)
-    del node.attribute[:]

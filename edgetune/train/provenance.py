@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import edgetune
-from edgetune.adapter import VALIDATION_DATA, VALIDATION_SHA256
+from edgetune.adapter import VALIDATION_DATA, VALIDATION_GIVEN, VALIDATION_SHA256
 from edgetune.config import TrainConfig
 from edgetune.placement import Placement
 from edgetune.train.choice import Choice
@@ -81,11 +82,21 @@ def provenance_of(
 def validation_rows(path: Path, sha256: str, output: Path) -> dict[str, str]:
     """Which rows were measured on, for `export`, which measures on them again.
 
+    Their place is told as seen from the folder that holds the adapter and from the current one. Of a place that is
+    in neither only the name is told: it is nobody's business.
+
     Args:
-        path: The rows' file. Of a place that is not beside the adapter only the name is told: it is nobody's business.
+        path: The rows' file.
         sha256: Of the file when it was read.
         output: The adapter.
     """
+    here = Path.cwd()
+    given = Path(os.path.normpath(here / path))  # a link keeps its own name: `export` is given the same one
     path, beside = path.resolve(), output.resolve().parent
-    known = path.relative_to(beside) if path.is_relative_to(beside) else Path(path.name)
-    return {VALIDATION_DATA: known.as_posix(), VALIDATION_SHA256: sha256}
+    known = Path(path.name)
+    if path.is_relative_to(beside) or (path.is_relative_to(here) and beside.is_relative_to(here)):
+        known = Path(os.path.relpath(path, beside))
+    told = {VALIDATION_DATA: known.as_posix(), VALIDATION_SHA256: sha256}
+    if given.is_relative_to(here):
+        told[VALIDATION_GIVEN] = given.relative_to(here).as_posix()
+    return told
