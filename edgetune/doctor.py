@@ -14,9 +14,10 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from edgetune.cache_folder import cache_folder
 from edgetune.errors import MissingDependencyError
 from edgetune.free_memory import free_memory_bytes
-from edgetune.side_environment import REQUIREMENTS, base_interpreter, cache_folder, side_environment_version
+from edgetune.side_environment import REQUIREMENTS, base_interpreter, side_environment_version
 
 Group = Literal["device", "host", "extras", "side environment", "machine"]
 

@@ -14,7 +14,6 @@ from edgetune.errors import EdgetuneError, MissingDependencyError, ResourceError
 from edgetune.side_environment import (
     REQUIREMENTS,
     base_interpreter,
-    cache_folder,
     ensure_side_environment,
     find_side_environment,
     run_worker,
@@ -217,21 +216,6 @@ def test_the_second_process_waits_for_the_first(small_build: list[list[str]], em
     assert len(small_build) == built
     assert len(said) == 1
     assert said[0].startswith("Waiting for another process")
-
-
-def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("EDGETUNE_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == tmp_path / ".cache" / "edgetune"
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_folder() == Path("/x/edgetune")
-    monkeypatch.setenv("EDGETUNE_CACHE", "/y")
-    assert cache_folder() == Path("/y")
-    monkeypatch.delenv("EDGETUNE_CACHE")
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert cache_folder() == tmp_path / "Library" / "Caches" / "edgetune"
 
 
 def test_a_cache_folder_that_cannot_be_made_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

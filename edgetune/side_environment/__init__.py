@@ -8,7 +8,6 @@ own and are talked to through files and pipes. `requirements.txt` beside this fi
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 import signal
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from edgetune.cache_folder import CHOSEN, cache_folder
 from edgetune.errors import EdgetuneError, LockedError, MissingDependencyError, ResourceError, UsageError
 from edgetune.storage import atomic_folder, locked, write_file
 
@@ -33,17 +33,6 @@ _PLATFORMS = {("Linux", "x86_64"), ("Darwin", "arm64"), ("Darwin", "x86_64"), ("
 _WAIT_SECONDS = 0.5
 OUT_OF_MEMORY = -getattr(signal, "SIGKILL", 9)
 """Exit code of a process that the system ended for its memory."""
-
-
-def cache_folder() -> Path:
-    """Where edgetune keeps what it can make again: `EDGETUNE_CACHE`, or the platform's cache folder of the user."""
-    if chosen := os.environ.get("EDGETUNE_CACHE"):
-        return Path(chosen).absolute()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "edgetune"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "edgetune"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetune"
 
 
 def find_side_environment() -> Path | None:
@@ -168,18 +157,16 @@ def _fits(python: str) -> bool:
 @contextmanager
 def _turn(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Wait until no other process makes an environment in `folder`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{folder}: cannot be made ({error.strerror}); name a folder of yours in EDGETUNE_CACHE"
-        ) from error
     with ExitStack() as stack:
         waiting = False
         while True:
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(folder))
                 break
+            except OSError as error:
+                fix = f"name a folder of yours in {CHOSEN}"
+                raise UsageError(f"{folder}: cannot be written ({error.strerror}); {fix}") from error
             except LockedError as error:
                 if not waiting:
                     say(f"Waiting for another process: {error}")
