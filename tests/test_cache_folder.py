@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from other_user import AS_USER, USER, needs_another_user
 from small_checkpoint import write_checkpoint
 
 from edgetune.cache_folder import cache_folder
@@ -18,21 +19,6 @@ from edgetune.side_environment import ensure_side_environment
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "artifacts" / "golden"
-USER = 12345
-"""Nobody's."""
-# Reads what root reads, which is where Python may lie, and writes nothing of root's.
-AS_USER = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
-AS_USER += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-
-
-def can_be_another_user() -> bool:
-    if sys.platform != "linux" or shutil.which("setpriv") is None:
-        return False
-    return subprocess.run([*AS_USER, sys.executable, "-c", ""], capture_output=True).returncode == 0
-
-
-needs_another_user = pytest.mark.skipif(not can_be_another_user(), reason="only root on Linux may become another user")
-
 
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "platform", "linux")

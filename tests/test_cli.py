@@ -330,7 +330,7 @@ FAILURES = [
     (
         OSError(errno.ENOSPC, "No space left on device", "/x/y"),
         6,
-        "error: /x/y: No space left on device; free some space and try again\n",
+        "error: /x/y: not enough room on a disk; free some space, or choose another output (No space left on device)\n",
     ),
     (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "error: /x/y: Permission denied\n"),
     (

@@ -259,7 +259,9 @@ def test_an_interpreter_that_does_not_run_does_not_fit(tmp_path: Path) -> None:
     [
         ("raise ValueError('no gradient for Foo')", EdgetuneError, r"worker.py failed \(exit 1\): ValueError: no grad"),
         ("import os; os._exit(3)", EdgetuneError, r"worker.py failed \(exit 3\): it said nothing"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ResourceError, "out of memory"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ResourceError, "not enough memory"),
+        ("raise MemoryError", ResourceError, "not enough memory"),
+        ("open('/dev/full', 'wb', 0).write(b'x')", ResourceError, r"(?s)No space left on device\nnot enough room"),
     ],
 )
 def test_a_failing_worker_is_explained(
