@@ -27,6 +27,8 @@ _SIGNS: dict[Lack, tuple[str, ...]] = {
         "disk quota exceeded",
         "file too large",
         "not enough space on the disk",  # Windows
+        "failed to write :",  # ONNX Runtime, of an adapter's file
+        "requested and 0 written",  # numpy, of a file
     ),
     "memory": (
         "bad_alloc",

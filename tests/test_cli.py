@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -328,9 +329,9 @@ FAILURES = [
     (KeyboardInterrupt(), 130, "error: interrupted\n"),
     (MemoryError(), 6, "error: not enough memory; close other programs, or choose a smaller batch, length or model\n"),
     (
-        OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+        OSError(errno.ENOSPC, "No space left on device"),
         6,
-        "error: /x/y: not enough room on a disk; free some space, or choose another output (No space left on device)\n",
+        "error: not enough room on a disk; free some space, or choose another output (No space left on device)\n",
     ),
     (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "error: /x/y: Permission denied\n"),
     (
@@ -374,6 +375,12 @@ def test_every_failure_is_an_object_with_json(
             "problems": error.problems if isinstance(error, DataError) else [],
         }
     }
+
+
+def test_a_full_disk_is_told_with_what_is_free(evaluate: Callable[..., Result]) -> None:
+    result = evaluate(OSError(errno.ENOSPC, "No space left on device", "/x/y"))
+    assert result.exit_code == 6
+    assert re.fullmatch(r"error: /x/y: the disk is full: [\d,]+ bytes are free now.*; free some .*\n", result.stderr)
 
 
 def test_usage_errors_are_objects_with_json_too() -> None:

@@ -7,12 +7,14 @@ import threading
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import click
 
 from edgetune.cli.output import print_json, printable
 from edgetune.errors import DataError, EdgetuneError, LockedError, MissingDependencyError, ResourceError, UsageError
 from edgetune.exhaustion import ADVICE, lack_behind
+from edgetune.room import no_room
 
 INTERRUPTED = 130
 DEBUG = "EDGETUNE_DEBUG"
@@ -53,6 +55,8 @@ def failure_of(error: BaseException) -> Failure:
             return Failure(ResourceError.exit_code, f"error: {ADVICE['memory']} (no more threads can be started)")
         case KeyboardInterrupt() | click.Abort():
             return Failure(INTERRUPTED, "error: interrupted")
+        case OSError() if error.filename is not None and lack_behind(error) == "room":
+            return Failure(ResourceError.exit_code, f"error: {no_room(Path(os.fsdecode(error.filename)), 0, error)}")
         case _ if lack := lack_behind(error):
             place = _place(error) if isinstance(error, OSError) else ""
             return Failure(ResourceError.exit_code, f"error: {place}{ADVICE[lack]}{_reason(error)}")

@@ -11,7 +11,7 @@ from typing import Literal
 
 from edgetune import __version__
 from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
-from edgetune.adapter import VALIDATION_DATA, VALIDATION_SHA256, read_adapter
+from edgetune.adapter import VALIDATION_DATA, VALIDATION_SHA256, most_bytes, read_adapter
 from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from edgetune.bundle import Bundle, load_manifest
 from edgetune.config import ExportConfig, Precision
@@ -21,6 +21,7 @@ from edgetune.export.keep import add_lora_inputs, graph_values, write_onnx_adapt
 from edgetune.export.measure import Measured
 from edgetune.export.merge import merge_adapter
 from edgetune.export.quantise import quantise_layers
+from edgetune.frozen import stored_bytes
 from edgetune.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.manifest import FORMAT_VERSION, MODEL_FORMAT, AdapterManifest, File, ModelManifest
 from edgetune.manifest_json import write_manifest
@@ -73,15 +74,16 @@ def export(
         IncompatibleError: The adapter does not fit the bundle.
         VerificationError: A file of adapter or bundle was changed.
         MissingDependencyError: A host package is not installed.
-        ResourceError: The disk is full.
+        NoRoomError: The disk has less room than the model needs.
         LockedError: Another process writes `output`.
         EdgetuneError: Olive failed.
     """
     parameters = read_adapter(adapter, bundle.manifest.lora, bundle.manifest.base, bundle.manifest.tokenizer)
     examples = _examples(bundle, valid or _validation_rows(adapter, say))
     versions = {name: version_of(name) for name in _TOOLS}
-    with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
-        listed = {file.path: file for file in bundle.manifest.files}
+    listed = {file.path: file for file in bundle.manifest.files}
+    needed = _needed(bundle, config, sum(listed[name].size for name in SIDE_FILES if name in listed))
+    with atomic_folder(output, replace=config.force, marker=MANIFEST, needed=needed) as folder:
         files = [_copy(bundle.path, folder, listed[name]) for name in SIDE_FILES if name in listed]
         if config.merge:
             say(f"merging the adapter into {config.precision} weights")
@@ -99,6 +101,17 @@ def export(
         write_file(folder / MANIFEST, write_manifest(manifest))
     kind: Kind = "merged" if config.merge else "base + adapter"
     return ExportReport(output, kind, losses, sum(file.size for file in files))
+
+
+def _needed(bundle: Bundle, config: ExportConfig, beside: int) -> int:
+    """Bytes that the model takes at least; `beside` are those of the files that are copied whatever it is."""
+    manifest = bundle.manifest
+    if not config.merge:
+        weights = next(file.size for file in manifest.files if file.path == WEIGHTS)
+        return beside + weights + most_bytes(manifest.lora)[ADAPTER_WEIGHTS]
+    merged = stored_bytes(manifest.architecture, "fp32")
+    # The merged model lies there while it is rounded.
+    return beside + merged + (stored_bytes(manifest.architecture, "int4") if config.precision == "int4" else 0)
 
 
 def _manifest(

@@ -165,6 +165,8 @@ def _turn(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
                 stack.enter_context(locked(folder))
                 break
             except OSError as error:
+                if lack_behind(error):
+                    raise
                 fix = f"name a folder of yours in {CHOSEN}"
                 raise UsageError(f"{folder}: cannot be written ({error.strerror}); {fix}") from error
             except LockedError as error:
