@@ -43,6 +43,9 @@ PREFIX = "base_model.model."
 """What PEFT puts before a module's path in the checkpoint."""
 _A = ".lora_A.weight"
 _SHOWN = 5
+_FLOAT = 4
+_HEADER, _FILE, _PROVENANCE = 128, 4096, 1 << 15
+"""Bytes that a tensor takes beside its name and values, a short file, and what is said of how an adapter came to be."""
 
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is; the others (PiSSA, OLoRA, …) rewrite its weights."""
@@ -80,6 +83,18 @@ def initial_parameters(lora: Lora, seed: int) -> dict[str, NDArray[np.float32]]:
         bound = slot.in_features**-0.5
         parameters[slot.a][...] = generator.uniform(-bound, bound, (lora.rank, slot.in_features))
     return parameters
+
+
+def most_bytes(lora: Lora) -> dict[str, int]:
+    """Bytes that each file of an adapter with these slots takes at most, for the room that is kept for it."""
+    shapes = lora.shapes()
+    names = sum(len(PREFIX) + len(name) for name in shapes)
+    values = sum(_FLOAT * rows * columns for rows, columns in shapes.values())
+    return {
+        WEIGHTS: values + names + _HEADER * len(shapes) + _FILE,
+        CONFIG: _FILE,
+        MANIFEST: names + _HEADER * len(shapes) + _PROVENANCE,
+    }
 
 
 def write_adapter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from edgetune.errors import UsageError
 
@@ -16,11 +17,12 @@ def parse_bytes(text: str) -> int:
     Raises:
         UsageError: It is something else, or nothing.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]+)\s*", text)
     unit = _BY_LETTERS.get(found[2].lower()) if found else None
     if found is None or unit is None:
         raise UsageError(f"{text!r:.60} is no size; expected a number and one of {', '.join(_UNITS)}, such as 3GB")
-    size = int(float(found[1]) * unit)
+    # Not as a float: 1.001 · 1000 would be a byte too little.
+    size = int(Fraction(found[1]) * unit)
     if not size:
         raise UsageError(f"{text!r:.60} is no memory at all; expected a size such as 3GB")
     return size

@@ -14,8 +14,10 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from edgetune.cache_folder import cache_folder
 from edgetune.errors import MissingDependencyError
-from edgetune.side_environment import REQUIREMENTS, base_interpreter, cache_folder, side_environment_version
+from edgetune.free_memory import free_memory_bytes
+from edgetune.side_environment import REQUIREMENTS, base_interpreter, side_environment_version
 
 Group = Literal["device", "host", "extras", "side environment", "machine"]
 
@@ -165,8 +167,8 @@ def _processor() -> str | None:
 
 def _memory() -> str | None:
     fields = _fields(Path("/proc/meminfo"))
-    if "MemTotal" in fields and "MemAvailable" in fields:
-        total, available = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    if "MemTotal" in fields and (available := free_memory_bytes()) is not None:
+        total = int(fields["MemTotal"].split()[0]) * 1024
         return f"{_gigabytes(total)}, {_gigabytes(available)} available"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return _gigabytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -62,6 +62,10 @@ class ResourceError(EdgetuneError):
     exit_code = 6
 
 
+class NoRoomError(ResourceError):
+    """A disk has less room than is needed (6); the message says how much is needed and how much is free."""
+
+
 class LockedError(EdgetuneError):
     """Another process works on the same folder (7)."""
 

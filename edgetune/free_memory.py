@@ -7,15 +7,20 @@ import os
 import sys
 from pathlib import Path
 
+from edgetune import control_group
+
 _MEMINFO = Path("/proc/meminfo")
-_LIMIT, _TAKEN = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-"""Of a container (cgroup v2); what is taken includes file pages that the system would give up."""
+_STATM = Path("/proc/self/statm")
 
 
 def free_memory_bytes() -> int | None:
-    """What the system, and the container, can give without swapping; none where nothing tells."""
-    found = [size for size in (_available(), _left_of_the_limit()) if size is not None]
-    return min(found, default=None)
+    """What the system, a container or service, and the limit of the process can give without swapping.
+
+    Returns:
+        The least of them; none where nothing tells.
+    """
+    found = (_available(), control_group.left_bytes(), _left_of_the_address_space())
+    return min((size for size in found if size is not None), default=None)
 
 
 def _available() -> int | None:
@@ -28,12 +33,16 @@ def _available() -> int | None:
     return None
 
 
-def _left_of_the_limit() -> int | None:
-    try:
-        limit, taken = (path.read_text().strip() for path in (_LIMIT, _TAKEN))
-    except OSError:
+def _left_of_the_address_space() -> int | None:
+    """What `ulimit -v` leaves, all of which would have to be memory that is used."""
+    if sys.platform != "linux":
         return None
-    return None if limit == "max" else max(0, int(limit) - int(taken))
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    return max(0, limit - int(_STATM.read_text().split()[0]) * resource.getpagesize())
 
 
 def give_back_freed() -> None:

@@ -19,6 +19,7 @@ from cattrs.errors import BaseValidationError
 from numpy.typing import NDArray
 
 from edgetune.architecture import tensor_shapes
+from edgetune.config import Base
 from edgetune.errors import VerificationError
 from edgetune.genai import WEIGHTS
 from edgetune.json_file import read_object
@@ -286,6 +287,14 @@ def _spans(piece: Stored) -> list[Range]:
     if piece.scales is None:
         return [(piece.offset, _FLOATS[piece.layout].itemsize * count)]
     return [(piece.offset, count * piece.bits // 8), (piece.scales, _FLOAT.itemsize * count // BLOCK_SIZE)]
+
+
+def stored_bytes(architecture: Architecture, base: Base) -> int:
+    """Bytes that a model's frozen weights take on the disk, at least: embedding and norms are kept in float32."""
+    bits = {"fp32": 32.0, "fp16": 16.0} | {name: count + 32 / BLOCK_SIZE for name, count in BITS.items()}
+    counts = {name: math.prod(shape) for name, shape in tensor_shapes(architecture).items()}
+    exact = sum(count for name, count in counts.items() if name == EMBEDDING or name.endswith("norm.weight"))
+    return 4 * exact + int((sum(counts.values()) - exact) * bits[base] / 8)
 
 
 def dequantised(block: Block) -> NDArray[np.float32]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from threading import Thread
 
 from edgetune.config import Base
-from edgetune.errors import EdgetuneError, MissingDependencyError
+from edgetune.errors import EdgetuneError, MissingDependencyError, ResourceError
+from edgetune.exhaustion import ADVICE, lack_of_process
 from edgetune.lean_builder import lean_builder
 
 _ENVIRONMENT = {
@@ -43,6 +44,7 @@ def run_olive_pass(
 
     Raises:
         MissingDependencyError: Olive is not installed.
+        ResourceError: It ran out of memory or of room on a disk.
         EdgetuneError: The pass failed; the message ends with the last lines that it printed.
     """
     if find_spec("olive") is None:
@@ -71,10 +73,12 @@ def run_olive_pass(
             )
             if done.returncode:
                 log.seek(0)
-                printed = log.read().decode(errors="replace").splitlines()[-_SHOWN_LINES:]
-                raise EdgetuneError(
-                    "\n".join([f"{source}: Olive's {name} failed (exit {done.returncode}) and said last:", *printed])
-                )
+                said = log.read().decode(errors="replace")
+                failed = f"{source}: Olive's {name} failed (exit {done.returncode}) and said last:"
+                message = "\n".join([failed, *said.splitlines()[-_SHOWN_LINES:]])
+                if lack := lack_of_process(done.returncode, said):
+                    raise ResourceError(f"{message}\n{ADVICE[lack]}")
+                raise EdgetuneError(message)
 
 
 def _serve(request: str) -> None:

@@ -23,13 +23,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
-from edgetune.errors import EdgetuneError, LockedError, ResourceError, UsageError
+from edgetune.errors import EdgetuneError, LockedError, NoRoomError, UsageError
+from edgetune.exhaustion import lack_behind
+from edgetune.room import no_room, require_room
 
 CHUNK = 1 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (
     errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG,
     errno.ELOOP,
@@ -47,10 +49,16 @@ def sha256_of(path: Path) -> str:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write `data` and flush it to the disk. The folder it lies in makes it visible at once or not at all."""
-    with path.open("wb") as file:
+    with write_in_place(path) as file:
         file.write(data)
+        file.truncate()
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_in_place(path: Path) -> IO[bytes]:
+    """Open a file to be written from its beginning, keeping the room that it has (`room.reserve`)."""
+    return path.open("r+b" if path.exists() else "wb")
 
 
 @contextmanager
@@ -81,7 +89,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_folder(path: Path, *, replace: bool = False, marker: str = "") -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = False, marker: str = "", needed: int = 0) -> Iterator[Path]:
     """Build a folder under a temporary name beside `path`; rename it to `path` when the block ends well.
 
     A killed process leaves only hidden folders, which the next writer of the same folder removes.
@@ -90,6 +98,7 @@ def atomic_folder(path: Path, *, replace: bool = False, marker: str = "") -> Ite
         path: The folder that shall appear; where it is a link, the folder that the link leads to.
         replace: Put it in the place of a folder that is already there.
         marker: Replace only a folder that holds this file, or nothing.
+        needed: Bytes of room that it takes at least, where they are known: fewer free ones are refused at once.
 
     Yields:
         The temporary folder to fill.
@@ -97,7 +106,7 @@ def atomic_folder(path: Path, *, replace: bool = False, marker: str = "") -> Ite
     Raises:
         UsageError: `path` exists and is not to be replaced, cannot be written, or is not valid Unicode.
         LockedError: Another process writes it.
-        ResourceError: The disk is full.
+        NoRoomError: The disk has less room than is needed, or a file is larger than it takes.
         EdgetuneError: The disk fails.
     """
     require_unicode(path)
@@ -106,6 +115,7 @@ def atomic_folder(path: Path, *, replace: bool = False, marker: str = "") -> Ite
     written = 0
     try:
         _refuse_to_overwrite(path, replace, marker)
+        require_room(path, needed)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path):
             _settle(path)
@@ -115,13 +125,15 @@ def atomic_folder(path: Path, *, replace: bool = False, marker: str = "") -> Ite
                 yield partial
                 _sync_tree(partial)
                 _put_in_place(partial, path, replace=replace)
-            except OSError:
+            except Exception:
                 written = _size(partial)
                 raise
             finally:
                 _settle(path)
-    except OSError as error:
-        explained = _explained(error, path, written)
+    except NoRoomError:
+        raise
+    except Exception as error:
+        explained = _explained(error, path, written, needed)
         if explained is None:
             raise
         raise explained from error
@@ -219,16 +231,15 @@ def _size(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _explained(error: OSError, path: Path, written: int) -> EdgetuneError | None:
-    """What a failed write means; None where the error is about another file."""
-    if error.errno in _FULL:
-        free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
-        return ResourceError(
-            f"{path}: the disk is full: more than the {written:,} bytes that were written are needed, {free:,} are "
-            "free now; free some space or choose another output"
-        )
-    about = None if error.filename is None else Path(os.fsdecode(error.filename))
-    if about not in (None, path, *path.parents) and not str(about).startswith(str(_beside(path, ""))):
+def _explained(error: Exception, path: Path, written: int, needed: int) -> EdgetuneError | None:
+    """What a failed write means; None where the error is about something else."""
+    about = Path(os.fsdecode(error.filename)) if isinstance(error, OSError) and error.filename is not None else None
+    elsewhere = about not in (None, path, *path.parents) and not str(about).startswith(str(_beside(path, "")))
+    if lack_behind(error) == "room":
+        short = no_room(about, 0, error) if about and elsewhere else no_room(path, needed, error, written=written)
+        # What a child process or a library said, such as which of its steps it was.
+        return short if isinstance(error, OSError) else NoRoomError(f"{error}\n{short}")
+    if elsewhere or not isinstance(error, OSError):
         return None
     # Some file systems, as that of /proc, say so where nothing can be made.
     no_place = error.errno == errno.ENOENT and about is not None and about.parent in path.parents

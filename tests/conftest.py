@@ -1,4 +1,4 @@
-"""Bundles that take seconds to make, each made once a test run, however many workers share it."""
+"""Bundles that take seconds to make, each made once a test run, however many workers share it; default signals."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from default_signals import take_ignored_signals
 from filelock import FileLock
 from prepared_bundles import InPieces, Prepared, prepare_in_pieces, prepare_standard
 
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import Base
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test, in the processes that run them; the one that only starts those passes on what it was given."""
+    if not config.getoption("numprocesses", default=None):
+        take_ignored_signals()
 
 
 @pytest.fixture(scope="session")

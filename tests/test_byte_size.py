@@ -19,13 +19,21 @@ from edgetune.errors import UsageError
         ("4096B", 4096),
         ("1.5kB", 1500),
         (" 2KiB ", 2048),
+        ("1.001kB", 1001),
+        ("16.1kB", 16_100),
+        ("4.35MB", 4_350_000),
+        ("9007199254740993B", 2**53 + 1),
     ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "3", "GB", "-1GB", "1e9B", "3 GBs", "3G", "nan GB", "3,5GB", "²GB", "3GB 4GB"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "3", "GB", "-1GB", "1e9B", "3 GBs", "3G", "nan GB", "3,5GB", "²GB", "3GB 4GB", "9" * 400 + "GB"],
+    ids=lambda text: text[:9],
+)
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match=r"is no size; expected a number and one of B, kB, MB, .* such as 3GB"):
         parse_bytes(text)

@@ -337,9 +337,9 @@ FAILURES = [
     (KeyboardInterrupt(), 130, "error: interrupted\n"),
     (MemoryError(), 6, "error: not enough memory; close other programs, or choose a smaller batch, length or model\n"),
     (
-        OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+        OSError(errno.ENOSPC, "No space left on device"),
         6,
-        "error: /x/y: No space left on device; free some space and try again\n",
+        "error: not enough room on a disk; free some space, or choose another output (No space left on device)\n",
     ),
     (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "error: /x/y: Permission denied\n"),
     (
@@ -383,6 +383,12 @@ def test_every_failure_is_an_object_with_json(
             "problems": error.problems if isinstance(error, DataError) else [],
         }
     }
+
+
+def test_a_full_disk_is_told_with_what_is_free(evaluate: Callable[..., Result]) -> None:
+    result = evaluate(OSError(errno.ENOSPC, "No space left on device", "/x/y"))
+    assert result.exit_code == 6
+    assert re.fullmatch(r"error: /x/y: the disk is full: [\d,]+ bytes are free now.*; free some .*\n", result.stderr)
 
 
 def test_usage_errors_are_objects_with_json_too() -> None:
@@ -440,8 +446,6 @@ def test_an_interruption_that_a_library_lost_ends_training_at_the_next_step(bar:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_clean_up_and_say_so_in_one_line(tmp_path: Path, bundle: Path, data: Path, number: int) -> None:
-    if signal.getsignal(number) is signal.SIG_IGN:
-        pytest.skip("whoever started the tests ignores the signal, as nohup does, and so do all their processes")
     body = """
 import edgetune.evaluate
 def fake(bundle, data, adapter, **_):

@@ -191,7 +191,7 @@ def test_exit_codes_in_other_pages_exist() -> None:
 
 
 def test_metrics_are_those_of_the_record(tmp_path: Path) -> None:
-    with RunRecord(tmp_path) as record:
+    with RunRecord(tmp_path, print) as record:
         values = {field.name: 1 for field in fields(StepMetrics)}
         record.write(StepMetrics(**values), validation_loss=1.0, initial_validation_loss=1.0)
     written = json.loads((tmp_path / "metrics.jsonl").read_text())

@@ -110,6 +110,12 @@ def test_facts_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert str(tmp_path) in (facts["disk, this folder"].found or "")
 
 
+def test_the_memory_that_is_available_is_what_a_container_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.control_group.left_bytes", lambda: 200_000_000)
+    memory = named(examine(), "memory", "machine")
+    assert (memory.found or "").endswith(" GB, 0.2 GB available")
+
+
 def test_proc_files_are_read_and_may_be_absent(tmp_path: Path) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text("processor\t: 0\nmodel name\t: A\n\nprocessor\t: 1\nmodel name\t: B\n")

@@ -18,7 +18,7 @@ FOUNDATION: list[set[str]] = [
     {"errors"},
     {
         "manifest", "manifest_json", "config", "storage", "suggestion", "byte_size", "toml_file", "json_file",
-        "git_lfs", "profile_file", "device",
+        "git_lfs", "profile_file", "device", "exhaustion", "room",
     },
     {"bundle"},
 ]  # fmt: skip

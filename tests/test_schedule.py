@@ -45,6 +45,29 @@ def test_steps_of_a_run(rows: int, config: TrainConfig, batches: int, epoch: int
     assert sum(schedule.batches(step) for step in range(epoch)) == batches
 
 
+@pytest.mark.parametrize(
+    ("written", "epoch", "total"),
+    [
+        ("0.07", 100, 7),
+        ("0.29", 100, 29),
+        ("1.1", 10, 11),
+        ("2.3", 10, 23),
+        ("0.14", 50, 7),
+        ("0.071", 100, 8),
+        ("1e-9", 100, 1),
+        ("0.1", 10**9, 10**8),
+    ],
+)
+def test_part_of_an_epoch_has_the_steps_of_the_number_that_was_written(written: str, epoch: int, total: int) -> None:
+    assert schedule_steps(epoch, TrainConfig(batch_size=1, epochs=float(written))).total_steps == total
+
+
+def test_every_hundredth_of_an_epoch_of_a_hundred_steps_is_a_step() -> None:
+    hundredths = range(1, 1001)
+    found = [schedule_steps(100, TrainConfig(batch_size=1, epochs=float(f"{n / 100:.2f}"))) for n in hundredths]
+    assert [schedule.total_steps for schedule in found] == list(hundredths)
+
+
 def test_validation_is_due_at_the_end_and_after_each_of_several_epochs() -> None:
     def due(config: TrainConfig) -> list[int]:
         schedule = schedule_steps(6, config)

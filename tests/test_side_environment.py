@@ -14,7 +14,6 @@ from edgetune.errors import EdgetuneError, MissingDependencyError, ResourceError
 from edgetune.side_environment import (
     REQUIREMENTS,
     base_interpreter,
-    cache_folder,
     ensure_side_environment,
     find_side_environment,
     run_worker,
@@ -219,21 +218,6 @@ def test_the_second_process_waits_for_the_first(small_build: list[list[str]], em
     assert said[0].startswith("Waiting for another process")
 
 
-def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("EDGETUNE_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == tmp_path / ".cache" / "edgetune"
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_folder() == Path("/x/edgetune")
-    monkeypatch.setenv("EDGETUNE_CACHE", "/y")
-    assert cache_folder() == Path("/y")
-    monkeypatch.delenv("EDGETUNE_CACHE")
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert cache_folder() == tmp_path / "Library" / "Caches" / "edgetune"
-
-
 def test_a_cache_folder_that_cannot_be_made_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EDGETUNE_CACHE", str(tmp_path / "file"))
@@ -275,7 +259,9 @@ def test_an_interpreter_that_does_not_run_does_not_fit(tmp_path: Path) -> None:
     [
         ("raise ValueError('no gradient for Foo')", EdgetuneError, r"worker.py failed \(exit 1\): ValueError: no grad"),
         ("import os; os._exit(3)", EdgetuneError, r"worker.py failed \(exit 3\): it said nothing"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ResourceError, "out of memory"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ResourceError, "not enough memory"),
+        ("raise MemoryError", ResourceError, "not enough memory"),
+        ("open('/dev/full', 'wb', 0).write(b'x')", ResourceError, r"(?s)No space left on device\nnot enough room"),
     ],
 )
 def test_a_failing_worker_is_explained(

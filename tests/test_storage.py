@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from edgetune import storage
-from edgetune.errors import EdgetuneError, LockedError, ResourceError, UsageError
+from edgetune.errors import EdgetuneError, LockedError, NoRoomError, UsageError
 from edgetune.storage import atomic_folder, locked, recover, require_unicode, sha256_of, write_file
 
 OLD = {"manifest.json": b"old", "weights": b"old" * 999}
@@ -394,8 +394,9 @@ def test_a_reader_does_not_disturb_a_replacement_that_goes_on(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("number", "expected", "message"),
     [
-        (errno.ENOSPC, ResourceError, "the disk is full: more than the "),
-        (errno.EDQUOT, ResourceError, " are free now; "),
+        (errno.ENOSPC, NoRoomError, "the disk is full: more than the "),
+        (errno.EDQUOT, NoRoomError, "this user's quota of the disk is used up: more than the "),
+        (errno.EFBIG, NoRoomError, "a file is larger than its file system allows: more than the "),
         (errno.EROFS, UsageError, "cannot be written"),
         (errno.EACCES, UsageError, "choose another output"),
         (errno.EIO, EdgetuneError, "check the disk"),
@@ -451,8 +452,58 @@ def test_a_full_disk_is_told_in_bytes(tmp_path: Path) -> None:
             fill(folder, {"x": b"x" * 12_345})
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(ResourceError, match=r"more than the 12,345 bytes that were written .* [\d,]+ are free"):
+    with pytest.raises(NoRoomError, match=r"more than the 12,345 bytes that were written .* [\d,]+ are free"):
         run()
+
+
+def test_what_needs_more_room_than_there_is_is_refused_at_once(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    needed = 2 * free
+    with (
+        pytest.raises(NoRoomError, match=rf"a: the disk is full: {needed:,} bytes are needed, [\d,]+ are free now"),
+        atomic_folder(tmp_path / "new" / "a", needed=needed),
+    ):
+        raise AssertionError("not reached")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        EdgetuneError("Olive's pass failed:\nOSError: [Errno 28] No space left on device"),
+        RuntimeError("onnxruntime_pybind_lora.cc:151 Failed to write :400640 bytes to x"),
+    ],
+)
+def test_a_full_disk_is_told_in_bytes_whoever_found_it(tmp_path: Path, error: Exception) -> None:
+    def run() -> None:
+        with atomic_folder(tmp_path / "a") as folder:
+            fill(folder, {"x": b"x" * 12_345})
+            raise error
+
+    with pytest.raises(NoRoomError, match="more than the 12,345 bytes that were written are needed") as caught:
+        run()
+    assert str(caught.value).startswith(str(error))
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_elsewhere_is_named(tmp_path: Path) -> None:
+    other = tmp_path / "other" / "scratch"
+
+    def run() -> None:
+        with atomic_folder(tmp_path / "outputs" / "a"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(other))
+
+    with pytest.raises(NoRoomError, match=f"^{other}: the disk is full"):
+        run()
+
+
+def test_a_file_that_is_written_again_keeps_its_room(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write_file(path, b"y" * 100_000)
+    place = path.stat().st_ino
+    write_file(path, b"short")
+    assert path.read_bytes() == b"short"
+    assert path.stat().st_ino == place
 
 
 def test_a_full_disk_is_told_where_not_even_the_parent_can_be_made(
@@ -462,7 +513,7 @@ def test_a_full_disk_is_told_where_not_even_the_parent_can_be_made(
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    with pytest.raises(ResourceError, match="the disk is full"):
+    with pytest.raises(NoRoomError, match="the disk is full"):
         write(tmp_path / "new" / "deeper" / "a")
 
 

@@ -1,9 +1,15 @@
-"""What a file says cannot steer the terminal that it is shown on."""
+"""What a file says cannot steer the terminal that it is shown on, and every terminal shows how a run goes on."""
 
 from __future__ import annotations
 
 import json
+import os
+import select
 import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +108,85 @@ def test_a_profile_of_somebody_is_shown_and_checked(tmp_path: Path) -> None:
     assert text.count(SHOWN) == 4
     path.write_text(VALID.replace("QNNExecutionProvider", evil).replace("pip install it", evil))
     assert f"{SHOWN}:nothere" in shown("devices", "check", path)
+
+
+RUN = """
+import os, sys
+from edgetune.cli.progress import shown
+from edgetune.train.observer import StartInfo, StepMetrics
+with shown(quiet=False) as observer:
+    observer.on_start(StartInfo("onnxruntime", "a plan", 4, 4, None, 3, 1, 5, 1, 0, 2, 1200, 300, 4096))
+    observer.on_step(StepMetrics(1, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
+    # Whoever watches the terminal now has seen what this long run has said so far.
+    os.write(1, b"waiting\\n")
+    sys.stdin.readline()
+    for step in (2, 3):
+        observer.on_step(StepMetrics(step, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
+"""
+STEP = "loss 1.0000, lr 1.00e-04, 100 tokens/s, ETA 0:00:01"
+
+
+def shown_by(terminal: int) -> str:
+    """What was written to a terminal since the last time, and is written within half a second."""
+    text, end = b"", time.monotonic() + 0.5
+    # Linux says EIO once no process has the terminal any more.
+    with suppress(OSError):
+        while select.select([terminal], [], [], max(0.0, end - time.monotonic()))[0]:
+            text += os.read(terminal, 1 << 16)
+    return text.decode()
+
+
+def watched_run(**environment: str) -> tuple[str, str]:
+    """What a terminal shows of a run after its first step, and at its end."""
+    terminal, end = os.openpty()
+    names = {"TERM", "NO_COLOR", "FORCE_COLOR", "CI", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN],
+        env={**clean, "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "150", **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=end,
+        text=True,
+    ) as process:
+        os.close(end)
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        early = shown_by(terminal)
+        process.communicate("\n", timeout=30)
+        late = shown_by(terminal)
+    os.close(terminal)
+    assert process.returncode == 0
+    return early, late
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"TERM": "dumb"},
+        {"TERM": "unknown"},
+        {"TERM": "dumb", "TTY_INTERACTIVE": "1"},
+        {"TERM": "xterm", "TTY_COMPATIBLE": "0"},
+        {"TERM": "xterm", "TTY_INTERACTIVE": "0"},
+        {"TERM": "xterm", "FORCE_COLOR": ""},
+    ],
+    ids=lambda each: " ".join(f"{name}={value}" for name, value in each.items()),
+)
+def test_a_terminal_on_which_nothing_moves_gets_plain_lines(environment: dict[str, str]) -> None:
+    early, late = watched_run(**environment)
+    assert early.splitlines()[1:] == [f"step 1/3: {STEP}"]
+    assert late.splitlines() == [f"step 2/3: {STEP}", f"step 3/3: {STEP}"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"CI": "true"}])
+def test_other_terminals_keep_their_bar(environment: dict[str, str]) -> None:
+    early, late = watched_run(TERM="xterm", **environment)
+    assert "\x1b[?25l" in early
+    assert "step 1/3" not in early + late
+    assert "3/3" in late
+    assert STEP in late
 
 
 def test_nodes_of_a_graph_are_named(tmp_path: Path) -> None:

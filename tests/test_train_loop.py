@@ -415,7 +415,7 @@ def test_long_rows_are_counted(bundle: Bundle, tmp_path: Path) -> None:
 
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
     step = StepMetrics(1, float("nan"), 0.1, float("inf"), 7, 3.5, None, 0.0)
-    with RunRecord(tmp_path) as record:
+    with RunRecord(tmp_path, print) as record:
         record.write(step, validation_loss=float("inf"))
         assert metrics(tmp_path) == [
             {

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import threading
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import click
 
 from edgetune.cli.output import print_json, printable
-from edgetune.errors import DataError, EdgetuneError, MissingDependencyError, ResourceError
+from edgetune.errors import DataError, EdgetuneError, LockedError, MissingDependencyError, ResourceError, UsageError
+from edgetune.exhaustion import ADVICE, lack_behind
+from edgetune.room import no_room
 
 INTERRUPTED = 130
 DEBUG = "EDGETUNE_DEBUG"
 """Environment variable that shows tracebacks."""
-_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-
-_NO_MEMORY = "error: not enough memory; close other programs, or choose a smaller batch, length or model"
-_ALLOCATION_SIGNS = ("Failed to allocate memory", "bad_alloc", "bad allocation")
-"""How ONNX Runtime says it, in exceptions of its own."""
+_SHOWN = 160
+"""Characters of what a library said last."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ def failure_of(error: BaseException) -> Failure:
     match error:
         case DataError():
             return Failure(error.exit_code, f"error: {error}", error.problems[: error.shown])
+        case UsageError() | LockedError() | ResourceError():
+            return Failure(error.exit_code, f"error: {error}")
+        case EdgetuneError() if lack := lack_behind(error):
+            return Failure(ResourceError.exit_code, f"error: {error}\n{ADVICE[lack]}")
         case EdgetuneError():
             return Failure(error.exit_code, f"error: {error}")
         case click.UsageError():
@@ -46,18 +50,19 @@ def failure_of(error: BaseException) -> Failure:
             return Failure(error.exit_code, f"error: {error.format_message()}{hint}")
         case click.ClickException():
             return Failure(error.exit_code, f"error: {error.format_message()}")
+        case KeyboardInterrupt() if not _threads_left():
+            # OpenBLAS, in numpy, interrupts its own process where it cannot start its threads.
+            return Failure(ResourceError.exit_code, f"error: {ADVICE['memory']} (no more threads can be started)")
         case KeyboardInterrupt() | click.Abort():
             return Failure(INTERRUPTED, "error: interrupted")
-        case MemoryError():
-            return Failure(ResourceError.exit_code, _NO_MEMORY)
-        case _ if any(sign in str(error) for sign in _ALLOCATION_SIGNS):
-            return Failure(ResourceError.exit_code, _NO_MEMORY)
+        case OSError() if error.filename is not None and lack_behind(error) == "room":
+            return Failure(ResourceError.exit_code, f"error: {no_room(Path(os.fsdecode(error.filename)), 0, error)}")
+        case _ if lack := lack_behind(error):
+            place = _place(error) if isinstance(error, OSError) else ""
+            return Failure(ResourceError.exit_code, f"error: {place}{ADVICE[lack]}{_reason(error)}")
         case ModuleNotFoundError() if not (error.name or "edgetune").startswith("edgetune"):
             fix = 'pip install "edgetune[host]" brings what prepare and export need; see `edgetune doctor`'
             return Failure(MissingDependencyError.exit_code, f"error: {error.name} is not installed; {fix}")
-        case OSError() if error.errno in _EXHAUSTED:
-            message = f"error: {_place(error)}{error.strerror}; free some space and try again"
-            return Failure(ResourceError.exit_code, message)
         case OSError() if error.filename is not None:
             return Failure(EdgetuneError.exit_code, f"error: {_place(error)}{error.strerror}")
         case _:
@@ -83,6 +88,24 @@ def report(error: BaseException, *, as_json: bool) -> int:
         with suppress(OSError):
             print_json({"error": {**asdict(failure), "message": plain}})
     return failure.code
+
+
+def _threads_left() -> bool:
+    thread = threading.Thread(target=int)
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    thread.join()
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    """What it was in the words of whoever said it, in parentheses; nothing where they say nothing."""
+    said = " ".join(str(error.strerror if isinstance(error, OSError) else error).split())
+    # Exceptions of C++ begin with where they were thrown, and end with why.
+    shown = said if len(said) <= _SHOWN else f"…{said[-_SHOWN:]}"
+    return f" ({shown})" if said else ""
 
 
 def _place(error: OSError) -> str:

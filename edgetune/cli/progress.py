@@ -1,4 +1,4 @@
-"""How a training run is shown: a progress bar on a terminal, plain lines elsewhere; always on stderr."""
+"""How a training run is shown: a progress bar on a terminal that can move it, plain lines elsewhere; on stderr."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from edgetune.cli.interruption import raise_if_interrupted
 from edgetune.cli.output import LastingStderr, notices
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
 
     from edgetune.train import Observer
@@ -30,12 +31,21 @@ def shown(*, quiet: bool) -> Iterator[Observer]:
         yield LineObserver(notices(quiet=quiet))
         return
     from rich.console import Console
+
+    terminal = Console(file=cast(IO[str], LastingStderr()), highlight=False)
+    if not _moves(terminal):
+        yield LineObserver(notices(quiet=False))
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("train"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.description}"))
-    terminal = Console(file=cast(IO[str], LastingStderr()), highlight=False)
     with Progress(*columns, console=terminal, expand=True) as progress:
         yield BarObserver(progress)
+
+
+def _moves(terminal: Console) -> bool:
+    """Whether rich redraws a bar there (not where `TERM` is `dumb`); otherwise it would show nothing until the end."""
+    return terminal.is_terminal and terminal.is_interactive and not terminal.is_dumb_terminal
 
 
 class LineObserver:

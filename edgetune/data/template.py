@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.data.rows import Message
-from edgetune.errors import DataError, EdgetuneError, IncompatibleError, TemplateStoppedError
+from edgetune.errors import DataError, EdgetuneError, IncompatibleError, ResourceError, TemplateStoppedError
+from edgetune.exhaustion import ADVICE, lack_of_process
 
 TIME_LIMIT = 20.0
 """Seconds that one rendering may take."""
@@ -46,6 +47,7 @@ class ChatTemplate:
             DataError: The template refuses this conversation; the one problem is its reason, without a place.
             IncompatibleError: The template is broken.
             TemplateStoppedError: It takes too much time or memory.
+            ResourceError: The system ended its process, as it does when memory runs out.
         """
         turns = [{"role": message.role, "content": message.content} for message in messages]
         answer = self._ask(
@@ -94,6 +96,8 @@ class ChatTemplate:
             timer.cancel()
         if not line.endswith(b"\n"):
             self._process = None
+            if not late.is_set() and lack_of_process(process.wait(), "") == "memory":
+                raise ResourceError(f"the chat template's process was ended by the system: {ADVICE['memory']}")
             reason = (
                 f"does not finish in {TIME_LIMIT:g} seconds" if late.is_set() else "crashes or needs too much memory"
             )

@@ -10,7 +10,7 @@ from typing import Literal
 
 from edgetune import __version__
 from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from edgetune.adapter import read_adapter, row_encoding
+from edgetune.adapter import most_bytes, read_adapter, row_encoding
 from edgetune.bundle import Bundle
 from edgetune.config import ExportConfig
 from edgetune.data.encode import Example, load_encoder
@@ -20,6 +20,7 @@ from edgetune.export.keep import add_lora_inputs, graph_values, write_onnx_adapt
 from edgetune.export.measure import Measured
 from edgetune.export.merge import merge_adapter
 from edgetune.export.validation import validation_rows_of
+from edgetune.frozen import stored_bytes
 from edgetune.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.manifest import FORMAT_VERSION, MODEL_FORMAT, File, ModelManifest, RowEncoding
 from edgetune.manifest_json import write_manifest
@@ -92,7 +93,7 @@ def export(
         IncompatibleError: The adapter does not fit the bundle, or the merged model keeps too little of it.
         VerificationError: A file of adapter or bundle was changed.
         MissingDependencyError: A host package is not installed.
-        ResourceError: The disk is full.
+        NoRoomError: The disk has less room than the model needs.
         LockedError: Another process writes `output`.
     """
     parameters = read_adapter(adapter, bundle.manifest.lora, bundle.manifest.base, bundle.manifest.tokenizer)
@@ -105,8 +106,9 @@ def export(
         )
     examples = _examples(bundle, rows, encoding)
     versions = {name: version_of(name) for name in _TOOLS}
-    with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
-        listed = {file.path: file for file in bundle.manifest.files}
+    listed = {file.path: file for file in bundle.manifest.files}
+    needed = _needed(bundle, config, sum(listed[name].size for name in SIDE_FILES if name in listed))
+    with atomic_folder(output, replace=config.force, marker=MANIFEST, needed=needed) as folder:
         files = [_copy(bundle.path, folder, listed[name]) for name in SIDE_FILES if name in listed]
         if config.merge:
             say(f"merging the adapter into {config.precision} weights")
@@ -125,6 +127,15 @@ def export(
         write_file(folder / MANIFEST, write_manifest(manifest))
     kind: Kind = "merged" if config.merge else "base + adapter"
     return ExportReport(output, kind, losses, sum(file.size for file in files))
+
+
+def _needed(bundle: Bundle, config: ExportConfig, beside: int) -> int:
+    """Bytes that the model takes at least; `beside` are those of the files that are copied whatever it is."""
+    manifest = bundle.manifest
+    if not config.merge:
+        weights = next(file.size for file in manifest.files if file.path == WEIGHTS)
+        return beside + weights + most_bytes(manifest.lora)[ADAPTER_WEIGHTS]
+    return beside + stored_bytes(manifest.architecture, config.precision)
 
 
 def _manifest(

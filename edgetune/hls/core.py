@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.errors import EdgetuneError, MissingDependencyError
+from edgetune.errors import EdgetuneError, MissingDependencyError, ResourceError
+from edgetune.exhaustion import ADVICE, lack_of_process
 from edgetune.hls.fixed_point import FixedPoint, accumulator
 from edgetune.hls.resources import CoreSize, Fpga
 
@@ -153,7 +154,8 @@ def simulate(cores: Sequence[Core], folder: Path, fpga: Fpga) -> list[Simulation
 
     Raises:
         MissingDependencyError: hls4ml or g++ is not installed.
-        EdgetuneError: The compiler gave up.
+        ResourceError: The compiler ran out of memory or of room on a disk.
+        EdgetuneError: It gave up.
     """
     require_compiler()
     libraries = [write_core(core, folder / core.size.name, fpga) for core in cores]
@@ -169,7 +171,8 @@ class Simulation:
         library: The path that `write_core` returned.
 
     Raises:
-        EdgetuneError: The compiler gave up.
+        ResourceError: The compiler ran out of memory or of room on a disk.
+        EdgetuneError: It gave up.
     """
 
     def __init__(self, core: Core, library: Path) -> None:
@@ -178,7 +181,10 @@ class Simulation:
             ["bash", "build_lib.sh"], cwd=library.parents[1], capture_output=True, text=True, timeout=_LONGEST_BUILD
         )
         if built.returncode or not library.is_file():
-            raise EdgetuneError(f"{core.size.name}: the C simulation does not compile:\n{built.stderr[-_SHOWN:]}")
+            failed = f"{core.size.name}: the C simulation does not compile:\n{built.stderr[-_SHOWN:]}"
+            if lack := lack_of_process(built.returncode, built.stderr):
+                raise ResourceError(f"{failed}\n{ADVICE[lack]}")
+            raise EdgetuneError(failed)
         self._function = getattr(ctypes.CDLL(str(library)), f"{_project_name(core)}_float")
         self._function.restype = None
         self._function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from edgetune import __version__
-from edgetune.architecture import slots_of
+from edgetune.architecture import frozen_weights, slots_of
 from edgetune.builder_view import builder_view
 from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
@@ -19,7 +19,7 @@ from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import UsageError, VerificationError
-from edgetune.frozen import BITS
+from edgetune.frozen import BITS, stored_bytes
 from edgetune.manifest import (
     BUNDLE_FORMAT,
     FORMAT_VERSION,
@@ -57,7 +57,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         IncompatibleError: Another family, a broken chat template, or an operator without gradient.
         VerificationError: The checkpoint is incomplete or broken, holds NaN or infinity, or names no end-of-text token.
         MissingDependencyError: A host package is not installed, or the side environment cannot be made.
-        ResourceError: The disk is full, or the system ended a stage for want of memory.
+        ResourceError: The disk has less room than the bundle needs, or memory ran out.
         LockedError: Another process writes the output.
         EdgetuneError: Olive failed.
     """
@@ -75,7 +75,9 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
 
     # First what may need the network, then what takes long.
     ensure_side_environment(say)
-    with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
+    # Graphs, which hold no weights, and what lies there on the way take little beside them.
+    needed = stored_bytes(source.architecture, config.base) + _int8_bytes(source.architecture, config)
+    with atomic_folder(output, replace=config.force, marker=MANIFEST, needed=needed) as folder:
         # Inside the folder: what a killed process leaves goes with it.
         with TemporaryDirectory(prefix=".scratch-", dir=folder) as scratch:
             view = builder_view(source, Path(scratch) / "source")
@@ -94,6 +96,13 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         manifest = _manifest(source, folder, config, tokenizer, lora, coverage, roles, versions)
         sealed = seal_bundle(folder, manifest)
     return Bundle(output, sealed)
+
+
+def _int8_bytes(architecture: Architecture, config: PrepareConfig) -> int:
+    """Bytes of the step with int8 weights, at least: each weight lies there as it is and transposed."""
+    if config.npu == "none":
+        return 0
+    return 2 * architecture.num_hidden_layers * sum(frozen_weights(architecture).values())
 
 
 def _build_inference_model(source: Checkpoint, view: Path, folder: Path, config: PrepareConfig) -> None:

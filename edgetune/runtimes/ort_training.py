@@ -15,9 +15,9 @@ from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.errors import EdgetuneError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.exhaustion import ADVICE, lack_of_process
 from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, StepResult, wire
 from edgetune.side_environment import (
-    OUT_OF_MEMORY,
     ensure_side_environment,
     side_environment_version,
     worker_command,
@@ -118,12 +118,10 @@ class OrtTrainingSession:
 
     def _failure(self) -> EdgetuneError:
         code = self._worker.wait()
-        if code == OUT_OF_MEMORY:
-            return ResourceError(
-                "the system ended the ONNX Runtime Training worker, as it does when memory runs out; "
-                "choose a smaller --batch-size"
-            )
         self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        reason = lines[-1] if lines else f"exit code {code}"
-        return EdgetuneError(f"the ONNX Runtime Training worker ended: {reason}")
+        said = self._errors.read().decode(errors="replace").strip()
+        reason = said.splitlines()[-1] if said else f"exit code {code}"
+        ended = f"the ONNX Runtime Training worker ended: {reason}"
+        if lack := lack_of_process(code, said):
+            return ResourceError(f"{ended}\n{ADVICE[lack]}")
+        return EdgetuneError(ended)

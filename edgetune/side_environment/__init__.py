@@ -8,10 +8,8 @@ own and are talked to through files and pipes. `requirements.txt` beside this fi
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from edgetune.cache_folder import CHOSEN, cache_folder
 from edgetune.errors import EdgetuneError, LockedError, MissingDependencyError, ResourceError, UsageError
+from edgetune.exhaustion import ADVICE, lack_behind, lack_of_process
 from edgetune.storage import atomic_folder, locked, write_file
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
@@ -31,19 +31,6 @@ _PYTHON = "3.11"
 """The newest CPython that ONNX Runtime Training has wheels for, and the oldest that the pinned numpy has."""
 _PLATFORMS = {("Linux", "x86_64"), ("Darwin", "arm64"), ("Darwin", "x86_64"), ("Windows", "AMD64")}
 _WAIT_SECONDS = 0.5
-OUT_OF_MEMORY = -getattr(signal, "SIGKILL", 9)
-"""Exit code of a process that the system ended for its memory."""
-
-
-def cache_folder() -> Path:
-    """Where edgetune keeps what it can make again: `EDGETUNE_CACHE`, or the platform's cache folder of the user."""
-    if chosen := os.environ.get("EDGETUNE_CACHE"):
-        return Path(chosen).absolute()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "edgetune"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "edgetune"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetune"
 
 
 def find_side_environment() -> Path | None:
@@ -136,7 +123,7 @@ def run_worker(script: Path, arguments: Sequence[str]) -> str:
 
     Raises:
         MissingDependencyError: The side environment is not there.
-        ResourceError: The system ended it, as happens when memory runs out.
+        ResourceError: It ran out of memory or of room on a disk, or the system ended it, as happens then.
         EdgetuneError: It failed; the message has its last line on stderr, the exception's notes have the rest.
     """
     return _run(worker_command(script, arguments), script.name)
@@ -160,7 +147,9 @@ def _fits(python: str) -> bool:
     question = "import ensurepip, sys, venv; print(sys.implementation.name, *sys.version_info[:2], sep='.')"
     try:
         answer = subprocess.run(_isolated(python, "-c", question), capture_output=True, text=True, check=False)
-    except OSError:
+    except OSError as error:
+        if lack_behind(error):
+            raise
         return False
     return answer.stdout.strip() == f"cpython.{_PYTHON}"
 
@@ -168,18 +157,18 @@ def _fits(python: str) -> bool:
 @contextmanager
 def _turn(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Wait until no other process makes an environment in `folder`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{folder}: cannot be made ({error.strerror}); name a folder of yours in EDGETUNE_CACHE"
-        ) from error
     with ExitStack() as stack:
         waiting = False
         while True:
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(folder))
                 break
+            except OSError as error:
+                if lack_behind(error):
+                    raise
+                fix = f"name a folder of yours in {CHOSEN}"
+                raise UsageError(f"{folder}: cannot be written ({error.strerror}); {fix}") from error
             except LockedError as error:
                 if not waiting:
                     say(f"Waiting for another process: {error}")
@@ -195,6 +184,8 @@ def _build(folder: Path, base: Path) -> None:
     install += ["--quiet", "--disable-pip-version-check"]
     try:
         _run(_isolated(python, "-m", "pip", *install, "--requirement", str(REQUIREMENTS)), "pip")
+    except ResourceError:
+        raise
     except EdgetuneError as error:
         raise MissingDependencyError(
             f"the side environment with ONNX Runtime Training could not be installed: {error}; check the network and "
@@ -210,8 +201,9 @@ def _run(command: list[str], name: str) -> str:
         return done.stdout
     lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
     reason = lines[-1].strip() if lines else "it said nothing"
-    if done.returncode == OUT_OF_MEMORY:
-        raise ResourceError(f"{name} was killed by the system, most likely out of memory; free some, or use less")
-    error = EdgetuneError(f"{name} failed (exit {done.returncode}): {reason}")
+    failed = f"{name} failed (exit {done.returncode}): {reason}"
+    if lack := lack_of_process(done.returncode, "\n".join(lines)):
+        raise ResourceError(f"{failed}\n{ADVICE[lack]}")
+    error = EdgetuneError(failed)
     error.add_note("\n".join(lines[-40:]))
     raise error

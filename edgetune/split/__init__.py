@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgetune.architecture import frozen_weights
 from edgetune.bundle import MANIFEST, Bundle, list_files, open_bundle, seal_bundle
 from edgetune.config import SplitConfig
 from edgetune.data.batches import MASKED, make_batch
@@ -18,8 +19,12 @@ from edgetune.errors import DataError, UsageError
 from edgetune.frozen import EMBEDDING, FrozenWeights
 from edgetune.manifest import BundleManifest, Graph, TensorSpec
 from edgetune.provenance import version_of
+from edgetune.room import require_room
 from edgetune.storage import atomic_folder, write_file
 from edgetune.trunk import FOLDER, GRAPH, INDEX, LinearRange, TrunkInfo, has_trunk, write_trunk_info
+
+_BYTES_A_WEIGHT = 8
+"""Of the trunk, while it is quantised: measured, it is written in float32 twice, and in int8."""
 
 
 def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Callable[[str], None]) -> Bundle:
@@ -37,7 +42,7 @@ def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Call
         DataError: Rows that cannot be read, or none that fits the length.
         IncompatibleError: The trunk breaks a rule of Vitis AI.
         MissingDependencyError: A host package is not installed.
-        ResourceError: The trunk is larger than an ONNX file can be, or the disk is full.
+        ResourceError: The trunk is larger than an ONNX file can be, or the disk has no room.
         LockedError: Another process writes the output.
         VerificationError: A file of the bundle was changed.
     """
@@ -49,16 +54,20 @@ def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Call
     source = open_bundle(bundle)
     manifest = source.manifest
     layers, length = _split_point(manifest, config), config.length or manifest.max_length
+    copied = [file for file in manifest.files if not file.path.startswith(f"{FOLDER}/")]
+    trunk_weights = layers * sum(frozen_weights(manifest.architecture).values())
+    needed = sum(file.size for file in copied) + _BYTES_A_WEIGHT * trunk_weights
+    # Choosing scales takes long; the folder is begun after it.
+    require_room(output, needed)
     examples = _calibration_rows(source, data, length, config.calibration_rows)
     say(f"Putting {layers} of {manifest.architecture.num_hidden_layers} layers together …")
     trunk = build_trunk(source, layers)
     say(f"Choosing scales on {len(examples)} rows …")
     seen = observe(trunk, (_feed(source, example) for example in examples))
-    with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
-        for file in manifest.files:
-            if not file.path.startswith(f"{FOLDER}/"):
-                (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source.path / file.path, folder / file.path)
+    with atomic_folder(output, replace=config.force, marker=MANIFEST, needed=needed) as folder:
+        for file in copied:
+            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / file.path, folder / file.path)
         (folder / FOLDER).mkdir()
         say(f"Quantising for {length} positions (ONNX Runtime) …")
         quantise(trunk, seen, _feed(source, examples[0], length), length, folder / f"{GRAPH}.onnx")

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgetune.onnx_session import open_graph
+from edgetune.room import require_room
 from edgetune.split.graph import TrunkGraph, make_static
 
 Feed = Mapping[str, NDArray[np.float32]]
@@ -108,6 +109,9 @@ def quantise(trunk: TrunkGraph, seen: Mapping[str, Observed], feed: Feed, length
         feed: The static graph's inputs for one row, which the quantiser insists on running.
         length: Positions of a row.
         output: The ONNX file.
+
+    Raises:
+        NoRoomError: There is no room for what is written on the way.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -126,6 +130,8 @@ def quantise(trunk: TrunkGraph, seen: Mapping[str, Observed], feed: Feed, length
     with TemporaryDirectory(prefix=".scratch-", dir=output.parent) as scratch, _quiet():
         source, target = Path(scratch) / "float.onnx", Path(scratch) / "int8.onnx"
         ir.save(make_static(trunk.model, length), source)
+        # The quantiser writes it again, with the shapes of all values, and does not notice when that is cut off.
+        require_room(output, source.stat().st_size * 5 // 4)
         quantize_static(
             source,
             target,

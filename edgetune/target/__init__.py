@@ -77,13 +77,15 @@ def lay_out(
         UsageError: The output exists, or there is no adapter.
         IncompatibleError: The adapter is of another bundle.
         VerificationError: A graph refers to what the bundle does not have.
-        ResourceError: A file or the whole is larger than the target takes, or the disk is full.
+        ResourceError: A file or the whole is larger than the target takes, or the disk has no room for it.
     """
     platform = platform or PLATFORMS[name]
     graphs = {role: _read_graph(bundle, role) for role in ROLES}
     weights = _weights(bundle, graphs)
     shards = plan_shards(weights, platform.shard)
-    with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
+    texts = sum(file.size for file in bundle.manifest.files if file.path in _TEXT)
+    needed = sum(map(len, graphs.values())) + texts + sum(shard.size for shard in shards)
+    with atomic_folder(output, replace=config.force, marker=MANIFEST, needed=needed) as folder:
         (folder / _GRAPHS).mkdir()
         for role, graph in graphs.items():
             write_file(_graph_file(folder, role), redirect(graph, lambda span: moved(span, shards)))

@@ -14,8 +14,9 @@ from edgetune.adapter import MANIFEST, initial_parameters, read_adapter, write_a
 from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
 from edgetune.device import Profile, load_profile
-from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError
+from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError, VerificationError
 from edgetune.placement import Placement, placement_record
+from edgetune.room import reserve
 from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
 from edgetune.storage import atomic_folder
 from edgetune.train.choice import Choice
@@ -23,6 +24,7 @@ from edgetune.train.consistency import resolve_config
 from edgetune.train.fitting import Fit, Fitting
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
+from edgetune.train.output import output_bytes, save_elsewhere
 from edgetune.train.provenance import Outcome, provenance_of, validation_rows
 from edgetune.train.record import RunRecord, peak_memory_bytes
 from edgetune.train.run_rows import RowReader, read_run_rows
@@ -39,6 +41,9 @@ def train(
     ends the run: then the adapter of the step before is written, its provenance says `stopped`, and EdgetuneError is
     raised. If there is no step before, nothing is written.
 
+    Room for all that is written is taken before the first step. Where `output` still cannot be written, the adapter is
+    saved elsewhere, and the error says where.
+
     Args:
         bundle: What `edgetune prepare` made.
         data: JSONL rows to train on.
@@ -52,16 +57,24 @@ def train(
         DataError: Rows that cannot be trained on.
         IncompatibleError: The initial adapter does not fit the bundle, or the bundle lacks what the plan runs.
         MissingDependencyError: The runtime's package is not installed.
-        ResourceError: No plan fits into the memory budget.
+        ResourceError: No plan fits into the memory budget, or the disk has no room for the adapter.
         VerificationError: A file of the bundle or the initial adapter was changed.
         LockedError: Another process writes `output`.
         EdgetuneError: A loss or gradient was not finite.
     """
     profile = None if config.device is None else load_profile(config.device)
     config = resolve_config(config, profile, observer.on_notice)
-    with atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
-        run = _Run(open_bundle(bundle), data, valid, output, config, profile, observer)
-        steps = run.execute(partial)
+    run: _Run | None = None
+    try:
+        with atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
+            run = _Run(open_bundle(bundle), data, valid, output, config, profile, observer)
+            steps = run.execute(partial)
+    except VerificationError:
+        raise
+    except (EdgetuneError, OSError) as error:
+        if run is None or run.learnt is None:
+            raise
+        raise save_elsewhere(output, error, run.write) from error
     if run.stopped:
         raise EdgetuneError(f"{run.stopped}; {output} holds the adapter after step {steps}; {_REMEDY}")
     losses = run.validation_losses
@@ -128,26 +141,38 @@ class _Run:
         """Highest resident memory; it is told while the worker of a session lives, whose memory counts as well."""
         self.stopped = ""
         """Why the run ended early; empty when it did not."""
+        self.learnt: Parameters | None = None
+        """The last values, once there are any to write."""
+        self._steps = 0
+        """Steps that were applied."""
 
     def execute(self, folder: Path) -> int:
         """Train, and write the adapter into `folder`; returns the number of steps that were applied.
 
         Raises:
+            NoRoomError: There is no room for the adapter.
             EdgetuneError: Not even the first step was finite.
         """
-        steps, parameters = self._learn(folder)
+        reserve(folder, output_bytes(self._lora, self._schedule.total_steps), self._output)
+        self._steps, self.learnt = self._learn(folder)
+        self.write(folder)
+        self._notice_peak()
+        return self._steps
+
+    def write(self, folder: Path) -> None:
+        """Write what was learnt as an adapter."""
+        if self.learnt is None:
+            raise ValueError("nothing was learnt yet")
         manifest = self._bundle.manifest
         write_adapter(
             folder,
             base=manifest.base,
             tokenizer=manifest.tokenizer,
             lora=self._lora,
-            parameters=parameters,
-            provenance=self._provenance(steps),
+            parameters=self.learnt,
+            provenance=self._provenance(self._steps),
             encoding=self._rows.encoding,
         )
-        self._notice_peak()
-        return steps
 
     def _learn(self, folder: Path) -> tuple[int, Parameters]:
         """Train; returns the number of steps and what was learnt. No session is left when the adapter is written."""
@@ -156,7 +181,7 @@ class _Run:
             # The session has its own.
             self._parameters.clear()
             begin = perf_counter()
-            with RunRecord(folder) as record:
+            with RunRecord(folder, self._observer.on_notice) as record:
                 steps = self._train(session, record)
             self.seconds = perf_counter() - begin
             if self.stopped and not steps:

@@ -21,16 +21,13 @@ from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config
 from edgetune.train.device_limits import longest_taken
 from edgetune.train.fitting import Fitting
+from edgetune.train.output import output_bytes
 from edgetune.train.run_rows import RowReader
 from edgetune.train.run_time import predict_times
 from edgetune.train.workload import Workload
 
-_FLOAT = 4
 _MOST_ROWS = 10_000
 """A step, where rows are made up to be counted."""
-_ADAPTER_FILES = 1 << 15
-"""Bytes of an adapter beside its parameters, and of the record of a step."""
-_RECORD_LINE = 300
 
 
 @dataclass(frozen=True)
@@ -207,8 +204,7 @@ def _made_up(
 def _flash(bundle: Bundle, choice: Choice, workload: Workload) -> Flash:
     manifest, steps = bundle.manifest, workload.schedule.total_steps
     files = sum(file.size for file in manifest.files) + (bundle.path / MANIFEST).stat().st_size
-    parameters = sum(rows * columns for rows, columns in manifest.lora.shapes().values())
-    adapter = _FLOAT * parameters + _ADAPTER_FILES + _RECORD_LINE * steps
+    adapter = sum(output_bytes(manifest.lora, steps).values())
     cache = 0 if choice.footprint is None else choice.footprint.cache
     if choice.plan.accelerator is not None:
         weights = sum(math.prod(shape) for shape in tensor_shapes(manifest.architecture).values())

@@ -10,24 +10,32 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+from edgetune.storage import write_in_place
 from edgetune.train.observer import StepMetrics
 
 FILE = "metrics.jsonl"
+MOST_BYTES = 320
+"""Of a line; the first, with one key more, may take that of another."""
 
 
 class RunRecord:
-    """Writes the record of a run while it goes on.
+    """Writes the record of a run while it goes on. It is worth less than the run, which goes on without it.
 
     Args:
-        folder: The folder in which `metrics.jsonl` appears.
+        folder: The folder in which `metrics.jsonl` appears, or has its room.
+        say: Hears that the record cannot be written any more.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / FILE).open("x", encoding="utf-8", newline="\n")
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self._file, self._say = write_in_place(folder / FILE), say
+        self._written = 0
+        self._fails = False
 
     def __enter__(self) -> RunRecord:
         """The record itself."""
@@ -36,8 +44,11 @@ class RunRecord:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, which ends with the last whole line."""
+        with suppress(OSError):
+            self._file.truncate(self._written)
+        with suppress(OSError):
+            self._file.close()
 
     def write(
         self,
@@ -46,7 +57,9 @@ class RunRecord:
         validation_loss: float | None = None,
         initial_validation_loss: float | None = None,
     ) -> None:
-        """Write the line of a step."""
+        """Write the line of a step; once that fails, it is said, and nothing more is written."""
+        if self._fails:
+            return
         line: dict[str, float | None] = asdict(metrics)
         del line["eta_seconds"]
         if initial_validation_loss is not None:
@@ -54,8 +67,14 @@ class RunRecord:
         if validation_loss is not None:
             line["validation_loss"] = validation_loss
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in line.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        data = json.dumps(finite, allow_nan=False).encode() + b"\n"
+        try:
+            self._file.write(data)
+            self._file.flush()
+            self._written += len(data)
+        except OSError as error:
+            self._fails = True
+            self._say(f"{FILE} ends before step {metrics.step}: {error.strerror}; the training goes on")
 
 
 def peak_memory_bytes() -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from edgetune.config import DEFAULT_EPOCHS, Schedule, TrainConfig
 from edgetune.errors import UsageError
@@ -68,13 +69,18 @@ def schedule_steps(rows: int, config: TrainConfig) -> StepSchedule:
     batches = math.ceil(rows / config.batch_size)
     steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
     epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
-    total = math.ceil(epochs * steps_per_epoch) if config.steps is None else config.steps
+    total = _steps_of(epochs, steps_per_epoch) if config.steps is None else config.steps
     if config.warmup_steps >= total:
         raise UsageError(
             f"warmup_steps is {config.warmup_steps}, but the run has {total} steps in all; "
             f"use fewer than {total}, or more steps or epochs"
         )
     return StepSchedule(batches, config.gradient_accumulation_steps, steps_per_epoch, total)
+
+
+def _steps_of(epochs: float, steps_per_epoch: int) -> int:
+    """Steps that are not fewer than `epochs`, taken as it was written: as a float, 0.07 · 100 is more than 7."""
+    return math.ceil(Fraction(str(epochs)) * steps_per_epoch)
 
 
 _MANY = 10**9
