@@ -43,6 +43,8 @@ class PrepareConfig:
     """Rows on which the ranges of `qdq` are measured; random tokens without it."""
     max_length: int = 512
     """Longest row, in tokens, that training takes; never more than the model's positions."""
+    threads: int | None = None
+    """How many threads compute; without it as many as the process may use."""
     download: bool = False
     """Fetch a hub id that is not in the local cache. Off: nothing goes on the network."""
     force: bool = False
@@ -59,6 +61,8 @@ class SplitConfig:
     """Positions of the trunk's graph; the bundle's longest row when it is not given."""
     calibration_rows: int = 32
     """Rows that the int8 scales are chosen on, drawn evenly from the file."""
+    threads: int | None = None
+    """How many threads compute; without it as many as the process may use."""
     force: bool = False
     """Replace a bundle that is already there."""
 
@@ -87,6 +91,8 @@ class TrainConfig:
     """Compare forward-only's first gradient with the exact one, which takes a backward pass and its memory."""
     memory_budget: str | None = None
     """Most memory of the process, such as `3GB`; without it, what the machine has free."""
+    threads: int | None = None
+    """How many threads compute; without it as many as the process may use."""
     device_type: DeviceType = "auto"
     """Which of a runtime's devices executes the whole step: `qnn` has an NPU, `openvino` all three."""
     require_npu: bool = False
@@ -140,6 +146,8 @@ class ExportConfig:
     """Fold the adapter into the weights; otherwise keep it beside the base as an `.onnx_adapter`."""
     precision: Precision = "fp32"
     """Weights of a merged model. A merge into int4 can lose what was learnt: its loss is printed."""
+    threads: int | None = None
+    """How many threads compute; without it as many as the process may use."""
     force: bool = False
     """Replace a model that is already there."""
 
@@ -150,6 +158,8 @@ class GenerateConfig:
 
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
+    threads: int | None = None
+    """How many threads compute; without it as many as the process may use."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Literal
 from edgetune.config import Base
 from edgetune.errors import EdgetuneError, MissingDependencyError
 from edgetune.lean_builder import lean_builder
+from edgetune.threads import threads_used
 
 PassName = Literal["ModelBuilder", "OnnxBlockWiseRtnQuantization"]
 
@@ -65,7 +66,7 @@ def run_olive_pass(
         silent, held = os.pipe()  # nothing is written: it closes when this process ends, however that happens
         with os.fdopen(silent), os.fdopen(held, "w"), tempfile.TemporaryFile(dir=scratch) as log:
             done = subprocess.run(
-                [sys.executable, "-P", "-m", "edgetune.olive_pass", json.dumps(request)],
+                [sys.executable, "-P", "-m", "edgetune.olive_pass", json.dumps(request), str(threads_used())],
                 cwd=scratch,
                 env=environment,
                 stdin=silent,
@@ -102,8 +103,15 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _hold_to(processors: int) -> None:
+    """Its libraries have no common way to be told how many threads compute; each asks where it may run."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:processors])
+
+
 if __name__ == "__main__":
     Thread(target=_end_with_parent, daemon=True).start()
+    _hold_to(int(sys.argv[2]))
     try:
         _serve(sys.argv[1])
     except Exception as error:  # the parent shows it, without a traceback

@@ -76,7 +76,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, bundle: Path, data: Path) -> Calla
     """Runs `edgetune eval` with a stage that raises or returns what it is given."""
 
     def invoke(outcome: BaseException | Evaluation, *flags: str, **environment: str) -> Result:
-        def fake(bundle: Path, data: Path, adapter: Path | None, *, truncate: bool) -> Evaluation:
+        def fake(bundle: Path, data: Path, adapter: Path | None, **options: object) -> Evaluation:
             if isinstance(outcome, BaseException):
                 raise outcome
             return outcome
@@ -132,18 +132,18 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 
 
 OPTIONS = {
-    "prepare": "output rank alpha targets base npu calibration max-length download force quiet json",
-    "split": "data output layers length calibration-rows force quiet json",
-    "plan": "device data valid length runtime plan method queries memory-budget device-type soc-model buckets steps "
-    "epochs batch-size gradient-accumulation-steps packing no-packing truncate json",
+    "prepare": "output rank alpha targets base npu calibration max-length threads download force quiet json",
+    "split": "data output layers length calibration-rows threads force quiet json",
+    "plan": "device data valid length runtime plan method queries memory-budget threads device-type soc-model buckets "
+    "steps epochs batch-size gradient-accumulation-steps packing no-packing truncate json",
     "train": "data valid output config runtime device plan trunk-cache vitisai-config method queries perturbation-size "
-    "report-gradient-cosine memory-budget device-type require-npu soc-model buckets steps epochs batch-size "
+    "report-gradient-cosine memory-budget threads device-type require-npu soc-model buckets steps epochs batch-size "
     "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "
     "seed shuffle no-shuffle truncate init-adapter force quiet json",
     "preview": "data json",
-    "eval": "data adapter truncate json",
-    "export": "adapter output merge keep-adapter precision valid force quiet json",
-    "generate": "prompt system max-new-tokens json",
+    "eval": "data adapter truncate threads quiet json",
+    "export": "adapter output merge keep-adapter precision valid threads force quiet json",
+    "generate": "prompt system max-new-tokens threads json",
     "bundle": "target output adapter force quiet json",
     "inspect": "placement buckets device-type soc-model require-npu json",
     "devices": "",
@@ -435,7 +435,7 @@ def test_signals_clean_up_and_say_so_in_one_line(tmp_path: Path, bundle: Path, d
         pytest.skip("whoever started the tests ignores the signal, as nohup does, and so do all their processes")
     body = """
 import edgetune.evaluate
-def fake(bundle, data, adapter, truncate):
+def fake(bundle, data, adapter, **options):
     try:
         print("ready", flush=True)
         time.sleep(60)
@@ -459,7 +459,7 @@ def test_what_is_said_of_the_work_is_worth_less_than_the_work(tmp_path: Path, bu
     body = """
 import edgetune.evaluate
 from edgetune.cli.output import notices
-def fake(bundle, data, adapter, truncate):
+def fake(bundle, data, adapter, **options):
     for line in range(10_000):
         notices(quiet=False)("a line that nobody can read")
     return edgetune.evaluate.Evaluation(3, 1, 20, 0.5, 1.6487, 0.75, 0.3333)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from edgetune.cli.command import Command, json_option
+from edgetune.cli.command import Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file
-from edgetune.cli.output import console, print_json
-from edgetune.cli.run_options import truncate_option
+from edgetune.cli.output import console, notices, print_json
+from edgetune.cli.run_options import threads_option, truncate_option
 
 EXAMPLES = """
 edgetune eval bundle --data valid.jsonl
@@ -24,8 +24,18 @@ edgetune eval bundle --data valid.jsonl --adapter adapter --json
 @click.option("--data", type=PATH, required=True, help="JSONL rows to measure on.")
 @click.option("--adapter", type=PATH, help="Adapter to measure; without it the base alone.")
 @truncate_option
+@threads_option
+@quiet_option
 @json_option
-def command(bundle: Path, data: Path, adapter: Path | None, truncate: bool, as_json: bool) -> None:
+def command(
+    bundle: Path,
+    data: Path,
+    adapter: Path | None,
+    truncate: bool,
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Measure loss and perplexity of the answers in a file.
 
     Only what training would train on counts: the assistant's answers, the completion, or the whole text.
@@ -36,7 +46,8 @@ def command(bundle: Path, data: Path, adapter: Path | None, truncate: bool, as_j
     bundle_folder(bundle)
     from edgetune.evaluate import evaluate
 
-    evaluation = evaluate(bundle, data, adapter, truncate=truncate)
+    say = notices(quiet=quiet)
+    evaluation = evaluate(bundle, data, adapter, truncate=truncate, threads=threads, say=say)
     if as_json:
         print_json(asdict(evaluation))
         return

@@ -11,6 +11,7 @@ from edgetune.byte_size import bytes_text
 from edgetune.cli.command import Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, adapter_at, bundle_at
 from edgetune.cli.output import notices, print_json
+from edgetune.cli.run_options import threads_option
 from edgetune.config import ExportConfig, Precision
 
 DEFAULT = ExportConfig()
@@ -40,6 +41,7 @@ edgetune export bundle --adapter adapter --output model --keep-adapter
     help="Weights of a merged model.",
 )
 @click.option("--valid", type=PATH, help="Rows to measure the answer loss on; default: those of the adapter's run.")
+@threads_option
 @click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace a model that is already there.")
 @quiet_option
 @json_option
@@ -52,6 +54,7 @@ def command(
     merge: bool,
     precision: Precision,
     valid: Path | None,
+    threads: int | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -67,7 +70,7 @@ def command(
     opened = bundle_at(bundle)
     from edgetune.export import export
 
-    config = ExportConfig(merge=merge, precision=precision, force=force)
+    config = ExportConfig(merge=merge, precision=precision, threads=threads, force=force)
     exported = export(opened, adapter, output, config, notices(quiet=quiet), valid)
     if as_json:
         print_json({"model": exported.path, "bytes": exported.bytes, "losses": exported.losses})

@@ -10,6 +10,7 @@ import click
 from edgetune.cli.command import COUNT, Command, json_option
 from edgetune.cli.inputs import PATH, model_at
 from edgetune.cli.output import print_json, printable
+from edgetune.cli.run_options import threads_option
 from edgetune.config import GenerateConfig
 
 DEFAULT = GenerateConfig()
@@ -32,8 +33,11 @@ edgetune generate bundle --prompt "What did the base say before training?" --jso
     show_default=True,
     help="Longest answer, in tokens.",
 )
+@threads_option
 @json_option
-def command(model: Path, prompt: str, system: str | None, max_new_tokens: int, as_json: bool) -> None:
+def command(
+    model: Path, prompt: str, system: str | None, max_new_tokens: int, threads: int | None, as_json: bool
+) -> None:
     """Let MODEL answer a prompt, word by word as it comes.
 
     MODEL is what `edgetune export` wrote, or a bundle, whose base then answers. Decoding is greedy. With --json one
@@ -43,7 +47,7 @@ def command(model: Path, prompt: str, system: str | None, max_new_tokens: int, a
     from edgetune.generate import generate
 
     begin = perf_counter()
-    pieces = generate(model, prompt, system, GenerateConfig(max_new_tokens=max_new_tokens))
+    pieces = generate(model, prompt, system, GenerateConfig(max_new_tokens=max_new_tokens, threads=threads))
     if as_json:
         text = "".join(pieces)
         print_json({"text": text, "model": model, "seconds": perf_counter() - begin})

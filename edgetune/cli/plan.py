@@ -27,6 +27,7 @@ from edgetune.cli.run_options import (
     runtime_option,
     soc_model_option,
     steps_option,
+    threads_option,
     truncate_option,
 )
 from edgetune.config import DeviceType, Method, PlanName, RuntimeName, TrainConfig
@@ -52,6 +53,7 @@ edgetune plan bundle --device ./my-board.toml --length 256 --batch-size 2 --step
 @method_option
 @queries_option
 @memory_budget_option
+@threads_option
 @device_type_option
 @soc_model_option
 @buckets_option
@@ -75,6 +77,7 @@ def command(
     method: Method,
     queries: int,
     memory_budget: str | None,
+    threads: int | None,
     device_type: DeviceType,
     soc_model: int | None,
     buckets: str | None,
@@ -111,6 +114,7 @@ def command(
         method=method,
         queries=queries,
         memory_budget=memory_budget,
+        threads=threads,
         device_type=device_type,
         soc_model=soc_model,
         buckets=buckets,

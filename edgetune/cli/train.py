@@ -27,6 +27,7 @@ from edgetune.cli.run_options import (
     runtime_option,
     soc_model_option,
     steps_option,
+    threads_option,
     truncate_option,
 )
 from edgetune.config import DeviceType, Method, PlanName, RuntimeName, Schedule, TrainConfig
@@ -90,6 +91,7 @@ train.toml holds the same options, which flags override:
     help="Compare forward-only's first gradient with the exact one; takes the memory of a backward pass.",
 )
 @memory_budget_option
+@threads_option
 @device_type_option
 @click.option(
     "--require-npu",
@@ -164,6 +166,7 @@ def command(
     perturbation_size: float,
     report_gradient_cosine: bool,
     memory_budget: str | None,
+    threads: int | None,
     device_type: DeviceType,
     require_npu: bool,
     soc_model: int | None,
@@ -202,6 +205,7 @@ def command(
         perturbation_size=perturbation_size,
         report_gradient_cosine=report_gradient_cosine,
         memory_budget=memory_budget,
+        threads=threads,
         device_type=device_type,
         require_npu=require_npu,
         soc_model=soc_model,

@@ -27,6 +27,7 @@ from edgetune.manifest_json import write_manifest
 from edgetune.provenance import version_of
 from edgetune.runtimes import Parameters
 from edgetune.storage import CHUNK, atomic_folder, sha256_of, write_file
+from edgetune.threads import computing_with
 
 ADAPTER = "adapters/adapter.onnx_adapter"
 """Where a kept adapter lies in the model folder."""
@@ -80,7 +81,7 @@ def export(
     parameters = read_adapter(adapter, bundle.manifest.lora, bundle.manifest.base, bundle.manifest.tokenizer)
     examples = _examples(bundle, valid or _validation_rows(adapter, say))
     versions = {name: version_of(name) for name in _TOOLS}
-    with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
+    with computing_with(config.threads), atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
         listed = {file.path: file for file in bundle.manifest.files}
         files = [_copy(bundle.path, folder, listed[name]) for name in SIDE_FILES if name in listed]
         if config.merge:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from edgetune.errors import EdgetuneError, MissingDependencyError
 from edgetune.hls.fixed_point import FixedPoint, accumulator
 from edgetune.hls.resources import CoreSize, Fpga
+from edgetune.threads import threads_used
 
 COMPILER = "g++"
 _LONGEST_BUILD = 600
@@ -157,7 +157,7 @@ def simulate(cores: Sequence[Core], folder: Path, fpga: Fpga) -> list[Simulation
     """
     require_compiler()
     libraries = [write_core(core, folder / core.size.name, fpga) for core in cores]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads_used()) as pool:
         return list(pool.map(lambda args: Simulation(*args), zip(cores, libraries, strict=True)))
 
 

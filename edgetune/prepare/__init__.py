@@ -31,6 +31,7 @@ from edgetune.manifest import (
 from edgetune.provenance import version_of
 from edgetune.side_environment import ensure_side_environment
 from edgetune.storage import atomic_folder, sha256_of
+from edgetune.threads import check_threads, computing_with
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,6 +60,8 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         LockedError: Another process writes the output.
         EdgetuneError: Olive failed.
     """
+    if config.threads is not None:
+        check_threads(config.threads)
     versions = {name: version_of(name) for name in HOST_TOOLS}
     source = open_checkpoint(checkpoint, download=config.download, blocks=config.base in BITS)
     _check_rank(source.architecture, config)
@@ -73,7 +76,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
 
     # First what may need the network, then what takes long.
     ensure_side_environment(say)
-    with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
+    with computing_with(config.threads), atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
         # Inside the folder: what a killed process leaves goes with it.
         with TemporaryDirectory(prefix=".scratch-", dir=folder) as scratch:
             view = source.without_code(Path(scratch) / "source")

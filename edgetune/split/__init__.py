@@ -18,6 +18,7 @@ from edgetune.frozen import EMBEDDING, FrozenWeights
 from edgetune.manifest import BundleManifest, Graph, TensorSpec
 from edgetune.provenance import version_of
 from edgetune.storage import atomic_folder, write_file
+from edgetune.threads import check_threads, computing_with
 from edgetune.trunk import FOLDER, GRAPH, INDEX, LinearRange, TrunkInfo, has_trunk, write_trunk_info
 
 
@@ -44,6 +45,8 @@ def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Call
     from edgetune.split.graph import build_trunk
     from edgetune.split.quantise import observe, quantise
 
+    if config.threads is not None:
+        check_threads(config.threads)
     onnxruntime = version_of("onnxruntime")
     source = open_bundle(bundle)
     manifest = source.manifest
@@ -52,7 +55,8 @@ def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Call
     say(f"Putting {layers} of {manifest.architecture.num_hidden_layers} layers together …")
     trunk = build_trunk(source, layers)
     say(f"Choosing scales on {len(examples)} rows …")
-    seen = observe(trunk, (_feed(source, example) for example in examples))
+    with computing_with(config.threads):
+        seen = observe(trunk, (_feed(source, example) for example in examples))
     with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
         for file in manifest.files:
             if not file.path.startswith(f"{FOLDER}/"):

@@ -18,6 +18,7 @@ from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError
 from edgetune.placement import Placement, placement_record
 from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
 from edgetune.storage import atomic_folder
+from edgetune.threads import computing_with
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config
 from edgetune.train.fitting import Fit, Fitting
@@ -59,7 +60,7 @@ def train(
     """
     profile = None if config.device is None else load_profile(config.device)
     config = resolve_config(config, profile, observer.on_notice)
-    with atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
+    with computing_with(config.threads), atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
         run = _Run(open_bundle(bundle), data, valid, output, config, profile, observer)
         steps = run.execute(partial)
     if run.stopped:
