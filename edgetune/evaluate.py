@@ -10,16 +10,13 @@ import numpy as np
 
 from edgetune.adapter import initial_parameters, read_adapter
 from edgetune.bundle import Bundle, open_bundle
-from edgetune.data.batcher import Batcher
+from edgetune.data.batcher import MEASURED_ROWS, Batcher
 from edgetune.data.encode import IGNORED, Example, load_encoder, load_examples
 from edgetune.errors import EdgetuneError
 from edgetune.onnx_session import open_graph
 from edgetune.pulse import Pulse
 from edgetune.runtimes import Parameters
 from edgetune.threads import computing_with
-
-BATCH_SIZE = 4
-"""A forward pass takes no more memory than so many of the longest rows."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def measure(
     trained = right = exact = 0
     total = 0.0
     pulse = Pulse(say, f"measured {{}} of {len(examples):,} rows")
-    for batch in Batcher(manifest, examples, BATCH_SIZE, packing=True).measure(examples):
+    for batch in Batcher(manifest, examples, MEASURED_ROWS, packing=True).measure(examples):
         loss, predictions = session.run(["loss", "predictions"], {**batch.tensors(), **adapter})
         counted = batch.labels != IGNORED
         hit = predictions == batch.labels

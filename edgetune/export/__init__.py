@@ -25,6 +25,7 @@ from edgetune.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.manifest import FORMAT_VERSION, MODEL_FORMAT, AdapterManifest, File, ModelManifest
 from edgetune.manifest_json import write_manifest
 from edgetune.provenance import version_of
+from edgetune.pulse import Pulse
 from edgetune.runtimes import Parameters
 from edgetune.storage import CHUNK, atomic_folder, sha256_of, write_file
 from edgetune.threads import computing_with
@@ -92,7 +93,7 @@ def export(
             say(f"putting the adapter beside the {bundle.manifest.base.weights} base")
             files.append(_copy(bundle.path, folder, listed[WEIGHTS]))
             _write_kept(bundle, folder, parameters)
-            losses = _kept_losses(folder, examples, say)
+            losses = _kept_losses(bundle, folder, examples, say)
         written = [] if config.merge else [ADAPTER]
         written += [name for name in (MODEL, WEIGHTS) if name not in {file.path for file in files}]
         files += [File(name, (folder / name).stat().st_size, sha256_of(folder / name)) for name in written]
@@ -197,19 +198,32 @@ def _merged_losses(
     say(f"measuring the answer loss on {len(examples)} validation rows")
     graph = onnx.load(str(bundle.path / MODEL), load_external_data=False)
     add_lora_inputs(graph, bundle.manifest.lora)
-    apart = Measured(bundle.path, graph)
+    rope = bundle.manifest.architecture.rope
+    apart = Measured(bundle.path, rope, graph)
     values = graph_values(bundle.manifest.lora, parameters)
-    losses = {"base": apart.answer_loss(examples), "base + adapter": apart.answer_loss(examples, values=values)}
+    pulse = _pulse(examples, say, 3)
+    losses = {
+        "base": apart.answer_loss(examples, pulse),
+        "base + adapter": apart.answer_loss(examples, pulse, values=values),
+    }
     del apart  # two big models in memory would be one too many
-    return losses | {"merged": Measured(folder).answer_loss(examples)}
+    return losses | {"merged": Measured(folder, rope).answer_loss(examples, pulse)}
 
 
-def _kept_losses(folder: Path, examples: list[Example], say: Callable[[str], None]) -> dict[str, float]:
+def _kept_losses(
+    bundle: Bundle, folder: Path, examples: list[Example], say: Callable[[str], None]
+) -> dict[str, float]:
     if not examples:
         return {}
     say(f"measuring the answer loss on {len(examples)} validation rows")
-    model = Measured(folder)
+    model = Measured(folder, bundle.manifest.architecture.rope)
+    pulse = _pulse(examples, say, 2)
     return {
-        "base": model.answer_loss(examples),
-        "base + adapter": model.answer_loss(examples, adapter=folder / ADAPTER),
+        "base": model.answer_loss(examples, pulse),
+        "base + adapter": model.answer_loss(examples, pulse, adapter=folder / ADAPTER),
     }
+
+
+def _pulse(examples: list[Example], say: Callable[[str], None], models: int) -> Pulse:
+    """Of rows that are measured with several models, one after the other."""
+    return Pulse(say, f"measured {{}} of {models * len(examples):,} rows ({models} models)")

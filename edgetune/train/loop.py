@@ -16,6 +16,7 @@ from edgetune.config import TrainConfig
 from edgetune.device import Profile, load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError
 from edgetune.placement import Placement, placement_record
+from edgetune.pulse import Pulse
 from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
 from edgetune.storage import atomic_folder
 from edgetune.threads import computing_with
@@ -205,9 +206,11 @@ class _Run:
         if not self._valid:
             return None
         total, tokens = 0.0, 0
+        pulse = Pulse(self._observer.on_notice, f"measured {{}} of {len(self._valid):,} validation rows")
         for batch in self._workload.validation():
             total += session.evaluate(batch) * batch.trained_tokens
             tokens += batch.trained_tokens
+            pulse.add(len(batch.examples))
         self._notice_placements(session)
         loss = total / tokens
         self.validation_losses.append(loss)
@@ -279,7 +282,7 @@ class _Run:
         )
         sha256 = self._bundle.manifest.manifest_sha256
         provenance = provenance_of(sha256, self._config, self.choice, self.pass_rows, outcome)
-        if self._valid_path is not None:
+        if self._valid_path is not None and self._valid_sha256:
             provenance |= validation_rows(self._valid_path, self._valid_sha256, self._output)
         return provenance
 
