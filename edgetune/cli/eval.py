@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edgetune.cli.command import Command, json_option, quiet_option
-from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file
+from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, row_sources
 from edgetune.cli.output import console, notices, print_json
 from edgetune.cli.run_options import threads_option, truncate_option
 
@@ -40,7 +40,7 @@ def command(
 
     Only what training would train on counts: the assistant's answers, the completion, or the whole text.
     """
-    input_file(data, "--data")
+    row_sources({"--data": data})
     if adapter is not None:
         adapter_at(adapter)
     bundle_folder(bundle)

@@ -9,7 +9,7 @@ import click
 
 from edgetune.byte_size import bytes_text
 from edgetune.cli.command import Command, json_option, quiet_option
-from edgetune.cli.inputs import PATH, adapter_at, bundle_at
+from edgetune.cli.inputs import PATH, adapter_at, bundle_at, row_sources
 from edgetune.cli.output import notices, print_json
 from edgetune.cli.run_options import threads_option
 from edgetune.config import ExportConfig, Precision
@@ -66,6 +66,7 @@ def command(
     chosen = ctx.get_parameter_source("precision") is click.core.ParameterSource.COMMANDLINE
     if chosen and not merge:
         raise click.UsageError("--precision is for --merge; with --keep-adapter the base stays as it is in the bundle")
+    row_sources({"--valid": valid})
     adapter_at(adapter)
     opened = bundle_at(bundle)
     from edgetune.export import export

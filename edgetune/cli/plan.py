@@ -10,7 +10,7 @@ import click
 
 from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, Command, json_option
-from edgetune.cli.inputs import PATH, bundle_folder, input_file
+from edgetune.cli.inputs import PATH, bundle_folder, row_sources
 from edgetune.cli.output import cell, console, print_json
 from edgetune.cli.progress import duration_text, passes_text
 from edgetune.cli.run_options import (
@@ -98,9 +98,7 @@ def command(
         raise click.UsageError("--steps and --epochs exclude each other; give one of them", ctx)
     if data is not None and length is not None:
         raise click.UsageError("--data and --length exclude each other; give one of them", ctx)
-    for path, option in ((data, "--data"), (valid, "--valid")):
-        if path is not None:
-            input_file(path, option)
+    row_sources({"--data": data, "--valid": valid})
     bundle_folder(bundle)
     from edgetune.device import load_profile
     from edgetune.device_check import check

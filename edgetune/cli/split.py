@@ -8,7 +8,7 @@ import click
 
 from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, Command, json_option, quiet_option
-from edgetune.cli.inputs import PATH, bundle_folder, input_file
+from edgetune.cli.inputs import PATH, bundle_folder, row_sources
 from edgetune.cli.output import notices, print_json
 from edgetune.cli.run_options import threads_option
 from edgetune.config import SplitConfig
@@ -59,7 +59,7 @@ def command(
     The graph is static, symmetric int8 with power-of-two scales, as Vitis AI wants it. `edgetune train --plan split`
     then trains adapters in the layers above. Needs the host installation (`pip install "edgetune[host]"`).
     """
-    input_file(data, "--data")
+    row_sources({"--data": data})
     bundle_folder(bundle)
     from edgetune.split import split
     from edgetune.trunk import GRAPH, read_trunk_info

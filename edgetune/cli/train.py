@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from edgetune.cli.command import NOT_NEGATIVE, POSITIVE, SIZE, Command, json_option, quiet_option
-from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file
+from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file, row_sources
 from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
 from edgetune.cli.run_options import (
@@ -227,11 +227,9 @@ def command(
         force=force,
     )
     merged = _merged(ctx, flags, config)
-    input_file(data, "--data")
+    row_sources({"--data": data, "--valid": valid})
     if merged.vitisai_config is not None:
         input_file(merged.vitisai_config, "--vitisai-config", "the vaip_config.json of an installed Vitis AI")
-    if valid is not None:
-        input_file(valid, "--valid")
     if merged.init_adapter is not None:
         adapter_at(merged.init_adapter)
     bundle_folder(bundle)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from edgetune import manifest
 from edgetune.data.answers import answer_spans
 from edgetune.data.rows import ChatRow, CompletionRow, Message, Problems, Row, TextRow, read_rows
+from edgetune.data.source import Source, name_of
 from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, IncompatibleError
 
@@ -213,7 +214,7 @@ def load_encoder(folder: Path, tokenizer: manifest.Tokenizer) -> Encoder:
     return Encoder(loaded, eos_token_id, template)
 
 
-def encode_rows(path: Path, encoder: Encoder) -> Iterator[Example]:
+def encode_rows(path: Source, encoder: Encoder) -> Iterator[Example]:
     """Read and encode the rows of a file; problems are reported together once the last row is through.
 
     Raises:
@@ -229,15 +230,15 @@ def encode_rows(path: Path, encoder: Encoder) -> Iterator[Example]:
             for reason in error.problems:
                 problems.add(row.line, reason)
         except IncompatibleError as error:
-            raise IncompatibleError(f"{path}:{row.line}: {error}") from error
+            raise IncompatibleError(f"{name_of(path)}:{row.line}: {error}") from error
     problems.raise_if_any()
 
 
-def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bool) -> Examples:
+def load_examples(path: Source, encoder: Encoder, max_length: int, *, truncate: bool) -> Examples:
     """Read and encode a file of rows.
 
     Args:
-        path: JSONL.
+        path: JSONL, in a file or from a pipe.
         encoder: The encoder of the model to be trained.
         max_length: Longest row that is taken, in tokens.
         truncate: Cut longer rows instead of leaving them out. One whose trained tokens are all cut off is left out.
@@ -267,8 +268,8 @@ def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bo
         fix = "their answers begin after that" if truncate else "shorten them, or cut them with --truncate"
         raise DataError(
             [
-                f"{path}:{line}: all {count:,} rows are longer than {max_length:,} tokens, this one has the fewest "
-                f"({length:,}); {fix}, or prepare the model with a larger --max-length"
+                f"{name_of(path)}:{line}: all {count:,} rows are longer than {max_length:,} tokens, this one has the "
+                f"fewest ({length:,}); {fix}, or prepare the model with a larger --max-length"
             ]
         )
     return Examples(examples, count, too_long, truncated, sum(example.trained_tokens for example in examples))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,7 @@ from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.data.encode import Example, load_encoder, load_examples
+from edgetune.data.source import Source, kept
 from edgetune.errors import UsageError, VerificationError
 from edgetune.frozen import BITS
 from edgetune.manifest import (
@@ -31,7 +33,7 @@ from edgetune.manifest import (
 from edgetune.provenance import version_of
 from edgetune.side_environment import ensure_side_environment
 from edgetune.storage import atomic_folder, sha256_of
-from edgetune.threads import check_threads, computing_with
+from edgetune.threads import computing_with
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -60,8 +62,14 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         LockedError: Another process writes the output.
         EdgetuneError: Olive failed.
     """
-    if config.threads is not None:
-        check_threads(config.threads)
+    rows = nullcontext() if config.calibration is None else kept(config.calibration)
+    with computing_with(config.threads), rows as calibration:
+        return _prepare(checkpoint, output, config, calibration, say)
+
+
+def _prepare(
+    checkpoint: str, output: Path, config: PrepareConfig, calibration: Source | None, say: Callable[[str], None]
+) -> Bundle:
     versions = {name: version_of(name) for name in HOST_TOOLS}
     source = open_checkpoint(checkpoint, download=config.download, blocks=config.base in BITS)
     _check_rank(source.architecture, config)
@@ -70,13 +78,13 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         say(f"The longest row is {positions} tokens, the model's positions, not {config.max_length}")
         config = replace(config, max_length=positions)
     bos, eos = _special_tokens(source)
-    _check_calibration_rows(source, config, bos, eos)
+    _check_calibration_rows(source, config, calibration, bos, eos)
     from edgetune.prepare.genai_model import stop_at_end_of_turn
     from edgetune.prepare.layers import build_layers
 
     # First what may need the network, then what takes long.
     ensure_side_environment(say)
-    with computing_with(config.threads), atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
+    with atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
         # Inside the folder: what a killed process leaves goes with it.
         with TemporaryDirectory(prefix=".scratch-", dir=folder) as scratch:
             view = source.without_code(Path(scratch) / "source")
@@ -89,7 +97,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         tokenizer = _tokenizer(source, folder, bos, eos)
         if config.npu != "none":
             say(f"Writing the step with int8 weights ({config.npu}) …")
-            roles += _build_int8_step(source, folder, config, lora, lowered, tokenizer)
+            roles += _build_int8_step(source, folder, config, calibration, lora, lowered, tokenizer)
         if (added := stop_at_end_of_turn(folder, tokenizer)) is not None:
             say(f"Answers end at token {added} as well, which closes a turn in the chat template")
         say("Hashing …")
@@ -147,6 +155,7 @@ def _build_int8_step(
     source: Checkpoint,
     folder: Path,
     config: PrepareConfig,
+    calibration: Source | None,
     lora: Lora,
     lowered: dict[str, ir.Model],
     tokenizer: Tokenizer,
@@ -156,11 +165,11 @@ def _build_int8_step(
     from edgetune.prepare.npu import write_int8_graphs
 
     architecture, base = source.architecture, config.base
-    if config.calibration is None:
+    if calibration is None:
         rows = synthetic_rows(architecture, config.max_length)
     else:
         # The model builder may have written another tokenizer.json than the checkpoint's; training uses this one.
-        rows = _encoded(config.calibration, folder, tokenizer, config.max_length)
+        rows = _encoded(calibration, folder, tokenizer, config.max_length)
     ranges = calibrate(lowered["step"], folder, architecture, base, lora, rows)
     return write_int8_graphs(lowered, folder, architecture, base, config.npu, ranges)
 
@@ -176,19 +185,21 @@ def _check_rank(architecture: Architecture, config: PrepareConfig) -> None:
         )
 
 
-def _check_calibration_rows(source: Checkpoint, config: PrepareConfig, bos: str | None, eos: str) -> None:
+def _check_calibration_rows(
+    source: Checkpoint, config: PrepareConfig, calibration: Source | None, bos: str | None, eos: str
+) -> None:
     """Read the rows once before the long stages, so that a bad one does not cost their work."""
-    if config.npu == "none" or config.calibration is None:
+    if config.npu == "none" or calibration is None:
         return
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shutil.copyfile(source.path / "tokenizer.json", folder / "tokenizer.json")
         copy_chat_template(source, folder)
-        _encoded(config.calibration, folder, _tokenizer(source, folder, bos, eos), config.max_length)
+        _encoded(calibration, folder, _tokenizer(source, folder, bos, eos), config.max_length)
 
 
-def _encoded(rows: Path, folder: Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """The rows of a file as token ids, long ones cut."""
+def _encoded(rows: Source, folder: Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """Rows as token ids, long ones cut."""
     return load_examples(rows, load_encoder(folder, tokenizer), max_length, truncate=True).examples
 
 

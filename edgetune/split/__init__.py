@@ -13,6 +13,7 @@ from edgetune.bundle import MANIFEST, Bundle, list_files, open_bundle, seal_bund
 from edgetune.config import SplitConfig
 from edgetune.data.batches import MASKED, make_batch
 from edgetune.data.encode import Example, load_encoder, load_examples
+from edgetune.data.source import name_of
 from edgetune.errors import DataError, UsageError
 from edgetune.frozen import EMBEDDING, FrozenWeights
 from edgetune.manifest import BundleManifest, Graph, TensorSpec
@@ -98,7 +99,7 @@ def _calibration_rows(bundle: Bundle, data: Path, length: int, count: int) -> li
     encoder = load_encoder(bundle.path, bundle.manifest.tokenizer)
     rows = load_examples(data, encoder, length, truncate=True).examples
     if not rows:
-        raise DataError([f"{data}: no row to choose int8 scales on"])
+        raise DataError([f"{name_of(data)}: no row to choose int8 scales on"])
     return rows[:: -(-len(rows) // count)]
 
 
