@@ -43,8 +43,6 @@ class PrepareConfig:
     """Rows on which the ranges of `qdq` are measured; random tokens without it."""
     max_length: int = 512
     """Longest row, in tokens, that training takes; never more than the model's positions."""
-    threads: int | None = None
-    """How many threads compute; without it as many as the process may use."""
     download: bool = False
     """Fetch a hub id that is not in the local cache. Off: nothing goes on the network."""
     force: bool = False

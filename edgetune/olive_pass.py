@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -106,7 +107,8 @@ def _end_with_parent() -> None:
 def _hold_to(processors: int) -> None:
     """Its libraries have no common way to be told how many threads compute; each asks where it may run."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:processors])
+        # Any of them, so that two passes at a time do not meet on the same.
+        os.sched_setaffinity(0, random.sample(sorted(os.sched_getaffinity(0)), processors))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, POSITIVE, Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, refuse_known_folder, row_sources
 from edgetune.cli.output import notices, print_json
-from edgetune.cli.run_options import threads_option
 from edgetune.config import Base, NpuForm, PrepareConfig, Targets
 from edgetune.errors import UsageError
 
@@ -63,7 +62,6 @@ edgetune prepare microsoft/Phi-3-mini-4k-instruct --download --output bundle
     show_default=True,
     help="Longest row of training, in tokens.",
 )
-@threads_option
 @click.option("--download", is_flag=True, default=DEFAULT.download, help="Fetch a hub id that is not on this machine.")
 @click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace a bundle that is already there.")
 @quiet_option
@@ -78,7 +76,6 @@ def command(
     npu: NpuForm,
     calibration: Path | None,
     max_length: int,
-    threads: int | None,
     download: bool,
     force: bool,
     quiet: bool,
@@ -104,7 +101,6 @@ def command(
         npu=npu,
         calibration=calibration,
         max_length=max_length,
-        threads=threads,
         download=download,
         force=force,
     )

@@ -159,7 +159,7 @@ def _opened(source: Source) -> Iterator[BinaryIO]:
         source.file.seek(0)
         yield cast(BinaryIO, source.file)
     elif source == STDIN:
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):  # Windows has the call from Python 3.12 on
             # Whoever shares the pipe may have it so that a read finds nothing yet, which would look like its end.
             os.set_blocking(sys.stdin.fileno(), True)
         yield sys.stdin.buffer

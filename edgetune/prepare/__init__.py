@@ -33,7 +33,6 @@ from edgetune.manifest import (
 from edgetune.provenance import version_of
 from edgetune.side_environment import ensure_side_environment
 from edgetune.storage import atomic_folder, sha256_of
-from edgetune.threads import computing_with
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -63,7 +62,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         EdgetuneError: Olive failed.
     """
     rows = nullcontext() if config.calibration is None else kept(config.calibration)
-    with computing_with(config.threads), rows as calibration:
+    with rows as calibration:
         return _prepare(checkpoint, output, config, calibration, say)
 
 
