@@ -59,6 +59,8 @@ class SplitConfig:
     """Positions of the trunk's graph; the bundle's longest row when it is not given."""
     calibration_rows: int = 32
     """Rows that the int8 scales are chosen on, drawn evenly from the file."""
+    threads: int | None = None
+    """How many threads compute; without it as many as the process may use."""
     force: bool = False
     """Replace a bundle that is already there."""
 
@@ -87,6 +89,8 @@ class TrainConfig:
     """Compare forward-only's first gradient with the exact one, which takes a backward pass and its memory."""
     memory_budget: str | None = None
     """Most memory of the process, such as `3GB`; without it, what the machine has free."""
+    threads: int | None = None
+    """How many threads compute; without it as many as the process may use."""
     device_type: DeviceType = "auto"
     """Which of a runtime's devices executes the whole step: `qnn` has an NPU, `openvino` all three."""
     require_npu: bool = False
@@ -149,6 +153,8 @@ class ExportConfig:
     accepts any."""
     unmeasured: bool = False
     """Measure no answer loss, even where there are rows; a merge into int4 without rows has to be asked for so."""
+    threads: int | None = None
+    """How many threads compute; without it as many as the process may use."""
     force: bool = False
     """Replace a model that is already there."""
 
@@ -163,6 +169,8 @@ class GenerateConfig:
     """Go on with the prompt as it is, without the chat template."""
     content_as_text: bool = False
     """Take control tokens that the prompt spells as text; otherwise they steer the model."""
+    threads: int | None = None
+    """How many threads compute; without it as many as the process may use."""
 
 
 @dataclass(frozen=True)

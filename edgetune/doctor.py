@@ -18,6 +18,7 @@ from edgetune.cache_folder import cache_folder
 from edgetune.errors import MissingDependencyError
 from edgetune.free_memory import free_memory_bytes
 from edgetune.side_environment import REQUIREMENTS, base_interpreter, side_environment_version
+from edgetune.threads import usable_processors
 
 Group = Literal["device", "host", "extras", "side environment", "machine"]
 
@@ -141,7 +142,7 @@ def _machine() -> Iterator[Finding]:
     yield _fact("Python", f"{platform.python_implementation()} {platform.python_version()}")
     yield _fact("system", f"{platform.system()} {platform.machine()}")
     yield _fact("processor", _processor())
-    yield _fact("cores", str(_cores()))
+    yield _fact("cores", str(usable_processors()))
     yield _fact("memory", _memory())
     for name, folder in (("disk, this folder", Path.cwd()), ("disk, cache folder", cache_folder())):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -150,11 +151,6 @@ def _machine() -> Iterator[Finding]:
 
 def _fact(name: str, found: str | None) -> Finding:
     return Finding("machine", name, found, "", "", True, None)
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str | None:

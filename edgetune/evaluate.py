@@ -10,16 +10,15 @@ import numpy as np
 
 from edgetune.adapter import initial_parameters, read_adapter, row_encoding
 from edgetune.bundle import Bundle, open_bundle
-from edgetune.data.batcher import Batcher
+from edgetune.data.batcher import MEASURED_ROWS, Batcher
 from edgetune.data.encode import IGNORED, Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import EdgetuneError
 from edgetune.manifest import RowEncoding
 from edgetune.onnx_session import open_graph
+from edgetune.pulse import Pulse
 from edgetune.runtimes import Parameters
-
-BATCH_SIZE = 4
-"""A forward pass takes no more memory than so many of the longest rows."""
+from edgetune.threads import computing_with
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,10 @@ class Evaluation:
     """Share of rows of which all are: greedy decoding gives exactly their answers."""
 
 
+def _silent(line: str) -> None:
+    pass
+
+
 def evaluate(
     bundle: Path,
     data: Path,
@@ -49,7 +52,8 @@ def evaluate(
     *,
     truncate: bool = False,
     encoding: RowEncoding = RowEncoding(),
-    notice: Callable[[str], None] = lambda _: None,
+    threads: int | None = None,
+    say: Callable[[str], None] = _silent,
 ) -> Evaluation:
     """Measure a bundle on a file of rows.
 
@@ -59,30 +63,37 @@ def evaluate(
         adapter: The adapter that shall answer; without it the base alone.
         truncate: Cut rows that are too long instead of leaving them out, as training did that was told so.
         encoding: How rows are encoded beyond what the adapter's contract says.
-        notice: Called with each thing that is to be said of the rows.
+        threads: How many compute; without a number as many as the process may use.
+        say: Called with a line of text from time to time, and with each thing that is to be said of the rows.
 
     Raises:
-        UsageError: A path is not there.
+        UsageError: A path is not there, or so many threads cannot compute here.
         DataError: Rows that cannot be measured.
         IncompatibleError: The adapter does not fit the bundle.
         VerificationError: A file of the bundle or adapter was changed.
     """
-    opened = open_bundle(bundle)
-    manifest = opened.manifest
-    if adapter is not None:
-        encoding |= row_encoding(adapter)
-    encoder = load_encoder(opened.path, manifest.tokenizer, encoding)
-    examples = load_examples(data, encoder, manifest.max_length, truncate=truncate)
-    for line in examples.notices:
-        notice(line)
-    parameters = None
-    if adapter is not None:
-        parameters = read_adapter(adapter, manifest.lora, manifest.base, manifest.tokenizer)
-    return measure(opened, examples.examples, parameters, left_out=len(examples.too_long))
+    with computing_with(threads):
+        opened = open_bundle(bundle)
+        manifest = opened.manifest
+        if adapter is not None:
+            encoding |= row_encoding(adapter)
+        encoder = load_encoder(opened.path, manifest.tokenizer, encoding)
+        examples = load_examples(data, encoder, manifest.max_length, truncate=truncate)
+        for line in examples.notices:
+            say(line)
+        parameters = None
+        if adapter is not None:
+            parameters = read_adapter(adapter, manifest.lora, manifest.base, manifest.tokenizer)
+        return measure(opened, examples.examples, parameters, left_out=len(examples.too_long), say=say)
 
 
 def measure(
-    bundle: Bundle, examples: Sequence[Example], parameters: Parameters | None, *, left_out: int = 0
+    bundle: Bundle,
+    examples: Sequence[Example],
+    parameters: Parameters | None,
+    *,
+    left_out: int = 0,
+    say: Callable[[str], None] = _silent,
 ) -> Evaluation:
     """Measure a bundle on rows that are loaded already.
 
@@ -91,6 +102,7 @@ def measure(
         examples: The rows, at least one.
         parameters: The adapter; None measures the base alone.
         left_out: Rows that are not among `examples`; only passed on.
+        say: Called with a line of text from time to time.
     """
     manifest = bundle.manifest
     session = open_graph(bundle.file("loss"))
@@ -98,7 +110,8 @@ def measure(
     adapter = initial_parameters(manifest.lora, seed=0) if parameters is None else parameters
     trained = right = exact = 0
     total = 0.0
-    for batch in Batcher(manifest, examples, BATCH_SIZE, packing=True).measure(examples):
+    pulse = Pulse(say, f"measured {{}} of {len(examples):,} rows")
+    for batch in Batcher(manifest, examples, MEASURED_ROWS, packing=True).measure(examples):
         loss, predictions = session.run(["loss", "predictions"], {**batch.tensors(), **adapter})
         counted = batch.labels != IGNORED
         hit = predictions == batch.labels
@@ -106,6 +119,7 @@ def measure(
         trained += batch.trained_tokens
         right += int((hit & counted).sum())
         exact += len(batch.examples) - len(np.unique(batch.rows[counted & ~hit]))
+        pulse.add(len(batch.examples))
     mean = total / trained
     if not np.isfinite(mean):
         raise EdgetuneError(f"the loss is {mean}: the adapter or the base holds numbers that no training would leave")

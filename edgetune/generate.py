@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from edgetune.data.rows import Message
 from edgetune.errors import EdgetuneError, UsageError
 from edgetune.genai import GenaiModel, open_model
 from edgetune.manifest import RowEncoding
+from edgetune.threads import computing_with, thread_count
 
 _ADAPTER = "default"
 _INCOMPLETE = "\ufffd"
@@ -39,17 +41,20 @@ def generate(
         Pieces of the answer as they come, without special tokens.
 
     Raises:
-        UsageError: There is no model, the prompt is empty or longer than the model takes, or `system` has no place.
+        UsageError: There is no model, the prompt is empty or longer than the model takes, `system` has no place, or
+            so many threads cannot compute here.
         DataError: The chat template refuses the conversation.
         IncompatibleError: A format or version that this edgetune does not read, or a broken template.
         VerificationError: A file is missing or changed, or the configuration could do harm.
     """
+    with computing_with(config.threads):
+        threads = thread_count()
     opened = open_model(model)
     encoding = opened.encoding | RowEncoding(raw_prompts=config.raw, content_as_text=config.content_as_text)
     encoder = load_encoder(opened.path, opened.manifest.tokenizer, encoding)
     input_ids = _encode(encoder, prompt, system, notice)
     _check_length(opened, input_ids)
-    return text_pieces(encoder, _stream(opened, input_ids, config.max_new_tokens))
+    return text_pieces(encoder, _stream(opened, input_ids, config.max_new_tokens, threads))
 
 
 def generate_ids(model: Path, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
@@ -69,7 +74,7 @@ def generate_ids(model: Path, input_ids: Sequence[int], max_new_tokens: int) -> 
     """
     opened = open_model(model)
     _check_length(opened, input_ids)
-    return list(_stream(opened, input_ids, max_new_tokens))
+    return list(_stream(opened, input_ids, max_new_tokens, thread_count()))
 
 
 def text_pieces(encoder: Encoder, ids: Iterable[int]) -> Iterator[str]:
@@ -124,13 +129,18 @@ def _check_length(model: GenaiModel, input_ids: Sequence[int]) -> None:
         )
 
 
-def _stream(model: GenaiModel, input_ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+def _stream(model: GenaiModel, input_ids: Sequence[int], max_new_tokens: int, threads: int | None) -> Iterator[int]:
     """New ids, one by one, until an end-of-sequence id comes, or `max_new_tokens` or the context length is reached."""
     import numpy as np
     import onnxruntime_genai as og
 
     try:
-        loaded = og.Model(str(model.path))
+        configuration = og.Config(str(model.path))
+        if threads is not None:
+            # In memory: the folder stays as it was verified.
+            options = {"session_options": {"intra_op_num_threads": threads}}
+            configuration.overlay(json.dumps({"model": {"decoder": options}}))
+        loaded = og.Model(configuration)
         parameters = og.GeneratorParams(loaded)
         most = min(model.context_length, len(input_ids) + max_new_tokens)
         parameters.set_search_options(do_sample=False, num_beams=1, max_length=most)

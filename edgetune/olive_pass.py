@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from edgetune.config import Base
 from edgetune.errors import EdgetuneError, MissingDependencyError, ResourceError
 from edgetune.exhaustion import ADVICE, lack_of_process
 from edgetune.lean_builder import lean_builder
+from edgetune.threads import threads_used
 
 _ENVIRONMENT = {
     "OLIVE_DISABLE_TELEMETRY": "1",
@@ -63,7 +65,7 @@ def run_olive_pass(
         silent, held = os.pipe()  # nothing is written: it closes when this process ends, however that happens
         with os.fdopen(silent), os.fdopen(held, "w"), tempfile.TemporaryFile(dir=scratch) as log:
             done = subprocess.run(
-                [sys.executable, "-P", "-m", "edgetune.olive_pass", json.dumps(request)],
+                [sys.executable, "-P", "-m", "edgetune.olive_pass", json.dumps(request), str(threads_used())],
                 cwd=scratch,
                 env=environment,
                 stdin=silent,
@@ -101,8 +103,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _hold_to(processors: int) -> None:
+    """Its libraries have no common way to be told how many threads compute; each asks where it may run."""
+    if hasattr(os, "sched_setaffinity"):
+        # Any of them, so that two passes at a time do not meet on the same.
+        os.sched_setaffinity(0, random.sample(sorted(os.sched_getaffinity(0)), processors))
+
+
 if __name__ == "__main__":
     Thread(target=_end_with_parent, daemon=True).start()
+    _hold_to(int(sys.argv[2]))
     try:
         _serve(sys.argv[1])
     except Exception as error:  # the parent shows it, without a traceback

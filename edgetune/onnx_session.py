@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgetune.errors import MissingDependencyError
 from edgetune.placement import Node, Partition
+from edgetune.threads import thread_count
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -43,6 +44,7 @@ def open_graph(
     _share_memory()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = thread_count() or 0
     # Threads of one graph that wait for more work would take the processor from the next graph.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.use_env_allocators", "1")

@@ -137,17 +137,17 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 
 OPTIONS = {
     "prepare": "output rank alpha targets base npu calibration max-length download force quiet json",
-    "split": "data output layers length calibration-rows force quiet json",
-    "plan": "device data valid length runtime plan method queries memory-budget device-type soc-model buckets steps "
-    "epochs batch-size gradient-accumulation-steps packing no-packing truncate json",
+    "split": "data output layers length calibration-rows threads force quiet json",
+    "plan": "device data valid length runtime plan method queries memory-budget threads device-type soc-model buckets "
+    "steps epochs batch-size gradient-accumulation-steps packing no-packing truncate json",
     "train": "data valid output config runtime device plan trunk-cache vitisai-config method queries perturbation-size "
-    "report-gradient-cosine memory-budget device-type require-npu soc-model buckets steps epochs batch-size "
+    "report-gradient-cosine memory-budget threads device-type require-npu soc-model buckets steps epochs batch-size "
     "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "
     "seed shuffle no-shuffle truncate raw-prompts content-as-text init-adapter force quiet json",
     "preview": "data raw-prompts content-as-text json",
-    "eval": "data adapter truncate raw-prompts content-as-text json",
-    "export": "adapter output merge keep-adapter precision valid least-kept unmeasured force quiet json",
-    "generate": "prompt system max-new-tokens raw content-as-text json",
+    "eval": "data adapter truncate raw-prompts content-as-text threads quiet json",
+    "export": "adapter output merge keep-adapter precision valid least-kept unmeasured threads force quiet json",
+    "generate": "prompt system max-new-tokens raw content-as-text threads json",
     "bundle": "target output adapter force quiet json",
     "inspect": "placement buckets device-type soc-model require-npu json",
     "devices": "",

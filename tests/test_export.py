@@ -31,6 +31,7 @@ from edgetune.export.validation import validation_rows_of
 from edgetune.genai import open_model
 from edgetune.generate import generate_ids
 from edgetune.manifest import ModelManifest
+from edgetune.pulse import Pulse
 from edgetune.storage import sha256_of
 from edgetune.train.provenance import validation_rows
 
@@ -159,11 +160,11 @@ def test_kept_graph_takes_adapters_of_any_rank(exported: Exporter, tmp_path: Pat
     from edgetune.export.measure import Measured
 
     examples = encoded(bundle("multi-head", "int4"), tmp_path)
-    model = Measured(folder)
+    model, pulse = Measured(folder, bundle("multi-head", "int4").manifest.architecture.rope), Pulse(silent, "{}")
     values = {name: value.numpy() * (2 if "lora_B" in name else 1) for name, value in stored.items()}
-    twice = model.answer_loss(examples, values=values)
-    assert model.answer_loss(examples, adapter=tmp_path / "wider.onnx_adapter") == pytest.approx(twice, rel=1e-5)
-    assert model.answer_loss(examples) != pytest.approx(twice, rel=1e-3)
+    twice = model.answer_loss(examples, pulse, values=values)
+    assert model.answer_loss(examples, pulse, adapter=tmp_path / "wider.onnx_adapter") == pytest.approx(twice, rel=1e-5)
+    assert model.answer_loss(examples, pulse) != pytest.approx(twice, rel=1e-3)
 
 
 def stored(folder: Path) -> dict[str, NDArray[Any]]:

@@ -66,7 +66,7 @@ def test_crlf_and_blank_lines_are_fine(path: Path) -> None:
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         rows_of(tmp_path / "absent.jsonl")
-    with pytest.raises(UsageError, match="not a regular file"):
+    with pytest.raises(UsageError, match="is a folder; expected a JSONL file"):
         rows_of(tmp_path)
 
 

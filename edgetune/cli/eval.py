@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from edgetune.cli.command import Command, json_option
-from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file
+from edgetune.cli.command import Command, json_option, quiet_option
+from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, row_sources
 from edgetune.cli.output import console, notices, print_json
-from edgetune.cli.run_options import content_as_text_option, raw_prompts_option, truncate_option
+from edgetune.cli.run_options import content_as_text_option, raw_prompts_option, threads_option, truncate_option
 
 EXAMPLES = """
 edgetune eval bundle --data valid.jsonl
@@ -26,6 +26,8 @@ edgetune eval bundle --data valid.jsonl --adapter adapter --json
 @truncate_option
 @raw_prompts_option
 @content_as_text_option
+@threads_option
+@quiet_option
 @json_option
 def command(
     bundle: Path,
@@ -34,6 +36,8 @@ def command(
     truncate: bool,
     raw_prompts: bool,
     content_as_text: bool,
+    threads: int | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Measure loss and perplexity of the answers in a file.
@@ -41,7 +45,7 @@ def command(
     Only what training would train on counts: the assistant's answers, the completion, or the whole text. With an
     adapter that was trained with --raw-prompts or --content-as-text, rows are encoded so.
     """
-    input_file(data, "--data")
+    row_sources({"--data": data})
     if adapter is not None:
         adapter_at(adapter)
     bundle_folder(bundle)
@@ -49,9 +53,8 @@ def command(
     from edgetune.manifest import RowEncoding
 
     encoding = RowEncoding(raw_prompts=raw_prompts, content_as_text=content_as_text)
-    evaluation = evaluate(
-        bundle, data, adapter, truncate=truncate, encoding=encoding, notice=notices(quiet=False)
-    )
+    say = notices(quiet=quiet)
+    evaluation = evaluate(bundle, data, adapter, truncate=truncate, encoding=encoding, threads=threads, say=say)
     if as_json:
         print_json(asdict(evaluation))
         return

@@ -9,8 +9,9 @@ import click
 
 from edgetune.byte_size import bytes_text
 from edgetune.cli.command import Command, Finite, json_option, quiet_option
-from edgetune.cli.inputs import PATH, adapter_at, bundle_at
+from edgetune.cli.inputs import PATH, adapter_at, bundle_at, row_sources
 from edgetune.cli.output import notices, print_json
+from edgetune.cli.run_options import threads_option
 from edgetune.config import ExportConfig, Precision
 
 DEFAULT = ExportConfig()
@@ -53,6 +54,7 @@ edgetune export bundle --adapter adapter --output model --keep-adapter
     default=DEFAULT.unmeasured,
     help="Measure nothing; a merge into int4 without rows has to be asked for so.",
 )
+@threads_option
 @click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace a model that is already there.")
 @quiet_option
 @json_option
@@ -67,6 +69,7 @@ def command(
     valid: Path | None,
     least_kept: float,
     unmeasured: bool,
+    threads: int | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -82,11 +85,19 @@ def command(
         raise click.UsageError("--least-kept is for a merge that is measured; leave it out")
     if unmeasured and valid is not None:
         raise click.UsageError("--unmeasured and --valid exclude each other; leave one of them out")
+    row_sources({"--valid": valid})
     adapter_at(adapter)
     opened = bundle_at(bundle)
     from edgetune.export import export
 
-    config = ExportConfig(merge=merge, precision=precision, least_kept=least_kept, unmeasured=unmeasured, force=force)
+    config = ExportConfig(
+        merge=merge,
+        precision=precision,
+        least_kept=least_kept,
+        unmeasured=unmeasured,
+        threads=threads,
+        force=force,
+    )
     exported = export(opened, adapter, output, config, notices(quiet=quiet), valid)
     if as_json:
         losses, kept = exported.losses, exported.kept

@@ -10,7 +10,7 @@ import click
 from edgetune.cli.command import COUNT, Command, json_option
 from edgetune.cli.inputs import PATH, model_at
 from edgetune.cli.output import notices, print_json, printable
-from edgetune.cli.run_options import content_as_text_option
+from edgetune.cli.run_options import content_as_text_option, threads_option
 from edgetune.config import GenerateConfig
 
 DEFAULT = GenerateConfig()
@@ -39,9 +39,17 @@ edgetune generate bundle --prompt "What did the base say before training?" --jso
     "--raw", is_flag=True, default=DEFAULT.raw, help="Go on with the prompt as it is, without the chat template."
 )
 @content_as_text_option
+@threads_option
 @json_option
 def command(
-    model: Path, prompt: str, system: str | None, max_new_tokens: int, raw: bool, content_as_text: bool, as_json: bool
+    model: Path,
+    prompt: str,
+    system: str | None,
+    max_new_tokens: int,
+    raw: bool,
+    content_as_text: bool,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Let MODEL answer a prompt, word by word as it comes.
 
@@ -53,7 +61,7 @@ def command(
     from edgetune.generate import generate
 
     begin = perf_counter()
-    config = GenerateConfig(max_new_tokens=max_new_tokens, raw=raw, content_as_text=content_as_text)
+    config = GenerateConfig(max_new_tokens=max_new_tokens, raw=raw, content_as_text=content_as_text, threads=threads)
     pieces = generate(model, prompt, system, config, notices(quiet=False))
     if as_json:
         text = "".join(pieces)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from edgetune.data.source import refuse_shared, require_source
 from edgetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,8 +26,24 @@ _ORIGINS: dict[str, str] = {
 """Where each kind of folder comes from."""
 
 
-def input_file(path: Path, option: str, expected: str = "a JSONL file") -> Path:
-    """A file that an option names, of rows where nothing else is expected.
+def row_sources(sources: Mapping[str, Path | None]) -> None:
+    """See that the rows of a command can be read: from files, or from pipes that differ.
+
+    Args:
+        sources: What each option names; `-` is standard input.
+
+    Raises:
+        UsageError: Rows cannot be read there, or two options name one pipe; the message names the options.
+    """
+    given = {option: path for option, path in sources.items() if path is not None}
+    for option, path in given.items():
+        require_source(path, option)
+    for (first, one), (second, two) in combinations(given.items(), 2):
+        refuse_shared(one, two, f"{first} and {second}")
+
+
+def input_file(path: Path, option: str, expected: str) -> Path:
+    """A file that an option names.
 
     Raises:
         UsageError: It is missing, a folder, or of a name that is not valid Unicode; the message names `option`.

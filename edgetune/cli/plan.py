@@ -10,7 +10,7 @@ import click
 
 from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, Command, json_option
-from edgetune.cli.inputs import PATH, bundle_folder, input_file
+from edgetune.cli.inputs import PATH, bundle_folder, row_sources
 from edgetune.cli.output import cell, console, print_json
 from edgetune.cli.progress import duration_text, passes_text
 from edgetune.cli.run_options import (
@@ -27,6 +27,7 @@ from edgetune.cli.run_options import (
     runtime_option,
     soc_model_option,
     steps_option,
+    threads_option,
     truncate_option,
 )
 from edgetune.config import DeviceType, Method, PlanName, RuntimeName, TrainConfig
@@ -52,6 +53,7 @@ edgetune plan bundle --device ./my-board.toml --length 256 --batch-size 2 --step
 @method_option
 @queries_option
 @memory_budget_option
+@threads_option
 @device_type_option
 @soc_model_option
 @buckets_option
@@ -75,6 +77,7 @@ def command(
     method: Method,
     queries: int,
     memory_budget: str | None,
+    threads: int | None,
     device_type: DeviceType,
     soc_model: int | None,
     buckets: str | None,
@@ -95,9 +98,7 @@ def command(
         raise click.UsageError("--steps and --epochs exclude each other; give one of them", ctx)
     if data is not None and length is not None:
         raise click.UsageError("--data and --length exclude each other; give one of them", ctx)
-    for path, option in ((data, "--data"), (valid, "--valid")):
-        if path is not None:
-            input_file(path, option)
+    row_sources({"--data": data, "--valid": valid})
     bundle_folder(bundle)
     from edgetune.device import load_profile
     from edgetune.device_check import check
@@ -111,6 +112,7 @@ def command(
         method=method,
         queries=queries,
         memory_budget=memory_budget,
+        threads=threads,
         device_type=device_type,
         soc_model=soc_model,
         buckets=buckets,

@@ -9,7 +9,7 @@ import click
 
 from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, POSITIVE, Command, json_option, quiet_option
-from edgetune.cli.inputs import PATH, input_file, refuse_known_folder
+from edgetune.cli.inputs import PATH, refuse_known_folder, row_sources
 from edgetune.cli.output import notices, print_json
 from edgetune.config import Base, NpuForm, PrepareConfig, Targets
 from edgetune.errors import UsageError
@@ -88,7 +88,7 @@ def command(
     """
     refuse_known_folder(Path(checkpoint))
     if calibration is not None:
-        input_file(calibration, "--calibration")
+        row_sources({"--calibration": calibration})
         if npu != "qdq":
             raise UsageError(f"--calibration belongs to --npu qdq; --npu is {npu}")
     from edgetune.prepare import prepare

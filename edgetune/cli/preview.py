@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgetune.cli.command import Command, json_option
-from edgetune.cli.inputs import PATH, bundle_folder, input_file
+from edgetune.cli.inputs import PATH, bundle_folder, row_sources
 from edgetune.cli.output import notices, print_json, printable
 from edgetune.cli.run_options import content_as_text_option, raw_prompts_option
 
@@ -35,7 +35,7 @@ def command(bundle: Path, data: Path, raw_prompts: bool, content_as_text: bool, 
     Text that is trained on is green on a terminal and [[in double brackets]] elsewhere. With --json one object a
     row: `line`, `input_ids`, and `labels` with -100 where nothing is trained.
     """
-    input_file(data, "--data")
+    row_sources({"--data": data})
     bundle_folder(bundle)
     from edgetune.manifest import RowEncoding
     from edgetune.preview import preview
@@ -50,10 +50,11 @@ def command(bundle: Path, data: Path, raw_prompts: bool, content_as_text: bool, 
 
 def _show(row: Preview, data: Path) -> None:
     from edgetune.data.encode import IGNORED
+    from edgetune.data.source import name_of
 
     trained = sum(label != IGNORED for label in row.labels[1:])
     note = ", longer than the bundle's maximum: left out, or cut with --truncate" if row.too_long else ""
-    click.secho(f"{data}:{row.line}: {len(row.input_ids)} tokens, {trained} trained{note}", bold=True)
+    click.secho(f"{name_of(data)}:{row.line}: {len(row.input_ids)} tokens, {trained} trained{note}", bold=True)
     marked = not sys.stdout.isatty()
     for piece in row.pieces:
         text = printable(piece.text)

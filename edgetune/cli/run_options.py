@@ -45,6 +45,12 @@ memory_budget_option = click.option(
     default=_DEFAULT.memory_budget,
     help="Most memory of the process, such as 3GB; without it, what the machine has free.",
 )
+threads_option = click.option(
+    "--threads",
+    type=COUNT,
+    default=_DEFAULT.threads,
+    help="How many threads compute; without it, as many as this process may use.",
+)
 device_type_option = click.option(
     "--device-type",
     type=click.Choice(get_args(DeviceType)),

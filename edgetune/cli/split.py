@@ -8,8 +8,9 @@ import click
 
 from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, Command, json_option, quiet_option
-from edgetune.cli.inputs import PATH, bundle_folder, input_file
+from edgetune.cli.inputs import PATH, bundle_folder, row_sources
 from edgetune.cli.output import notices, print_json
+from edgetune.cli.run_options import threads_option
 from edgetune.config import SplitConfig
 
 DEFAULT = SplitConfig()
@@ -37,6 +38,7 @@ edgetune split bundle --data train.jsonl --output split --layers 8 --length 256
     show_default=True,
     help="How many of the rows are looked at.",
 )
+@threads_option
 @click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace a bundle that is already there.")
 @quiet_option
 @json_option
@@ -47,6 +49,7 @@ def command(
     layers: int | None,
     length: int | None,
     calibration_rows: int,
+    threads: int | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -56,12 +59,12 @@ def command(
     The graph is static, symmetric int8 with power-of-two scales, as Vitis AI wants it. `edgetune train --plan split`
     then trains adapters in the layers above. Needs the host installation (`pip install "edgetune[host]"`).
     """
-    input_file(data, "--data")
+    row_sources({"--data": data})
     bundle_folder(bundle)
     from edgetune.split import split
     from edgetune.trunk import GRAPH, read_trunk_info
 
-    config = SplitConfig(layers=layers, length=length, calibration_rows=calibration_rows, force=force)
+    config = SplitConfig(layers=layers, length=length, calibration_rows=calibration_rows, threads=threads, force=force)
     made = split(bundle, data, output, config, notices(quiet=quiet))
     info = read_trunk_info(made)
     size = made.file(GRAPH).stat().st_size

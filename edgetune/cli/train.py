@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from edgetune.cli.command import NOT_NEGATIVE, POSITIVE, SIZE, Command, json_option, quiet_option
-from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file
+from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file, row_sources
 from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
 from edgetune.cli.run_options import (
@@ -29,6 +29,7 @@ from edgetune.cli.run_options import (
     runtime_option,
     soc_model_option,
     steps_option,
+    threads_option,
     truncate_option,
 )
 from edgetune.config import DeviceType, Method, PlanName, RuntimeName, Schedule, TrainConfig
@@ -92,6 +93,7 @@ train.toml holds the same options, which flags override:
     help="Compare forward-only's first gradient with the exact one; takes the memory of a backward pass.",
 )
 @memory_budget_option
+@threads_option
 @device_type_option
 @click.option(
     "--require-npu",
@@ -168,6 +170,7 @@ def command(
     perturbation_size: float,
     report_gradient_cosine: bool,
     memory_budget: str | None,
+    threads: int | None,
     device_type: DeviceType,
     require_npu: bool,
     soc_model: int | None,
@@ -209,6 +212,7 @@ def command(
         perturbation_size=perturbation_size,
         report_gradient_cosine=report_gradient_cosine,
         memory_budget=memory_budget,
+        threads=threads,
         device_type=device_type,
         require_npu=require_npu,
         soc_model=soc_model,
@@ -232,11 +236,9 @@ def command(
         force=force,
     )
     merged = _merged(ctx, flags, config)
-    input_file(data, "--data")
+    row_sources({"--data": data, "--valid": valid})
     if merged.vitisai_config is not None:
         input_file(merged.vitisai_config, "--vitisai-config", "the vaip_config.json of an installed Vitis AI")
-    if valid is not None:
-        input_file(valid, "--valid")
     if merged.init_adapter is not None:
         adapter_at(merged.init_adapter)
     bundle_folder(bundle)

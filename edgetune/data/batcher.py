@@ -11,6 +11,9 @@ from edgetune.data.encode import Example
 from edgetune.data.packing import Pass, Room, attention_share, pack, pad, round_up
 from edgetune.manifest import BundleManifest
 
+MEASURED_ROWS = 4
+"""Where rows are only measured, a pass takes no more memory than so many of the longest."""
+
 
 @dataclass(frozen=True)
 class BatchShape:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from edgetune.data.encode import Encoder, Example, Remark
 from edgetune.data.rows import CompletionRow, Problems, Row, read_rows
+from edgetune.data.source import Source, name_of
 from edgetune.errors import DataError, IncompatibleError
 from edgetune.manifest import RowEncoding
 
@@ -19,7 +19,7 @@ class Tally:
         path: The file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Source) -> None:
         self._path = path
         self._rows = 0
         self._remarks: dict[Remark, tuple[int, int]] = {}
@@ -37,7 +37,7 @@ class Tally:
     def notices(self) -> list[str]:
         """One line for each kind of remark: the place of the first row, what it is, and in how many rows."""
         return [
-            f"{self._path}:{first}: {remark} (in {count:,} of {self._rows:,} rows, this is the first)"
+            f"{name_of(self._path)}:{first}: {remark} (in {count:,} of {self._rows:,} rows, this is the first)"
             for remark, (count, first) in sorted(self._remarks.items())
         ]
 
@@ -60,11 +60,11 @@ class Examples:
     """What is to be said of them, each line with the place of the first row that it is about."""
 
 
-def encode_rows(path: Path, encoder: Encoder, tally: Tally) -> Iterator[Example]:
+def encode_rows(path: Source, encoder: Encoder, tally: Tally) -> Iterator[Example]:
     """Read and encode the rows of a file; problems are reported together once the last row is through.
 
     Args:
-        path: JSONL.
+        path: JSONL, in a file or from a pipe.
         encoder: The encoder of the model to be trained.
         tally: Counts the rows.
 
@@ -81,18 +81,18 @@ def encode_rows(path: Path, encoder: Encoder, tally: Tally) -> Iterator[Example]
             for reason in error.problems:
                 problems.add(row.line, reason)
         except IncompatibleError as error:
-            raise IncompatibleError(f"{path}:{row.line}: {error}") from error
+            raise IncompatibleError(f"{name_of(path)}:{row.line}: {error}") from error
         else:
             tally.add(row, example)
             yield example
     problems.raise_if_any()
 
 
-def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bool) -> Examples:
+def load_examples(path: Source, encoder: Encoder, max_length: int, *, truncate: bool) -> Examples:
     """Read and encode a file of rows.
 
     Args:
-        path: JSONL.
+        path: JSONL, in a file or from a pipe.
         encoder: The encoder of the model to be trained.
         max_length: Longest row that is taken, in tokens.
         truncate: Cut longer rows instead of leaving them out. One whose trained tokens are all cut off is left out.
@@ -123,8 +123,8 @@ def load_examples(path: Path, encoder: Encoder, max_length: int, *, truncate: bo
         fix = "their answers begin after that" if truncate else "shorten them, or cut them with --truncate"
         raise DataError(
             [
-                f"{path}:{line}: all {count:,} rows are longer than {max_length:,} tokens, this one has the fewest "
-                f"({length:,}); {fix}, or prepare the model with a larger --max-length"
+                f"{name_of(path)}:{line}: all {count:,} rows are longer than {max_length:,} tokens, this one has the "
+                f"fewest ({length:,}); {fix}, or prepare the model with a larger --max-length"
             ]
         )
     trained_tokens = sum(example.trained_tokens for example in examples)

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from edgetune.errors import DataError, UsageError
+from edgetune.data.source import Source, SourceError, name_of, open_source
+from edgetune.errors import DataError
 
 LINE_LIMIT = 1 << 20
 """Longest line that is read, in bytes."""
@@ -69,11 +69,11 @@ class Problems:
     """Collects `file:line: reason` in bounded memory.
 
     Args:
-        path: The file that the reasons are about.
+        source: Where the lines come from that the reasons are about.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, source: Source) -> None:
+        self._name = name_of(source)
         self._kept: list[str] = []
         self._count = 0
 
@@ -81,7 +81,7 @@ class Problems:
         """Note a problem of `line` (counted from 1)."""
         self._count += 1
         if len(self._kept) < PROBLEM_LIMIT:
-            self._kept.append(f"{self._path}:{line}: {reason}")
+            self._kept.append(f"{self._name}:{line}: {reason}")
 
     def raise_if_any(self) -> None:
         """Report what was collected.
@@ -90,7 +90,7 @@ class Problems:
             DataError: There was a problem.
         """
         if self._count > len(self._kept):
-            raise DataError([f"{self._path}: {self._count:,} problems; the first {PROBLEM_LIMIT:,}:", *self._kept])
+            raise DataError([f"{self._name}: {self._count:,} problems; the first {PROBLEM_LIMIT:,}:", *self._kept])
         if self._kept:
             raise DataError(self._kept)
 
@@ -99,55 +99,56 @@ class _RowError(ValueError):
     """What is wrong with one line."""
 
 
-def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
-    """Read a JSONL file: UTF-8, one object a line, all of the same kind; blank lines are skipped.
+def read_rows(source: Source, problems: Problems) -> Iterator[Row]:
+    """Read JSONL: UTF-8, one object a line, all of the same kind, gzip or not; blank lines are skipped.
 
     Lines longer than `LINE_LIMIT` are refused without being read whole. No more than one row is held.
 
     Args:
-        path: The file.
+        source: A file or a pipe.
         problems: Hears of every line that is wrong, and why; its row is left out.
 
     Raises:
-        UsageError: There is no readable file at `path`.
+        UsageError: Nothing can be read there.
     """
-    if not path.is_file():
-        found = "not a regular file" if path.exists() else "no such file"
-        raise UsageError(f"{path}: {found}; give the path of a JSONL file")
     expected: str | None = None
     mixed, empty = False, True
-    try:
-        with path.open("rb") as file:
-            for line, raw in _lines(file):
-                empty = False
-                try:
-                    kind, row = _read_line(raw, line)
-                except _RowError as error:
-                    problems.add(line, str(error))
-                    continue
-                expected = expected or kind
-                if kind == expected:
-                    yield row
-                elif not mixed:
-                    mixed = True
-                    problems.add(line, f"is a {kind} row, but the rows before are {expected} rows; use one kind a file")
-    except OSError as error:
-        raise UsageError(
-            f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
-        ) from error
+    with open_source(source) as file:
+        for line, raw in _lines(file):
+            empty = False
+            try:
+                kind, row = _read_line(raw, line)
+            except _RowError as error:
+                problems.add(line, str(error))
+                continue
+            expected = expected or kind
+            if kind == expected:
+                yield row
+            elif not mixed:
+                mixed = True
+                problems.add(line, f"is a {kind} row, but the rows before are {expected} rows; use one kind a file")
     if empty:
         problems.add(1, 'the file has no rows; write one JSON object a line, such as {"text": "…"}')
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Number and bytes of every line that is not blank; None in the place of one that is too long."""
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | _RowError]]:
+    """Number and bytes of every line that is not blank, or what is wrong with it."""
     number = 0
-    while raw := file.readline(LINE_LIMIT + 1):
+    while True:
         number += 1
-        if len(raw) > LINE_LIMIT and not raw.endswith(b"\n"):
-            while raw and not raw.endswith(b"\n"):
-                raw = file.readline(LINE_LIMIT)
-            yield number, None
+        try:
+            raw = file.readline(LINE_LIMIT + 1)
+            too_long = len(raw) > LINE_LIMIT and not raw.endswith(b"\n")
+            rest = raw if too_long else b""
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(LINE_LIMIT)
+        except SourceError as error:
+            yield number, _RowError(str(error))
+            return
+        if not raw:
+            return
+        if too_long:
+            yield number, _RowError(f"is longer than {LINE_LIMIT:,} bytes; split it into several rows")
         elif number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             yield number, raw
             return  # every further line would fail for the same reason
@@ -155,9 +156,9 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
             yield number, raw.rstrip(b"\r\n")
 
 
-def _read_line(raw: bytes | None, line: int) -> tuple[str, Row]:
-    if raw is None:
-        raise _RowError(f"is longer than {LINE_LIMIT:,} bytes; split it into several rows")
+def _read_line(raw: bytes | _RowError, line: int) -> tuple[str, Row]:
+    if isinstance(raw, _RowError):
+        raise raw
     record = _parse(_decode(raw, line))
     if not isinstance(record, dict):
         raise _RowError(f'expected an object such as {{"text": "…"}}, found {_kind_of(record)}')

@@ -25,8 +25,10 @@ from edgetune.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.manifest import FORMAT_VERSION, MODEL_FORMAT, File, ModelManifest, RowEncoding
 from edgetune.manifest_json import write_manifest
 from edgetune.provenance import version_of
+from edgetune.pulse import Pulse
 from edgetune.runtimes import Parameters
 from edgetune.storage import CHUNK, atomic_folder, sha256_of, write_file
+from edgetune.threads import computing_with
 
 ADAPTER = "adapters/adapter.onnx_adapter"
 """Where a kept adapter lies in the model folder."""
@@ -108,7 +110,10 @@ def export(
     versions = {name: version_of(name) for name in _TOOLS}
     listed = {file.path: file for file in bundle.manifest.files}
     needed = _needed(bundle, config, sum(listed[name].size for name in SIDE_FILES if name in listed))
-    with atomic_folder(output, replace=config.force, marker=MANIFEST, needed=needed) as folder:
+    with (
+        computing_with(config.threads),
+        atomic_folder(output, replace=config.force, marker=MANIFEST, needed=needed) as folder,
+    ):
         files = [_copy(bundle.path, folder, listed[name]) for name in SIDE_FILES if name in listed]
         if config.merge:
             say(f"merging the adapter into {config.precision} weights")
@@ -119,7 +124,7 @@ def export(
             say(f"putting the adapter beside the {bundle.manifest.base.weights} base")
             files.append(_copy(bundle.path, folder, listed[WEIGHTS]))
             _write_kept(bundle, folder, parameters)
-            losses = _kept_losses(folder, examples, say)
+            losses = _kept_losses(bundle, folder, examples, say)
         written = [] if config.merge else [ADAPTER]
         written += [name for name in (MODEL, WEIGHTS) if name not in {file.path for file in files}]
         files += [File(name, (folder / name).stat().st_size, sha256_of(folder / name)) for name in written]
@@ -220,19 +225,32 @@ def _merged_losses(
     say(f"measuring the answer loss on {len(examples)} validation rows")
     graph = onnx.load(str(bundle.path / MODEL), load_external_data=False)
     add_lora_inputs(graph, bundle.manifest.lora)
-    apart = Measured(bundle.path, graph)
+    rope = bundle.manifest.architecture.rope
+    apart = Measured(bundle.path, rope, graph)
     values = graph_values(bundle.manifest.lora, parameters)
-    losses = {"base": apart.answer_loss(examples), "base + adapter": apart.answer_loss(examples, values=values)}
+    pulse = _pulse(examples, say, 3)
+    losses = {
+        "base": apart.answer_loss(examples, pulse),
+        "base + adapter": apart.answer_loss(examples, pulse, values=values),
+    }
     del apart  # two big models in memory would be one too many
-    return losses | {"merged": Measured(folder).answer_loss(examples)}
+    return losses | {"merged": Measured(folder, rope).answer_loss(examples, pulse)}
 
 
-def _kept_losses(folder: Path, examples: list[Example], say: Callable[[str], None]) -> dict[str, float]:
+def _kept_losses(
+    bundle: Bundle, folder: Path, examples: list[Example], say: Callable[[str], None]
+) -> dict[str, float]:
     if not examples:
         return {}
     say(f"measuring the answer loss on {len(examples)} validation rows")
-    model = Measured(folder)
+    model = Measured(folder, bundle.manifest.architecture.rope)
+    pulse = _pulse(examples, say, 2)
     return {
-        "base": model.answer_loss(examples),
-        "base + adapter": model.answer_loss(examples, adapter=folder / ADAPTER),
+        "base": model.answer_loss(examples, pulse),
+        "base + adapter": model.answer_loss(examples, pulse, adapter=folder / ADAPTER),
     }
+
+
+def _pulse(examples: list[Example], say: Callable[[str], None], models: int) -> Pulse:
+    """Of rows that are measured with several models, one after the other."""
+    return Pulse(say, f"measured {{}} of {models * len(examples):,} rows ({models} models)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from edgetune.errors import EdgetuneError, MissingDependencyError, ResourceError
 from edgetune.exhaustion import ADVICE, lack_of_process
 from edgetune.hls.fixed_point import FixedPoint, accumulator
 from edgetune.hls.resources import CoreSize, Fpga
+from edgetune.threads import threads_used
 
 COMPILER = "g++"
 _LONGEST_BUILD = 600
@@ -159,7 +159,7 @@ def simulate(cores: Sequence[Core], folder: Path, fpga: Fpga) -> list[Simulation
     """
     require_compiler()
     libraries = [write_core(core, folder / core.size.name, fpga) for core in cores]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads_used()) as pool:
         return list(pool.map(lambda args: Simulation(*args), zip(cores, libraries, strict=True)))
 
 

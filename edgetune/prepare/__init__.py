@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint,
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
+from edgetune.data.source import Source, kept
 from edgetune.errors import UsageError, VerificationError
 from edgetune.frozen import BITS, stored_bytes
 from edgetune.manifest import (
@@ -61,6 +63,14 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         LockedError: Another process writes the output.
         EdgetuneError: Olive failed.
     """
+    rows = nullcontext() if config.calibration is None else kept(config.calibration)
+    with rows as calibration:
+        return _prepare(checkpoint, output, config, calibration, say)
+
+
+def _prepare(
+    checkpoint: str, output: Path, config: PrepareConfig, calibration: Source | None, say: Callable[[str], None]
+) -> Bundle:
     versions = {name: version_of(name) for name in HOST_TOOLS}
     source = open_checkpoint(checkpoint, download=config.download, blocks=config.base in BITS)
     _check_rank(source.architecture, config)
@@ -69,7 +79,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         say(f"The longest row is {positions} tokens, the model's positions, not {config.max_length}")
         config = replace(config, max_length=positions)
     bos, eos = _special_tokens(source)
-    _check_rows(source, config, bos, eos, say)
+    _check_rows(source, config, calibration, bos, eos, say)
     refuse_non_finite(source)
     from edgetune.prepare.layers import build_layers
 
@@ -90,7 +100,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
         tokenizer = _tokenizer(source, folder, bos, eos)
         if config.npu != "none":
             say(f"Writing the step with int8 weights ({config.npu}) …")
-            roles += _build_int8_step(source, folder, config, lora, lowered, tokenizer)
+            roles += _build_int8_step(source, folder, config, calibration, lora, lowered, tokenizer)
         _learn_ends(folder, tokenizer, say)
         say("Hashing …")
         manifest = _manifest(source, folder, config, tokenizer, lora, coverage, roles, versions)
@@ -174,6 +184,7 @@ def _build_int8_step(
     source: Checkpoint,
     folder: Path,
     config: PrepareConfig,
+    calibration: Source | None,
     lora: Lora,
     lowered: dict[str, ir.Model],
     tokenizer: Tokenizer,
@@ -183,11 +194,11 @@ def _build_int8_step(
     from edgetune.prepare.npu import write_int8_graphs
 
     architecture, base = source.architecture, config.base
-    if config.calibration is None:
+    if calibration is None:
         rows = synthetic_rows(architecture, config.max_length)
     else:
         # The model builder may have written another tokenizer.json than the checkpoint's; training uses this one.
-        rows = _encoded(config.calibration, folder, tokenizer, config.max_length)
+        rows = _encoded(calibration, folder, tokenizer, config.max_length)
     ranges = calibrate(lowered["step"], folder, architecture, base, lora, rows)
     return write_int8_graphs(lowered, folder, architecture, base, config.npu, ranges)
 
@@ -204,7 +215,12 @@ def _check_rank(architecture: Architecture, config: PrepareConfig) -> None:
 
 
 def _check_rows(
-    source: Checkpoint, config: PrepareConfig, bos: str | None, eos: str, say: Callable[[str], None]
+    source: Checkpoint,
+    config: PrepareConfig,
+    calibration: Source | None,
+    bos: str | None,
+    eos: str,
+    say: Callable[[str], None],
 ) -> None:
     """Read tokenizer, chat template and calibration rows before the long stages: a bad one does not cost their work."""
     with TemporaryDirectory() as scratch:
@@ -215,13 +231,13 @@ def _check_rows(
         encoder = load_encoder(folder, tokenizer)
         if encoder.template is not None:
             encoder.template.compile()
-        if config.npu != "none" and config.calibration is not None:
-            for line in load_examples(config.calibration, encoder, config.max_length, truncate=True).notices:
+        if config.npu != "none" and calibration is not None:
+            for line in load_examples(calibration, encoder, config.max_length, truncate=True).notices:
                 say(line)
 
 
-def _encoded(rows: Path, folder: Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """The rows of a file as token ids, long ones cut."""
+def _encoded(rows: Source, folder: Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """Rows as token ids, long ones cut."""
     return load_examples(rows, load_encoder(folder, tokenizer), max_length, truncate=True).examples
 
 

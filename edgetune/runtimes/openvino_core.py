@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from edgetune.errors import MissingDependencyError
+from edgetune.threads import thread_count
 
 DEVICE = "CPU"
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -48,6 +49,12 @@ def core() -> Any:
         if absent:
             del sys.modules[converter]
     return openvino.Core()
+
+
+def properties_of(device: str) -> dict[str, int]:
+    """Properties with which every graph is compiled for a device: one stream, and on the CPU the number of threads."""
+    threads = thread_count() if device == DEVICE else None
+    return {"NUM_STREAMS": 1, **({} if threads is None else {"INFERENCE_NUM_THREADS": threads})}
 
 
 def has_bfloat16() -> bool:

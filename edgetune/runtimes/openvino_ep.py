@@ -5,11 +5,13 @@ It brings an OpenVINO of its own, and finds Intel's devices alone, the processor
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import IncompatibleError
 from edgetune.execution import ACCELERATING, Accelerator
 from edgetune.runtimes.plugin_runtime import PluginRuntime
+from edgetune.threads import thread_count
 
 if TYPE_CHECKING:
     from edgetune.runtimes.accelerator.plugin import Plugin
@@ -34,7 +36,12 @@ class _OpenVino(PluginRuntime):
         facts = devices[0].ep_metadata
         device = f"{kind} {facts.get('FULL_DEVICE_NAME', '')}, {facts.get('OPTIMIZATION_CAPABILITIES', '')}"
         # Its pass for packed weights does not take their backward product.
-        return Plugin(PROVIDER, version, devices[0], device, {}, UNPACKED)
+        return Plugin(PROVIDER, version, devices[0], device, _options(kind), UNPACKED)
+
+
+def _options(kind: str) -> dict[str, str]:
+    threads = thread_count() if kind == "CPU" else None
+    return {} if threads is None else {"load_config": json.dumps({kind: {"INFERENCE_NUM_THREADS": str(threads)}})}
 
 
 def has_device(kind: str) -> bool:

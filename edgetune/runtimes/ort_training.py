@@ -22,6 +22,7 @@ from edgetune.side_environment import (
     side_environment_version,
     worker_command,
 )
+from edgetune.threads import thread_count
 
 _WORKER = Path(__file__).with_name("ort_training_worker.py")
 
@@ -60,6 +61,7 @@ def open_session(
     if plan.form != "whole":
         raise UsageError("the ort-training runtime takes no plan but `whole`; use --runtime onnxruntime for the others")
     arguments = [str(bundle.path.absolute()), str(optimizer.weight_decay), str(optimizer.max_grad_norm)]
+    arguments.append(str(thread_count() or 0))
     command = worker_command(_WORKER, arguments)
     with (
         TemporaryFile() as errors,

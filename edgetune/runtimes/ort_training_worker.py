@@ -1,6 +1,6 @@
 """Runs in the side environment: trains a bundle's artifacts through the ONNX Runtime Training API.
 
-Usage: ort_training_worker.py BUNDLE WEIGHT_DECAY MAX_GRAD_NORM
+Usage: ort_training_worker.py BUNDLE WEIGHT_DECAY MAX_GRAD_NORM THREADS
 
 Answers messages of `wire` on standard input and output: `parameters` sets them, `step` takes micro-batches and a
 learning rate, `evaluate` a batch, `adapter` nothing. Imports nothing of edgetune, which is not installed there.
@@ -33,9 +33,10 @@ _NO_CLIPPING = 3e38
 class Trainer:
     """Module, optimizer and state of one run."""
 
-    def __init__(self, bundle: Path, weight_decay: float, max_grad_norm: float) -> None:
+    def __init__(self, bundle: Path, weight_decay: float, max_grad_norm: float, threads: int) -> None:
         options = SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = threads
         for name in ("training_model.onnx", "eval_model.onnx"):
             # This release predates fixes around external data: refuse what leaves the folder before it is opened.
             _check_external_data(bundle / name)
@@ -100,9 +101,9 @@ def _configure_optimizer(source: Path, target: Path, weight_decay: float, max_gr
     onnx.save(model, target)
 
 
-def main(bundle: str, weight_decay: str, max_grad_norm: str) -> None:
+def main(bundle: str, weight_decay: str, max_grad_norm: str, threads: str) -> None:
     """Answer messages until the other side closes."""
-    trainer = Trainer(Path(bundle), float(weight_decay), float(max_grad_norm))
+    trainer = Trainer(Path(bundle), float(weight_decay), float(max_grad_norm), int(threads))
     wire.send(_replies, {}, {})
     while (message := wire.receive(sys.stdin.buffer)) is not None:
         header, arrays = message

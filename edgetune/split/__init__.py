@@ -15,12 +15,14 @@ from edgetune.config import SplitConfig
 from edgetune.data.batches import MASKED, make_batch
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
+from edgetune.data.source import name_of
 from edgetune.errors import DataError, UsageError
 from edgetune.frozen import EMBEDDING, FrozenWeights
 from edgetune.manifest import BundleManifest, Graph, TensorSpec
 from edgetune.provenance import version_of
 from edgetune.room import require_room
 from edgetune.storage import atomic_folder, write_file
+from edgetune.threads import check_threads, computing_with
 from edgetune.trunk import FOLDER, GRAPH, INDEX, LinearRange, TrunkInfo, has_trunk, write_trunk_info
 
 _BYTES_A_WEIGHT = 8
@@ -50,6 +52,8 @@ def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Call
     from edgetune.split.graph import build_trunk
     from edgetune.split.quantise import observe, quantise
 
+    if config.threads is not None:
+        check_threads(config.threads)
     onnxruntime = version_of("onnxruntime")
     source = open_bundle(bundle)
     manifest = source.manifest
@@ -63,7 +67,8 @@ def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Call
     say(f"Putting {layers} of {manifest.architecture.num_hidden_layers} layers together …")
     trunk = build_trunk(source, layers)
     say(f"Choosing scales on {len(examples)} rows …")
-    seen = observe(trunk, (_feed(source, example) for example in examples))
+    with computing_with(config.threads):
+        seen = observe(trunk, (_feed(source, example) for example in examples))
     with atomic_folder(output, replace=config.force, marker=MANIFEST, needed=needed) as folder:
         for file in copied:
             (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +109,7 @@ def _calibration_rows(bundle: Bundle, data: Path, length: int, count: int) -> li
     encoder = load_encoder(bundle.path, bundle.manifest.tokenizer)
     rows = load_examples(data, encoder, length, truncate=True).examples
     if not rows:
-        raise DataError([f"{data}: no row to choose int8 scales on"])
+        raise DataError([f"{name_of(data)}: no row to choose int8 scales on"])
     return rows[:: -(-len(rows) // count)]
 
 

@@ -12,6 +12,7 @@ from edgetune.device import Profile
 from edgetune.errors import UsageError
 from edgetune.execution import ACCELERATING
 from edgetune.runtimes import find_runtime
+from edgetune.threads import check_threads
 from edgetune.train.accelerated import ACCELERATED, apply_profile, is_accelerated
 from edgetune.train.candidates import footprint_of
 from edgetune.train.schedule import check_options
@@ -73,6 +74,8 @@ def resolve_config(
         config = replace(apply_profile(profile, config, notice, elsewhere=elsewhere), device=profile.name)
     check_plan(config)
     if not elsewhere:
+        if config.threads is not None:
+            check_threads(config.threads)
         _check_runtime(config)
     return config
 

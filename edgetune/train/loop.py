@@ -16,9 +16,11 @@ from edgetune.config import TrainConfig
 from edgetune.device import Profile, load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError, VerificationError
 from edgetune.placement import Placement, placement_record
+from edgetune.pulse import Pulse
 from edgetune.room import reserve
 from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
 from edgetune.storage import atomic_folder
+from edgetune.threads import computing_with
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config
 from edgetune.train.fitting import Fit, Fitting
@@ -66,7 +68,7 @@ def train(
     config = resolve_config(config, profile, observer.on_notice)
     run: _Run | None = None
     try:
-        with atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
+        with computing_with(config.threads), atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
             run = _Run(open_bundle(bundle), data, valid, output, config, profile, observer)
             steps = run.execute(partial)
     except VerificationError:
@@ -230,9 +232,11 @@ class _Run:
         if not self._valid:
             return None
         total, tokens = 0.0, 0
+        pulse = Pulse(self._observer.on_notice, f"measured {{}} of {len(self._valid):,} validation rows")
         for batch in self._workload.validation():
             total += session.evaluate(batch) * batch.trained_tokens
             tokens += batch.trained_tokens
+            pulse.add(len(batch.examples))
         self._notice_placements(session)
         loss = total / tokens
         self.validation_losses.append(loss)
@@ -304,7 +308,7 @@ class _Run:
         )
         sha256 = self._bundle.manifest.manifest_sha256
         provenance = provenance_of(sha256, self._config, self.choice, self.pass_rows, outcome)
-        if self._valid_path is not None:
+        if self._valid_path is not None and self._valid_sha256:
             provenance |= validation_rows(self._valid_path, self._valid_sha256, self._output)
         return provenance
 

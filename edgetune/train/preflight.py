@@ -17,6 +17,7 @@ from edgetune.errors import ResourceError, UsageError
 from edgetune.runtimes import install
 from edgetune.runtimes.accelerator.contexts import most_context_bytes
 from edgetune.runtimes.forward_only import passes_a_step
+from edgetune.threads import usable_processors
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config
 from edgetune.train.device_limits import longest_taken
@@ -64,6 +65,8 @@ class Preflight:
     """Whether the device is this machine."""
     runtime: str
     plan: str
+    threads: int | None
+    """That compute on the CPU; none where the profile does not say how many cores the device has."""
     on_accelerator: bool
     emulated: bool
     """Whether this machine would simulate that hardware."""
@@ -145,7 +148,7 @@ def preflight(
     if here or profile is None:
         install(choice.runtime, notes.append)
     passes = passes_a_step(config.queries) if choice.plan.forward_only else 1
-    times = predict_times(opened, workload, choice, profile, passes, here=here)
+    times = predict_times(opened, workload, choice, profile, passes, config.threads, here=here)
     memory = None if profile is None else profile.hardware.memory
     if memory is None and not here:
         notes.append("the profile has no figure hardware.memory: that the run fits into the device is not said")
@@ -156,6 +159,7 @@ def preflight(
         here=here,
         runtime=choice.name,
         plan=str(choice.plan),
+        threads=config.threads or _processors(profile, here=here),
         on_accelerator=choice.on_accelerator,
         emulated=here and choice.emulated,
         batch_size=config.batch_size,
@@ -176,6 +180,12 @@ def preflight(
         time_from=times.source,
         notes=notes,
     )
+
+
+def _processors(profile: Profile | None, *, here: bool) -> int | None:
+    if here or profile is None:
+        return usable_processors()
+    return None if profile.hardware.cores is None else profile.hardware.cores.value
 
 
 def _made_up(

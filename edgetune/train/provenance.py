@@ -14,6 +14,7 @@ import edgetune
 from edgetune.adapter import VALIDATION_DATA, VALIDATION_GIVEN, VALIDATION_SHA256
 from edgetune.config import TrainConfig
 from edgetune.placement import Placement
+from edgetune.threads import threads_used
 from edgetune.train.choice import Choice
 from edgetune.train.gradient_cosine import GradientCosine
 
@@ -56,6 +57,7 @@ def provenance_of(
         "runtime": choice.name,
         "runtime_version": choice.runtime.version(),
         "plan": str(choice.plan),
+        "threads": str(threads_used()),
         "numpy": np.__version__,
         "bundle": bundle_sha256,
         "options": json.dumps(options, sort_keys=True),

@@ -11,6 +11,7 @@ from edgetune.bundle import Bundle
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Encoder, Example, load_encoder
 from edgetune.data.examples import Examples, load_examples
+from edgetune.data.source import is_lasting, name_of
 from edgetune.device import Profile
 from edgetune.manifest import RowEncoding
 from edgetune.storage import sha256_of
@@ -25,7 +26,8 @@ class RunRows:
     valid: list[Example]
     """Empty where nothing is measured."""
     valid_sha256: str
-    """Of the validation file when it was read: later it may be gone, or another."""
+    """Of the validation file when it was read: later it may be gone, or another. Empty where it was a pipe, which is
+    gone."""
 
 
 class RowReader:
@@ -56,10 +58,10 @@ class RowReader:
         rows = load_examples(path, self._encoder, self._most, truncate=self._truncate)
         which = f"of {rows.rows:,} rows are longer than {self._most:,} tokens"
         if rows.truncated:
-            self._notice(f"{path}: {len(rows.truncated):,} {which} and were cut")
+            self._notice(f"{name_of(path)}: {len(rows.truncated):,} {which} and were cut")
         if rows.too_long:
             advice = "their answers begin after that" if self._truncate else "--truncate cuts them instead"
-            self._notice(f"{path}: {len(rows.too_long):,} {which} and were left out; {advice}")
+            self._notice(f"{name_of(path)}: {len(rows.too_long):,} {which} and were left out; {advice}")
         for line in rows.notices:
             self._notice(line)
         return rows
@@ -72,4 +74,7 @@ class RowReader:
 def read_run_rows(reader: RowReader, data: Path, valid: Path | None) -> RunRows:
     """Read the rows to train on, and those to measure on, if any; errors are those of `RowReader.read`."""
     train = reader.read(data)
-    return RunRows(train, [], "") if valid is None else RunRows(train, reader.read(valid).examples, sha256_of(valid))
+    if valid is None:
+        return RunRows(train, [], "")
+    measured = reader.read(valid).examples
+    return RunRows(train, measured, sha256_of(valid) if is_lasting(valid) else "")

@@ -13,6 +13,8 @@ from edgetune.bundle import Bundle
 from edgetune.data.batcher import BatchShape
 from edgetune.data.batches import Batch
 from edgetune.device import Profile
+from edgetune.errors import UsageError
+from edgetune.threads import computing_with
 from edgetune.train.calibration import Calibration, calibrate
 from edgetune.train.choice import Choice
 from edgetune.train.cost_model import CostModel
@@ -41,7 +43,14 @@ class Times:
 
 
 def predict_times(
-    bundle: Bundle, workload: Workload, choice: Choice, profile: Profile | None, passes: int, *, here: bool
+    bundle: Bundle,
+    workload: Workload,
+    choice: Choice,
+    profile: Profile | None,
+    passes: int,
+    threads: int | None,
+    *,
+    here: bool,
 ) -> Times:
     """Predict how long steps and the run take.
 
@@ -51,7 +60,11 @@ def predict_times(
         choice: Its runtime and plan.
         profile: Of the device; none where it is this machine.
         passes: Through the model for each batch of a step.
+        threads: That compute; without a number as many as may.
         here: The device is this machine: a few steps are timed.
+
+    Raises:
+        UsageError: The device does not have so many cores.
     """
     if here and choice.emulated:
         return Times(None, None, None, f"unknown: {choice.name} simulates hardware, at a speed that says nothing of it")
@@ -63,13 +76,15 @@ def predict_times(
 
     if here or profile is None:
         batches, layout = _typical(workload, model)
-        measured = calibrate(bundle, choice, batches)
+        with computing_with(threads):
+            measured = calibrate(bundle, choice, batches)
         source = f"measured here in {measured.took:.1f} s"
     elif choice.on_accelerator:
         return Times(None, None, None, f"unknown: no figure says how fast the accelerator of {profile.name} is")
     elif (products := profile.hardware.products) is not None:
-        measured, layout = Calibration(((1.0, _OPERATIONS / products.value),)), 0.0
-        source = f"an estimate: {products.value / 1e9:g} GFLOP/s ({products.source})"
+        share, some = _share(profile, threads)
+        measured, layout = Calibration(((1.0, _OPERATIONS / (share * products.value)),)), 0.0
+        source = f"an estimate: {some}{products.value / 1e9:g} GFLOP/s ({products.source})"
     else:
         return Times(None, None, None, f"unknown: the profile {profile.name} has no figure hardware.products")
     seconds, starts = measured.seconds, _starts(measured, choice, steps)
@@ -86,6 +101,20 @@ def predict_times(
     rest = workload.schedule.total_steps - len(spent)
     run = sum(spent) + rest * mean(spent[len(spent) // 2 :]) + once * workload.validations()
     return Times(median(spent), sum(starts), run, source)
+
+
+def _share(profile: Profile, threads: int | None) -> tuple[float, str]:
+    """Which part of a device's speed so many threads have, and how that is said; all of it without a number.
+
+    Raises:
+        UsageError: The device does not have so many cores.
+    """
+    cores = profile.hardware.cores
+    if threads is None or cores is None:
+        return 1.0, ""
+    if not 1 <= threads <= cores.value:
+        raise UsageError(f"--threads is {threads}, and {profile.name} has {cores.value} cores; give 1 to {cores.value}")
+    return threads / cores.value, f"{threads} of {cores.value} cores, all of which have "
 
 
 def _starts(measured: Calibration, choice: Choice, steps: Sequence[Sequence[BatchShape]]) -> list[float]:

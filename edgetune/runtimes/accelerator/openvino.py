@@ -18,8 +18,8 @@ from edgetune.placement import Node, Partition, Placement
 from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
 from edgetune.runtimes.accelerator.error_line import last_line
 from edgetune.runtimes.accelerator.graphs import Arrays
+from edgetune.runtimes.openvino_core import properties_of
 
-_PROPERTIES = {"NUM_STREAMS": 1}
 _NO_WORK = ("Parameter", "Constant", "Result")
 """Nodes that nobody computes."""
 
@@ -38,6 +38,7 @@ class OpenVinoCompiler:
         self._bundle, self._core, self._device, self._version = bundle, core, device, version
         self._store = ContextStore(bundle.path)
         self._provider = f"OpenVINO {device}"
+        self._properties = properties_of(device)
 
     def compile(self, role: str, batch: int, length: int) -> OpenVinoGraph:
         """See `Compiler.compile`. A device of OpenVINO takes a graph whole or not at all.
@@ -67,15 +68,15 @@ class OpenVinoCompiler:
             runtime=f"openvino {self._version}",
             device=f"{self._device} {self._core.get_property(self._device, 'FULL_DEVICE_NAME')}, "
             f"{' '.join(sorted(self._core.get_property(self._device, 'OPTIMIZATION_CAPABILITIES')))}",
-            options={name: str(value) for name, value in _PROPERTIES.items()},
+            options={name: str(value) for name, value in self._properties.items()},
         )
         if (kept := self._store.load(key)) is not None:
             # A driver may have changed that no version tells of.
             with suppress(RuntimeError):
-                compiled = self._core.import_model(BytesIO(kept.data), self._device, _PROPERTIES)
+                compiled = self._core.import_model(BytesIO(kept.data), self._device, self._properties)
                 return compiled, kept.partitions, True
         model = self._model(role, batch, length)
-        compiled = self._core.compile_model(model, self._device, _PROPERTIES)
+        compiled = self._core.compile_model(model, self._device, self._properties)
         nodes = [Node(op.get_type_name(), op.get_friendly_name()) for op in model.get_ordered_ops()]
         partitions = [Partition(self._provider, [node for node in nodes if node.operator not in _NO_WORK])]
         self._store.save(key, compiled.export_model().getvalue(), partitions)

@@ -24,6 +24,7 @@ from edgetune.runtimes.accelerator.contexts import Context, ContextKey, ContextS
 from edgetune.runtimes.accelerator.ep_context import check_ep_context
 from edgetune.runtimes.accelerator.error_line import first_line
 from edgetune.runtimes.accelerator.graphs import Arrays
+from edgetune.threads import thread_count
 
 _NO_LOG = 4
 """Fatal errors only: what a provider refuses is told by the placement."""
@@ -165,6 +166,7 @@ class PluginCompiler:
         options = ort.SessionOptions()
         options.add_session_config_entry(_NO_CPU, "1" if strict else "0")
         options.log_severity_level = _NO_LOG
+        options.intra_op_num_threads = thread_count() or 0
         for name, value in self._plugin.session.items():
             options.add_session_config_entry(name, value)
         options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -25,7 +25,7 @@ from edgetune.runtimes.layered.channels import Channels
 from edgetune.runtimes.layered.openvino_products import Products, is_linear
 from edgetune.runtimes.layered.openvino_tensor import BFLOAT16, from_bfloat16, tensor, to_bfloat16
 from edgetune.runtimes.layered.openvino_weights import OpenVinoWeights
-from edgetune.runtimes.openvino_core import MOST_SHAPES
+from edgetune.runtimes.openvino_core import MOST_SHAPES, properties_of
 
 _STATES = {"hidden", "residual", "output", "hidden.grad", "output.grad", "carry"}
 _KEPT = {"query", "key", "value", "context", "gate", "up"}
@@ -78,9 +78,8 @@ class OpenVinoGraph:
             if not bound.has(name, array := outputs[name]):
                 request.set_output_tensor(index, tensor(array))
                 bound.note(name, array)
-        # `infer` would copy every result.
-        request.start_async()
-        request.wait()
+        # Results are where they belong already. Started asynchronously, every graph would have a thread of its own.
+        request.infer(share_outputs=True)
 
     def _of_shapes(self, shapes: _Shapes) -> ov.Model:
         model = self._model.clone()
@@ -128,7 +127,7 @@ class OpenVinoBackend:
     def __init__(self, core: ov.Core, device: str, cache: Path | None, plan: ExecutionPlan, channels: Channels) -> None:
         self._core, self._device, self._cache, self._plan = core, device, cache, plan
         # Not a property of the core, which others use as well.
-        self._properties = {"NUM_STREAMS": 1, **({} if cache is None else {"CACHE_DIR": str(cache)})}
+        self._properties = {**properties_of(device), **({} if cache is None else {"CACHE_DIR": str(cache)})}
         self._short = "BF16" in self._core.get_property(device, "OPTIMIZATION_CAPABILITIES")
         self.storage = BFLOAT16 if self._short else np.dtype(np.float32)
         self.channels = channels
