@@ -33,10 +33,14 @@ def row_sources(sources: Mapping[str, Path | None]) -> None:
         sources: What each option names; `-` is standard input.
 
     Raises:
-        UsageError: Rows cannot be read there, or two options name one pipe; the message names the options.
+        UsageError: Rows cannot be read there, a name is not valid Unicode, or two options name one pipe; the message
+            names the options.
     """
+    from edgetune.storage import require_unicode
+
     given = {option: path for option, path in sources.items() if path is not None}
     for option, path in given.items():
+        require_unicode(path)
         require_source(path, option)
     for (first, one), (second, two) in combinations(given.items(), 2):
         refuse_shared(one, two, f"{first} and {second}")
