@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,12 +19,13 @@ _MOST = 1 << 16
 """Bytes of output."""
 
 
-def edgetune_threads(*arguments: object, since: str = "") -> Counter[int]:
+def edgetune_threads(*arguments: object, since: str = "", until: str = "") -> Counter[int]:
     """Run a command to its end.
 
     Args:
         arguments: Of the command.
-        since: What the command prints when it is time to begin with looking.
+        since: A regular expression of what the command prints when it is time to begin with looking.
+        until: What it prints when it is time to end; never without it.
 
     Returns:
         How often so many threads of it, or of the child process that has most, ran or waited for a processor.
@@ -33,14 +35,11 @@ def edgetune_threads(*arguments: object, since: str = "") -> Counter[int]:
     with TemporaryFile() as output:
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process:
             while process.poll() is None:
-                if since and since.encode() not in os.pread(output.fileno(), _MOST, 0):
-                    time.sleep(_EVERY)
-                    continue
-                since = ""
-                found[max(map(_running, _family(process.pid)), default=0)] += 1
+                printed = os.pread(output.fileno(), _MOST, 0).decode(errors="replace")
+                if re.search(since, printed) and not (until and re.search(until, printed)):
+                    found[max(map(_running, _family(process.pid)), default=0)] += 1
                 time.sleep(_EVERY)
         assert process.returncode == 0, os.pread(output.fileno(), _MOST, 0).decode()
-    assert not since, f"it never printed {since!r}"
     return found
 
 

@@ -35,7 +35,7 @@ TOGETHER = 0.25
 ROWS = [{"prompt": "lamp " * (20 + number % 7), "completion": f" is {number}"} for number in range(24)]
 COMPILED = "step 8/"
 """Of what `train` prints: by then there have been batches of every shape."""
-STEPS = ("--steps", 24, "--batch-size", 8)
+STEPS = ("--steps", 24, "--batch-size", 8, "--no-shuffle")
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     config = Phi3Config(
         vocab_size=448,
         num_key_value_heads=4,
-        max_position_embeddings=256,
-        original_max_position_embeddings=256,
+        max_position_embeddings=2048,
+        original_max_position_embeddings=2048,
         pad_token_id=2,
         bos_token_id=1,
         eos_token_id=2,
@@ -93,15 +93,16 @@ def installed(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} is not installed")
 
 
-def shares(*arguments: object, since: str = "") -> tuple[float, float]:
+def shares(*arguments: object, since: str = "", until: str = "") -> tuple[float, float]:
     """How often several threads of a command ran at the same time, with `--threads 1` and with `--threads 2`.
 
     Args:
         arguments: Of the command; `{}` is the number of threads.
         since: See `edgetune_threads`.
+        until: Likewise.
     """
     one, two = (
-        share_of_several(edgetune_threads(*given, "--threads", count, since=since))
+        share_of_several(edgetune_threads(*given, "--threads", count, since=since, until=until))
         for count in (1, 2)
         for given in [[str(each).format(count) for each in arguments]]
     )
@@ -147,7 +148,7 @@ def test_evaluating(wide: Bundle, many_rows: Path) -> None:
 
 @several
 def test_answering(wide: Bundle) -> None:
-    one, two = shares("generate", wide.path, "--prompt", "lamp " * 150, "--max-new-tokens", 90)
+    one, two = shares("generate", wide.path, "--prompt", "lamp " * 150, "--max-new-tokens", 1500)
     assert one < ALONE
     assert two > TOGETHER
 
@@ -171,7 +172,7 @@ def test_planning(wide: Bundle, rows: Path) -> None:
 def test_splitting(wide: Bundle, many_rows: Path, tmp_path: Path) -> None:
     output = f"{tmp_path}/split-{{}}"
     arguments = ("--data", many_rows, "--output", output, "--calibration-rows", 288)
-    one, two = shares("split", wide.path, *arguments, since="Choosing scales")
+    one, two = shares("split", wide.path, *arguments, since="Choosing scales", until="Quantising")
     assert one < ALONE
     assert two > TOGETHER
 
