@@ -13,14 +13,12 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib import import_module
 from math import ceil
-from pathlib import Path
 from typing import Any
 
+from edgetune.control_group import granted_processors
 from edgetune.errors import UsageError
 
 _asked: ContextVar[int | None] = ContextVar("threads", default=None)
-_GROUPS = Path("/proc/self/cgroup")
-_MOUNTS = Path("/sys/fs/cgroup")
 _BLAS = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
 """How OpenBLAS calls its functions, in numpy's wheels and elsewhere."""
 
@@ -66,15 +64,10 @@ def threads_used() -> int:
     return thread_count() or usable_processors()
 
 
-def usable_processors(groups: Path = _GROUPS, mounts: Path = _MOUNTS) -> int:
-    """Processors that this process may use: by its affinity, and by what its control group grants, rounded up.
-
-    Args:
-        groups: Says which control groups the process is in (cgroups(7)).
-        mounts: Where their limits are.
-    """
-    shares = [_affinity(), *_quotas(groups, mounts)]
-    return max(1, ceil(min(shares)))
+def usable_processors() -> int:
+    """Processors that this process may use: by its affinity, and by what its control groups grant, rounded up."""
+    granted = granted_processors()
+    return max(1, _affinity() if granted is None else min(_affinity(), ceil(granted)))
 
 
 def check_threads(threads: int) -> None:
@@ -95,32 +88,6 @@ def check_threads(threads: int) -> None:
 
 def _affinity() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _quotas(groups: Path, mounts: Path) -> Iterator[float]:
-    """Processors' worth of time that each control group grants, on the way up to the root; version 2 and 1."""
-    with suppress(OSError):
-        for line in groups.read_text().splitlines():
-            _, controllers, place = line.split(":", 2)
-            if not controllers:
-                root, files = mounts, ["cpu.max"]
-            elif "cpu" in controllers.split(","):
-                root, files = mounts / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-            else:
-                continue
-            folder = root / place.lstrip("/")
-            # In a container, the place may be one that only the host sees.
-            for each in (folder, *folder.parents):
-                if each.is_relative_to(root):
-                    yield from _quota(each, files)
-
-
-def _quota(folder: Path, files: list[str]) -> Iterator[float]:
-    with suppress(OSError, ValueError):
-        # "max" and -1 mean no limit.
-        quota, period = " ".join((folder / name).read_text() for name in files).split()
-        if quota != "max" and int(quota) > 0:
-            yield int(quota) / int(period)
 
 
 @contextmanager

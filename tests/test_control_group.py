@@ -13,6 +13,7 @@ from shared_material import shared_material
 
 from edgetune import control_group
 from edgetune.control_group import left_bytes
+from edgetune.threads import usable_processors
 
 MB = 10**6
 ASK = "from edgetune.free_memory import free_memory_bytes; print(free_memory_bytes())"
@@ -25,11 +26,11 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "groups"
     root.mkdir()
     monkeypatch.setattr(control_group, "_GROUPS", root)
-    name(monkeypatch, tmp_path, "0::/\n")
+    name_groups(monkeypatch, tmp_path, "0::/\n")
     return root
 
 
-def name(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
+def name_groups(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
     (folder / "named").write_text(text)
     monkeypatch.setattr(control_group, "_OF_THIS_PROCESS", folder / "named")
 
@@ -61,7 +62,7 @@ def test_no_groups_are_no_limit(groups: Path, monkeypatch: pytest.MonkeyPatch, t
 def test_the_tightest_group_on_the_way_up_counts(
     groups: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    name(monkeypatch, tmp_path, "0::/system.slice/learn.service\n")
+    name_groups(monkeypatch, tmp_path, "0::/system.slice/learn.service\n")
     v2(groups / "system.slice" / "learn.service", "300000000", 100 * MB)
     v2(groups / "system.slice", "max", 900 * MB)
     assert left_bytes() == 200 * MB
@@ -96,7 +97,7 @@ def test_the_first_version_has_a_tree_of_its_own(
     groups: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     lines = ("7:cpu,cpuacct:/elsewhere", "4:hugetlb,memory:/docker/abc", "1:name=systemd:/", "0::/unified")
-    name(monkeypatch, tmp_path, "\n".join(lines))
+    name_groups(monkeypatch, tmp_path, "\n".join(lines))
     v1(groups / "memory", 2**63 - 4096, 9000 * MB)
     v1(groups / "memory" / "elsewhere", 1000, 0)
     assert (left_bytes() or 0) > 2**62
@@ -112,7 +113,7 @@ def test_the_first_version_has_a_tree_of_its_own(
 def test_a_name_that_leads_nowhere_leaves_the_root(
     groups: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str
 ) -> None:
-    name(monkeypatch, tmp_path, f"0::{named}\n4:memory:{named}\n")
+    name_groups(monkeypatch, tmp_path, f"0::{named}\n4:memory:{named}\n")
     v2(groups, "300000000", 100 * MB)
     v2(groups.parent / "job", "1000", 0)
     v1(groups / "memory", 250 * MB, 100 * MB)
@@ -147,3 +148,30 @@ def ask(folder: Path, command: list[str]) -> int:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("named", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
+        ("0::/\n", {"cpu.max": "1000 100000\n"}, 1),
+        ("0::/a/service\n", {"a/cpu.max": "300000 100000", "a/service/cpu.max": "max 100000"}, 3),
+        ("0::/what/the/host/sees\n", {"cpu.max": "400000 100000"}, 4),
+        ("5:cpu,cpuacct:/b\n0::/\n", {"cpu/b/cpu.cfs_quota_us": "250000", "cpu/b/cpu.cfs_period_us": "50000"}, 5),
+        ("5:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("5:cpu:/\n", {"cpu/cpu.cfs_quota_us": "?", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("", {}, 8),
+    ],
+)
+def test_what_the_groups_grant_of_the_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, files: dict[str, str], expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for name, text in files.items():
+        path = tmp_path / "trees" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(control_group, "_GROUPS", tmp_path / "trees")
+    name_groups(monkeypatch, tmp_path, named)
+    assert usable_processors() == expected

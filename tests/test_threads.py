@@ -298,29 +298,3 @@ def test_a_process_that_is_held_to_one_processor_has_one_thread() -> None:
         check=True,
     )
     assert done.stdout.split() == ["1", "1", "1"]
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "expected"),
-    [
-        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
-        ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
-        ("0::/\n", {"cpu.max": "1000 100000\n"}, 1),
-        ("0::/a/service\n", {"a/cpu.max": "300000 100000", "a/service/cpu.max": "max 100000"}, 3),
-        ("0::/what/the/host/sees\n", {"cpu.max": "400000 100000"}, 4),
-        ("5:cpu,cpuacct:/b\n0::/\n", {"cpu/b/cpu.cfs_quota_us": "250000", "cpu/b/cpu.cfs_period_us": "50000"}, 5),
-        ("5:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
-        ("5:cpu:/\n", {"cpu/cpu.cfs_quota_us": "?", "cpu/cpu.cfs_period_us": "100000"}, 8),
-        ("", {}, 8),
-    ],
-)
-def test_what_a_control_group_grants(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str], expected: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    for name, text in files.items():
-        path = tmp_path / "mounts" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    (tmp_path / "groups").write_text(groups)
-    assert usable_processors(tmp_path / "groups", tmp_path / "mounts") == expected
