@@ -270,4 +270,6 @@ def test_a_full_disk_behind_stdout_is_said_once(option: list[str]) -> None:
         command = [sys.executable, "-m", "edgetune", "inspect", str(BUNDLE), *option]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 6
-    assert done.stderr == "error: No space left on device; free some space and try again\n"
+    assert done.stderr == (
+        "error: not enough room on a disk; free some space, or choose another output (No space left on device)\n"
+    )

@@ -60,13 +60,26 @@ def test_eval_measures_what_training_said(trained: Trained, expected: Expected) 
     assert losses == pytest.approx(expected["validation_loss"], rel=CLOSE)
 
 
-@pytest.mark.parametrize("file", ["train.jsonl", "valid.jsonl", "completion.jsonl", "text.jsonl"])
-def test_preview_shows_the_ids_and_labels_of_transformers(file: str, expected: Expected) -> None:
-    said = edgetune("preview", BUNDLE, "--data", GOLDEN / file, "--json")
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [("train.jsonl", []), ("valid.jsonl", []), ("completion.jsonl", ["--raw-prompts"]), ("text.jsonl", [])],
+)
+def test_preview_shows_the_ids_and_labels_of_transformers(file: str, options: list[str], expected: Expected) -> None:
+    said = edgetune("preview", BUNDLE, "--data", GOLDEN / file, "--json", *options)
     assert said.code == 0, said
     wanted = [row for row in expected["rows"] if row["file"] == file]
     assert wanted
     assert [{"file": file, **json.loads(line)} for line in said.out.splitlines()] == wanted
+
+
+def test_a_prompt_and_its_completion_are_a_conversation_of_two_turns(tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (GOLDEN / "completion.jsonl").read_text(encoding="utf-8").splitlines()]
+    turns = [[("user", row["prompt"]), ("assistant", row["completion"])] for row in rows]
+    lines = [{"messages": [{"role": role, "content": text} for role, text in each]} for each in turns]
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    shown = [edgetune("preview", BUNDLE, "--data", path, "--json").out for path in (GOLDEN / "completion.jsonl", chat)]
+    assert shown[0] == shown[1] != ""
 
 
 @pytest.mark.parametrize("number", range(3))
