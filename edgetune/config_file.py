@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from edgetune.errors import UsageError
-from edgetune.suggestion import did_you_mean
-from edgetune.toml_file import read_toml
+from edgetune.text.suggestion import did_you_mean
+from edgetune.text.toml_file import read_toml
 
 
 @dataclass(frozen=True)

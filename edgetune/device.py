@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from edgetune.config import DeviceType, RuntimeName
 from edgetune.errors import UsageError
 from edgetune.profile_file import read_as
-from edgetune.suggestion import did_you_mean
+from edgetune.text.suggestion import did_you_mean
 
 Kind = Literal["cpu", "npu", "fpga"]
 Architecture = Literal["x86_64", "aarch64"]

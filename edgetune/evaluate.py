@@ -16,8 +16,8 @@ from edgetune.data.examples import load_examples
 from edgetune.errors import EdgetuneError
 from edgetune.manifest import RowEncoding
 from edgetune.onnx_session import open_graph
-from edgetune.pulse import Pulse
 from edgetune.runtimes import Parameters
+from edgetune.text.pulse import Pulse
 from edgetune.threads import computing_with
 
 

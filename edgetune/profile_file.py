@@ -9,10 +9,10 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from edgetune.byte_size import parse_bytes
 from edgetune.errors import UsageError
-from edgetune.suggestion import did_you_mean
-from edgetune.toml_file import TomlFile, read_toml
+from edgetune.text.byte_size import parse_bytes
+from edgetune.text.suggestion import did_you_mean
+from edgetune.text.toml_file import TomlFile, read_toml
 
 ResultT = TypeVar("ResultT")
 _SCALARS: dict[type, tuple[str, tuple[type, ...]]] = {

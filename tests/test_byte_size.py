@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgetune.byte_size import parse_bytes
 from edgetune.errors import UsageError
+from edgetune.text.byte_size import parse_bytes
 
 
 @pytest.mark.parametrize(

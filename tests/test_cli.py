@@ -27,7 +27,6 @@ from rich.progress import Progress
 from small_checkpoint import write_checkpoint
 
 import edgetune
-from edgetune.byte_size import bytes_text
 from edgetune.cli import VERBS, main
 from edgetune.cli.interruption import termination_interrupts
 from edgetune.cli.output import notices, printable
@@ -46,6 +45,7 @@ from edgetune.errors import (
 )
 from edgetune.evaluate import Evaluation
 from edgetune.preview import Piece, Preview
+from edgetune.text.byte_size import bytes_text
 from edgetune.train import Observer, StartInfo, StepMetrics, TrainResult
 
 GOLDEN = Path(__file__).parent.parent / "artifacts" / "golden"

@@ -31,8 +31,8 @@ from edgetune.export.validation import validation_rows_of
 from edgetune.genai import open_model
 from edgetune.generate import generate_ids
 from edgetune.manifest import ModelManifest
-from edgetune.pulse import Pulse
 from edgetune.storage import sha256_of
+from edgetune.text.pulse import Pulse
 from edgetune.train.provenance import validation_rows
 
 PROMPT = [int(token) for token in np.random.default_rng(5).integers(10, 440, 10)]

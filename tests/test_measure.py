@@ -12,7 +12,6 @@ from tiny_bundle import make_bundle, write_rows
 from tiny_bundle import some_rows as word_rows
 from tiny_phi3 import VARIANTS, bundle, checkpoint, save_adapter, silent
 
-from edgetune import pulse as pulses
 from edgetune.checkpoint import open_checkpoint
 from edgetune.config import Base, ExportConfig
 from edgetune.data.batcher import MEASURED_ROWS
@@ -21,7 +20,8 @@ from edgetune.evaluate import evaluate
 from edgetune.export import export
 from edgetune.export.measure import Measured, batches
 from edgetune.manifest import Rope
-from edgetune.pulse import Pulse
+from edgetune.text import pulse as pulses
+from edgetune.text.pulse import Pulse
 
 LENGTHS = [40, 9, 21, 33, 12, 100, 5, 17, 25, 60, 8, 64, 65]
 """The longrope variant serves 64 positions with its short factors."""

@@ -12,7 +12,6 @@ from typing import cast
 import pytest
 from prepared_bundles import Prepared
 
-from edgetune.byte_size import parse_bytes
 from edgetune.config import PlanName, TrainConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
 from edgetune.execution import LAYERED, WHOLE_STEP, ExecutionPlan
@@ -21,6 +20,7 @@ from edgetune.manifest import BundleManifest, TensorSpec
 from edgetune.pieces import sublayer_role
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Abilities
+from edgetune.text.byte_size import parse_bytes
 from edgetune.train.choice import choose
 from edgetune.train.consistency import resolve_config
 

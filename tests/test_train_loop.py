@@ -107,7 +107,7 @@ def test_what_a_runtime_installs_is_a_notice(bundle: Bundle, data: Path, monkeyp
 def test_a_validation_that_takes_long_says_how_far_it_is(
     bundle: Bundle, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgetune.pulse.EVERY", 0.0)
+    monkeypatch.setattr("edgetune.text.pulse.EVERY", 0.0)
     valid = write_rows(tmp_path / "valid.jsonl", some_rows(9))
     _, seen = run(bundle, data, FAST, valid=valid)
     assert "measured 9 of 9 validation rows" in seen.notices

@@ -15,7 +15,7 @@ from edgetune.cli.command import Command
 from edgetune.cli.failures import report
 from edgetune.cli.interruption import termination_interrupts
 from edgetune.cli.output import replace_closed_streams
-from edgetune.suggestion import did_you_mean
+from edgetune.text.suggestion import did_you_mean
 
 
 @dataclass(frozen=True)

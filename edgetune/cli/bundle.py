@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, cast, get_args
 
 import click
 
-from edgetune.byte_size import bytes_text
 from edgetune.cli.command import Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, adapter_at, bundle_at
 from edgetune.cli.output import console, notices, print_json
 from edgetune.config import TargetConfig, TargetName
+from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
     from edgetune.bundle import Bundle

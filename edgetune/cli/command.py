@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from edgetune.byte_size import parse_bytes
 from edgetune.errors import UsageError
-from edgetune.suggestion import did_you_mean
+from edgetune.text.byte_size import parse_bytes
+from edgetune.text.suggestion import did_you_mean
 
 
 class Command(click.Command):

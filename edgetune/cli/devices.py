@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.byte_size import bytes_text
 from edgetune.cli.command import Command, json_option
 from edgetune.cli.output import cell, console, print_json, printable
+from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
     from edgetune.device import Profile

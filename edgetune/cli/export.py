@@ -7,12 +7,12 @@ from typing import get_args
 
 import click
 
-from edgetune.byte_size import bytes_text
 from edgetune.cli.command import Command, Finite, json_option, quiet_option
 from edgetune.cli.inputs import PATH, adapter_at, bundle_at, row_sources
 from edgetune.cli.output import notices, print_json
 from edgetune.cli.run_options import threads_option
 from edgetune.config import ExportConfig, Precision
+from edgetune.text.byte_size import bytes_text
 
 DEFAULT = ExportConfig()
 

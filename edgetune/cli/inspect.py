@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from edgetune.byte_size import bytes_text
 from edgetune.cli.command import Command, json_option
 from edgetune.cli.inputs import PATH, bundle_at
 from edgetune.cli.output import cell, console, print_json
@@ -18,6 +17,7 @@ from edgetune.cli.run_options import device_type_option, soc_model_option
 from edgetune.config import DeviceType, TrainConfig
 from edgetune.errors import UsageError
 from edgetune.execution import ACCELERATING, INT8_STEP, WHOLE_STEP, Accelerator
+from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
     from edgetune.data.buckets import Bucket

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, Command, json_option
 from edgetune.cli.inputs import PATH, bundle_folder, row_sources
 from edgetune.cli.output import cell, console, print_json
@@ -31,6 +30,7 @@ from edgetune.cli.run_options import (
     truncate_option,
 )
 from edgetune.config import DeviceType, Method, PlanName, RuntimeName, TrainConfig
+from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
     from edgetune.train.preflight import Preflight

@@ -7,12 +7,12 @@ from typing import get_args
 
 import click
 
-from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, POSITIVE, Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, refuse_known_folder, row_sources
 from edgetune.cli.output import notices, print_json
 from edgetune.config import Base, NpuForm, PrepareConfig, Targets
 from edgetune.errors import UsageError
+from edgetune.text.byte_size import bytes_text
 
 DEFAULT = PrepareConfig()
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import IO, TYPE_CHECKING, cast
 
-from edgetune.byte_size import bytes_text
 from edgetune.cli.interruption import raise_if_interrupted
 from edgetune.cli.output import LastingStderr, notices
+from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console

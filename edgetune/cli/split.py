@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from edgetune.byte_size import bytes_text
 from edgetune.cli.command import COUNT, Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, bundle_folder, row_sources
 from edgetune.cli.output import notices, print_json
 from edgetune.cli.run_options import threads_option
 from edgetune.config import SplitConfig
+from edgetune.text.byte_size import bytes_text
 
 DEFAULT = SplitConfig()
 

@@ -25,9 +25,9 @@ from edgetune.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.manifest import FORMAT_VERSION, MODEL_FORMAT, File, ModelManifest, RowEncoding
 from edgetune.manifest_json import write_manifest
 from edgetune.provenance import version_of
-from edgetune.pulse import Pulse
 from edgetune.runtimes import Parameters
 from edgetune.storage import CHUNK, atomic_folder, sha256_of, write_file
+from edgetune.text.pulse import Pulse
 from edgetune.threads import computing_with
 
 ADAPTER = "adapters/adapter.onnx_adapter"

@@ -15,7 +15,7 @@ from edgetune.data.packing import Room
 from edgetune.genai import MODEL
 from edgetune.manifest import Rope
 from edgetune.onnx_session import open_graph
-from edgetune.pulse import Pulse
+from edgetune.text.pulse import Pulse
 
 if TYPE_CHECKING:
     import onnx

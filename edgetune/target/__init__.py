@@ -19,7 +19,6 @@ from pathlib import Path
 from edgetune import __version__, adamw
 from edgetune.adapter import PREFIX, WEIGHTS, initial_parameters, read_adapter, write_adapter
 from edgetune.bundle import Bundle, list_files
-from edgetune.byte_size import bytes_text
 from edgetune.config import TargetConfig, TargetName, TrainConfig
 from edgetune.data.encode import TEMPLATE_FILE, TOKENIZER_FILE
 from edgetune.errors import VerificationError
@@ -33,6 +32,7 @@ from edgetune.target.manifest import KINDS, Adapter, Optimizer, TargetFile, Targ
 from edgetune.target.packs import ASSETS, MODEL_PACK, assign_packs, move_into_packs
 from edgetune.target.platforms import PLATFORMS, Part, Platform
 from edgetune.target.shards import Shard, moved, plan_shards, write_shard
+from edgetune.text.byte_size import bytes_text
 
 MANIFEST = "target.json"
 ROLES = ("step", "loss", "adamw")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edgetune.byte_size import bytes_text
 from edgetune.errors import ResourceError
 from edgetune.frozen import BLOCK_SIZE
 from edgetune.target.external_data import Span
 from edgetune.target.manifest import Budget
 from edgetune.target.platforms import PARTS, Delivery, Part, Platform
+from edgetune.text.byte_size import bytes_text
 
 _LINEAR = ".MatMul.weight"
 """Ends the names of linear weights in fp32; the others stay in fp32 in an int4 model as well."""

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from edgetune.byte_size import bytes_text, parse_bytes
 from edgetune.config import PlanName, TrainConfig
 from edgetune.device import Profile
 from edgetune.errors import IncompatibleError, ResourceError
@@ -17,6 +16,7 @@ from edgetune.frozen import INT8, LAYERS
 from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Runtime, find_runtime
+from edgetune.text.byte_size import bytes_text, parse_bytes
 from edgetune.train.accelerated import accelerated_plan, is_accelerated, on_accelerator
 from edgetune.train.candidates import STOCK, candidates, footprint_of
 

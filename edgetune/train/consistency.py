@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from edgetune.byte_size import parse_bytes
 from edgetune.config import TrainConfig
 from edgetune.data.buckets import parse_buckets
 from edgetune.device import Profile
 from edgetune.errors import UsageError
 from edgetune.execution import ACCELERATING
 from edgetune.runtimes import find_runtime
+from edgetune.text.byte_size import parse_bytes
 from edgetune.threads import check_threads
 from edgetune.train.accelerated import ACCELERATED, apply_profile, is_accelerated
 from edgetune.train.candidates import footprint_of

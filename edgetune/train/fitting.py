@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from edgetune.bundle import Bundle
-from edgetune.byte_size import bytes_text
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.device import Profile
 from edgetune.errors import ResourceError
 from edgetune.footprint import Work
+from edgetune.text.byte_size import bytes_text
 from edgetune.train.choice import Choice, TooLargeError, choose
 from edgetune.train.cost_model import CostModel
 from edgetune.train.device_limits import in_fixed_shapes, require_fit, require_place

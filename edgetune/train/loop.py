@@ -16,10 +16,10 @@ from edgetune.config import TrainConfig
 from edgetune.device import Profile, load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError, VerificationError
 from edgetune.placement import Placement, placement_record
-from edgetune.pulse import Pulse
 from edgetune.room import reserve
 from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
 from edgetune.storage import atomic_folder
+from edgetune.text.pulse import Pulse
 from edgetune.threads import computing_with
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from edgetune.architecture import tensor_shapes
 from edgetune.bundle import MANIFEST, Bundle, open_bundle
-from edgetune.byte_size import bytes_text
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.device import Profile
@@ -17,6 +16,7 @@ from edgetune.errors import ResourceError, UsageError
 from edgetune.runtimes import install
 from edgetune.runtimes.accelerator.contexts import most_context_bytes
 from edgetune.runtimes.forward_only import passes_a_step
+from edgetune.text.byte_size import bytes_text
 from edgetune.threads import usable_processors
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgetune.bundle import Bundle
-from edgetune.byte_size import parse_bytes
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.errors import IncompatibleError
 from edgetune.execution import ExecutionPlan
+from edgetune.text.byte_size import parse_bytes
 from edgetune.trunk import read_trunk_info
 
 _FLOAT = 4
