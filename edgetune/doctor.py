@@ -14,11 +14,11 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from edgetune.cache_folder import cache_folder
 from edgetune.errors import MissingDependencyError
-from edgetune.free_memory import free_memory_bytes
+from edgetune.machine.cache_folder import cache_folder
+from edgetune.machine.memory import free_memory_bytes
+from edgetune.machine.threads import usable_processors
 from edgetune.side_environment import REQUIREMENTS, base_interpreter, side_environment_version
-from edgetune.threads import usable_processors
 
 Group = Literal["device", "host", "extras", "side environment", "machine"]
 

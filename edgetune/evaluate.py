@@ -14,11 +14,11 @@ from edgetune.data.batcher import MEASURED_ROWS, Batcher
 from edgetune.data.encode import IGNORED, Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import EdgetuneError
+from edgetune.machine.threads import computing_with
 from edgetune.manifest import RowEncoding
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes import Parameters
 from edgetune.text.pulse import Pulse
-from edgetune.threads import computing_with
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from edgetune.data.encode import Encoder, load_encoder
 from edgetune.data.rows import Message
 from edgetune.errors import EdgetuneError, UsageError
 from edgetune.genai import GenaiModel, open_model
+from edgetune.machine.threads import computing_with, thread_count
 from edgetune.manifest import RowEncoding
-from edgetune.threads import computing_with, thread_count
 
 _ADAPTER = "default"
 _INCOMPLETE = "\ufffd"

@@ -19,9 +19,9 @@ from threading import Thread
 
 from edgetune.config import Base
 from edgetune.errors import EdgetuneError, MissingDependencyError, ResourceError
-from edgetune.exhaustion import ADVICE, lack_of_process
 from edgetune.lean_builder import lean_builder
-from edgetune.threads import threads_used
+from edgetune.machine.exhaustion import ADVICE, lack_of_process
+from edgetune.machine.threads import threads_used
 
 _ENVIRONMENT = {
     "OLIVE_DISABLE_TELEMETRY": "1",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune.errors import MissingDependencyError
+from edgetune.machine.threads import thread_count
 from edgetune.placement import Node, Partition
-from edgetune.threads import thread_count
 
 if TYPE_CHECKING:
     import onnxruntime

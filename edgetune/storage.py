@@ -28,8 +28,8 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from edgetune.errors import EdgetuneError, LockedError, NoRoomError, UsageError
-from edgetune.exhaustion import lack_behind
-from edgetune.room import no_room, require_room
+from edgetune.machine.disk import no_room, require_room
+from edgetune.machine.exhaustion import lack_behind
 
 CHUNK = 1 << 20
 _UNWRITABLE = (

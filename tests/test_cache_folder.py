@@ -14,7 +14,7 @@ import pytest
 from other_user import AS_USER, USER, needs_another_user
 from small_checkpoint import write_checkpoint
 
-from edgetune.cache_folder import cache_folder
+from edgetune.machine.cache_folder import cache_folder
 from edgetune.side_environment import ensure_side_environment
 
 ROOT = Path(__file__).parents[1]

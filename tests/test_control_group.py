@@ -11,12 +11,12 @@ import pytest
 from mounts import needs_mounts
 from shared_material import shared_material
 
-from edgetune import control_group
-from edgetune.control_group import left_bytes
-from edgetune.threads import usable_processors
+from edgetune.machine import control_group
+from edgetune.machine.control_group import left_bytes
+from edgetune.machine.threads import usable_processors
 
 MB = 10**6
-ASK = "from edgetune.free_memory import free_memory_bytes; print(free_memory_bytes())"
+ASK = "from edgetune.machine.memory import free_memory_bytes; print(free_memory_bytes())"
 ROOT = Path(__file__).parents[1]
 
 

@@ -111,7 +111,7 @@ def test_facts_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_memory_that_is_available_is_what_a_container_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.control_group.left_bytes", lambda: 200_000_000)
+    monkeypatch.setattr("edgetune.machine.control_group.left_bytes", lambda: 200_000_000)
     memory = named(examine(), "memory", "machine")
     assert (memory.found or "").endswith(" GB, 0.2 GB available")
 

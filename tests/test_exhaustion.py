@@ -18,7 +18,7 @@ from edgetune.cli.failures import failure_of
 from edgetune.data.rows import Message
 from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, ResourceError, UsageError
-from edgetune.exhaustion import Lack, lack_behind, lack_of_process
+from edgetune.machine.exhaustion import Lack, lack_behind, lack_of_process
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "artifacts" / "golden"

@@ -10,7 +10,7 @@ import pytest
 
 FREED = """
 import os
-from edgetune.free_memory import give_back_freed
+from edgetune.machine.memory import give_back_freed
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -33,7 +33,7 @@ def test_what_was_freed_is_given_back() -> None:
 
 LIMITED = """
 import resource
-from edgetune.free_memory import free_memory_bytes
+from edgetune.machine.memory import free_memory_bytes
 before = free_memory_bytes()
 resource.setrlimit(resource.RLIMIT_AS, (1_500_000_000, resource.RLIM_INFINITY))
 print(before, free_memory_bytes())

@@ -16,14 +16,14 @@ from prepared_bundles import prepare_checkpoint
 from running_threads import edgetune_threads, share_of_several
 from tiny_phi3 import save_tokenizer
 
-from edgetune import threads
 from edgetune.adapter import MANIFEST
 from edgetune.bundle import Bundle, load_manifest
 from edgetune.cli import main
 from edgetune.config import PrepareConfig
 from edgetune.errors import UsageError
+from edgetune.machine import threads
+from edgetune.machine.threads import computing_with, thread_count, threads_used, usable_processors
 from edgetune.manifest import AdapterManifest
-from edgetune.threads import computing_with, thread_count, threads_used, usable_processors
 
 several = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="with one processor there is never more than one thread"
@@ -289,7 +289,7 @@ def test_without_a_limit_libraries_choose(monkeypatch: pytest.MonkeyPatch) -> No
 
 @several
 def test_a_process_that_is_held_to_one_processor_has_one_thread() -> None:
-    code = "from edgetune.threads import *; print(usable_processors(), thread_count(), threads_used())"
+    code = "from edgetune.machine.threads import *; print(usable_processors(), thread_count(), threads_used())"
     processor = min(os.sched_getaffinity(0))
     done = subprocess.run(
         [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{processor}}}); {code}"],

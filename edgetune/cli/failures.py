@@ -13,8 +13,8 @@ import click
 
 from edgetune.cli.output import print_json, printable
 from edgetune.errors import DataError, EdgetuneError, LockedError, MissingDependencyError, ResourceError, UsageError
-from edgetune.exhaustion import ADVICE, lack_behind
-from edgetune.room import no_room
+from edgetune.machine.disk import no_room
+from edgetune.machine.exhaustion import ADVICE, lack_behind
 
 INTERRUPTED = 130
 DEBUG = "EDGETUNE_DEBUG"

@@ -15,7 +15,7 @@ from typing import Any
 
 from edgetune.data.rows import Message
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, ResourceError, TemplateStoppedError
-from edgetune.exhaustion import ADVICE, lack_of_process
+from edgetune.machine.exhaustion import ADVICE, lack_of_process
 
 TIME_LIMIT = 20.0
 """Seconds that one rendering may take."""

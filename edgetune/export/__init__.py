@@ -22,13 +22,13 @@ from edgetune.export.merge import merge_adapter
 from edgetune.export.validation import validation_rows_of
 from edgetune.frozen import stored_bytes
 from edgetune.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
+from edgetune.machine.threads import computing_with
 from edgetune.manifest import FORMAT_VERSION, MODEL_FORMAT, File, ModelManifest, RowEncoding
 from edgetune.manifest_json import write_manifest
 from edgetune.provenance import version_of
 from edgetune.runtimes import Parameters
 from edgetune.storage import CHUNK, atomic_folder, sha256_of, write_file
 from edgetune.text.pulse import Pulse
-from edgetune.threads import computing_with
 
 ADAPTER = "adapters/adapter.onnx_adapter"
 """Where a kept adapter lies in the model folder."""

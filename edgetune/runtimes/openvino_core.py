@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from edgetune.errors import MissingDependencyError
-from edgetune.threads import thread_count
+from edgetune.machine.threads import thread_count
 
 DEVICE = "CPU"
 _CPU_INFO = Path("/proc/cpuinfo")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import IncompatibleError
 from edgetune.execution import ACCELERATING, Accelerator
+from edgetune.machine.threads import thread_count
 from edgetune.runtimes.plugin_runtime import PluginRuntime
-from edgetune.threads import thread_count
 
 if TYPE_CHECKING:
     from edgetune.runtimes.accelerator.plugin import Plugin

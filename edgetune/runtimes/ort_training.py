@@ -15,14 +15,14 @@ from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.errors import EdgetuneError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
-from edgetune.exhaustion import ADVICE, lack_of_process
+from edgetune.machine.exhaustion import ADVICE, lack_of_process
+from edgetune.machine.threads import thread_count
 from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, StepResult, wire
 from edgetune.side_environment import (
     ensure_side_environment,
     side_environment_version,
     worker_command,
 )
-from edgetune.threads import thread_count
 
 _WORKER = Path(__file__).with_name("ort_training_worker.py")
 

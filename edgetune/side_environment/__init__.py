@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from edgetune.cache_folder import CHOSEN, cache_folder
 from edgetune.errors import EdgetuneError, LockedError, MissingDependencyError, ResourceError, UsageError
-from edgetune.exhaustion import ADVICE, lack_behind, lack_of_process
+from edgetune.machine.cache_folder import CHOSEN, cache_folder
+from edgetune.machine.exhaustion import ADVICE, lack_behind, lack_of_process
 from edgetune.storage import atomic_folder, locked, write_file
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")

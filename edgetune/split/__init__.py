@@ -18,11 +18,11 @@ from edgetune.data.examples import load_examples
 from edgetune.data.source import name_of
 from edgetune.errors import DataError, UsageError
 from edgetune.frozen import EMBEDDING, FrozenWeights
+from edgetune.machine.disk import require_room
+from edgetune.machine.threads import check_threads, computing_with
 from edgetune.manifest import BundleManifest, Graph, TensorSpec
 from edgetune.provenance import version_of
-from edgetune.room import require_room
 from edgetune.storage import atomic_folder, write_file
-from edgetune.threads import check_threads, computing_with
 from edgetune.trunk import FOLDER, GRAPH, INDEX, LinearRange, TrunkInfo, has_trunk, write_trunk_info
 
 _BYTES_A_WEIGHT = 8

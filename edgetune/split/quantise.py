@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgetune.machine.disk import require_room
 from edgetune.onnx_session import open_graph
-from edgetune.room import require_room
 from edgetune.split.graph import TrunkGraph, make_static
 
 Feed = Mapping[str, NDArray[np.float32]]

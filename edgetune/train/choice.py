@@ -11,8 +11,8 @@ from edgetune.device import Profile
 from edgetune.errors import IncompatibleError, ResourceError
 from edgetune.execution import LAYERED, WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint, Work
-from edgetune.free_memory import free_memory_bytes
 from edgetune.frozen import INT8, LAYERS
+from edgetune.machine.memory import free_memory_bytes
 from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Runtime, find_runtime

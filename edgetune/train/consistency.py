@@ -10,9 +10,9 @@ from edgetune.data.buckets import parse_buckets
 from edgetune.device import Profile
 from edgetune.errors import UsageError
 from edgetune.execution import ACCELERATING
+from edgetune.machine.threads import check_threads
 from edgetune.runtimes import find_runtime
 from edgetune.text.byte_size import parse_bytes
-from edgetune.threads import check_threads
 from edgetune.train.accelerated import ACCELERATED, apply_profile, is_accelerated
 from edgetune.train.candidates import footprint_of
 from edgetune.train.schedule import check_options

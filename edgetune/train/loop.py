@@ -15,12 +15,12 @@ from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
 from edgetune.device import Profile, load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError, VerificationError
+from edgetune.machine.disk import reserve
+from edgetune.machine.threads import computing_with
 from edgetune.placement import Placement, placement_record
-from edgetune.room import reserve
 from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
 from edgetune.storage import atomic_folder
 from edgetune.text.pulse import Pulse
-from edgetune.threads import computing_with
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config
 from edgetune.train.fitting import Fit, Fitting

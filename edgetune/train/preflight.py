@@ -13,11 +13,11 @@ from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.device import Profile
 from edgetune.errors import ResourceError, UsageError
+from edgetune.machine.threads import usable_processors
 from edgetune.runtimes import install
 from edgetune.runtimes.accelerator.contexts import most_context_bytes
 from edgetune.runtimes.forward_only import passes_a_step
 from edgetune.text.byte_size import bytes_text
-from edgetune.threads import usable_processors
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config
 from edgetune.train.device_limits import longest_taken

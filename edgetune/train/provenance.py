@@ -13,8 +13,8 @@ import numpy as np
 import edgetune
 from edgetune.adapter import VALIDATION_DATA, VALIDATION_GIVEN, VALIDATION_SHA256
 from edgetune.config import TrainConfig
+from edgetune.machine.threads import threads_used
 from edgetune.placement import Placement
-from edgetune.threads import threads_used
 from edgetune.train.choice import Choice
 from edgetune.train.gradient_cosine import GradientCosine
 

@@ -14,7 +14,7 @@ from edgetune.data.batcher import BatchShape
 from edgetune.data.batches import Batch
 from edgetune.device import Profile
 from edgetune.errors import UsageError
-from edgetune.threads import computing_with
+from edgetune.machine.threads import computing_with
 from edgetune.train.calibration import Calibration, calibrate
 from edgetune.train.choice import Choice
 from edgetune.train.cost_model import CostModel

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from edgetune.bundle import Bundle
 from edgetune.errors import EdgetuneError, IncompatibleError
+from edgetune.machine.threads import thread_count
 from edgetune.onnx_session import RECORD_PLACEMENT, partitions_of
 from edgetune.placement import Partition, Placement, named
 from edgetune.runtimes.accelerator.contexts import Context, ContextKey, ContextStore
 from edgetune.runtimes.accelerator.ep_context import check_ep_context
 from edgetune.runtimes.accelerator.error_line import first_line
 from edgetune.runtimes.accelerator.graphs import Arrays
-from edgetune.threads import thread_count
 
 _NO_LOG = 4
 """Fatal errors only: what a provider refuses is told by the placement."""

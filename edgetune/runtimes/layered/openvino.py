@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from openvino.preprocess import PrePostProcessor
 
 from edgetune.execution import ExecutionPlan
-from edgetune.free_memory import give_back_freed
 from edgetune.frozen import INT8, LAYERS, Block
+from edgetune.machine.memory import give_back_freed
 from edgetune.runtimes.layered.backend import Allocate, Arrays
 from edgetune.runtimes.layered.bindings import Bindings
 from edgetune.runtimes.layered.channels import Channels

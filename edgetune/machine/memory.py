@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from edgetune import control_group
+from edgetune.machine import control_group
 
 _MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")

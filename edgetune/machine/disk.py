@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edgetune.errors import NoRoomError
-from edgetune.exhaustion import lack_behind
+from edgetune.machine.exhaustion import lack_behind
 
 _PIECE = 1 << 20
 _NOT_OFFERED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)

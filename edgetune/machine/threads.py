@@ -15,8 +15,8 @@ from importlib import import_module
 from math import ceil
 from typing import Any
 
-from edgetune.control_group import granted_processors
 from edgetune.errors import UsageError
+from edgetune.machine.control_group import granted_processors
 
 _asked: ContextVar[int | None] = ContextVar("threads", default=None)
 _BLAS = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
