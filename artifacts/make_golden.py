@@ -26,9 +26,9 @@ from safetensors.numpy import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
-from edgetune.bundle import Bundle
 from edgetune.config import PrepareConfig
 from edgetune.data.encode import IGNORED, Example
+from edgetune.formats.bundle import Bundle
 from edgetune.prepare import prepare
 
 ROOT = Path(__file__).parent.parent

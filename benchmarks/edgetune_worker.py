@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from benchmarks.experiments import Edgetune, GradientCosine, Training, Workload
 from benchmarks.rows import random_rows
 from benchmarks.training_steps import LEARNING_RATE, MAX_GRAD_NORM, time_steps
-from edgetune.adapter import initial_parameters
-from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.execution import ExecutionPlan
+from edgetune.formats.adapter import initial_parameters
+from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.runtimes import OptimizerConfig, Parameters, Session, find_runtime
 from edgetune.train.choice import Choice
 from edgetune.train.fitting import Fit, Fitting

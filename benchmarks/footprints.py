@@ -24,10 +24,10 @@ from benchmarks.experiments import Edgetune, Training, Workload
 from benchmarks.models import FULL, GROUPED, SMALL, with_layers
 from benchmarks.process import run_watched
 from benchmarks.record import read_experiment, write_experiment
-from edgetune.bundle import open_bundle
 from edgetune.execution import ExecutionPlan
 from edgetune.footprint import Footprint, Sizes, Work, peak_memory
-from edgetune.manifest import BundleManifest
+from edgetune.formats.bundle import open_bundle
+from edgetune.formats.manifest import BundleManifest
 from edgetune.runtimes import find_runtime
 
 CONSTANTS = (

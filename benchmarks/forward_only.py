@@ -23,11 +23,11 @@ from rich.table import Table
 from benchmarks.edgetune_worker import fit
 from benchmarks.experiments import Edgetune
 from benchmarks.process import Finished, run_watched
-from edgetune.adapter import initial_parameters
-from edgetune.bundle import open_bundle
 from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
+from edgetune.formats.adapter import initial_parameters
+from edgetune.formats.bundle import open_bundle
 from edgetune.runtimes import ForwardRuntime
 from edgetune.runtimes.forward_only import passes_a_step
 

@@ -10,10 +10,10 @@ from benchmarks.edgetune_worker import fit, open_session
 from benchmarks.experiments import RaggedTraining, RowLosses
 from benchmarks.ragged_rows import ragged_rows
 from benchmarks.training_steps import LEARNING_RATE, MAX_GRAD_NORM
-from edgetune.adapter import initial_parameters
-from edgetune.bundle import open_bundle
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
+from edgetune.formats.adapter import initial_parameters
+from edgetune.formats.bundle import open_bundle
 from edgetune.runtimes import OptimizerConfig, Session
 
 BATCH_SIZE = 16

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from edgetune.errors import VerificationError
-from edgetune.manifest import Architecture, Slot
+from edgetune.formats.manifest import Architecture, Slot
 from edgetune.rope import rope_from_config
 
 

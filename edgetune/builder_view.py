@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.checkpoint import FAMILY_CLASS, SIDE_FILES, TOKENIZER, TOKENIZER_CONFIG, Checkpoint
-from edgetune.json_file import read_object
+from edgetune.formats.json_file import read_object
 from edgetune.rope import with_older_rope_keys
 
 _FROM_FILE = "PreTrainedTokenizerFast"

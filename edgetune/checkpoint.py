@@ -12,12 +12,12 @@ from typing import Any
 
 from edgetune.architecture import read_architecture, tensor_shapes
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
-from edgetune.frozen import BLOCK_SIZE
-from edgetune.git_lfs import refuse_pointers
-from edgetune.json_file import read_object
-from edgetune.manifest import Architecture
-from edgetune.safetensors_file import FLOATS, non_finite, read_header
-from edgetune.storage import require_unicode, sha256_of
+from edgetune.formats.frozen_weights import BLOCK_SIZE
+from edgetune.formats.git_lfs import refuse_pointers
+from edgetune.formats.json_file import read_object
+from edgetune.formats.manifest import Architecture
+from edgetune.formats.safetensors_file import FLOATS, non_finite, read_header
+from edgetune.formats.storage import require_unicode, sha256_of
 
 FAMILY = "phi3"
 FAMILY_CLASS = "Phi3ForCausalLM"

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from edgetune.adapter import CONFIG as ADAPTER_CONFIG
-from edgetune.adapter import MANIFEST as ADAPTER_MANIFEST
-from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from edgetune.bundle import MANIFEST, is_there, list_files, load_manifest, open_bundle, verify_files
 from edgetune.errors import UsageError, VerificationError
-from edgetune.genai import CONFIG as GENAI_CONFIG
-from edgetune.genai import MANIFEST as MODEL_MANIFEST
-from edgetune.genai import open_model
-from edgetune.json_file import read_object
-from edgetune.manifest import (
+from edgetune.formats.adapter import CONFIG as ADAPTER_CONFIG
+from edgetune.formats.adapter import MANIFEST as ADAPTER_MANIFEST
+from edgetune.formats.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from edgetune.formats.bundle import MANIFEST, is_there, list_files, load_manifest, open_bundle, verify_files
+from edgetune.formats.genai import CONFIG as GENAI_CONFIG
+from edgetune.formats.genai import MANIFEST as MODEL_MANIFEST
+from edgetune.formats.genai import open_model
+from edgetune.formats.json_file import read_object
+from edgetune.formats.manifest import (
     AdapterManifest,
     Architecture,
     BaseModel,
@@ -27,8 +27,8 @@ from edgetune.manifest import (
     ModelManifest,
     Tokenizer,
 )
-from edgetune.safetensors_file import read_header
-from edgetune.storage import recover
+from edgetune.formats.safetensors_file import read_header
+from edgetune.formats.storage import recover
 
 Kind = Literal["bundle", "adapter", "target", "unsealed", "model", "checkpoint", "folder", "file", "nothing"]
 
@@ -216,7 +216,7 @@ def _describe_model(path: Path) -> Description:
 
 def _describe_genai(path: Path, files: list[File]) -> Description:
     """Any GenAI model with a decoder: what its configuration and the graph itself tell."""
-    from edgetune.onnx_signature import read_signature
+    from edgetune.formats.signature import read_signature
 
     source = path / GENAI_CONFIG
     config = read_object(source, _COPY_AGAIN)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetune.adapter import initial_parameters, read_adapter, row_encoding
-from edgetune.bundle import Bundle, open_bundle
 from edgetune.data.batcher import MEASURED_ROWS, Batcher
 from edgetune.data.encode import IGNORED, Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import EdgetuneError
+from edgetune.formats.adapter import initial_parameters, read_adapter, row_encoding
+from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.manifest import RowEncoding
 from edgetune.machine.threads import computing_with
-from edgetune.manifest import RowEncoding
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes import Parameters
 from edgetune.text.pulse import Pulse

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from edgetune.architecture import frozen_weights
 from edgetune.execution import LAYERED, ExecutionPlan, Products
-from edgetune.frozen import BITS, BLOCK_SIZE, LAYERS
-from edgetune.manifest import BundleManifest, TensorSpec
-from edgetune.pieces import cut, kept_outputs, pieces_of, sublayer_role
-from edgetune.trunk import FOLDER
+from edgetune.formats.frozen_weights import BITS, BLOCK_SIZE, LAYERS
+from edgetune.formats.layered_graphs import cut, kept_outputs, pieces_of, sublayer_role
+from edgetune.formats.manifest import BundleManifest, TensorSpec
+from edgetune.formats.trunk import FOLDER
 
 SUBLAYERS = ("attention", "mlp")
 _FLOAT = 4

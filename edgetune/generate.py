@@ -11,9 +11,9 @@ from edgetune.data.answers import common_length
 from edgetune.data.encode import Encoder, load_encoder
 from edgetune.data.rows import Message
 from edgetune.errors import EdgetuneError, UsageError
-from edgetune.genai import GenaiModel, open_model
+from edgetune.formats.genai import GenaiModel, open_model
+from edgetune.formats.manifest import RowEncoding
 from edgetune.machine.threads import computing_with, thread_count
-from edgetune.manifest import RowEncoding
 
 _ADAPTER = "default"
 _INCOMPLETE = "\ufffd"

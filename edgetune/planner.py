@@ -9,8 +9,8 @@ from itertools import product
 from edgetune.config import PlanName
 from edgetune.execution import LAYERED, ExecutionPlan
 from edgetune.footprint import SUBLAYERS, Footprint, Sizes, Work, peak_memory
-from edgetune.manifest import BundleManifest
-from edgetune.pieces import widths
+from edgetune.formats.layered_graphs import widths
+from edgetune.formats.manifest import BundleManifest
 from edgetune.step_cost import step_cost
 
 _HEAD_LOGITS = 8 << 20

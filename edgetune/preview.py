@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from edgetune.bundle import open_bundle
 from edgetune.data.encode import IGNORED, Encoder, Example, load_encoder
 from edgetune.data.examples import Tally, encode_rows
-from edgetune.manifest import RowEncoding
+from edgetune.formats.bundle import open_bundle
+from edgetune.formats.manifest import RowEncoding
 
 
 @dataclass(frozen=True)

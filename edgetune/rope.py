@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.errors import IncompatibleError
-from edgetune.manifest import Rope
+from edgetune.formats.manifest import Rope
 
 _LONGROPE = ("longrope", "su", "yarn")
 """What Phi-3's configs call longrope; the last two are older names, and transformers reads them so as well."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from prepared_bundles import prepare_checkpoint
 from tiny_phi3 import save_tokenizer
 
-from edgetune.bundle import Bundle
 from edgetune.config import PrepareConfig
+from edgetune.formats.bundle import Bundle
 
 ROWS = Path(__file__).parent.parent / "examples" / "device_assistant"
 VOCABULARY = 768

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 from tiny_bundle import BASE_LOGITS, LORA, SLOT, VOCABULARY
 
-from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.execution import ExecutionPlan
+from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, StepResult
 
 

@@ -12,8 +12,8 @@ from default_signals import take_ignored_signals
 from filelock import FileLock
 from prepared_bundles import InPieces, Prepared, prepare_in_pieces, prepare_standard
 
-from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import Base
+from edgetune.formats.bundle import Bundle, open_bundle
 
 
 def pytest_configure(config: pytest.Config) -> None:

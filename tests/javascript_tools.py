@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TargetConfig
+from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.target import lay_out
 
 ROOT = Path(__file__).parent.parent

@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_phi3 import weights
 from transformers import Phi3ForCausalLM
 
-from edgetune.bundle import Bundle
 from edgetune.data.encode import Example
+from edgetune.formats.bundle import Bundle
 
 Array = NDArray[np.float32]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from edgetune.manifest import Lora, Slot
+from edgetune.formats.manifest import Lora, Slot
 from edgetune.prepare.adamw import build_adamw
 
 Array = NDArray[np.float32]

@@ -17,12 +17,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small_checkpoint import POINTER
 
-from edgetune.adapter import CONFIG, MANIFEST, WEIGHTS, initial_parameters, read_adapter, write_adapter
 from edgetune.cli.prepare import command
 from edgetune.config import MODULES_OF_TARGETS
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
-from edgetune.manifest import AdapterManifest, BaseModel, Lora, Slot, Tokenizer
-from edgetune.manifest_json import read_manifest, write_manifest
+from edgetune.formats.adapter import CONFIG, MANIFEST, WEIGHTS, initial_parameters, read_adapter, write_adapter
+from edgetune.formats.manifest import AdapterManifest, BaseModel, Lora, Slot, Tokenizer
+from edgetune.formats.manifest_json import read_manifest, write_manifest
 
 HIDDEN, INTERMEDIATE, LAYERS = 16, 24, 2
 MODULES = {

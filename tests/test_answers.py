@@ -24,8 +24,8 @@ from edgetune.data.examples import load_examples
 from edgetune.data.rows import ChatRow, CompletionRow, Message, TextRow
 from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, IncompatibleError
-from edgetune.manifest import RowEncoding
-from edgetune.manifest import Tokenizer as TokenizerManifest
+from edgetune.formats.manifest import RowEncoding
+from edgetune.formats.manifest import Tokenizer as TokenizerManifest
 from edgetune.prepare.conversations import Conversations, try_conversations
 
 Shown = Callable[[int, Sequence[Message]], str | None]

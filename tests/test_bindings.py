@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from prepared_bundles import InPieces, Prepared
 from test_prepare import adapter_of, batch_of, rows_of
 
-from edgetune.bundle import Bundle
 from edgetune.execution import ExecutionPlan
+from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import OptimizerConfig, openvino, stock
 from edgetune.runtimes.layered.bindings import Bindings
 

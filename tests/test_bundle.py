@@ -18,8 +18,11 @@ from bundle_copy import copy_of_bundle
 from small_checkpoint import POINTER
 from tiny_bundle import LORA, SLOT, make_bundle
 
-from edgetune.adapter import initial_parameters, read_adapter
-from edgetune.bundle import (
+from edgetune.cli.inputs import bundle_at
+from edgetune.describe import describe
+from edgetune.errors import EdgetuneError, IncompatibleError, LockedError, UsageError, VerificationError
+from edgetune.formats.adapter import initial_parameters, read_adapter
+from edgetune.formats.bundle import (
     LARGEST_MANIFEST,
     MANIFEST,
     Bundle,
@@ -29,12 +32,9 @@ from edgetune.bundle import (
     seal_bundle,
     verify_files,
 )
-from edgetune.cli.inputs import bundle_at
-from edgetune.describe import describe
-from edgetune.errors import EdgetuneError, IncompatibleError, LockedError, UsageError, VerificationError
-from edgetune.genai import open_model
-from edgetune.manifest import BundleManifest, File, Graph, Lora, TensorSpec
-from edgetune.storage import locked
+from edgetune.formats.genai import open_model
+from edgetune.formats.manifest import BundleManifest, File, Graph, Lora, TensorSpec
+from edgetune.formats.storage import locked
 
 NAMES = ["loss.onnx", "parts/extra.bin", "tokenizer.json"]
 replace = dataclasses.replace
@@ -282,7 +282,7 @@ def test_a_failing_disk_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr("edgetune.bundle.sha256_of", fail)
+    monkeypatch.setattr("edgetune.formats.bundle.sha256_of", fail)
     with pytest.raises(VerificationError, match=r"loss\.onnx cannot be read \(Input/output error\)"):
         open_bundle(folder)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from bundle_copy import copy_of_bundle
 
-from edgetune.bundle import Bundle, open_bundle
 from edgetune.errors import VerificationError
+from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.runtimes.layered.decoder import DecoderLayers
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "bundle"

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
-from edgetune.adapter import initial_parameters, write_adapter
-from edgetune.bundle import list_files, seal_bundle
 from edgetune.cli import main
 from edgetune.describe import describe, kind_of
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
-from edgetune.manifest import (
+from edgetune.formats.adapter import initial_parameters, write_adapter
+from edgetune.formats.bundle import list_files, seal_bundle
+from edgetune.formats.manifest import (
     Architecture,
     BaseModel,
     BundleManifest,
@@ -31,7 +31,7 @@ from edgetune.manifest import (
     TensorSpec,
     Tokenizer,
 )
-from edgetune.manifest_json import read_manifest, write_manifest
+from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.target import MANIFEST as TARGET_MANIFEST
 
 BASE = BaseModel("tiny-phi3", "ab" * 32, "int4")

@@ -14,7 +14,6 @@ from urllib.parse import unquote
 import click
 import pytest
 
-from edgetune.bundle import open_bundle
 from edgetune.cli import VERBS, main
 from edgetune.cli.failures import INTERRUPTED
 from edgetune.config import ExportConfig, GenerateConfig, TrainConfig
@@ -22,6 +21,7 @@ from edgetune.data.encode import load_encoder
 from edgetune.data.rows import Message
 from edgetune.errors import EdgetuneError
 from edgetune.export import export
+from edgetune.formats.bundle import open_bundle
 from edgetune.generate import generate
 from edgetune.preview import preview
 from edgetune.train import StepMetrics, TrainResult, train

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from tokenizer_models import EOS, KINDS, MANIFEST, Model, bytes_kind, dicts, tokenizer_model, trained_runs, turns
 from tokenizers import processors
 
-from edgetune import bundle as bundles
 from edgetune.data import template as templates
 from edgetune.data.encode import IGNORED, Encoder, load_encoder
 from edgetune.data.examples import Examples, load_examples
 from edgetune.data.rows import ChatRow, CompletionRow, Message, TextRow
 from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, UsageError
-from edgetune.manifest import Architecture, BaseModel, BundleManifest, Lora, RowEncoding
+from edgetune.formats import bundle as bundles
+from edgetune.formats.manifest import Architecture, BaseModel, BundleManifest, Lora, RowEncoding
+from edgetune.formats.storage import sha256_of
 from edgetune.preview import preview
 from edgetune.rope import rope_from_config
-from edgetune.storage import sha256_of
 
 Models = Callable[[str, str | None], Model]
 

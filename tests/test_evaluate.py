@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tiny_bundle import BASE_LOGITS, LORA, MAX_LENGTH, SLOT, WORDS, make_bundle, some_rows, write_rows
 
-from edgetune.adapter import write_adapter
-from edgetune.bundle import Bundle
 from edgetune.errors import DataError, IncompatibleError, UsageError
 from edgetune.evaluate import Evaluation, evaluate, measure
-from edgetune.manifest import BaseModel
+from edgetune.formats.adapter import write_adapter
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.manifest import BaseModel
 
 
 @pytest.fixture

@@ -20,18 +20,18 @@ from bundle_copy import copy_of_bundle
 from numpy.typing import NDArray
 from tiny_phi3 import VARIANTS, WIDE, bundle, greedy, parameters, save_adapter, silent, torch_model, weights
 
-from edgetune.adapter import initial_parameters, write_adapter
-from edgetune.bundle import Bundle
 from edgetune.config import Base, ExportConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune.export import ADAPTER, ExportReport, export, share_kept
 from edgetune.export.validation import validation_rows_of
-from edgetune.genai import open_model
+from edgetune.formats.adapter import initial_parameters, write_adapter
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.genai import open_model
+from edgetune.formats.manifest import ModelManifest
+from edgetune.formats.storage import sha256_of
 from edgetune.generate import generate_ids
-from edgetune.manifest import ModelManifest
-from edgetune.storage import sha256_of
 from edgetune.text.pulse import Pulse
 from edgetune.train.provenance import validation_rows
 
@@ -576,7 +576,7 @@ def test_bad_input_leaves_nothing(adapter: Callable[[Bundle], Path], tmp_path: P
 
 
 def test_bundle_that_changes_meanwhile_is_noticed(adapter: Callable[[Bundle], Path], tmp_path: Path) -> None:
-    from edgetune.bundle import open_bundle
+    from edgetune.formats.bundle import open_bundle
 
     original = bundle("multi-head", "int4")
     source = open_bundle(copy_of_bundle(original.path, tmp_path / "bundle"))
@@ -597,7 +597,7 @@ def test_killed_export_leaves_nothing_that_looks_finished(
         import os, signal
         from pathlib import Path
         import edgetune.export as exporting
-        from edgetune.bundle import open_bundle
+        from edgetune.formats.bundle import open_bundle
         from edgetune.config import ExportConfig
 
         def killing(name):

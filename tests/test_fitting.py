@@ -17,12 +17,12 @@ from prepared_bundles import Prepared
 from safetensors.numpy import load_file
 from test_planner import FOOTPRINT, FakeRuntime, runtimes
 
-from edgetune.bundle import Bundle
 from edgetune.config import Method, TrainConfig
 from edgetune.data.batcher import BatchShape
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.errors import ResourceError
+from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import Parameters
 from edgetune.train import train
 from edgetune.train.cost_model import CostModel

@@ -17,13 +17,13 @@ from test_prepare import adapter_of, batch_of, rows_of
 from test_train_loop import Recorder, metrics
 from tiny_bundle import make_bundle, some_rows, write_rows
 
-from edgetune.bundle import Bundle
 from edgetune.config import PlanName, TrainConfig
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.errors import UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
-from edgetune.manifest import Rope
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.manifest import Rope
 from edgetune.runtimes import OptimizerConfig, find_runtime, openvino_core
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig, signs
 from edgetune.train import TrainResult, train

@@ -20,11 +20,12 @@ from prepared_bundles import Prepared
 from test_prepare import OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, relative, rows_of
 from test_split import ROWS, WHOLE, FloatLayers, Silent, options_of
 
-from edgetune.bundle import Bundle, open_bundle
 from edgetune.cli import main
 from edgetune.config import Base, PlanName, RuntimeName, SplitConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
-from edgetune.frozen import FrozenWeights
+from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.frozen_weights import FrozenWeights
+from edgetune.formats.trunk import LinearRange, TrunkInfo, read_trunk_info
 from edgetune.hls import core as core_module
 from edgetune.hls.core import Core, simulate
 from edgetune.hls.cores import trunk_cores
@@ -38,7 +39,6 @@ from edgetune.runtimes.layered.session import LayeredSession
 from edgetune.runtimes.layered.trunk import Trunk
 from edgetune.split import split
 from edgetune.train import train
-from edgetune.trunk import LinearRange, TrunkInfo, read_trunk_info
 
 installed = pytest.mark.skipif(
     find_spec("hls4ml") is None, reason='hls4ml is not installed (pip install "edgetune[fpga]")'

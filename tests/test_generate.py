@@ -14,16 +14,16 @@ import pytest
 from shared_material import shared_material
 from tiny_phi3 import bundle, checkpoint, greedy, save_adapter, silent, torch_model
 
-from edgetune.bundle import list_files
 from edgetune.config import ExportConfig, GenerateConfig
 from edgetune.data.encode import Remark, load_encoder
 from edgetune.data.rows import Message
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
 from edgetune.export import ADAPTER, export
-from edgetune.genai import MANIFEST, open_model
+from edgetune.formats.bundle import list_files
+from edgetune.formats.genai import MANIFEST, open_model
+from edgetune.formats.manifest import AdapterManifest, ModelManifest, RowEncoding
+from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.generate import generate, generate_ids, text_pieces
-from edgetune.manifest import AdapterManifest, ModelManifest, RowEncoding
-from edgetune.manifest_json import read_manifest, write_manifest
 
 CONFIG = GenerateConfig(max_new_tokens=16)
 

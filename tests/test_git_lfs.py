@@ -8,7 +8,7 @@ import pytest
 from small_checkpoint import POINTER
 
 from edgetune.errors import VerificationError
-from edgetune.git_lfs import refuse_pointers, size_behind
+from edgetune.formats.git_lfs import refuse_pointers, size_behind
 
 
 def test_a_pointer_says_how_large_the_file_is(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ import pytest
 from bundle_copy import copy_of_bundle
 from safetensors.numpy import load_file
 
-from edgetune import manifest
-from edgetune.bundle import Bundle, open_bundle
-from edgetune.manifest import BundleManifest
+from edgetune.formats import manifest
+from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.manifest import BundleManifest
 from edgetune.side_environment import ensure_side_environment, run_worker
 
 ARTIFACTS = Path(__file__).parent.parent / "artifacts"

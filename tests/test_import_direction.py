@@ -173,5 +173,5 @@ def test_imports_are_found_wherever_they_hide(source: str) -> None:
 
 
 def test_importing_a_child_of_the_package_names_the_child() -> None:
-    found = imports_in("from edgetune import manifest", "example.py", {"edgetune", "edgetune.manifest"})
-    assert [entry.module for entry in found] == ["edgetune.manifest"]
+    found = imports_in("from edgetune import manifest", "example.py", {"edgetune", "edgetune.formats.manifest"})
+    assert [entry.module for entry in found] == ["edgetune.formats.manifest"]

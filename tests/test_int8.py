@@ -11,11 +11,11 @@ from oracle import cosine
 from prepared_bundles import InPieces, Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, rows_of
 
-from edgetune import pieces
-from edgetune.bundle import Bundle
 from edgetune.config import Base
 from edgetune.execution import ExecutionPlan
-from edgetune.frozen import BACKWARD, FORWARD, SCALES, FrozenWeights
+from edgetune.formats import layered_graphs as pieces
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.frozen_weights import BACKWARD, FORWARD, SCALES, FrozenWeights
 from edgetune.runtimes import stock
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgetune.errors import VerificationError
-from edgetune.json_file import LARGEST, read_object
+from edgetune.formats.json_file import LARGEST, read_object
 
 WRONG = {
     "nothing": (b"", "not valid JSON"),

@@ -14,10 +14,10 @@ from prepared_bundles import InPieces, Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, relative, rows_of
 from tiny_phi3 import checkpoint
 
-from edgetune import pieces
 from edgetune.config import Base
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
-from edgetune.manifest import Graph
+from edgetune.formats import layered_graphs as pieces
+from edgetune.formats.manifest import Graph
 from edgetune.runtimes import stock
 from edgetune.runtimes.layered.weights import ReusedMemory
 

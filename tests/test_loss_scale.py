@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from prepared_bundles import Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
 
-from edgetune.bundle import Bundle
+from edgetune.formats.bundle import Bundle
 from edgetune.onnx_session import open_graph
 from edgetune.placement import Placement
 from edgetune.runtimes import stock

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgetune.errors import EdgetuneError, IncompatibleError, VerificationError
-from edgetune.manifest import (
+from edgetune.formats.manifest import (
     ADAPTER_FORMAT,
     BUNDLE_FORMAT,
     FORMAT_VERSION,
@@ -33,7 +33,7 @@ from edgetune.manifest import (
     TensorSpec,
     Tokenizer,
 )
-from edgetune.manifest_json import read_manifest, write_manifest
+from edgetune.formats.manifest_json import read_manifest, write_manifest
 
 Manifest = BundleManifest | AdapterManifest | ModelManifest
 HASH = "0123456789abcdef" * 4

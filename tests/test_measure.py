@@ -19,7 +19,7 @@ from edgetune.data.encode import IGNORED
 from edgetune.evaluate import evaluate
 from edgetune.export import export
 from edgetune.export.measure import Measured, batches
-from edgetune.manifest import Rope
+from edgetune.formats.manifest import Rope
 from edgetune.text import pulse as pulses
 from edgetune.text.pulse import Pulse
 

@@ -17,11 +17,11 @@ from prepared_bundles import CONFIG, prepare_tiny
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
 from tiny_phi3 import checkpoint, weights
 
-from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import NpuForm
 from edgetune.errors import DataError
 from edgetune.execution import INT8_STEP, WHOLE_STEP, Accelerator
-from edgetune.frozen import FrozenWeights
+from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.prepare import prepare
 from edgetune.runtimes import qnn, stock
 

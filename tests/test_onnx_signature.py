@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgetune.errors import VerificationError
-from edgetune.manifest import TensorSpec
-from edgetune.onnx_signature import read_signature
+from edgetune.formats.manifest import TensorSpec
+from edgetune.formats.signature import read_signature
 
 
 def model(weight_bytes: int = 4096) -> onnx.ModelProto:

@@ -18,12 +18,12 @@ from prepared_bundles import InPieces, Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, relative, rows_of
 from tiny_phi3 import checkpoint
 
-from edgetune import pieces
-from edgetune.bundle import open_bundle
 from edgetune.config import Base, DeviceType
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan, Products
-from edgetune.frozen import INT8, SCALES, FrozenWeights
+from edgetune.formats import layered_graphs as pieces
+from edgetune.formats.bundle import open_bundle
+from edgetune.formats.frozen_weights import INT8, SCALES, FrozenWeights
 from edgetune.runtimes import find_runtime, openvino, openvino_core, stock
 from edgetune.runtimes.accelerator import graphs
 from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore

@@ -25,10 +25,10 @@ from test_prepare import OPTIMIZER, adapter_of
 from test_qnn import copy_of
 from tiny_phi3 import VARIANTS
 
-from edgetune.adapter import read_adapter
 from edgetune.config import TrainConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.execution import Accelerator, ExecutionPlan
+from edgetune.formats.adapter import read_adapter
 from edgetune.runtimes import openvino_ep, plugin_runtime
 from edgetune.train.consistency import resolve_config
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from prepared_bundles import Prepared
 from tiny_phi3 import VARIANTS, parameters
 
-from edgetune.bundle import Bundle
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.encode import IGNORED, Example
+from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import OptimizerConfig, Session, find_runtime
 
 LENGTHS = [40, 9, 21, 33, 12, 5, 17, 25, 60, 8]

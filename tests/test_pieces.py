@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.adapter import initial_parameters
-from edgetune.bundle import Bundle, open_bundle
 from edgetune.errors import VerificationError
 from edgetune.execution import ExecutionPlan
-from edgetune.manifest import BundleManifest, TensorSpec
-from edgetune.pieces import Pieces, cut, kept_outputs, pieces_of, sublayer_role, widths
+from edgetune.formats.adapter import initial_parameters
+from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.layered_graphs import Pieces, cut, kept_outputs, pieces_of, sublayer_role, widths
+from edgetune.formats.manifest import BundleManifest, TensorSpec
 from edgetune.runtimes import OptimizerConfig, stock
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "bundle"

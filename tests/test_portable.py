@@ -14,11 +14,11 @@ from onnx import numpy_helper
 from prepared_bundles import Prepared
 from tiny_phi3 import VARIANTS, lora
 
-from edgetune.adapter import initial_parameters
-from edgetune.bundle import Bundle
 from edgetune.config import Base
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Example
+from edgetune.formats.adapter import initial_parameters
+from edgetune.formats.bundle import Bundle
 
 ROLES = ["step", "loss"]
 SIZES = [(1, 8), (3, 40)]

@@ -14,13 +14,13 @@ from click.testing import CliRunner, Result
 from prepared_bundles import Prepared
 from test_device import VALID
 
-from edgetune.bundle import Bundle
 from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.device import load_profile
 from edgetune.errors import ResourceError
+from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import RUNTIMES, Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
 from edgetune.runtimes.layered.session import LayeredSession

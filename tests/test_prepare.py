@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from prepared_bundles import Prepared, prepare_tiny
 from tiny_phi3 import VARIANTS, checkpoint, lora
 
-from edgetune.adapter import initial_parameters
 from edgetune.architecture import slots_of
-from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import Base, PrepareConfig, Targets
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.rows import ChatRow, Message
 from edgetune.errors import ResourceError, UsageError
-from edgetune.genai import open_model
+from edgetune.formats.adapter import initial_parameters
+from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.genai import open_model
 from edgetune.prepare import HOST_TOOLS, prepare
 from edgetune.runtimes import OptimizerConfig, StepResult, ort_training, stock
 

@@ -21,11 +21,11 @@ from prepared_bundles import Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
 from tiny_phi3 import VARIANTS
 
-from edgetune.bundle import Bundle, open_bundle
 from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.placement import Node, Partition
 from edgetune.runtimes import Placed, Session, find_runtime, plugin_runtime, qnn, stock
 from edgetune.runtimes.accelerator.contexts import Context

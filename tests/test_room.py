@@ -15,12 +15,12 @@ from mounts import needs_mounts
 from shared_material import shared_material
 from small_checkpoint import write_checkpoint
 
-from edgetune.adapter import initial_parameters, most_bytes, read_adapter, write_adapter
-from edgetune.bundle import open_bundle
 from edgetune.errors import NoRoomError, ResourceError
+from edgetune.formats.adapter import initial_parameters, most_bytes, read_adapter, write_adapter
+from edgetune.formats.bundle import open_bundle
+from edgetune.formats.storage import atomic_folder, write_file
 from edgetune.machine import disk as room
 from edgetune.machine.disk import reserve
-from edgetune.storage import atomic_folder, write_file
 from edgetune.train.observer import StepMetrics
 from edgetune.train.output import output_bytes
 from edgetune.train.record import FILE, MOST_BYTES, RunRecord

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.adapter import MANIFEST, row_encoding
 from edgetune.config import TrainConfig
 from edgetune.evaluate import evaluate
-from edgetune.manifest import AdapterManifest, RowEncoding
-from edgetune.manifest_json import read_manifest, write_manifest
+from edgetune.formats.adapter import MANIFEST, row_encoding
+from edgetune.formats.manifest import AdapterManifest, RowEncoding
+from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.preview import preview
 from edgetune.train import StartInfo, StepMetrics, train
 

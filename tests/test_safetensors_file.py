@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from small_checkpoint import POINTER
 
-from edgetune import safetensors_file
 from edgetune.errors import VerificationError
-from edgetune.safetensors_file import FLOATS, StoredTensor, non_finite, read_header
+from edgetune.formats import safetensors_file
+from edgetune.formats.safetensors_file import FLOATS, StoredTensor, non_finite, read_header
 
 
 @pytest.fixture

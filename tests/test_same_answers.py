@@ -11,12 +11,12 @@ import pytest
 from prepared_bundles import Prepared
 from tiny_phi3 import VARIANTS, parameters, save_adapter, silent
 
-from edgetune.bundle import Bundle
 from edgetune.config import Base, ExportConfig
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Example
 from edgetune.export import export
-from edgetune.genai import open_model
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.genai import open_model
 from edgetune.generate import generate_ids
 from edgetune.onnx_session import open_graph
 

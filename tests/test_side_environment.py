@@ -11,6 +11,7 @@ import pytest
 
 from edgetune import side_environment
 from edgetune.errors import EdgetuneError, MissingDependencyError, ResourceError, UsageError
+from edgetune.formats.storage import locked
 from edgetune.side_environment import (
     REQUIREMENTS,
     base_interpreter,
@@ -20,7 +21,6 @@ from edgetune.side_environment import (
     side_environment_version,
     worker_command,
 )
-from edgetune.storage import locked
 
 
 def silent(_: str) -> None:

@@ -20,14 +20,14 @@ from click.testing import CliRunner, Result
 from prepared_bundles import Prepared
 from tiny_bundle import make_bundle
 
-from edgetune.adapter import MANIFEST, VALIDATION_DATA, VALIDATION_SHA256
-from edgetune.bundle import Bundle, load_manifest
 from edgetune.cli import main
 from edgetune.data import source as sources
 from edgetune.data.rows import Problems, Row, TextRow, read_rows
 from edgetune.data.source import STDIN, kept, name_of, open_source, refuse_shared
 from edgetune.errors import DataError, UsageError
-from edgetune.manifest import AdapterManifest
+from edgetune.formats.adapter import MANIFEST, VALIDATION_DATA, VALIDATION_SHA256
+from edgetune.formats.bundle import Bundle, load_manifest
+from edgetune.formats.manifest import AdapterManifest
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden"
 LINES = [json.dumps({"text": f"row {number}"}).encode() + b"\n" for number in range(1, 6)]
@@ -361,7 +361,7 @@ def test_export_measures_on_rows_of_a_pipe(tmp_path: Path) -> None:
 def test_prepare_reads_the_calibration_rows_of_a_pipe_twice(tmp_path: Path) -> None:
     from prepared_bundles import CONFIG, prepare_tiny
 
-    from edgetune.bundle import list_files
+    from edgetune.formats.bundle import list_files
 
     rows = write(tmp_path / "rows.jsonl", b"".join(LINES))
     config = replace(CONFIG, npu="qdq", calibration=rows)

@@ -24,14 +24,15 @@ from prepared_bundles import Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, relative, rows_of
 from tiny_phi3 import checkpoint
 
-from edgetune.adapter import read_adapter
-from edgetune.bundle import Bundle, open_bundle
 from edgetune.cli import main
 from edgetune.config import Base, SplitConfig, TrainConfig
 from edgetune.errors import DataError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.evaluate import evaluate
 from edgetune.execution import ExecutionPlan
-from edgetune.frozen import FrozenWeights
+from edgetune.formats.adapter import read_adapter
+from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.frozen_weights import FrozenWeights
+from edgetune.formats.trunk import GRAPH, INDEX, read_trunk_info
 from edgetune.onnx_session import open_graph
 from edgetune.placement import Node
 from edgetune.runtimes import Parameters, stock
@@ -52,7 +53,6 @@ from edgetune.split.conformance import check_file
 from edgetune.split.graph import build_trunk
 from edgetune.train import train
 from edgetune.train.observer import Observer
-from edgetune.trunk import GRAPH, INDEX, read_trunk_info
 
 Floats = NDArray[np.float32]
 WHOLE = ExecutionPlan("layered", kept_layers=2)

@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from edgetune import storage
 from edgetune.errors import EdgetuneError, LockedError, NoRoomError, UsageError
-from edgetune.storage import atomic_folder, locked, recover, require_unicode, sha256_of, write_file
+from edgetune.formats import storage
+from edgetune.formats.storage import atomic_folder, locked, recover, require_unicode, sha256_of, write_file
 
 OLD = {"manifest.json": b"old", "weights": b"old" * 999}
 NEW = {"manifest.json": b"new", "weights": b"new" * 999, "deep/er/file": b"new"}
@@ -565,7 +565,7 @@ def test_a_circle_of_links_is_refused(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from edgetune.storage import locked
+from edgetune.formats.storage import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     input()

@@ -22,12 +22,12 @@ from prepared_bundles import Prepared
 from safetensors.numpy import load_file
 
 from edgetune import target as stage
-from edgetune.adapter import read_adapter
-from edgetune.bundle import Bundle, list_files, open_bundle, seal_bundle
 from edgetune.cli import main
 from edgetune.config import Base, TargetConfig, TargetName
 from edgetune.errors import IncompatibleError, ResourceError, UsageError, VerificationError
-from edgetune.manifest import TensorSpec
+from edgetune.formats.adapter import read_adapter
+from edgetune.formats.bundle import Bundle, list_files, open_bundle, seal_bundle
+from edgetune.formats.manifest import TensorSpec
 from edgetune.target import MANIFEST, ROLES, Target, lay_out, packs
 from edgetune.target.budget import SizedFile, refuse_what_is_too_large
 from edgetune.target.external_data import Span, external_spans, redirect

@@ -11,11 +11,11 @@ from typing import Any, get_args
 
 import pytest
 
-from edgetune import manifest
-from edgetune.bundle import open_bundle
 from edgetune.config import Base, TargetConfig, TargetName
 from edgetune.errors import IncompatibleError, VerificationError
-from edgetune.manifest_json import read_manifest
+from edgetune.formats import manifest
+from edgetune.formats.bundle import open_bundle
+from edgetune.formats.manifest_json import read_manifest
 from edgetune.target import MANIFEST, ROLES, lay_out
 from edgetune.target import manifest as target_manifest
 from edgetune.target.manifest import TargetManifest

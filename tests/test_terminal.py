@@ -22,12 +22,12 @@ from safetensors.numpy import load_file, save_file
 from test_describe import make_adapter, make_bundle
 from test_device import VALID
 
-from edgetune.bundle import MANIFEST, load_manifest, seal_bundle
 from edgetune.cli import main
 from edgetune.cli.failures import DEBUG, report
 from edgetune.cli.output import notices, printable
 from edgetune.errors import VerificationError
-from edgetune.manifest import BundleManifest, Graph
+from edgetune.formats.bundle import MANIFEST, load_manifest, seal_bundle
+from edgetune.formats.manifest import BundleManifest, Graph
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden"
 EVIL = "\x1b[2J\u202e[/red]"

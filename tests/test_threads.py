@@ -16,14 +16,14 @@ from prepared_bundles import prepare_checkpoint
 from running_threads import edgetune_threads, share_of_several
 from tiny_phi3 import save_tokenizer
 
-from edgetune.adapter import MANIFEST
-from edgetune.bundle import Bundle, load_manifest
 from edgetune.cli import main
 from edgetune.config import PrepareConfig
 from edgetune.errors import UsageError
+from edgetune.formats.adapter import MANIFEST
+from edgetune.formats.bundle import Bundle, load_manifest
+from edgetune.formats.manifest import AdapterManifest
 from edgetune.machine import threads
 from edgetune.machine.threads import computing_with, thread_count, threads_used, usable_processors
-from edgetune.manifest import AdapterManifest
 
 several = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="with one processor there is never more than one thread"

@@ -16,7 +16,6 @@ from click.testing import CliRunner, Result
 from test_device import VALID
 from test_train_loop import Recorder
 
-from edgetune.bundle import open_bundle
 from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.data.buckets import Bucket
@@ -25,6 +24,7 @@ from edgetune.device import load_profile
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Work
+from edgetune.formats.bundle import open_bundle
 from edgetune.runtimes import openvino_core, plugin_runtime
 from edgetune.train import TrainResult, train
 from edgetune.train.accelerated import apply_profile, on_accelerator

@@ -17,8 +17,6 @@ import pytest
 from bigram_runtime import BigramSession
 from tiny_bundle import BASE, LORA, MAX_LENGTH, SLOT, make_bundle, some_rows, write_rows
 
-from edgetune.adapter import initial_parameters, read_adapter, write_adapter
-from edgetune.bundle import Bundle, verify_files
 from edgetune.config import TrainConfig
 from edgetune.errors import (
     DataError,
@@ -29,9 +27,11 @@ from edgetune.errors import (
     VerificationError,
 )
 from edgetune.evaluate import evaluate
-from edgetune.manifest import AdapterManifest, Lora
-from edgetune.manifest_json import read_manifest
-from edgetune.storage import locked, sha256_of
+from edgetune.formats.adapter import initial_parameters, read_adapter, write_adapter
+from edgetune.formats.bundle import Bundle, verify_files
+from edgetune.formats.manifest import AdapterManifest, Lora
+from edgetune.formats.manifest_json import read_manifest
+from edgetune.formats.storage import locked, sha256_of
 from edgetune.train import StartInfo, StepMetrics, TrainResult, train
 from edgetune.train.record import RunRecord, peak_memory_bytes
 

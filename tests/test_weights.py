@@ -16,9 +16,9 @@ from prepared_bundles import CONFIG, Prepared
 from safetensors.numpy import load_file
 from tiny_phi3 import VARIANTS, checkpoint
 
-from edgetune.bundle import Bundle
 from edgetune.config import Base
 from edgetune.errors import VerificationError
+from edgetune.formats.bundle import Bundle
 from edgetune.prepare.forward import export_forward
 from edgetune.prepare.shapes import resolve_shapes
 from edgetune.prepare.weights import attach_weights

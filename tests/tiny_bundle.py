@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetune.bundle import Bundle, list_files, open_bundle, seal_bundle
-from edgetune.manifest import (
+from edgetune.formats.bundle import Bundle, list_files, open_bundle, seal_bundle
+from edgetune.formats.manifest import (
     BUNDLE_FORMAT,
     FORMAT_VERSION,
     Architecture,
@@ -20,7 +20,7 @@ from edgetune.manifest import (
     Slot,
     Tokenizer,
 )
-from edgetune.storage import sha256_of
+from edgetune.formats.storage import sha256_of
 
 WORDS = ["<pad>", "<unk>", "<eos>", *"abcdefghijklm"]
 VOCABULARY = len(WORDS)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgetune.adapter import write_adapter
-from edgetune.bundle import Bundle, list_files, open_bundle, seal_bundle
 from edgetune.config import Base
-from edgetune.manifest import (
+from edgetune.formats.adapter import write_adapter
+from edgetune.formats.bundle import Bundle, list_files, open_bundle, seal_bundle
+from edgetune.formats.manifest import (
     BUNDLE_FORMAT,
     FORMAT_VERSION,
     Architecture,
@@ -27,7 +27,7 @@ from edgetune.manifest import (
     Slot,
     Tokenizer,
 )
-from edgetune.storage import sha256_of
+from edgetune.formats.storage import sha256_of
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "multi-head": {},

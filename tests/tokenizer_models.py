@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from edgetune.data.encode import IGNORED, Encoder, load_encoder
 from edgetune.data.rows import Message
-from edgetune.manifest import RowEncoding
-from edgetune.manifest import Tokenizer as TokenizerManifest
+from edgetune.formats.manifest import RowEncoding
+from edgetune.formats.manifest import Tokenizer as TokenizerManifest
 
 EOS = "<|endoftext|>"
 TURNS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]

@@ -14,7 +14,7 @@ from edgetune.config import TargetConfig, TargetName
 from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
-    from edgetune.bundle import Bundle
+    from edgetune.formats.bundle import Bundle
     from edgetune.target.manifest import TargetManifest
 
 DEFAULT = TargetConfig()

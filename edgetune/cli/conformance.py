@@ -29,8 +29,8 @@ def command(graph: Path, as_json: bool) -> None:
     Operators, opset, static shapes, symmetric int8, power-of-two scales. Vitis AI itself is not needed, and not asked:
     which operators its compiler places on the accelerator, it alone says. Exit code 4 when a rule is broken.
     """
+    from edgetune.formats.trunk import GRAPH, read_trunk_info
     from edgetune.split.conformance import check_file
-    from edgetune.trunk import GRAPH, read_trunk_info
 
     path = graph
     if graph.is_dir():

@@ -50,7 +50,7 @@ def command(
         adapter_at(adapter)
     bundle_folder(bundle)
     from edgetune.evaluate import evaluate
-    from edgetune.manifest import RowEncoding
+    from edgetune.formats.manifest import RowEncoding
 
     encoding = RowEncoding(raw_prompts=raw_prompts, content_as_text=content_as_text)
     say = notices(quiet=quiet)

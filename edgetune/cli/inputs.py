@@ -13,8 +13,8 @@ from edgetune.data.source import refuse_shared, require_source
 from edgetune.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgetune.bundle import Bundle
     from edgetune.describe import Kind
+    from edgetune.formats.bundle import Bundle
 
 PATH = click.Path(path_type=Path)
 
@@ -36,7 +36,7 @@ def row_sources(sources: Mapping[str, Path | None]) -> None:
         UsageError: Rows cannot be read there, a name is not valid Unicode, or two options name one pipe; the message
             names the options.
     """
-    from edgetune.storage import require_unicode
+    from edgetune.formats.storage import require_unicode
 
     given = {option: path for option, path in sources.items() if path is not None}
     for option, path in given.items():
@@ -52,7 +52,7 @@ def input_file(path: Path, option: str, expected: str) -> Path:
     Raises:
         UsageError: It is missing, a folder, or of a name that is not valid Unicode; the message names `option`.
     """
-    from edgetune.storage import require_unicode
+    from edgetune.formats.storage import require_unicode
 
     require_unicode(path)
     if path.is_dir():
@@ -79,7 +79,7 @@ def bundle_at(path: Path) -> Bundle:
         IncompatibleError: A format or version that this edgetune does not read.
         VerificationError: A file is missing or changed.
     """
-    from edgetune.bundle import open_bundle
+    from edgetune.formats.bundle import open_bundle
 
     return open_bundle(bundle_folder(path))
 

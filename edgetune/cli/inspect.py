@@ -22,7 +22,7 @@ from edgetune.text.byte_size import bytes_text
 if TYPE_CHECKING:
     from edgetune.data.buckets import Bucket
     from edgetune.describe import Description
-    from edgetune.manifest import TensorSpec
+    from edgetune.formats.manifest import TensorSpec
     from edgetune.placement import Placement
 
 EXAMPLES = """

@@ -37,7 +37,7 @@ def command(bundle: Path, data: Path, raw_prompts: bool, content_as_text: bool, 
     """
     row_sources({"--data": data})
     bundle_folder(bundle)
-    from edgetune.manifest import RowEncoding
+    from edgetune.formats.manifest import RowEncoding
     from edgetune.preview import preview
 
     encoding = RowEncoding(raw_prompts=raw_prompts, content_as_text=content_as_text)

@@ -61,8 +61,8 @@ def command(
     """
     row_sources({"--data": data})
     bundle_folder(bundle)
+    from edgetune.formats.trunk import GRAPH, read_trunk_info
     from edgetune.split import split
-    from edgetune.trunk import GRAPH, read_trunk_info
 
     config = SplitConfig(layers=layers, length=length, calibration_rows=calibration_rows, threads=threads, force=force)
     made = split(bundle, data, output, config, notices(quiet=quiet))

@@ -9,7 +9,7 @@ from edgetune.data.batches import Batch, lay_out
 from edgetune.data.buckets import Bucket, check_buckets, pack_into
 from edgetune.data.encode import Example
 from edgetune.data.packing import Pass, Room, attention_share, pack, pad, round_up
-from edgetune.manifest import BundleManifest
+from edgetune.formats.manifest import BundleManifest
 
 MEASURED_ROWS = 4
 """Where rows are only measured, a pass takes no more memory than so many of the longest."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgetune.data.encode import IGNORED, Example
 from edgetune.errors import DataError
-from edgetune.manifest import Rope
+from edgetune.formats.manifest import Rope
 from edgetune.rope import rope_tables
 
 MASKED = np.float32(-1e4)

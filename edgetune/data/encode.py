@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetune import manifest
 from edgetune.data.answers import Answer, common_length, is_shown, render_conversation
 from edgetune.data.control_tokens import ContentAsText, ControlTokens
 from edgetune.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
 from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, IncompatibleError
+from edgetune.formats import manifest
 
 if TYPE_CHECKING:
     import tokenizers

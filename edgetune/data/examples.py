@@ -9,7 +9,7 @@ from edgetune.data.encode import Encoder, Example, Remark
 from edgetune.data.rows import CompletionRow, Problems, Row, read_rows
 from edgetune.data.source import Source, name_of
 from edgetune.errors import DataError, IncompatibleError
-from edgetune.manifest import RowEncoding
+from edgetune.formats.manifest import RowEncoding
 
 
 class Tally:

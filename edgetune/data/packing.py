@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from edgetune.architecture import frozen_weights
-from edgetune.manifest import Architecture
+from edgetune.formats.manifest import Architecture
 
 MULTIPLE = 8
 """Lengths of sequences are multiples of this, the float32 numbers in a vector register."""

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from edgetune import __version__
-from edgetune.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from edgetune.adapter import most_bytes, read_adapter, row_encoding
-from edgetune.bundle import Bundle
 from edgetune.config import ExportConfig
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
@@ -20,14 +17,17 @@ from edgetune.export.keep import add_lora_inputs, graph_values, write_onnx_adapt
 from edgetune.export.measure import Measured
 from edgetune.export.merge import merge_adapter
 from edgetune.export.validation import validation_rows_of
-from edgetune.frozen import stored_bytes
-from edgetune.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
+from edgetune.formats.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from edgetune.formats.adapter import most_bytes, read_adapter, row_encoding
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.frozen_weights import stored_bytes
+from edgetune.formats.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
+from edgetune.formats.manifest import FORMAT_VERSION, MODEL_FORMAT, File, ModelManifest, RowEncoding
+from edgetune.formats.manifest_json import write_manifest
+from edgetune.formats.storage import CHUNK, atomic_folder, sha256_of, write_file
 from edgetune.machine.threads import computing_with
-from edgetune.manifest import FORMAT_VERSION, MODEL_FORMAT, File, ModelManifest, RowEncoding
-from edgetune.manifest_json import write_manifest
 from edgetune.provenance import version_of
 from edgetune.runtimes import Parameters
-from edgetune.storage import CHUNK, atomic_folder, sha256_of, write_file
 from edgetune.text.pulse import Pulse
 
 ADAPTER = "adapters/adapter.onnx_adapter"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.export.projections import Part, find_parts
-from edgetune.manifest import Lora
+from edgetune.formats.manifest import Lora
 from edgetune.runtimes import Parameters
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from edgetune.data.batcher import MEASURED_ROWS
 from edgetune.data.encode import IGNORED, Example
 from edgetune.data.packing import Room
-from edgetune.genai import MODEL
-from edgetune.manifest import Rope
+from edgetune.formats.genai import MODEL
+from edgetune.formats.manifest import Rope
 from edgetune.onnx_session import open_graph
 from edgetune.text.pulse import Pulse
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgetune.errors import IncompatibleError
-from edgetune.genai import weight_name
-from edgetune.manifest import Lora, Slot
+from edgetune.formats.genai import weight_name
+from edgetune.formats.manifest import Lora, Slot
 
 if TYPE_CHECKING:
     import onnx

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 
-from edgetune.adapter import MANIFEST, VALIDATION_DATA, VALIDATION_GIVEN, VALIDATION_SHA256
-from edgetune.bundle import load_manifest
-from edgetune.manifest import AdapterManifest
-from edgetune.storage import sha256_of
+from edgetune.formats.adapter import MANIFEST, VALIDATION_DATA, VALIDATION_GIVEN, VALIDATION_SHA256
+from edgetune.formats.bundle import load_manifest
+from edgetune.formats.manifest import AdapterManifest
+from edgetune.formats.storage import sha256_of
 
 
 def validation_rows_of(adapter: Path, say: Callable[[str], None]) -> Path | None:

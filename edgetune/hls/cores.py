@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.bundle import Bundle
 from edgetune.errors import IncompatibleError
-from edgetune.frozen import FrozenWeights
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.frozen_weights import FrozenWeights
+from edgetune.formats.layered_graphs import LAYER_PREFIX
+from edgetune.formats.trunk import TrunkInfo
 from edgetune.hls.core import Core
 from edgetune.hls.fixed_point import holding
 from edgetune.hls.resources import Fpga, shared
-from edgetune.pieces import LAYER_PREFIX
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
-from edgetune.trunk import TrunkInfo
 
 
 def trunk_cores(bundle: Bundle, info: TrunkInfo, fpga: Fpga) -> list[Core]:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgetune.bundle import Bundle
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.storage import atomic_folder, write_file
+from edgetune.formats.trunk import read_trunk_info
 from edgetune.hls.core import Core, write_core
 from edgetune.hls.cores import trunk_cores
 from edgetune.hls.resources import KV260, Estimate, Fpga, estimate
-from edgetune.storage import atomic_folder, write_file
-from edgetune.trunk import read_trunk_info
 
 DESCRIPTION = "hls.json"
 _SCRIPT = """#!/bin/sh

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 from edgetune import __version__
 from edgetune.architecture import frozen_weights, slots_of
 from edgetune.builder_view import builder_view
-from edgetune.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.data.source import Source, kept
 from edgetune.errors import UsageError, VerificationError
-from edgetune.frozen import BITS, stored_bytes
-from edgetune.manifest import (
+from edgetune.formats.bundle import MANIFEST, Bundle, list_files, seal_bundle
+from edgetune.formats.frozen_weights import BITS, stored_bytes
+from edgetune.formats.manifest import (
     BUNDLE_FORMAT,
     FORMAT_VERSION,
     Architecture,
@@ -32,9 +32,9 @@ from edgetune.manifest import (
     Lora,
     Tokenizer,
 )
+from edgetune.formats.storage import atomic_folder, sha256_of
 from edgetune.provenance import version_of
 from edgetune.side_environment import ensure_side_environment
-from edgetune.storage import atomic_folder, sha256_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -148,7 +148,7 @@ def _build_training_graphs(
     """Slots, gradient coverage, and the graphs `step` and `loss` whose frozen weights are still inputs."""
     import onnx_ir as ir
 
-    from edgetune.adapter import initial_parameters
+    from edgetune.formats.adapter import initial_parameters
     from edgetune.prepare.adamw import build_adamw
     from edgetune.prepare.forward import export_forward
     from edgetune.prepare.gradient import ARTIFACTS, differentiate

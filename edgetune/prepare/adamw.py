@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgetune.adamw import BETA1, BETA2, CLIP_EPSILON, EPSILON
-from edgetune.manifest import Lora
+from edgetune.formats.manifest import Lora
 from edgetune.prepare.operators import IR_VERSION, OPSET, Operators
 
 

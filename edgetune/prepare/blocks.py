@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgetune.frozen import BLOCK_SIZE, FORWARD
+from edgetune.formats.frozen_weights import BLOCK_SIZE, FORWARD
 from edgetune.prepare.operators import CONTRIB, IR_VERSION, OPSET, Operators
 
 

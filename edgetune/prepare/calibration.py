@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgetune.adapter import initial_parameters
 from edgetune.config import Base
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
-from edgetune.manifest import Architecture, Lora
+from edgetune.formats.adapter import initial_parameters
+from edgetune.formats.manifest import Architecture, Lora
 from edgetune.onnx_session import open_graph
 from edgetune.prepare.int8 import frozen_product
 from edgetune.prepare.operators import Operators

@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 from edgetune.config import Base
-from edgetune.frozen import BLOCK_SIZE
-from edgetune.genai import ACCURACY_LEVEL, CONFIG, MODEL, SIDE_FILES, WEIGHTS
+from edgetune.formats.frozen_weights import BLOCK_SIZE
+from edgetune.formats.genai import ACCURACY_LEVEL, CONFIG, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.olive_pass import run_olive_pass
 
 

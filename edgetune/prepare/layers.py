@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 from edgetune.checkpoint import Checkpoint
 from edgetune.config import PrepareConfig
-from edgetune.frozen import BITS, INDEX, LAYERS, write_index
-from edgetune.manifest import Architecture
-from edgetune.pieces import WIDE, Pieces, cut, cut_wide
+from edgetune.formats.frozen_weights import BITS, INDEX, LAYERS, write_index
+from edgetune.formats.layered_graphs import WIDE, Pieces, cut, cut_wide
+from edgetune.formats.manifest import Architecture
 from edgetune.prepare.adamw import build_flat_adamw
 from edgetune.prepare.blocks import build_dequantise
 from edgetune.prepare.gradient import ARTIFACTS, differentiate

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from edgetune.config import Base, NpuForm
 from edgetune.errors import IncompatibleError
-from edgetune.frozen import BLOCK_SIZE, FORWARD, FrozenWeights
-from edgetune.manifest import Architecture
+from edgetune.formats.frozen_weights import BLOCK_SIZE, FORWARD, FrozenWeights
+from edgetune.formats.manifest import Architecture
 from edgetune.prepare.calibration import Range
 from edgetune.prepare.int8 import frozen_product
 from edgetune.prepare.operators import CONTRIB, Operators, remove_unused

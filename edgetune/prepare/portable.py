@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from edgetune.manifest import TensorSpec
+from edgetune.formats.manifest import TensorSpec
 from edgetune.prepare.lowering import lower
 from edgetune.prepare.operators import IR_VERSION, OPSET, Operators
 

@@ -1,6 +1,6 @@
 """The two sublayers of a decoder layer, attention and feed-forward network ("mlp"), exported one by one.
 
-A sublayer computes output = residual + f(norm(hidden)); of several pieces (edgetune.pieces) each adds its own. All
+A sublayer computes output = residual + f(norm(hidden)); of several pieces (edgetune.formats.layered_graphs) each adds its own. All
 layers share the graphs: the weights are inputs. Packed projections are computed part by part, so that nothing has to be
 split or joined; LoRA's alpha / rank scales the few columns that A gives.
 """
@@ -15,8 +15,8 @@ from transformers import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, apply_rotary_pos_emb
 
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
-from edgetune.manifest import Architecture
-from edgetune.pieces import Part, Pieces, attention_parts, mlp_parts
+from edgetune.formats.layered_graphs import Part, Pieces, attention_parts, mlp_parts
+from edgetune.formats.manifest import Architecture
 from edgetune.prepare.skeleton import (
     EXAMPLE_BATCH,
     EXAMPLE_SEQUENCE,
@@ -57,7 +57,7 @@ def export_sublayer(
     """Export a piece of one sublayer.
 
     Inputs: `hidden` and `residual` (batch, sequence, hidden_size), the anchor, for attention `attn_bias`, `rope_cos`
-    and `rope_sin`, then the parameters of `edgetune.pieces`. Outputs: `objective` (1), the sum of `output`; `output`,
+    and `rope_sin`, then the parameters of `edgetune.formats.layered_graphs`. Outputs: `objective` (1), the sum of `output`; `output`,
     shaped as `hidden`; what can be kept: `query`, `key`, `value`, `context` (batch, key-value heads, query heads of
     each or 1, sequence, head_dim) after rotation, or `gate`, `up` (batch, sequence, inner channels).
 

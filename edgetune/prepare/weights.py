@@ -19,9 +19,9 @@ from onnx_ir.passes import common as passes
 from edgetune.architecture import tensor_shapes
 from edgetune.config import Base
 from edgetune.errors import VerificationError
-from edgetune.frozen import BITS, BLOCK_SIZE, FrozenIndex, Layout, Stored
-from edgetune.genai import HALF, MODEL, QUANTISED, WEIGHTS
-from edgetune.manifest import Architecture
+from edgetune.formats.frozen_weights import BITS, BLOCK_SIZE, FrozenIndex, Layout, Stored
+from edgetune.formats.genai import HALF, MODEL, QUANTISED, WEIGHTS
+from edgetune.formats.manifest import Architecture
 from edgetune.prepare.operators import CONTRIB, Operators
 from edgetune.prepare.shapes import fold
 

@@ -14,12 +14,12 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.bundle import Bundle
 from edgetune.config import RuntimeName
 from edgetune.data.batches import Batch
 from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint
+from edgetune.formats.bundle import Bundle
 from edgetune.placement import Placement
 
 Parameters = Mapping[str, NDArray[np.float32]]

@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from edgetune.bundle import Bundle
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
-from edgetune.frozen import FrozenWeights
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.frozen_weights import FrozenWeights
+from edgetune.formats.trunk import FOLDER, read_trunk_info
 from edgetune.hls.core import require_compiler, require_hls4ml, simulate
 from edgetune.hls.cores import trunk_cores
 from edgetune.hls.resources import KV260, CoreSize, Fpga, estimate
@@ -25,7 +26,6 @@ from edgetune.runtimes.layered.decoder import DecoderLayers
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
 from edgetune.runtimes.layered.trunk import CPU, Trunk
-from edgetune.trunk import FOLDER, read_trunk_info
 
 NAME = "fpga-hls"
 _ON_CPU = {"self_attn": ("RMSNorm", "Attention"), "mlp": ("RMSNorm", "SwiGLU")}

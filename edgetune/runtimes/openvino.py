@@ -9,10 +9,10 @@ from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from edgetune.bundle import Bundle
 from edgetune.errors import IncompatibleError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Footprint
+from edgetune.formats.bundle import Bundle
 from edgetune.placement import Placement
 from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
 from edgetune.runtimes.layered.channels import Channels, groups_of

@@ -11,10 +11,10 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.errors import EdgetuneError, ResourceError, UsageError
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.formats.bundle import Bundle
 from edgetune.machine.exhaustion import ADVICE, lack_of_process
 from edgetune.machine.threads import thread_count
 from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, StepResult, wire

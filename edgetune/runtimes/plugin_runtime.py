@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
-from edgetune.bundle import Bundle
 from edgetune.config import RuntimeName
 from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.execution import INT8_LOSS, INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.formats.bundle import Bundle
 from edgetune.placement import Placement
 from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
 

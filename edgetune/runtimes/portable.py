@@ -17,8 +17,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
+from edgetune.formats.bundle import Bundle
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import onnxruntime as ort
 
-from edgetune.bundle import Bundle
 from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint
+from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 from edgetune.runtimes.layered.parameters import FlatParameters

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 
 from edgetune.errors import LockedError, VerificationError
-from edgetune.json_file import read_object
-from edgetune.storage import locked, sha256_of, write_file
+from edgetune.formats.json_file import read_object
+from edgetune.formats.storage import locked, sha256_of, write_file
 
 CACHE = ".cache"
 """Folder in a bundle for compiled models. It is not part of the bundle, and can be deleted at any time."""

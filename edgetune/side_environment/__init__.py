@@ -18,9 +18,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from edgetune.errors import EdgetuneError, LockedError, MissingDependencyError, ResourceError, UsageError
+from edgetune.formats.storage import atomic_folder, locked, write_file
 from edgetune.machine.cache_folder import CHOSEN, cache_folder
 from edgetune.machine.exhaustion import ADVICE, lack_behind, lack_of_process
-from edgetune.storage import atomic_folder, locked, write_file
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 _LAUNCHER = Path(__file__).with_name("launcher.py")

@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 
 from edgetune.architecture import frozen_weights
-from edgetune.bundle import MANIFEST, Bundle, list_files, open_bundle, seal_bundle
 from edgetune.config import SplitConfig
 from edgetune.data.batches import MASKED, make_batch
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.data.source import name_of
 from edgetune.errors import DataError, UsageError
-from edgetune.frozen import EMBEDDING, FrozenWeights
+from edgetune.formats.bundle import MANIFEST, Bundle, list_files, open_bundle, seal_bundle
+from edgetune.formats.frozen_weights import EMBEDDING, FrozenWeights
+from edgetune.formats.manifest import BundleManifest, Graph, TensorSpec
+from edgetune.formats.storage import atomic_folder, write_file
+from edgetune.formats.trunk import FOLDER, GRAPH, INDEX, LinearRange, TrunkInfo, has_trunk, write_trunk_info
 from edgetune.machine.disk import require_room
 from edgetune.machine.threads import check_threads, computing_with
-from edgetune.manifest import BundleManifest, Graph, TensorSpec
 from edgetune.provenance import version_of
-from edgetune.storage import atomic_folder, write_file
-from edgetune.trunk import FOLDER, GRAPH, INDEX, LinearRange, TrunkInfo, has_trunk, write_trunk_info
 
 _BYTES_A_WEIGHT = 8
 """Of the trunk, while it is quantised: measured, it is written in float32 twice, and in int8."""

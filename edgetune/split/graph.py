@@ -14,10 +14,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from edgetune.architecture import frozen_weights
-from edgetune.bundle import Bundle
 from edgetune.errors import ResourceError
-from edgetune.frozen import LAYERS, FrozenWeights
-from edgetune.pieces import LAYER_PREFIX, Part, attention_parts, mlp_parts, pieces_of
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.frozen_weights import LAYERS, FrozenWeights
+from edgetune.formats.layered_graphs import LAYER_PREFIX, Part, attention_parts, mlp_parts, pieces_of
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 
 OPSET, IR_VERSION = 17, 8

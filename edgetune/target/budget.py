@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgetune.errors import ResourceError
-from edgetune.frozen import BLOCK_SIZE
+from edgetune.formats.frozen_weights import BLOCK_SIZE
 from edgetune.target.external_data import Span
 from edgetune.target.manifest import Budget
 from edgetune.target.platforms import PARTS, Delivery, Part, Platform

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgetune.protobuf import bytes_field, messages, rewrite, without
+from edgetune.formats.protobuf import bytes_field, messages, rewrite, without
 
 _INITIALIZERS = (7, 5)
 """ModelProto.graph, GraphProto.initializer."""

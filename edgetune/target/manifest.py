@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from edgetune.manifest import TARGET_FORMAT, Architecture, BaseModel, Graph, Lora, TensorSpec
+from edgetune.formats.manifest import TARGET_FORMAT, Architecture, BaseModel, Graph, Lora, TensorSpec
 
 KINDS: dict[str, str] = {
     "input_ids": "token ids, padded on the right with tokenizer.pad_token_id",

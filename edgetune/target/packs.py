@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from edgetune.storage import write_file
+from edgetune.formats.storage import write_file
 from edgetune.target.budget import SizedFile
 from edgetune.target.platforms import SMALL_PACK, Delivery
 

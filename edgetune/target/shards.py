@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune.errors import VerificationError
-from edgetune.storage import CHUNK
+from edgetune.formats.storage import CHUNK
 from edgetune.target.external_data import Span
 
 ALIGNMENT = 64

@@ -10,7 +10,7 @@ from edgetune.config import DeviceType, PlanName, RuntimeName, TrainConfig
 from edgetune.device import Profile
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.execution import ACCELERATING, INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan, Products
-from edgetune.manifest import BundleManifest
+from edgetune.formats.manifest import BundleManifest
 from edgetune.runtimes import ChoosingRuntime, find_runtime
 
 ACCELERATED = ", or ".join(

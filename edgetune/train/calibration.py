@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
 
-from edgetune.adapter import initial_parameters
-from edgetune.bundle import Bundle
 from edgetune.config import TrainConfig
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
+from edgetune.formats.adapter import initial_parameters
+from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
 from edgetune.train.choice import Choice

@@ -11,9 +11,9 @@ from edgetune.device import Profile
 from edgetune.errors import IncompatibleError, ResourceError
 from edgetune.execution import LAYERED, WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint, Work
-from edgetune.frozen import INT8, LAYERS
+from edgetune.formats.frozen_weights import INT8, LAYERS
+from edgetune.formats.manifest import BundleManifest
 from edgetune.machine.memory import free_memory_bytes
-from edgetune.manifest import BundleManifest
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Runtime, find_runtime
 from edgetune.text.byte_size import bytes_text, parse_bytes

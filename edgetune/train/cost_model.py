@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from edgetune.bundle import Bundle
 from edgetune.data.batcher import BatchShape
 from edgetune.data.batches import Batch
 from edgetune.footprint import Sizes, Work
+from edgetune.formats.bundle import Bundle
 from edgetune.step_cost import start_cost, step_cost
 from edgetune.train.choice import Choice
 

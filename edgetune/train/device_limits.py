@@ -9,7 +9,7 @@ from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
 from edgetune.device import Profile
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
 from edgetune.execution import ExecutionPlan
-from edgetune.manifest import BundleManifest
+from edgetune.formats.manifest import BundleManifest
 from edgetune.train.accelerated import is_accelerated
 from edgetune.train.candidates import STOCK
 from edgetune.train.choice import Choice

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from edgetune.bundle import Bundle
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.device import Profile
 from edgetune.errors import ResourceError
 from edgetune.footprint import Work
+from edgetune.formats.bundle import Bundle
 from edgetune.text.byte_size import bytes_text
 from edgetune.train.choice import Choice, TooLargeError, choose
 from edgetune.train.cost_model import CostModel

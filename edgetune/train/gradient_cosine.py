@@ -10,9 +10,9 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.errors import UsageError
+from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import ForwardRuntime, OptimizerConfig, Parameters
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
 from edgetune.train.choice import Choice

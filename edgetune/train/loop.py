@@ -10,16 +10,16 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.adapter import MANIFEST, initial_parameters, read_adapter, write_adapter
-from edgetune.bundle import Bundle, open_bundle
 from edgetune.config import TrainConfig
 from edgetune.device import Profile, load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError, VerificationError
+from edgetune.formats.adapter import MANIFEST, initial_parameters, read_adapter, write_adapter
+from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.storage import atomic_folder
 from edgetune.machine.disk import reserve
 from edgetune.machine.threads import computing_with
 from edgetune.placement import Placement, placement_record
 from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
-from edgetune.storage import atomic_folder
 from edgetune.text.pulse import Pulse
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config

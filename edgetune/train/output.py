@@ -7,10 +7,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from edgetune.adapter import most_bytes
 from edgetune.errors import EdgetuneError
-from edgetune.manifest import Lora
-from edgetune.storage import atomic_folder
+from edgetune.formats.adapter import most_bytes
+from edgetune.formats.manifest import Lora
+from edgetune.formats.storage import atomic_folder
 from edgetune.train.record import FILE, MOST_BYTES
 
 

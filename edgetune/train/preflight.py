@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune.architecture import tensor_shapes
-from edgetune.bundle import MANIFEST, Bundle, open_bundle
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.device import Profile
 from edgetune.errors import ResourceError, UsageError
+from edgetune.formats.bundle import MANIFEST, Bundle, open_bundle
 from edgetune.machine.threads import usable_processors
 from edgetune.runtimes import install
 from edgetune.runtimes.accelerator.contexts import most_context_bytes

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 import edgetune
-from edgetune.adapter import VALIDATION_DATA, VALIDATION_GIVEN, VALIDATION_SHA256
 from edgetune.config import TrainConfig
+from edgetune.formats.adapter import VALIDATION_DATA, VALIDATION_GIVEN, VALIDATION_SHA256
 from edgetune.machine.threads import threads_used
 from edgetune.placement import Placement
 from edgetune.train.choice import Choice

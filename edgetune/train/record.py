@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from edgetune.storage import write_in_place
+from edgetune.formats.storage import write_in_place
 from edgetune.train.observer import StepMetrics
 
 FILE = "metrics.jsonl"

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from edgetune.bundle import Bundle
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Encoder, Example, load_encoder
 from edgetune.data.examples import Examples, load_examples
 from edgetune.data.source import is_lasting, name_of
 from edgetune.device import Profile
-from edgetune.manifest import RowEncoding
-from edgetune.storage import sha256_of
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.manifest import RowEncoding
+from edgetune.formats.storage import sha256_of
 from edgetune.train.device_limits import longest_row
 
 

@@ -9,11 +9,11 @@ from itertools import islice
 from statistics import mean, median
 from time import perf_counter
 
-from edgetune.bundle import Bundle
 from edgetune.data.batcher import BatchShape
 from edgetune.data.batches import Batch
 from edgetune.device import Profile
 from edgetune.errors import UsageError
+from edgetune.formats.bundle import Bundle
 from edgetune.machine.threads import computing_with
 from edgetune.train.calibration import Calibration, calibrate
 from edgetune.train.choice import Choice

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
-from edgetune.bundle import Bundle
 from edgetune.config import TrainConfig
+from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import ForwardRuntime, OptimizerConfig, Parameters, Session
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
 from edgetune.train.choice import Choice

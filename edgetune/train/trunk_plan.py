@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgetune.bundle import Bundle
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.errors import IncompatibleError
 from edgetune.execution import ExecutionPlan
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.trunk import read_trunk_info
 from edgetune.text.byte_size import parse_bytes
-from edgetune.trunk import read_trunk_info
 
 _FLOAT = 4
 

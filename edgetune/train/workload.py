@@ -13,7 +13,7 @@ from edgetune.data.buckets import Bucket
 from edgetune.data.encode import Example
 from edgetune.data.packing import Room
 from edgetune.footprint import Work
-from edgetune.manifest import BundleManifest
+from edgetune.formats.manifest import BundleManifest
 from edgetune.train.schedule import schedule_steps
 
 _LOOKED_AT = 256

@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.numpy import load_file
 
-from edgetune.bundle import open_bundle
 from edgetune.config import PlanName, TargetConfig, TrainConfig
+from edgetune.formats.bundle import open_bundle
 from edgetune.target import lay_out
 from edgetune.target.platforms import PLATFORMS
 from edgetune.train import train

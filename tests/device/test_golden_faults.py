@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from golden import ADAPTER, BUNDLE, GOLDEN, TRAIN, VALID, Trained, edgetune
 
 from edgetune.cli import main
-from edgetune.manifest import AdapterManifest
-from edgetune.manifest_json import read_manifest, write_manifest
-from edgetune.storage import locked
+from edgetune.formats.manifest import AdapterManifest
+from edgetune.formats.manifest_json import read_manifest, write_manifest
+from edgetune.formats.storage import locked
 
 FILES = sorted(
     path.relative_to(BUNDLE).as_posix() for path in BUNDLE.rglob("*") if path.is_file() and ".cache" not in path.parts

@@ -15,8 +15,8 @@ import pytest
 from debian_packages import NoPackagesError, download, unpack
 from safetensors.numpy import load_file
 
-from edgetune.bundle import open_bundle
 from edgetune.config import TargetConfig, TrainConfig
+from edgetune.formats.bundle import open_bundle
 from edgetune.preview import preview
 from edgetune.target import lay_out
 from edgetune.target.platforms import PLATFORMS

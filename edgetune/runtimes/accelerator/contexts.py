@@ -20,11 +20,11 @@ import cattrs
 from cattrs.errors import BaseValidationError
 
 from edgetune.errors import EdgetuneError, VerificationError
-from edgetune.json_file import read_object
-from edgetune.manifest import BundleManifest
+from edgetune.formats.json_file import read_object
+from edgetune.formats.manifest import BundleManifest
+from edgetune.formats.storage import atomic_folder, write_file
 from edgetune.placement import Partition
 from edgetune.runtimes.verified_cache import CACHE
-from edgetune.storage import atomic_folder, write_file
 
 _CONTEXTS = "contexts"
 _COMPILED, _RECORD = "compiled", "record.json"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from io import BytesIO
 
 from edgetune.errors import VerificationError
-from edgetune.protobuf import Field, fields
+from edgetune.formats.protobuf import Field, fields
 
 _OPERATOR = b"EPContext"
 _EMBEDDED = 1

@@ -12,8 +12,8 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino.passes import ConstantFolding, Manager
 
-from edgetune.bundle import Bundle
 from edgetune.errors import EdgetuneError, IncompatibleError
+from edgetune.formats.bundle import Bundle
 from edgetune.placement import Node, Partition, Placement
 from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
 from edgetune.runtimes.accelerator.error_line import last_line

@@ -16,8 +16,8 @@ from typing import Any
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgetune.bundle import Bundle
 from edgetune.errors import EdgetuneError, IncompatibleError
+from edgetune.formats.bundle import Bundle
 from edgetune.machine.threads import thread_count
 from edgetune.onnx_session import RECORD_PLACEMENT, partitions_of
 from edgetune.placement import Partition, Placement, named

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgetune.bundle import Bundle
+from edgetune.formats.bundle import Bundle
 from edgetune.placement import Placement
 from edgetune.runtimes import OptimizerConfig, Parameters
 from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs

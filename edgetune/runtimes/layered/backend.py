@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.frozen import Block
+from edgetune.formats.frozen_weights import Block
 from edgetune.runtimes.layered.channels import Channels
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.frozen import BLOCK_SIZE, Block
-from edgetune.manifest import BundleManifest
-from edgetune.pieces import Part, pieces_of
+from edgetune.formats.frozen_weights import BLOCK_SIZE, Block
+from edgetune.formats.layered_graphs import Part, pieces_of
+from edgetune.formats.manifest import BundleManifest
 
 
 @dataclass(frozen=True)

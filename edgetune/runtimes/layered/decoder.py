@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.bundle import Bundle
 from edgetune.data.batches import MASKED, causal_mask
 from edgetune.errors import VerificationError
-from edgetune.frozen import FrozenWeights
-from edgetune.json_file import read_object
-from edgetune.pieces import LAYER_PREFIX
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.frozen_weights import FrozenWeights
+from edgetune.formats.json_file import read_object
+from edgetune.formats.layered_graphs import LAYER_PREFIX
 from edgetune.placement import Placement
 
 Floats = NDArray[np.float32]

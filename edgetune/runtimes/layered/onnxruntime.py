@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgetune.bundle import Bundle
 from edgetune.execution import Products
-from edgetune.frozen import BACKWARD, BLOCK_SIZE, FORWARD, INT8, LAYERS, Block
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.frozen_weights import BACKWARD, BLOCK_SIZE, FORWARD, INT8, LAYERS, Block
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes.layered.backend import Allocate, Arrays
 from edgetune.runtimes.layered.bindings import Bindings

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from openvino.preprocess import PrePostProcessor
 
 from edgetune.execution import ExecutionPlan
-from edgetune.frozen import INT8, LAYERS, Block
+from edgetune.formats.frozen_weights import INT8, LAYERS, Block
 from edgetune.machine.memory import give_back_freed
 from edgetune.runtimes.layered.backend import Allocate, Arrays
 from edgetune.runtimes.layered.bindings import Bindings

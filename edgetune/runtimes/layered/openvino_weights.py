@@ -10,7 +10,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
-from edgetune.frozen import BLOCK_SIZE, SCALES, Block
+from edgetune.formats.frozen_weights import BLOCK_SIZE, SCALES, Block
 from edgetune.runtimes.layered.backend import Allocate
 from edgetune.runtimes.layered.channels import in_turn
 from edgetune.runtimes.layered.openvino_tensor import BFLOAT16, tensor, to_bfloat16

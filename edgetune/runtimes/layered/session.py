@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.bundle import Bundle
 from edgetune.data.batches import Batch
 from edgetune.data.encode import IGNORED
 from edgetune.execution import ExecutionPlan
-from edgetune.frozen import EMBEDDING, LAYERS, FrozenWeights
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.frozen_weights import EMBEDDING, LAYERS, FrozenWeights
 from edgetune.placement import Placement
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
 from edgetune.runtimes.layered.backend import Arrays, Backend

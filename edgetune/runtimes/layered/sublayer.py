@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.bundle import Bundle
 from edgetune.errors import VerificationError
-from edgetune.frozen import SCALES
-from edgetune.pieces import LAYER_PREFIX, Part, attention_parts, kept_outputs, mlp_parts, pieces_of, sublayer_role
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.frozen_weights import SCALES
+from edgetune.formats.layered_graphs import (
+    LAYER_PREFIX,
+    Part,
+    attention_parts,
+    kept_outputs,
+    mlp_parts,
+    pieces_of,
+    sublayer_role,
+)
 from edgetune.runtimes.layered.backend import Arrays, Backend, LayeredGraph
 from edgetune.runtimes.layered.parameters import Array, FlatParameters
 from edgetune.runtimes.layered.weights import LinearWeights, weight_and_form

@@ -15,15 +15,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.bundle import Bundle
 from edgetune.data.batches import MASKED, Batch, causal_mask
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.execution import ExecutionPlan
-from edgetune.frozen import EMBEDDING, FrozenWeights
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.frozen_weights import EMBEDDING, FrozenWeights
+from edgetune.formats.trunk import GRAPH, TrunkInfo, read_trunk_info
 from edgetune.onnx_session import open_graph, partitions_of
 from edgetune.placement import Partition, Placement
 from edgetune.runtimes.verified_cache import CACHE
-from edgetune.trunk import GRAPH, TrunkInfo, read_trunk_info
 
 Floats = NDArray[np.float32]
 VITIS_AI, CPU = "VitisAIExecutionProvider", "CPUExecutionProvider"

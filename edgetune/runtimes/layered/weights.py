@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.frozen import FrozenWeights
-from edgetune.pieces import Part
+from edgetune.formats.frozen_weights import FrozenWeights
+from edgetune.formats.layered_graphs import Part
 from edgetune.runtimes.layered.backend import Allocate, Backend
 
 _WEIGHT = ".weight"

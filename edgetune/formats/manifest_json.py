@@ -18,7 +18,7 @@ from cattrs.gen import make_dict_unstructure_fn, override
 from cattrs.v import format_exception
 
 from edgetune.errors import IncompatibleError, VerificationError
-from edgetune.manifest import FORMAT_VERSION, AdapterManifest, Manifest, ModelManifest
+from edgetune.formats.manifest import FORMAT_VERSION, AdapterManifest, Manifest, ModelManifest
 
 _SHOWN = 10
 """Reasons in one message."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edgetune.errors import VerificationError
-from edgetune.manifest import TensorSpec
-from edgetune.protobuf import Field, fields, messages
+from edgetune.formats.manifest import TensorSpec
+from edgetune.formats.protobuf import Field, fields, messages
 
 _VALUE_INFO_LIMIT = 1 << 20
 _DTYPES = {

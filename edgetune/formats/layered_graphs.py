@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from edgetune.architecture import frozen_weights
 from edgetune.errors import VerificationError
-from edgetune.frozen import BLOCK_SIZE, LAYERS, Range
-from edgetune.manifest import Architecture, BundleManifest, TensorSpec
+from edgetune.formats.frozen_weights import BLOCK_SIZE, LAYERS, Range
+from edgetune.formats.manifest import Architecture, BundleManifest, TensorSpec
 
 MOST_WEIGHTS, MOST_WIDE_WEIGHTS = 10_000_000, 20_000_000
 """Frozen weights of a piece, about, and of a wide one. All of a sublayer's pieces repeat its norm, the rounding of rows

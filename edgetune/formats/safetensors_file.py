@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgetune.errors import VerificationError
-from edgetune.git_lfs import refuse_pointers
+from edgetune.formats.git_lfs import refuse_pointers
 
 _CHUNK = 1 << 20
 """Bytes that are looked at in one go; they stay in the processor's cache."""

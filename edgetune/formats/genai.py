@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune.bundle import MANIFEST as BUNDLE_MANIFEST
-from edgetune.bundle import is_there, load_manifest, open_bundle, verify_files
 from edgetune.errors import UsageError, VerificationError
-from edgetune.json_file import read_object
-from edgetune.manifest import BundleManifest, ModelManifest, RowEncoding
-from edgetune.storage import recover
+from edgetune.formats.bundle import MANIFEST as BUNDLE_MANIFEST
+from edgetune.formats.bundle import is_there, load_manifest, open_bundle, verify_files
+from edgetune.formats.json_file import read_object
+from edgetune.formats.manifest import BundleManifest, ModelManifest, RowEncoding
+from edgetune.formats.storage import recover
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"

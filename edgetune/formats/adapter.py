@@ -19,15 +19,23 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.bundle import is_there, list_files, load_manifest, verify_files
 from edgetune.config import MODULES_OF_TARGETS
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
-from edgetune.json_file import read_object
-from edgetune.manifest import ADAPTER_FORMAT, FORMAT_VERSION, AdapterManifest, BaseModel, Lora, RowEncoding, Tokenizer
-from edgetune.manifest_json import write_manifest
+from edgetune.formats.bundle import is_there, list_files, load_manifest, verify_files
+from edgetune.formats.json_file import read_object
+from edgetune.formats.manifest import (
+    ADAPTER_FORMAT,
+    FORMAT_VERSION,
+    AdapterManifest,
+    BaseModel,
+    Lora,
+    RowEncoding,
+    Tokenizer,
+)
+from edgetune.formats.manifest_json import write_manifest
+from edgetune.formats.safetensors_file import StoredTensor, read_header
+from edgetune.formats.storage import recover, write_file
 from edgetune.runtimes import Parameters
-from edgetune.safetensors_file import StoredTensor, read_header
-from edgetune.storage import recover, write_file
 
 MANIFEST = "edgetune.json"
 CONFIG = "adapter_config.json"

@@ -1,6 +1,6 @@
 """What bundles, adapters and models say of themselves: classes that mirror the documented JSON, without any I/O.
 
-The format is described in `artifacts/FORMAT.md`; `edgetune.manifest_json` reads and writes it.
+The format is described in `artifacts/FORMAT.md`; `edgetune.formats.manifest_json` reads and writes it.
 """
 
 from __future__ import annotations

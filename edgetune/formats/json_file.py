@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.errors import VerificationError
-from edgetune.git_lfs import refuse_pointers
+from edgetune.formats.git_lfs import refuse_pointers
 
 LARGEST = 16 << 20
 """Bytes; the largest that models come with, of their tokenizers, have a few million."""

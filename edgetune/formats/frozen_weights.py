@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from edgetune.architecture import tensor_shapes
 from edgetune.config import Base
 from edgetune.errors import VerificationError
-from edgetune.genai import WEIGHTS
-from edgetune.json_file import read_object
-from edgetune.manifest import Architecture
+from edgetune.formats.genai import WEIGHTS
+from edgetune.formats.json_file import read_object
+from edgetune.formats.manifest import Architecture
 
 LAYERS = "layers"
 """Folder of a bundle with the graphs of the layered form."""

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgetune.errors import UsageError, VerificationError
-from edgetune.git_lfs import FETCH, refuse_pointers, size_behind
-from edgetune.manifest import Architecture, BundleManifest, File, Lora
-from edgetune.manifest_json import ManifestT, read_manifest, write_manifest
-from edgetune.storage import recover, sha256_of, write_file
+from edgetune.formats.git_lfs import FETCH, refuse_pointers, size_behind
+from edgetune.formats.manifest import Architecture, BundleManifest, File, Lora
+from edgetune.formats.manifest_json import ManifestT, read_manifest, write_manifest
+from edgetune.formats.storage import recover, sha256_of, write_file
 
 MANIFEST = "manifest.json"
 _READ_ELSEWHERE = {".jinja", ".safetensors", ".bin", ".data"}

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import cattrs
 from cattrs.errors import BaseValidationError
 
-from edgetune.bundle import Bundle
 from edgetune.errors import IncompatibleError, VerificationError
-from edgetune.json_file import read_object
-from edgetune.manifest import BundleManifest
+from edgetune.formats.bundle import Bundle
+from edgetune.formats.json_file import read_object
+from edgetune.formats.manifest import BundleManifest
 
 FOLDER = "trunk"
 GRAPH = f"{FOLDER}/int8"
