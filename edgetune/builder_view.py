@@ -14,7 +14,7 @@ from typing import Any
 
 from edgetune.checkpoint import FAMILY_CLASS, SIDE_FILES, TOKENIZER, TOKENIZER_CONFIG, Checkpoint
 from edgetune.formats.json_file import read_object
-from edgetune.rope import with_older_rope_keys
+from edgetune.model.rope import with_older_rope_keys
 
 _FROM_FILE = "PreTrainedTokenizerFast"
 """transformers 4's class that takes `tokenizer.json` as it is."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune.architecture import read_architecture, tensor_shapes
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune.formats.frozen_weights import BLOCK_SIZE
 from edgetune.formats.git_lfs import refuse_pointers
@@ -18,6 +17,7 @@ from edgetune.formats.json_file import read_object
 from edgetune.formats.manifest import Architecture
 from edgetune.formats.safetensors_file import FLOATS, non_finite, read_header
 from edgetune.formats.storage import require_unicode, sha256_of
+from edgetune.model.architecture import read_architecture, tensor_shapes
 
 FAMILY = "phi3"
 FAMILY_CLASS = "Phi3ForCausalLM"

@@ -25,8 +25,8 @@ from edgetune.errors import DataError, EdgetuneError, IncompatibleError, UsageEr
 from edgetune.formats import bundle as bundles
 from edgetune.formats.manifest import Architecture, BaseModel, BundleManifest, Lora, RowEncoding
 from edgetune.formats.storage import sha256_of
+from edgetune.model.rope import rope_from_config
 from edgetune.preview import preview
-from edgetune.rope import rope_from_config
 
 Models = Callable[[str, str | None], Model]
 

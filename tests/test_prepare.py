@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from prepared_bundles import Prepared, prepare_tiny
 from tiny_phi3 import VARIANTS, checkpoint, lora
 
-from edgetune.architecture import slots_of
 from edgetune.config import Base, PrepareConfig, Targets
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example, load_encoder
@@ -25,6 +24,7 @@ from edgetune.errors import ResourceError, UsageError
 from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.genai import open_model
+from edgetune.model.architecture import slots_of
 from edgetune.prepare import HOST_TOOLS, prepare
 from edgetune.runtimes import OptimizerConfig, StepResult, ort_training, stock
 

@@ -11,8 +11,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from edgetune.architecture import frozen_weights
 from edgetune.formats.manifest import Architecture
+from edgetune.model.architecture import frozen_weights
 
 MULTIPLE = 8
 """Lengths of sequences are multiples of this, the float32 numbers in a vector register."""

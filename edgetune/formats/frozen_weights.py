@@ -18,12 +18,12 @@ import numpy as np
 from cattrs.errors import BaseValidationError
 from numpy.typing import NDArray
 
-from edgetune.architecture import tensor_shapes
 from edgetune.config import Base
 from edgetune.errors import VerificationError
 from edgetune.formats.genai import WEIGHTS
 from edgetune.formats.json_file import read_object
 from edgetune.formats.manifest import Architecture
+from edgetune.model.architecture import tensor_shapes
 
 LAYERS = "layers"
 """Folder of a bundle with the graphs of the layered form."""

@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edgetune.architecture import frozen_weights
 from edgetune.errors import VerificationError
 from edgetune.formats.frozen_weights import BLOCK_SIZE, LAYERS, Range
 from edgetune.formats.manifest import Architecture, BundleManifest, TensorSpec
+from edgetune.model.architecture import frozen_weights
 
 MOST_WEIGHTS, MOST_WIDE_WEIGHTS = 10_000_000, 20_000_000
 """Frozen weights of a piece, about, and of a wide one. All of a sublayer's pieces repeat its norm, the rounding of rows

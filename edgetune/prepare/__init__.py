@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from edgetune import __version__
-from edgetune.architecture import frozen_weights, slots_of
 from edgetune.builder_view import builder_view
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
@@ -33,6 +32,7 @@ from edgetune.formats.manifest import (
     Tokenizer,
 )
 from edgetune.formats.storage import atomic_folder, sha256_of
+from edgetune.model.architecture import frozen_weights, slots_of
 from edgetune.provenance import version_of
 from edgetune.side_environment import ensure_side_environment
 

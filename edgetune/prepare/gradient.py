@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgetune.adamw import BETA1, BETA2, EPSILON
 from edgetune.config import TrainConfig
 from edgetune.errors import IncompatibleError
+from edgetune.model.adamw import BETA1, BETA2, EPSILON
 from edgetune.prepare.operators import IR_VERSION, OPSET
 from edgetune.side_environment import ensure_side_environment, run_worker
 

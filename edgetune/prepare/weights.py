@@ -16,12 +16,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from edgetune.architecture import tensor_shapes
 from edgetune.config import Base
 from edgetune.errors import VerificationError
 from edgetune.formats.frozen_weights import BITS, BLOCK_SIZE, FrozenIndex, Layout, Stored
 from edgetune.formats.genai import HALF, MODEL, QUANTISED, WEIGHTS
 from edgetune.formats.manifest import Architecture
+from edgetune.model.architecture import tensor_shapes
 from edgetune.prepare.operators import CONTRIB, Operators
 from edgetune.prepare.shapes import fold
 

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.adamw import clip_factor
 from edgetune.data.batches import Batch
+from edgetune.model.adamw import clip_factor
 from edgetune.placement import Placement
 from edgetune.runtimes import Forward, OptimizerConfig, Parameters, Placed, StepResult
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetune.architecture import frozen_weights
 from edgetune.config import SplitConfig
 from edgetune.data.batches import MASKED, make_batch
 from edgetune.data.encode import Example, load_encoder
@@ -23,6 +22,7 @@ from edgetune.formats.storage import atomic_folder, write_file
 from edgetune.formats.trunk import FOLDER, GRAPH, INDEX, LinearRange, TrunkInfo, has_trunk, write_trunk_info
 from edgetune.machine.disk import require_room
 from edgetune.machine.threads import check_threads, computing_with
+from edgetune.model.architecture import frozen_weights
 from edgetune.provenance import version_of
 
 _BYTES_A_WEIGHT = 8

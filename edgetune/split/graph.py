@@ -13,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from edgetune.architecture import frozen_weights
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import LAYERS, FrozenWeights
 from edgetune.formats.layered_graphs import LAYER_PREFIX, Part, attention_parts, mlp_parts, pieces_of
+from edgetune.model.architecture import frozen_weights
 from edgetune.runtimes.layered.onnxruntime import OrtBackend
 
 OPSET, IR_VERSION = 17, 8

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgetune import __version__, adamw
+from edgetune import __version__
 from edgetune.config import TargetConfig, TargetName, TrainConfig
 from edgetune.data.encode import TEMPLATE_FILE, TOKENIZER_FILE
 from edgetune.errors import VerificationError
@@ -26,6 +26,7 @@ from edgetune.formats.genai import CONFIG, SIDE_FILES, end_tokens
 from edgetune.formats.manifest import FORMAT_VERSION
 from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.formats.storage import atomic_folder, write_file
+from edgetune.model import adamw
 from edgetune.target.budget import SizedFile, budgets, refuse_what_is_too_large, sizes
 from edgetune.target.external_data import Span, external_spans, redirect
 from edgetune.target.manifest import KINDS, Adapter, Optimizer, TargetFile, TargetManifest, Text, describe_graph

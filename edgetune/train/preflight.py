@@ -7,13 +7,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgetune.architecture import tensor_shapes
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.device import Profile
 from edgetune.errors import ResourceError, UsageError
 from edgetune.formats.bundle import MANIFEST, Bundle, open_bundle
 from edgetune.machine.threads import usable_processors
+from edgetune.model.architecture import tensor_shapes
 from edgetune.runtimes import install
 from edgetune.runtimes.accelerator.contexts import most_context_bytes
 from edgetune.runtimes.forward_only import passes_a_step

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetune.adamw import clip_factor
+from edgetune.model.adamw import clip_factor
 from edgetune.onnx_session import open_graph
 from edgetune.runtimes import OptimizerConfig
 from edgetune.runtimes.layered.parameters import Array, FlatParameters

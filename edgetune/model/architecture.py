@@ -7,7 +7,7 @@ from typing import Any
 
 from edgetune.errors import VerificationError
 from edgetune.formats.manifest import Architecture, Slot
-from edgetune.rope import rope_from_config
+from edgetune.model.rope import rope_from_config
 
 
 def read_architecture(config: dict[str, Any]) -> Architecture:
