@@ -59,7 +59,7 @@ def prepare_in_pieces(variant: str, folder: Path) -> Bundle:
 
 
 def _run_olive_here(name: str, config: Mapping[str, object], source: Path, output: Path, base: Base) -> None:
-    from edgetune import olive_pass
+    from edgetune.host import olive_pass
 
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]

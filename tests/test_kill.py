@@ -154,7 +154,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path: Path, scr
 def test_olive_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     (tmp_path / "olive").mkdir()
     (tmp_path / "olive" / "__init__.py").write_text("import time\ntime.sleep(600)\n")
-    run = "from edgetune.olive_pass import *; run_olive_pass('ModelBuilder', {}, Path('source'), Path('out'))"
+    run = "from edgetune.host.olive_pass import *; run_olive_pass('ModelBuilder', {}, Path('source'), Path('out'))"
     with subprocess.Popen(
         [sys.executable, "-c", run],
         cwd=tmp_path,

@@ -15,8 +15,8 @@ import pytest
 from tiny_phi3 import VARIANTS, genai_model
 
 from benchmarks.checkpoints import Size, make_checkpoint
-from edgetune import olive_pass
 from edgetune.config import Base
+from edgetune.host import olive_pass
 
 MEMORY = """
 import resource, sys

@@ -15,8 +15,8 @@ from tiny_phi3 import bundle, checkpoint, save_adapter, silent
 from edgetune.config import ExportConfig, SplitConfig
 from edgetune.errors import MissingDependencyError
 from edgetune.export import export
+from edgetune.host.versions import version_of
 from edgetune.prepare import prepare
-from edgetune.provenance import version_of
 from edgetune.split import split
 
 

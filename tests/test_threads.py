@@ -180,7 +180,7 @@ def test_splitting(wide: Bundle, many_rows: Path, tmp_path: Path) -> None:
 @several
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_pass_of_olive_has_as_many_processors(count: int) -> None:
-    code = f"import os; from edgetune.olive_pass import _hold_to; _hold_to({count})"
+    code = f"import os; from edgetune.host.olive_pass import _hold_to; _hold_to({count})"
     code += "; print(len(os.sched_getaffinity(0)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{count}\n"

@@ -25,8 +25,8 @@ from edgetune.formats.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.formats.manifest import FORMAT_VERSION, MODEL_FORMAT, File, ModelManifest, RowEncoding
 from edgetune.formats.manifest_json import write_manifest
 from edgetune.formats.storage import CHUNK, atomic_folder, sha256_of, write_file
+from edgetune.host.versions import version_of
 from edgetune.machine.threads import computing_with
-from edgetune.provenance import version_of
 from edgetune.runtimes import Parameters
 from edgetune.text.pulse import Pulse
 

@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from edgetune import __version__
-from edgetune.builder_view import builder_view
 from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.data.encode import Example, load_encoder
@@ -32,8 +31,9 @@ from edgetune.formats.manifest import (
     Tokenizer,
 )
 from edgetune.formats.storage import atomic_folder, sha256_of
+from edgetune.host.builder_view import builder_view
+from edgetune.host.versions import version_of
 from edgetune.model.architecture import frozen_weights, slots_of
-from edgetune.provenance import version_of
 from edgetune.side_environment import ensure_side_environment
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from edgetune.config import Base
 from edgetune.formats.frozen_weights import BLOCK_SIZE
 from edgetune.formats.genai import ACCURACY_LEVEL, CONFIG, MODEL, SIDE_FILES, WEIGHTS
-from edgetune.olive_pass import run_olive_pass
+from edgetune.host.olive_pass import run_olive_pass
 
 
 def build_genai_model(checkpoint: Path, output: Path, base: Base) -> None:

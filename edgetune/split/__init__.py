@@ -20,10 +20,10 @@ from edgetune.formats.frozen_weights import EMBEDDING, FrozenWeights
 from edgetune.formats.manifest import BundleManifest, Graph, TensorSpec
 from edgetune.formats.storage import atomic_folder, write_file
 from edgetune.formats.trunk import FOLDER, GRAPH, INDEX, LinearRange, TrunkInfo, has_trunk, write_trunk_info
+from edgetune.host.versions import version_of
 from edgetune.machine.disk import require_room
 from edgetune.machine.threads import check_threads, computing_with
 from edgetune.model.architecture import frozen_weights
-from edgetune.provenance import version_of
 
 _BYTES_A_WEIGHT = 8
 """Of the trunk, while it is quantised: measured, it is written in float32 twice, and in int8."""

@@ -19,7 +19,7 @@ from threading import Thread
 
 from edgetune.config import Base
 from edgetune.errors import EdgetuneError, MissingDependencyError, ResourceError
-from edgetune.lean_builder import lean_builder
+from edgetune.host.lean_builder import lean_builder
 from edgetune.machine.exhaustion import ADVICE, lack_of_process
 from edgetune.machine.threads import threads_used
 
@@ -65,7 +65,7 @@ def run_olive_pass(
         silent, held = os.pipe()  # nothing is written: it closes when this process ends, however that happens
         with os.fdopen(silent), os.fdopen(held, "w"), tempfile.TemporaryFile(dir=scratch) as log:
             done = subprocess.run(
-                [sys.executable, "-P", "-m", "edgetune.olive_pass", json.dumps(request), str(threads_used())],
+                [sys.executable, "-P", "-m", "edgetune.host.olive_pass", json.dumps(request), str(threads_used())],
                 cwd=scratch,
                 env=environment,
                 stdin=silent,
