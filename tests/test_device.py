@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edgetune import device
 from edgetune.cli import main
-from edgetune.device import load_profile, load_profiles, profile_names
+from edgetune.devices import profile as device
+from edgetune.devices.profile import load_profile, load_profiles, profile_names
 from edgetune.errors import UsageError
 from edgetune.runtimes import RUNTIMES
 

@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 from test_device import VALID
 
-from edgetune import device_check
 from edgetune.cli import main
-from edgetune.device import load_profile, load_profiles
-from edgetune.device_check import Machine, check, this_machine
+from edgetune.devices import presence as device_check
+from edgetune.devices.presence import Machine, check, this_machine
+from edgetune.devices.profile import load_profile, load_profiles
 from edgetune.runtimes import openvino
 
 PI = Machine("aarch64", "linux", ("Raspberry Pi 5 Model B Rev 1.0",))

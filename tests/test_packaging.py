@@ -85,7 +85,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: zipfi
 
 def test_the_profiles_are_found_where_the_wheel_is_installed(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
-    code = "from edgetune.device import __file__, load_profiles; print(__file__, len(load_profiles()))"
+    code = "from edgetune.devices.profile import __file__, load_profiles; print(__file__, len(load_profiles()))"
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"]
     said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout.split()
     assert said == [str(tmp_path / "edgetune" / "device.py"), str(len(list((ROOT / "devices").glob("*.toml"))))]

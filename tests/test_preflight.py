@@ -18,7 +18,7 @@ from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
-from edgetune.device import load_profile
+from edgetune.devices.profile import load_profile
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import RUNTIMES, Session
@@ -105,7 +105,7 @@ def test_elsewhere_the_whole_step_is_planned_on_the_accelerator(
     """In the profile's shapes, whatever is installed here; nothing is said that nobody knows."""
     for module in ("edgetune.runtimes.plugin_runtime", "edgetune.runtimes.openvino_core"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
-    monkeypatch.setattr("edgetune.device_check._installed", lambda package: False)
+    monkeypatch.setattr("edgetune.devices.presence._installed", lambda package: False)
     found = answer("plan", bundle.path, "--device", device, "--length", "48", "--batch-size", "6", *options)
     assert (found["here"], found["runtime"], found["on_accelerator"], found["emulated"]) == (
         False,

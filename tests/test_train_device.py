@@ -20,7 +20,7 @@ from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.data.buckets import Bucket
 from edgetune.data.encode import Example
-from edgetune.device import load_profile
+from edgetune.devices.profile import load_profile
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Work

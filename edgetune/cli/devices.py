@@ -12,8 +12,8 @@ from edgetune.cli.output import cell, console, print_json, printable
 from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
-    from edgetune.device import Profile
-    from edgetune.device_check import Presence
+    from edgetune.devices.presence import Presence
+    from edgetune.devices.profile import Profile
 
 EXAMPLES = """
 edgetune devices list
@@ -39,7 +39,7 @@ def command() -> None:
 @json_option
 def list_devices(as_json: bool) -> None:
     """List the devices that edgetune knows."""
-    from edgetune.device import load_profiles
+    from edgetune.devices.profile import load_profiles
 
     profiles = load_profiles()
     if as_json:
@@ -67,7 +67,7 @@ def list_devices(as_json: bool) -> None:
 @json_option
 def show(device: str, as_json: bool) -> None:
     """Show all that a profile says, with the source of each figure."""
-    from edgetune.device import load_profile
+    from edgetune.devices.profile import load_profile
 
     profile = load_profile(device)
     if as_json:
@@ -84,8 +84,8 @@ def check(device: str | None, as_json: bool) -> None:
 
     Ends with exit code 0 when the profiles are right, wherever the hardware is.
     """
-    from edgetune.device import load_profile, load_profiles
-    from edgetune.device_check import check as check_profile
+    from edgetune.devices.presence import check as check_profile
+    from edgetune.devices.profile import load_profile, load_profiles
 
     profiles = load_profiles() if device is None else [load_profile(device)]
     found = [check_profile(profile) for profile in profiles]

@@ -100,8 +100,8 @@ def command(
         raise click.UsageError("--data and --length exclude each other; give one of them", ctx)
     row_sources({"--data": data, "--valid": valid})
     bundle_folder(bundle)
-    from edgetune.device import load_profile
-    from edgetune.device_check import check
+    from edgetune.devices.presence import check
+    from edgetune.devices.profile import load_profile
     from edgetune.train.preflight import preflight
 
     profile = None if device is None else load_profile(device)

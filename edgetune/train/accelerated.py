@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import cast
 
 from edgetune.config import DeviceType, PlanName, RuntimeName, TrainConfig
-from edgetune.device import Profile
+from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.execution import ACCELERATING, INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan, Products
 from edgetune.formats.manifest import BundleManifest

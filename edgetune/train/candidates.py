@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 
 from edgetune.config import Method, PlanName, TrainConfig
-from edgetune.device import Profile
+from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, UsageError
 from edgetune.footprint import Footprint
 from edgetune.runtimes import RUNTIMES, Abilities, find_runtime, preferred_runtimes

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from edgetune.config import PlanName, TrainConfig
-from edgetune.device import Profile
+from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, ResourceError
 from edgetune.execution import LAYERED, WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint, Work

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from edgetune.config import TrainConfig
 from edgetune.data.buckets import parse_buckets
-from edgetune.device import Profile
+from edgetune.devices.profile import Profile
 from edgetune.errors import UsageError
 from edgetune.execution import ACCELERATING
 from edgetune.machine.threads import check_threads

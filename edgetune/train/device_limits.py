@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from edgetune.config import TrainConfig
 from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
-from edgetune.device import Profile
+from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
 from edgetune.execution import ExecutionPlan
 from edgetune.formats.manifest import BundleManifest

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
-from edgetune.device import Profile
+from edgetune.devices.profile import Profile
 from edgetune.errors import ResourceError
 from edgetune.footprint import Work
 from edgetune.formats.bundle import Bundle

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.config import TrainConfig
-from edgetune.device import Profile, load_profile
+from edgetune.devices.profile import Profile, load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError, VerificationError
 from edgetune.formats.adapter import MANIFEST, initial_parameters, read_adapter, write_adapter
 from edgetune.formats.bundle import Bundle, open_bundle

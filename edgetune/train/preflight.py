@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
-from edgetune.device import Profile
+from edgetune.devices.profile import Profile
 from edgetune.errors import ResourceError, UsageError
 from edgetune.formats.bundle import MANIFEST, Bundle, open_bundle
 from edgetune.machine.threads import usable_processors

@@ -11,7 +11,7 @@ from edgetune.config import TrainConfig
 from edgetune.data.encode import Encoder, Example, load_encoder
 from edgetune.data.examples import Examples, load_examples
 from edgetune.data.source import is_lasting, name_of
-from edgetune.device import Profile
+from edgetune.devices.profile import Profile
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.manifest import RowEncoding
 from edgetune.formats.storage import sha256_of

@@ -11,7 +11,7 @@ from time import perf_counter
 
 from edgetune.data.batcher import BatchShape
 from edgetune.data.batches import Batch
-from edgetune.device import Profile
+from edgetune.devices.profile import Profile
 from edgetune.errors import UsageError
 from edgetune.formats.bundle import Bundle
 from edgetune.machine.threads import computing_with

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from edgetune.config import DeviceType, RuntimeName
+from edgetune.devices.profile_file import read_as
 from edgetune.errors import UsageError
-from edgetune.profile_file import read_as
 from edgetune.text.suggestion import did_you_mean
 
 Kind = Literal["cpu", "npu", "fpga"]

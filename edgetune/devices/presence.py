@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import cast
 
-from edgetune.device import Architecture, Profile, System
+from edgetune.devices.profile import Architecture, Profile, System
 from edgetune.errors import MissingDependencyError
 from edgetune.execution import ACCELERATING
 from edgetune.runtimes import RUNTIMES, ChoosingRuntime, find_runtime
