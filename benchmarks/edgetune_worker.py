@@ -19,10 +19,10 @@ from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
-from edgetune.execution import ExecutionPlan
 from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.runtimes import OptimizerConfig, Parameters, Session, find_runtime
+from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.train.choice import Choice
 from edgetune.train.fitting import Fit, Fitting
 

@@ -24,11 +24,11 @@ from benchmarks.experiments import Edgetune, Training, Workload
 from benchmarks.models import FULL, GROUPED, SMALL, with_layers
 from benchmarks.process import run_watched
 from benchmarks.record import read_experiment, write_experiment
-from edgetune.execution import ExecutionPlan
 from edgetune.footprint import Footprint, Sizes, Work, peak_memory
 from edgetune.formats.bundle import open_bundle
 from edgetune.formats.manifest import BundleManifest
 from edgetune.runtimes import find_runtime
+from edgetune.runtimes.execution import ExecutionPlan
 
 CONSTANTS = (
     *("base", "attention_states", "attention_scores", "kept_scores", "mlp_states", "hidden_states"),

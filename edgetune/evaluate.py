@@ -16,8 +16,8 @@ from edgetune.formats.adapter import initial_parameters, read_adapter, row_encod
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.manifest import RowEncoding
 from edgetune.machine.threads import computing_with
-from edgetune.onnx_session import open_graph
 from edgetune.runtimes import Parameters
+from edgetune.runtimes.onnx_session import open_graph
 from edgetune.text.pulse import Pulse
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from edgetune.execution import LAYERED, ExecutionPlan, Products
 from edgetune.formats.frozen_weights import BITS, BLOCK_SIZE, LAYERS
 from edgetune.formats.layered_graphs import cut, kept_outputs, pieces_of, sublayer_role
 from edgetune.formats.manifest import BundleManifest, TensorSpec
 from edgetune.formats.trunk import FOLDER
 from edgetune.model.architecture import frozen_weights
+from edgetune.runtimes.execution import LAYERED, ExecutionPlan, Products
 
 SUBLAYERS = ("attention", "mlp")
 _FLOAT = 4

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from edgetune.config import PlanName
-from edgetune.execution import LAYERED, ExecutionPlan
 from edgetune.footprint import SUBLAYERS, Footprint, Sizes, Work, peak_memory
 from edgetune.formats.layered_graphs import widths
 from edgetune.formats.manifest import BundleManifest
+from edgetune.runtimes.execution import LAYERED, ExecutionPlan
 from edgetune.step_cost import step_cost
 
 _HEAD_LOGITS = 8 << 20

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from edgetune.data.packing import ATTENTION_COST, PASS_COST
-from edgetune.execution import ExecutionPlan
 from edgetune.footprint import SUBLAYERS, Sizes, Work, head_tokens
+from edgetune.runtimes.execution import ExecutionPlan
 
 _PIECE = 1500
 """What every piece after a sublayer's first repeats and adds up, in products per hidden number: the 6 ms a piece

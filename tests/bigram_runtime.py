@@ -9,9 +9,9 @@ import numpy as np
 from tiny_bundle import BASE_LOGITS, LORA, SLOT, VOCABULARY
 
 from edgetune.data.batches import Batch
-from edgetune.execution import ExecutionPlan
 from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, StepResult
+from edgetune.runtimes.execution import ExecutionPlan
 
 
 def loss_and_gradient(batch: Batch, parameters: Parameters) -> tuple[float, np.ndarray]:

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from prepared_bundles import InPieces, Prepared
 from test_prepare import adapter_of, batch_of, rows_of
 
-from edgetune.execution import ExecutionPlan
 from edgetune.formats.bundle import Bundle
-from edgetune.runtimes import OptimizerConfig, openvino, stock
+from edgetune.runtimes import OptimizerConfig, openvino
+from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.layered.bindings import Bindings
 
 FIXED = OptimizerConfig(weight_decay=0.0, max_grad_norm=0.0)
@@ -69,7 +70,7 @@ def test_batches_of_a_session_do_not_mix(
     prepared: Prepared, runtime: ModuleType, tolerance: float, plan: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if runtime is openvino:
-        from edgetune.runtimes.layered import openvino as backend
+        from edgetune.runtimes.layered.openvino.backend import backend
 
         # Every other shape is compiled again.
         monkeypatch.setattr(backend, "MOST_SHAPES", 1)

@@ -12,10 +12,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgetune.errors import VerificationError
-from edgetune.placement import Node, Partition
-from edgetune.runtimes.accelerator import contexts
-from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
-from edgetune.runtimes.accelerator.ep_context import check_ep_context
+from edgetune.runtimes.placement import Node, Partition
+from edgetune.runtimes.whole import contexts
+from edgetune.runtimes.whole.contexts import ContextKey, ContextStore
+from edgetune.runtimes.whole.ep_context import check_ep_context
 
 KEY = ContextKey("runtime 1.0", "device", "ab" * 32, "cd" * 32, 4, 128, {"soc_model": "60"})
 DATA = bytes(range(256)) * 5

@@ -9,7 +9,7 @@ from bundle_copy import copy_of_bundle
 
 from edgetune.errors import VerificationError
 from edgetune.formats.bundle import Bundle, open_bundle
-from edgetune.runtimes.layered.decoder import DecoderLayers
+from edgetune.runtimes.fpga_hls.decoder import DecoderLayers
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "bundle"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgetune.runtimes.accelerator.error_line import first_line, last_line
+from edgetune.runtimes.whole.error_line import first_line, last_line
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from edgetune.config import PlanName, TrainConfig
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.errors import UsageError
-from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.manifest import Rope
 from edgetune.runtimes import OptimizerConfig, find_runtime, openvino_core
+from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig, signs
 from edgetune.train import TrainResult, train
 
@@ -314,9 +314,10 @@ def test_the_loop_learns_without_a_gradient(bigram: Bundle, tmp_path: Path) -> N
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The graphs that are opened, from a bundle's folder."""
     seen: list[str] = []
-    from edgetune import onnx_session
-    from edgetune.runtimes import portable
-    from edgetune.runtimes.layered import onnxruntime, optimizer
+    from edgetune.runtimes import onnx_session
+    from edgetune.runtimes.layered import optimizer
+    from edgetune.runtimes.layered.onnxruntime.backend import backend as onnxruntime
+    from edgetune.runtimes.whole import session as portable
 
     def open_graph(model: Path, weights_folder: Path | None = None) -> Any:
         seen.append(model.name)
@@ -326,7 +327,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(module, "open_graph", open_graph)
     if find_spec("openvino"):
         openvino_core.core()
-        from edgetune.runtimes.layered import openvino
+        from edgetune.runtimes.layered.openvino.backend import backend as openvino
 
         load = openvino.OpenVinoBackend.load
 

@@ -26,17 +26,17 @@ from edgetune.errors import IncompatibleError, MissingDependencyError, UsageErro
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import LinearRange, TrunkInfo, read_trunk_info
-from edgetune.hls import core as core_module
-from edgetune.hls.core import Core, simulate
-from edgetune.hls.cores import trunk_cores
-from edgetune.hls.fixed_point import FixedPoint, accumulator, holding
-from edgetune.hls.project import write_hls_project
-from edgetune.hls.resources import KV260, CoreSize, estimate, shared
-from edgetune.runtimes import fpga_hls
-from edgetune.runtimes.layered.decoder import DecoderLayers, Product
-from edgetune.runtimes.layered.onnxruntime import OrtBackend
+from edgetune.runtimes.fpga_hls.core import Core, simulate
+from edgetune.runtimes.fpga_hls.cores import trunk_cores
+from edgetune.runtimes.fpga_hls.decoder import DecoderLayers, Product
+from edgetune.runtimes.fpga_hls.fixed_point import FixedPoint, accumulator, holding
+from edgetune.runtimes.fpga_hls.project import write_hls_project
+from edgetune.runtimes.fpga_hls.resources import KV260, CoreSize, estimate, shared
+from edgetune.runtimes.fpga_hls.runtime import core as core_module
+from edgetune.runtimes.fpga_hls.runtime import runtime as fpga_hls
+from edgetune.runtimes.layered.lower_layers import Trunk
+from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
-from edgetune.runtimes.layered.trunk import Trunk
 from edgetune.split import split
 from edgetune.train import train
 

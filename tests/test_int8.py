@@ -12,12 +12,12 @@ from prepared_bundles import InPieces, Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bundle, lengths_of, rows_of
 
 from edgetune.config import Base
-from edgetune.execution import ExecutionPlan
 from edgetune.formats import layered_graphs as pieces
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import BACKWARD, FORWARD, SCALES, FrozenWeights
-from edgetune.runtimes import stock
-from edgetune.runtimes.layered.onnxruntime import OrtBackend
+from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 
 KEEP = ExecutionPlan("layered", products="int8", kept_layers=2, resident=True)
 STREAM = ExecutionPlan("layered", products="int8", kept_layers=1, resident=False, lean=True, head_tokens=100)

@@ -15,10 +15,10 @@ from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bu
 from tiny_phi3 import checkpoint
 
 from edgetune.config import Base
-from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.formats import layered_graphs as pieces
 from edgetune.formats.manifest import Graph
-from edgetune.runtimes import stock
+from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.runtimes.layered.weights import ReusedMemory
 
 RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)

@@ -13,12 +13,12 @@ from prepared_bundles import Prepared
 from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
 
 from edgetune.formats.bundle import Bundle
-from edgetune.onnx_session import open_graph
-from edgetune.placement import Placement
-from edgetune.runtimes import stock
-from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs, Arrays
-from edgetune.runtimes.accelerator.loss_scale import LossScale
-from edgetune.runtimes.accelerator.session import AcceleratorSession
+from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.onnx_session import open_graph
+from edgetune.runtimes.placement import Placement
+from edgetune.runtimes.whole.accelerated import AcceleratorSession
+from edgetune.runtimes.whole.compiled import AcceleratorGraphs, Arrays
+from edgetune.runtimes.whole.loss_scale import LossScale
 
 
 class HalfPrecision:

@@ -20,16 +20,17 @@ from tiny_phi3 import checkpoint
 
 from edgetune.config import Base, DeviceType
 from edgetune.errors import IncompatibleError, MissingDependencyError
-from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan, Products
 from edgetune.formats import layered_graphs as pieces
 from edgetune.formats.bundle import open_bundle
 from edgetune.formats.frozen_weights import INT8, SCALES, FrozenWeights
-from edgetune.runtimes import find_runtime, openvino, openvino_core, stock
-from edgetune.runtimes.accelerator import graphs
-from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
+from edgetune.runtimes import find_runtime, openvino, openvino_core
+from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan, Products
 from edgetune.runtimes.layered.channels import Channels, groups_of
-from edgetune.runtimes.layered.onnxruntime import OrtBackend
+from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.openvino_core import core, has_bfloat16
+from edgetune.runtimes.whole import compiled as graphs
+from edgetune.runtimes.whole.contexts import ContextKey, ContextStore
 
 installed = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)
@@ -127,7 +128,7 @@ def test_weights_are_rounded_to_a_step(
     prepared: Prepared, base: Base, columns: tuple[int, int] | None, group: int
 ) -> None:
     shared = core()
-    from edgetune.runtimes.layered.openvino import OpenVinoBackend
+    from edgetune.runtimes.layered.openvino.backend import OpenVinoBackend
 
     bundle = prepared("grouped-query", base)
     block = FrozenWeights(bundle.path, bundle.manifest.architecture).linear(PROJECTION, columns=columns)
@@ -283,7 +284,7 @@ def test_a_device_that_is_not_there_is_named(prepared: Prepared, device: DeviceT
 
 @installed
 def test_a_refusal_without_words_is_named_by_its_kind(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgetune.runtimes.accelerator.openvino import OpenVinoCompiler
+    from edgetune.runtimes.whole.openvino_compiler import OpenVinoCompiler
 
     def refuse(*_: object) -> None:
         raise RuntimeError
@@ -315,8 +316,8 @@ subprocess.Popen.__init__ = multiprocessing.Process.start = socket.socket.connec
 from edgetune.runtimes import openvino
 openvino.abilities()
 openvino.has_device("NPU")
-import edgetune.runtimes.accelerator.openvino
-import edgetune.runtimes.layered.openvino
+import edgetune.runtimes.whole.openvino_compiler
+import edgetune.runtimes.layered.openvino.backend
 assert "openvino" in sys.modules
 assert "openvino_telemetry" not in sys.modules
 assert "openvino.tools.ovc" not in sys.modules
@@ -331,7 +332,7 @@ def test_the_backend_does_not_import_the_runtime_that_imports_it() -> None:
 import sys
 from edgetune.runtimes.openvino_core import core
 core()
-import edgetune.runtimes.layered.openvino
+import edgetune.runtimes.layered.openvino.backend
 assert "edgetune.runtimes.openvino" not in sys.modules
 """
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

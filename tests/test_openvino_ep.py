@@ -27,9 +27,10 @@ from tiny_phi3 import VARIANTS
 
 from edgetune.config import TrainConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
-from edgetune.execution import Accelerator, ExecutionPlan
 from edgetune.formats.adapter import read_adapter
-from edgetune.runtimes import openvino_ep, plugin_runtime
+from edgetune.runtimes import openvino_ep
+from edgetune.runtimes.execution import Accelerator, ExecutionPlan
+from edgetune.runtimes.whole import plugin_runtime
 from edgetune.train.consistency import resolve_config
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +130,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @installed
 def test_without_a_device_of_intels_it_says_so(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.runtimes.accelerator.plugin.ort.get_ep_devices", list)
+    monkeypatch.setattr("edgetune.runtimes.whole.plugin.ort.get_ep_devices", list)
     assert not openvino_ep.has_device("CPU")
     bundle = prepared("multi-head", "int4")
     for kind in ("CPU", "NPU"):

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from edgetune.errors import VerificationError
-from edgetune.execution import ExecutionPlan
 from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.layered_graphs import Pieces, cut, kept_outputs, pieces_of, sublayer_role, widths
 from edgetune.formats.manifest import BundleManifest, TensorSpec
-from edgetune.runtimes import OptimizerConfig, stock
+from edgetune.runtimes import OptimizerConfig
+from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.execution import ExecutionPlan
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "bundle"
 Shape = list[int | str]

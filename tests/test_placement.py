@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgetune.placement import Node, Partition, Placement, placement_record
+from edgetune.runtimes.placement import Node, Partition, Placement, placement_record
 
 NPU, CPU = "QNNExecutionProvider", "CPUExecutionProvider"
 LEFT = Node("Gather", "rows", "not supported")

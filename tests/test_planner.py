@@ -14,12 +14,12 @@ from prepared_bundles import Prepared
 
 from edgetune.config import PlanName, TrainConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
-from edgetune.execution import LAYERED, WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint, Sizes, Work, peak_memory
 from edgetune.formats.layered_graphs import sublayer_role
 from edgetune.formats.manifest import BundleManifest, TensorSpec
 from edgetune.planner import Planner, Prediction
 from edgetune.runtimes import Abilities
+from edgetune.runtimes.execution import LAYERED, WHOLE_STEP, ExecutionPlan
 from edgetune.text.byte_size import parse_bytes
 from edgetune.train.choice import choose
 from edgetune.train.consistency import resolve_config

@@ -103,7 +103,7 @@ def test_elsewhere_the_whole_step_is_planned_on_the_accelerator(
     device: str, runtime: str, options: tuple[str, ...], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the profile's shapes, whatever is installed here; nothing is said that nobody knows."""
-    for module in ("edgetune.runtimes.plugin_runtime", "edgetune.runtimes.openvino_core"):
+    for module in ("edgetune.runtimes.whole.plugin_runtime", "edgetune.runtimes.openvino_core"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
     monkeypatch.setattr("edgetune.devices.presence._installed", lambda package: False)
     found = answer("plan", bundle.path, "--device", device, "--length", "48", "--batch-size", "6", *options)
@@ -185,7 +185,7 @@ def test_a_figure_of_the_cpu_says_nothing_of_the_accelerator(bundle: Bundle, tmp
 
 
 def test_what_a_runtime_installs_to_be_timed_is_a_note(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.runtimes.stock.install", lambda notice: notice("Installing …"), raising=False)
+    monkeypatch.setattr("edgetune.runtimes.onnxruntime.install", lambda notice: notice("Installing …"), raising=False)
     asked = ("plan", bundle.path, "--runtime", "onnxruntime", "--length", "16", "--steps", "1")
     assert "Installing …" in answer(*asked)["notes"]
     assert "Installing …" not in answer(*asked, "--device", "raspberry-pi-5")["notes"]

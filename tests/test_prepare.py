@@ -26,7 +26,9 @@ from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.genai import open_model
 from edgetune.model.architecture import slots_of
 from edgetune.prepare import HOST_TOOLS, prepare
-from edgetune.runtimes import OptimizerConfig, StepResult, ort_training, stock
+from edgetune.runtimes import OptimizerConfig, StepResult
+from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.ort_training.runtime import runtime as ort_training
 
 Array = NDArray[np.float32]
 BASES: list[Base] = ["int4", "fp32"]

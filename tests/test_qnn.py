@@ -24,12 +24,14 @@ from tiny_phi3 import VARIANTS
 from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
-from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.formats.bundle import Bundle, open_bundle
-from edgetune.placement import Node, Partition
-from edgetune.runtimes import Placed, Session, find_runtime, plugin_runtime, qnn, stock
-from edgetune.runtimes.accelerator.contexts import Context
-from edgetune.runtimes.accelerator.plugin import Plugin, PluginCompiler, _stdout_for_results
+from edgetune.runtimes import Placed, Session, find_runtime, qnn
+from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.runtimes.placement import Node, Partition
+from edgetune.runtimes.whole import plugin_runtime
+from edgetune.runtimes.whole.contexts import Context
+from edgetune.runtimes.whole.plugin import Plugin, PluginCompiler, _stdout_for_results
 from edgetune.train import train
 from edgetune.train.observer import StartInfo, StepMetrics
 
@@ -110,7 +112,7 @@ def test_micro_batches_are_averaged_by_token(prepared: Prepared) -> None:
 def test_a_second_start_and_another_adapter_compile_nothing(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgetune.runtimes.accelerator.plugin import PluginCompiler
+    from edgetune.runtimes.whole.plugin import PluginCompiler
 
     bundle = copy_of(prepared("grouped-query", "int4"), tmp_path / "bundle")
     parameters = adapter_of(bundle)
@@ -153,7 +155,7 @@ def test_a_context_that_names_another_file_is_refused(prepared: Prepared, tmp_pa
     """Its hash is right: whoever wrote it wrote the record as well."""
     import onnx
 
-    from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
+    from edgetune.runtimes.whole.contexts import ContextKey, ContextStore
 
     bundle = copy_of(prepared("grouped-query", "int4"), tmp_path / "bundle")
     parameters = adapter_of(bundle)
@@ -183,7 +185,7 @@ def test_a_context_that_no_longer_loads_is_compiled_again(prepared: Prepared, tm
     """Its hash and its form are right, as when a driver has changed."""
     import onnx
 
-    from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
+    from edgetune.runtimes.whole.contexts import ContextKey, ContextStore
 
     bundle = copy_of(prepared("grouped-query", "int4"), tmp_path / "bundle")
     batch = batch_of(bundle, rows_of(0, [7]))

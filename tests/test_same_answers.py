@@ -18,7 +18,7 @@ from edgetune.export import export
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.genai import open_model
 from edgetune.generate import generate_ids
-from edgetune.onnx_session import open_graph
+from edgetune.runtimes.onnx_session import open_graph
 
 PROMPT = [5, 17, 200, 33, 90, 41, 7]
 NEW_TOKENS = 12

@@ -28,18 +28,15 @@ from edgetune.cli import main
 from edgetune.config import Base, SplitConfig, TrainConfig
 from edgetune.errors import DataError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.evaluate import evaluate
-from edgetune.execution import ExecutionPlan
 from edgetune.formats.adapter import read_adapter
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import GRAPH, INDEX, read_trunk_info
-from edgetune.onnx_session import open_graph
-from edgetune.placement import Node
-from edgetune.runtimes import Parameters, stock
-from edgetune.runtimes.layered import trunk as trunk_module
-from edgetune.runtimes.layered.onnxruntime import OrtBackend
-from edgetune.runtimes.layered.session import LayeredSession
-from edgetune.runtimes.layered.trunk import (
+from edgetune.runtimes import Parameters
+from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.layered import lower_layers as trunk_module
+from edgetune.runtimes.layered.lower_layers import (
     VITIS_AI,
     QuantisedLayers,
     Trunk,
@@ -48,6 +45,10 @@ from edgetune.runtimes.layered.trunk import (
     trunk_placement,
     vitisai_options,
 )
+from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
+from edgetune.runtimes.layered.session import LayeredSession
+from edgetune.runtimes.onnx_session import open_graph
+from edgetune.runtimes.placement import Node
 from edgetune.split import split
 from edgetune.split.conformance import check_file
 from edgetune.split.graph import build_trunk
@@ -387,7 +388,7 @@ def test_what_is_above_the_trunk_is_timed(halves: Bundle, data: Path) -> None:
 def test_an_emulation_is_not_timed(halves: Bundle, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even cut into layers: those of the trunk are not like the others."""
     for check in ("require_hls4ml", "require_compiler"):
-        monkeypatch.setattr(f"edgetune.runtimes.fpga_hls.{check}", lambda: None)
+        monkeypatch.setattr(f"edgetune.runtimes.fpga_hls.runtime.{check}", lambda: None)
     arguments = ["plan", str(halves.path), "--data", str(data), "--runtime", "fpga-hls", "--json"]
     for plan in ("auto", "split"):
         done = CliRunner().invoke(main, [*arguments, "--plan", plan])

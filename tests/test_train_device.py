@@ -22,10 +22,11 @@ from edgetune.data.buckets import Bucket
 from edgetune.data.encode import Example
 from edgetune.devices.profile import load_profile
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
-from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Work
 from edgetune.formats.bundle import open_bundle
-from edgetune.runtimes import openvino_core, plugin_runtime
+from edgetune.runtimes import openvino_core
+from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.runtimes.whole import plugin_runtime
 from edgetune.train import TrainResult, train
 from edgetune.train.accelerated import apply_profile, on_accelerator
 from edgetune.train.choice import choose

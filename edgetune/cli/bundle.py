@@ -75,7 +75,7 @@ def command(
 def _write_hls(bundle: Bundle, output: Path, *, force: bool, quiet: bool, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from edgetune.hls.project import write_hls_project
+    from edgetune.runtimes.fpga_hls.project import write_hls_project
 
     made = write_hls_project(bundle, output, notices(quiet=quiet), force=force)
     if as_json:

@@ -16,14 +16,14 @@ from edgetune.cli.output import cell, console, print_json
 from edgetune.cli.run_options import device_type_option, soc_model_option
 from edgetune.config import DeviceType, TrainConfig
 from edgetune.errors import UsageError
-from edgetune.execution import ACCELERATING, INT8_STEP, WHOLE_STEP, Accelerator
+from edgetune.runtimes.execution import ACCELERATING, INT8_STEP, WHOLE_STEP, Accelerator
 from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
     from edgetune.data.buckets import Bucket
     from edgetune.describe import Description
     from edgetune.formats.manifest import TensorSpec
-    from edgetune.placement import Placement
+    from edgetune.runtimes.placement import Placement
 
 EXAMPLES = """
 edgetune inspect bundle
@@ -86,8 +86,8 @@ def command(
 
 def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Accelerator, *, as_json: bool) -> None:
     from edgetune.data.buckets import parse_buckets
-    from edgetune.placement import placement_record
     from edgetune.runtimes import PlacingRuntime, find_runtime
+    from edgetune.runtimes.placement import placement_record
 
     found, facts = cast(PlacingRuntime, find_runtime(runtime)), ACCELERATING[runtime]
     if not facts.takes(accelerator.device_type):

@@ -14,8 +14,8 @@ from typing import cast
 
 from edgetune.devices.profile import Architecture, Profile, System
 from edgetune.errors import MissingDependencyError
-from edgetune.execution import ACCELERATING
 from edgetune.runtimes import RUNTIMES, ChoosingRuntime, find_runtime
+from edgetune.runtimes.execution import ACCELERATING
 
 _ARCHITECTURES: dict[str, Architecture] = {
     "x86_64": "x86_64",

@@ -14,7 +14,7 @@ from edgetune.data.encode import IGNORED, Example
 from edgetune.data.packing import Room
 from edgetune.formats.genai import MODEL
 from edgetune.formats.manifest import Rope
-from edgetune.onnx_session import open_graph
+from edgetune.runtimes.onnx_session import open_graph
 from edgetune.text.pulse import Pulse
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.manifest import Architecture, Lora
-from edgetune.onnx_session import open_graph
 from edgetune.prepare.int8 import frozen_product
 from edgetune.prepare.operators import Operators
 from edgetune.prepare.weights import attach_weights, cancel_transposes
-from edgetune.runtimes.accelerator.loss_scale import LossScale
+from edgetune.runtimes.onnx_session import open_graph
+from edgetune.runtimes.whole.loss_scale import LossScale
 
 _BATCHES, _ROWS, _LENGTH = 4, 2, 64
 """Number of synthetic batches, rows in each, and tokens in each row."""

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from edgetune.config import RuntimeName
 from edgetune.data.batches import Batch
 from edgetune.errors import MissingDependencyError, UsageError
-from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint
 from edgetune.formats.bundle import Bundle
-from edgetune.placement import Placement
+from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.placement import Placement
 
 Parameters = Mapping[str, NDArray[np.float32]]
 """LoRA parameters by name, as `Lora.shapes` lists them."""
@@ -177,11 +177,11 @@ class InstallingRuntime(Runtime, Protocol):
 
 RUNTIMES: dict[RuntimeName, str] = {
     "openvino": "edgetune.runtimes.openvino",
-    "onnxruntime": "edgetune.runtimes.stock",
-    "ort-training": "edgetune.runtimes.ort_training",
+    "onnxruntime": "edgetune.runtimes.onnxruntime",
+    "ort-training": "edgetune.runtimes.ort_training.runtime",
     "qnn": "edgetune.runtimes.qnn",
     "openvino-ep": "edgetune.runtimes.openvino_ep",
-    "fpga-hls": "edgetune.runtimes.fpga_hls",
+    "fpga-hls": "edgetune.runtimes.fpga_hls.runtime",
 }
 """Every runtime and the module that implements `Runtime`, the fastest first."""
 

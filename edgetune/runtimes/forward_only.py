@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 
 from edgetune.data.batches import Batch
 from edgetune.model.adamw import clip_factor
-from edgetune.placement import Placement
 from edgetune.runtimes import Forward, OptimizerConfig, Parameters, Placed, StepResult
+from edgetune.runtimes.placement import Placement
 
 Floats = NDArray[np.float32]
 _TRAINED = ".lora_B."

@@ -10,19 +10,19 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from edgetune.errors import IncompatibleError
-from edgetune.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.footprint import Footprint
 from edgetune.formats.bundle import Bundle
-from edgetune.placement import Placement
 from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
+from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.runtimes.layered.channels import Channels, groups_of
 from edgetune.runtimes.openvino_core import DEVICE, MOST_SHAPES, core, has_bfloat16, require_package
+from edgetune.runtimes.placement import Placement
 from edgetune.runtimes.verified_cache import CACHE, MOST_BYTES, VerifiedFolder
 
 if TYPE_CHECKING:
-    from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
-    from edgetune.runtimes.accelerator.openvino import OpenVinoCompiler
-    from edgetune.runtimes.layered.openvino import OpenVinoBackend
+    from edgetune.runtimes.layered.openvino.backend import OpenVinoBackend
+    from edgetune.runtimes.whole.compiled import AcceleratorGraphs
+    from edgetune.runtimes.whole.openvino_compiler import OpenVinoCompiler
 
 _BF16 = Footprint(
     products="bf16",
@@ -104,7 +104,7 @@ def open_session(
         MissingDependencyError: The package `openvino` is not installed.
     """
     if plan.form == "whole":
-        from edgetune.runtimes.accelerator.session import AcceleratorSession
+        from edgetune.runtimes.whole.accelerated import AcceleratorSession
 
         yield AcceleratorSession(bundle, parameters, optimizer, _graphs(bundle, plan))
         return
@@ -123,7 +123,7 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
         MissingDependencyError: The package `openvino` is not installed.
     """
     if plan.form == "whole":
-        from edgetune.runtimes.accelerator.session import AcceleratorForward
+        from edgetune.runtimes.whole.accelerated import AcceleratorForward
 
         yield AcceleratorForward(parameters, _graphs(bundle, plan))
         return
@@ -150,7 +150,7 @@ def has_device(kind: str) -> bool:
 
 
 def _graphs(bundle: Bundle, plan: ExecutionPlan) -> AcceleratorGraphs:
-    from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
+    from edgetune.runtimes.whole.compiled import AcceleratorGraphs
 
     return AcceleratorGraphs(_compiler(bundle, plan))
 
@@ -165,7 +165,7 @@ def _compiler(bundle: Bundle, plan: ExecutionPlan) -> OpenVinoCompiler:
         )
     if accelerator.require and device != "NPU":
         raise IncompatibleError(f"--require-npu asks for an NPU, and --device-type is {device}; give --device-type NPU")
-    from edgetune.runtimes.accelerator.openvino import OpenVinoCompiler
+    from edgetune.runtimes.whole.openvino_compiler import OpenVinoCompiler
 
     return OpenVinoCompiler(bundle, core(), device, metadata.version("openvino"))
 
@@ -174,7 +174,7 @@ def _compiler(bundle: Bundle, plan: ExecutionPlan) -> OpenVinoCompiler:
 def _backend(bundle: Bundle, plan: ExecutionPlan) -> Iterator[OpenVinoBackend]:
     shared = core()
     # Imports `openvino`, now that it keeps to itself.
-    from edgetune.runtimes.layered.openvino import OpenVinoBackend
+    from edgetune.runtimes.layered.openvino.backend import OpenVinoBackend
 
     order = Channels(groups_of(bundle.manifest))
     # Where compiled models of this version and processor are kept.

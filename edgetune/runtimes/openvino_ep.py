@@ -9,12 +9,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import IncompatibleError
-from edgetune.execution import ACCELERATING, Accelerator
 from edgetune.machine.threads import thread_count
-from edgetune.runtimes.plugin_runtime import PluginRuntime
+from edgetune.runtimes.execution import ACCELERATING, Accelerator
+from edgetune.runtimes.whole.plugin_runtime import PluginRuntime
 
 if TYPE_CHECKING:
-    from edgetune.runtimes.accelerator.plugin import Plugin
+    from edgetune.runtimes.whole.plugin import Plugin
 
 PROVIDER = "OpenVINOExecutionProvider"
 
@@ -22,7 +22,7 @@ PROVIDER = "OpenVINOExecutionProvider"
 class _OpenVino(PluginRuntime):
     def plugin(self, package: Any, version: str, accelerator: Accelerator) -> Plugin:
         """See `PluginRuntime.plugin`."""
-        from edgetune.runtimes.accelerator.plugin import UNPACKED, Plugin
+        from edgetune.runtimes.whole.plugin import UNPACKED, Plugin
 
         kind = ACCELERATING["openvino-ep"].device(accelerator.device_type)
         devices = _devices(package, kind)
@@ -54,7 +54,7 @@ def has_device(kind: str) -> bool:
 
 
 def _devices(package: Any, kind: str) -> list[Any]:
-    from edgetune.runtimes.accelerator.plugin import provider_devices
+    from edgetune.runtimes.whole.plugin import provider_devices
 
     found = provider_devices(PROVIDER, package.get_library_path())
     # Of several GPUs each has a number behind a point.

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime as ort
 
 from edgetune.errors import IncompatibleError
-from edgetune.execution import Accelerator
-from edgetune.runtimes.plugin_runtime import PluginRuntime
+from edgetune.runtimes.execution import Accelerator
+from edgetune.runtimes.whole.plugin_runtime import PluginRuntime
 
 if TYPE_CHECKING:
-    from edgetune.runtimes.accelerator.plugin import Plugin
+    from edgetune.runtimes.whole.plugin import Plugin
 
 PROVIDER = "QNNExecutionProvider"
 _SNAPDRAGON_X_ELITE = 60
@@ -27,7 +27,7 @@ _EMULATION = platform.machine().lower() in ("x86_64", "amd64")
 class _Qnn(PluginRuntime):
     def plugin(self, package: Any, version: str, accelerator: Accelerator) -> Plugin:
         """See `PluginRuntime.plugin`."""
-        from edgetune.runtimes.accelerator.plugin import UNPACKED, Plugin, provider_devices
+        from edgetune.runtimes.whole.plugin import UNPACKED, Plugin, provider_devices
 
         options = {"backend_path": package.get_qnn_htp_path()}
         devices = provider_devices(PROVIDER, package.get_library_path())

@@ -18,7 +18,7 @@ from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import LAYERS, FrozenWeights
 from edgetune.formats.layered_graphs import LAYER_PREFIX, Part, attention_parts, mlp_parts, pieces_of
 from edgetune.model.architecture import frozen_weights
-from edgetune.runtimes.layered.onnxruntime import OrtBackend
+from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 
 OPSET, IR_VERSION = 17, 8
 """Ryzen AI recommends opset 17, Vitis AI 3.5 takes up to 18, Vitis AI 6.2 up to 20."""

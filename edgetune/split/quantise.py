@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgetune.machine.disk import require_room
-from edgetune.onnx_session import open_graph
+from edgetune.runtimes.onnx_session import open_graph
 from edgetune.split.graph import TrunkGraph, make_static
 
 Feed = Mapping[str, NDArray[np.float32]]

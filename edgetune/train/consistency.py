@@ -9,9 +9,9 @@ from edgetune.config import TrainConfig
 from edgetune.data.buckets import parse_buckets
 from edgetune.devices.profile import Profile
 from edgetune.errors import UsageError
-from edgetune.execution import ACCELERATING
 from edgetune.machine.threads import check_threads
 from edgetune.runtimes import find_runtime
+from edgetune.runtimes.execution import ACCELERATING
 from edgetune.text.byte_size import parse_bytes
 from edgetune.train.accelerated import ACCELERATED, apply_profile, is_accelerated
 from edgetune.train.candidates import footprint_of

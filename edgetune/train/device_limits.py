@@ -8,8 +8,8 @@ from edgetune.config import TrainConfig
 from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
 from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
-from edgetune.execution import ExecutionPlan
 from edgetune.formats.manifest import BundleManifest
+from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.train.accelerated import is_accelerated
 from edgetune.train.candidates import STOCK
 from edgetune.train.choice import Choice

@@ -18,8 +18,8 @@ from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.storage import atomic_folder
 from edgetune.machine.disk import reserve
 from edgetune.machine.threads import computing_with
-from edgetune.placement import Placement, placement_record
 from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
+from edgetune.runtimes.placement import Placement, placement_record
 from edgetune.text.pulse import Pulse
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config

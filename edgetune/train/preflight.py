@@ -15,8 +15,8 @@ from edgetune.formats.bundle import MANIFEST, Bundle, open_bundle
 from edgetune.machine.threads import usable_processors
 from edgetune.model.architecture import tensor_shapes
 from edgetune.runtimes import install
-from edgetune.runtimes.accelerator.contexts import most_context_bytes
 from edgetune.runtimes.forward_only import passes_a_step
+from edgetune.runtimes.whole.contexts import most_context_bytes
 from edgetune.text.byte_size import bytes_text
 from edgetune.train.choice import Choice
 from edgetune.train.consistency import resolve_config

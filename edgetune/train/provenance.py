@@ -14,7 +14,7 @@ import edgetune
 from edgetune.config import TrainConfig
 from edgetune.formats.adapter import VALIDATION_DATA, VALIDATION_GIVEN, VALIDATION_SHA256
 from edgetune.machine.threads import threads_used
-from edgetune.placement import Placement
+from edgetune.runtimes.placement import Placement
 from edgetune.train.choice import Choice
 from edgetune.train.gradient_cosine import GradientCosine
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.errors import IncompatibleError
-from edgetune.execution import ExecutionPlan
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.trunk import read_trunk_info
+from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.text.byte_size import parse_bytes
 
 _FLOAT = 4

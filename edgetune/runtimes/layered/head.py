@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.execution import ExecutionPlan
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import HEAD, LAYERS, FrozenWeights
 from edgetune.formats.layered_graphs import Part
+from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.layered.backend import Backend, LayeredGraph
 from edgetune.runtimes.layered.weights import LinearWeights
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from edgetune.model.adamw import clip_factor
-from edgetune.onnx_session import open_graph
 from edgetune.runtimes import OptimizerConfig
 from edgetune.runtimes.layered.parameters import Array, FlatParameters
+from edgetune.runtimes.onnx_session import open_graph
 
 _SLICE = 1 << 20
 """Elements updated at a time: what lies between the graph's operators stays in the cache."""

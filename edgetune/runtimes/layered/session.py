@@ -10,21 +10,21 @@ from numpy.typing import NDArray
 
 from edgetune.data.batches import Batch
 from edgetune.data.encode import IGNORED
-from edgetune.execution import ExecutionPlan
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import EMBEDDING, LAYERS, FrozenWeights
-from edgetune.placement import Placement
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
+from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.fpga_hls.decoder import DecoderLayers
 from edgetune.runtimes.layered.backend import Arrays, Backend
-from edgetune.runtimes.layered.decoder import DecoderLayers
 from edgetune.runtimes.layered.head import Head
+from edgetune.runtimes.layered.lower_layers import Trunk, open_trunk
 from edgetune.runtimes.layered.optimizer import FlatAdamW
 from edgetune.runtimes.layered.parameters import FlatParameters
 from edgetune.runtimes.layered.states import HiddenStates
 from edgetune.runtimes.layered.sublayer import AGAIN, SublayerRunner, sublayer_runners
-from edgetune.runtimes.layered.trunk import Trunk, open_trunk
 from edgetune.runtimes.layered.weights import LinearWeights, ReusedMemory
 from edgetune.runtimes.layered.workspace import Workspace
+from edgetune.runtimes.placement import Placement
 
 
 class LayeredForward:

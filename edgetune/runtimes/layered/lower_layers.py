@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from edgetune.data.batches import MASKED, Batch, causal_mask
 from edgetune.errors import IncompatibleError, MissingDependencyError
-from edgetune.execution import ExecutionPlan
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import EMBEDDING, FrozenWeights
 from edgetune.formats.trunk import GRAPH, TrunkInfo, read_trunk_info
-from edgetune.onnx_session import open_graph, partitions_of
-from edgetune.placement import Partition, Placement
+from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.onnx_session import open_graph, partitions_of
+from edgetune.runtimes.placement import Partition, Placement
 from edgetune.runtimes.verified_cache import CACHE
 
 Floats = NDArray[np.float32]

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import onnxruntime as ort
 
-from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.footprint import Footprint
 from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
-from edgetune.runtimes.layered.onnxruntime import OrtBackend
+from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.layered.parameters import FlatParameters
 from edgetune.runtimes.layered.session import LayeredForward, LayeredSession
-from edgetune.runtimes.portable import CpuGraphs, PortableForward, PortableSession
+from edgetune.runtimes.whole.session import CpuGraphs, PortableForward, PortableSession
 
 _FP32 = Footprint(
     products="fp32",

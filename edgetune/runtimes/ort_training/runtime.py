@@ -13,11 +13,12 @@ import numpy as np
 
 from edgetune.data.batches import Batch
 from edgetune.errors import EdgetuneError, ResourceError, UsageError
-from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.formats.bundle import Bundle
 from edgetune.machine.exhaustion import ADVICE, lack_of_process
 from edgetune.machine.threads import thread_count
-from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, StepResult, wire
+from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, StepResult
+from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.ort_training.runtime import wire
 from edgetune.side_environment import (
     ensure_side_environment,
     side_environment_version,

@@ -14,7 +14,7 @@ from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.json_file import read_object
 from edgetune.formats.layered_graphs import LAYER_PREFIX
-from edgetune.placement import Placement
+from edgetune.runtimes.placement import Placement
 
 Floats = NDArray[np.float32]
 Product = Callable[[Floats], Floats]
@@ -31,7 +31,7 @@ def no_update(_: str, __: Floats) -> float:
 
 
 class DecoderLayers:
-    """The lowest layers of a model, forward only; see `edgetune.runtimes.layered.trunk.TrunkLayers`.
+    """The lowest layers of a model, forward only; see `edgetune.runtimes.layered.lower_layers.TrunkLayers`.
 
     Args:
         bundle: Holds the norms.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgetune.errors import MissingDependencyError
 from edgetune.machine.threads import thread_count
-from edgetune.placement import Node, Partition
+from edgetune.runtimes.placement import Node, Partition
 
 if TYPE_CHECKING:
     import onnxruntime

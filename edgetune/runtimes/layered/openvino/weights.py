@@ -13,8 +13,8 @@ from openvino import opset13 as op
 from edgetune.formats.frozen_weights import BLOCK_SIZE, SCALES, Block
 from edgetune.runtimes.layered.backend import Allocate
 from edgetune.runtimes.layered.channels import in_turn
-from edgetune.runtimes.layered.openvino_tensor import BFLOAT16, tensor, to_bfloat16
-from edgetune.runtimes.layered.requantise import LARGEST_INT8, SMALLEST
+from edgetune.runtimes.layered.onnxruntime.requantise import LARGEST_INT8, SMALLEST
+from edgetune.runtimes.layered.openvino.tensor import BFLOAT16, tensor, to_bfloat16
 
 _NIBBLE = 4
 _INT8, _FLOAT = np.dtype(np.int8), np.dtype(np.float32)

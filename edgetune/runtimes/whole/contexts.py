@@ -23,7 +23,7 @@ from edgetune.errors import EdgetuneError, VerificationError
 from edgetune.formats.json_file import read_object
 from edgetune.formats.manifest import BundleManifest
 from edgetune.formats.storage import atomic_folder, write_file
-from edgetune.placement import Partition
+from edgetune.runtimes.placement import Partition
 from edgetune.runtimes.verified_cache import CACHE
 
 _CONTEXTS = "contexts"

@@ -11,8 +11,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgetune.data.batches import Batch
-from edgetune.placement import Placement
-from edgetune.runtimes.accelerator.loss_scale import LossScale
+from edgetune.runtimes.placement import Placement
+from edgetune.runtimes.whole.loss_scale import LossScale
 
 Arrays = Mapping[str, NDArray[Any]]
 _MOST_GRAPHS = 8
@@ -51,7 +51,7 @@ class Compiler(Protocol):
 
 
 class AcceleratorGraphs:
-    """See `edgetune.runtimes.portable.TrainingGraphs`.
+    """See `edgetune.runtimes.whole.session.TrainingGraphs`.
 
     Args:
         compiler: Of the accelerator.

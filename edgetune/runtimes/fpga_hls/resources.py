@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from edgetune.hls.fixed_point import WIDTH
+from edgetune.runtimes.fpga_hls.fixed_point import WIDTH
 
 _COLUMN = 72
 """Bits."""

@@ -3,7 +3,7 @@
 Parameters, gradients and optimizer state stay in buffers that the graphs read and write through I/O binding; none is
 copied, only gradients of further micro-batches are added up. The optimizer writes to a second set of buffers, and the
 two sets change places when the step is good: a step that is not finite leaves everything as it was. Who computes the
-gradients is exchangeable: the CPU here, or an accelerator (`edgetune.runtimes.accelerator`).
+gradients is exchangeable: the CPU here, or an accelerator (`edgetune.runtimes.whole`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from edgetune.data.batches import Batch
 from edgetune.formats.bundle import Bundle
-from edgetune.onnx_session import open_graph
 from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
+from edgetune.runtimes.onnx_session import open_graph
 
 _STATES = ("", ".exp_avg", ".exp_avg_sq")
 """Suffixes of what the optimizer updates: a parameter and its two moments."""

@@ -16,15 +16,15 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino.preprocess import PrePostProcessor
 
-from edgetune.execution import ExecutionPlan
 from edgetune.formats.frozen_weights import INT8, LAYERS, Block
 from edgetune.machine.memory import give_back_freed
+from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.layered.backend import Allocate, Arrays
 from edgetune.runtimes.layered.bindings import Bindings
 from edgetune.runtimes.layered.channels import Channels
-from edgetune.runtimes.layered.openvino_products import Products, is_linear
-from edgetune.runtimes.layered.openvino_tensor import BFLOAT16, from_bfloat16, tensor, to_bfloat16
-from edgetune.runtimes.layered.openvino_weights import OpenVinoWeights
+from edgetune.runtimes.layered.openvino.products import Products, is_linear
+from edgetune.runtimes.layered.openvino.tensor import BFLOAT16, from_bfloat16, tensor, to_bfloat16
+from edgetune.runtimes.layered.openvino.weights import OpenVinoWeights
 from edgetune.runtimes.openvino_core import MOST_SHAPES, properties_of
 
 _STATES = {"hidden", "residual", "output", "hidden.grad", "output.grad", "carry"}

@@ -10,9 +10,9 @@ from pathlib import Path
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.storage import atomic_folder, write_file
 from edgetune.formats.trunk import read_trunk_info
-from edgetune.hls.core import Core, write_core
-from edgetune.hls.cores import trunk_cores
-from edgetune.hls.resources import KV260, Estimate, Fpga, estimate
+from edgetune.runtimes.fpga_hls.core import Core, write_core
+from edgetune.runtimes.fpga_hls.cores import trunk_cores
+from edgetune.runtimes.fpga_hls.resources import KV260, Estimate, Fpga, estimate
 
 DESCRIPTION = "hls.json"
 _SCRIPT = """#!/bin/sh

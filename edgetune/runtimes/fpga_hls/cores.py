@@ -10,10 +10,10 @@ from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.layered_graphs import LAYER_PREFIX
 from edgetune.formats.trunk import TrunkInfo
-from edgetune.hls.core import Core
-from edgetune.hls.fixed_point import holding
-from edgetune.hls.resources import Fpga, shared
-from edgetune.runtimes.layered.onnxruntime import OrtBackend
+from edgetune.runtimes.fpga_hls.core import Core
+from edgetune.runtimes.fpga_hls.fixed_point import holding
+from edgetune.runtimes.fpga_hls.resources import Fpga, shared
+from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 
 
 def trunk_cores(bundle: Bundle, info: TrunkInfo, fpga: Fpga) -> list[Core]:

@@ -14,18 +14,18 @@ from openvino.passes import ConstantFolding, Manager
 
 from edgetune.errors import EdgetuneError, IncompatibleError
 from edgetune.formats.bundle import Bundle
-from edgetune.placement import Node, Partition, Placement
-from edgetune.runtimes.accelerator.contexts import ContextKey, ContextStore
-from edgetune.runtimes.accelerator.error_line import last_line
-from edgetune.runtimes.accelerator.graphs import Arrays
 from edgetune.runtimes.openvino_core import properties_of
+from edgetune.runtimes.placement import Node, Partition, Placement
+from edgetune.runtimes.whole.compiled import Arrays
+from edgetune.runtimes.whole.contexts import ContextKey, ContextStore
+from edgetune.runtimes.whole.error_line import last_line
 
 _NO_WORK = ("Parameter", "Constant", "Result")
 """Nodes that nobody computes."""
 
 
 class OpenVinoCompiler:
-    """See `edgetune.runtimes.accelerator.graphs.Compiler`.
+    """See `edgetune.runtimes.whole.compiled.Compiler`.
 
     Args:
         bundle: Has the graphs.
@@ -99,7 +99,7 @@ class OpenVinoCompiler:
 
 
 class OpenVinoGraph:
-    """See `edgetune.runtimes.accelerator.graphs.CompiledGraph`."""
+    """See `edgetune.runtimes.whole.compiled.CompiledGraph`."""
 
     def __init__(self, compiled: ov.CompiledModel, placement: Placement) -> None:
         self._request = compiled.create_infer_request()

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from edgetune.errors import EdgetuneError, IncompatibleError
 from edgetune.formats.bundle import Bundle
 from edgetune.machine.threads import thread_count
-from edgetune.onnx_session import RECORD_PLACEMENT, partitions_of
-from edgetune.placement import Partition, Placement, named
-from edgetune.runtimes.accelerator.contexts import Context, ContextKey, ContextStore
-from edgetune.runtimes.accelerator.ep_context import check_ep_context
-from edgetune.runtimes.accelerator.error_line import first_line
-from edgetune.runtimes.accelerator.graphs import Arrays
+from edgetune.runtimes.onnx_session import RECORD_PLACEMENT, partitions_of
+from edgetune.runtimes.placement import Partition, Placement, named
+from edgetune.runtimes.whole.compiled import Arrays
+from edgetune.runtimes.whole.contexts import Context, ContextKey, ContextStore
+from edgetune.runtimes.whole.ep_context import check_ep_context
+from edgetune.runtimes.whole.error_line import first_line
 
 _NO_LOG = 4
 """Fatal errors only: what a provider refuses is told by the placement."""
@@ -80,7 +80,7 @@ def _register(name: str, library: str) -> None:
 
 
 class PluginCompiler:
-    """See `edgetune.runtimes.accelerator.graphs.Compiler`.
+    """See `edgetune.runtimes.whole.compiled.Compiler`.
 
     Args:
         bundle: Has the graphs.
@@ -204,7 +204,7 @@ class PluginCompiler:
 
 
 class PluginGraph:
-    """See `edgetune.runtimes.accelerator.graphs.CompiledGraph`."""
+    """See `edgetune.runtimes.whole.compiled.CompiledGraph`."""
 
     def __init__(self, session: ort.InferenceSession, placement: Placement) -> None:
         self._session = session

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.errors import EdgetuneError, MissingDependencyError, ResourceError
-from edgetune.hls.fixed_point import FixedPoint, accumulator
-from edgetune.hls.resources import CoreSize, Fpga
 from edgetune.machine.exhaustion import ADVICE, lack_of_process
 from edgetune.machine.threads import threads_used
+from edgetune.runtimes.fpga_hls.fixed_point import FixedPoint, accumulator
+from edgetune.runtimes.fpga_hls.resources import CoreSize, Fpga
 
 COMPILER = "g++"
 _LONGEST_BUILD = 600

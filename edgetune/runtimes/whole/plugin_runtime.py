@@ -14,14 +14,14 @@ import onnxruntime as ort
 
 from edgetune.config import RuntimeName
 from edgetune.errors import MissingDependencyError, UsageError
-from edgetune.execution import INT8_LOSS, INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.formats.bundle import Bundle
-from edgetune.placement import Placement
 from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
+from edgetune.runtimes.execution import INT8_LOSS, INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.runtimes.placement import Placement
 
 if TYPE_CHECKING:
-    from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
-    from edgetune.runtimes.accelerator.plugin import Plugin, PluginCompiler
+    from edgetune.runtimes.whole.compiled import AcceleratorGraphs
+    from edgetune.runtimes.whole.plugin import Plugin, PluginCompiler
 
 
 class PluginRuntime(ABC):
@@ -77,7 +77,7 @@ class PluginRuntime(ABC):
             MissingDependencyError: The package is not installed.
             UsageError: The plan is not the whole step.
         """
-        from edgetune.runtimes.accelerator.session import AcceleratorSession
+        from edgetune.runtimes.whole.accelerated import AcceleratorSession
 
         yield AcceleratorSession(bundle, parameters, optimizer, self._graphs(bundle, plan))
 
@@ -90,7 +90,7 @@ class PluginRuntime(ABC):
             MissingDependencyError: The package is not installed.
             UsageError: The plan is not the whole step.
         """
-        from edgetune.runtimes.accelerator.session import AcceleratorForward
+        from edgetune.runtimes.whole.accelerated import AcceleratorForward
 
         yield AcceleratorForward(parameters, self._graphs(bundle, plan))
 
@@ -113,12 +113,12 @@ class PluginRuntime(ABC):
             raise UsageError(
                 f"the {self._name} runtime takes no plan but `whole`; use --runtime onnxruntime for the others"
             )
-        from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
+        from edgetune.runtimes.whole.compiled import AcceleratorGraphs
 
         return AcceleratorGraphs(self._compiler(bundle, plan), *_roles(plan))
 
     def _compiler(self, bundle: Bundle, plan: ExecutionPlan) -> PluginCompiler:
-        from edgetune.runtimes.accelerator.plugin import PluginCompiler
+        from edgetune.runtimes.whole.plugin import PluginCompiler
 
         accelerator = plan.accelerator or Accelerator()
         plugin = self.plugin(self.imported_package(), self._package_version(), accelerator)

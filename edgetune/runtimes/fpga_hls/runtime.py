@@ -1,6 +1,6 @@
 """An FPGA emulation: the trunk's frozen projections in hls4ml's C simulation, everything else on the CPU.
 
-What an FPGA would compute, bit for bit, for models that are small enough for one. See `edgetune.hls`. By the plan
+What an FPGA would compute, bit for bit, for models that are small enough for one. See `edgetune.runtimes.fpga_hls`. By the plan
 `split` the trunk's layers have no adapters, and each row goes through them once. By the others they have: adapters are
 added to the products on the CPU, which also has all gradients, and every step goes through the simulation.
 """
@@ -13,19 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from edgetune.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import FOLDER, read_trunk_info
-from edgetune.hls.core import require_compiler, require_hls4ml, simulate
-from edgetune.hls.cores import trunk_cores
-from edgetune.hls.resources import KV260, CoreSize, Fpga, estimate
-from edgetune.placement import Node, Partition, Placement
-from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session, stock
-from edgetune.runtimes.layered.decoder import DecoderLayers
-from edgetune.runtimes.layered.onnxruntime import OrtBackend
+from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session
+from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.fpga_hls.core import require_compiler, require_hls4ml, simulate
+from edgetune.runtimes.fpga_hls.cores import trunk_cores
+from edgetune.runtimes.fpga_hls.decoder import DecoderLayers
+from edgetune.runtimes.fpga_hls.resources import KV260, CoreSize, Fpga, estimate
+from edgetune.runtimes.layered.lower_layers import CPU, Trunk
+from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
-from edgetune.runtimes.layered.trunk import CPU, Trunk
+from edgetune.runtimes.placement import Node, Partition, Placement
 
 NAME = "fpga-hls"
 _ON_CPU = {"self_attn": ("RMSNorm", "Attention"), "mlp": ("RMSNorm", "SwiGLU")}

@@ -10,14 +10,14 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgetune.execution import Products
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import BACKWARD, BLOCK_SIZE, FORWARD, INT8, LAYERS, Block
-from edgetune.onnx_session import open_graph
+from edgetune.runtimes.execution import Products
 from edgetune.runtimes.layered.backend import Allocate, Arrays
 from edgetune.runtimes.layered.bindings import Bindings
 from edgetune.runtimes.layered.channels import Channels
-from edgetune.runtimes.layered.requantise import Requantiser
+from edgetune.runtimes.layered.onnxruntime.requantise import Requantiser
+from edgetune.runtimes.onnx_session import open_graph
 
 _SHRINK = "memory.enable_memory_arena_shrinkage"
 """Entry of a run's configuration: afterwards the allocator gives back what is free."""

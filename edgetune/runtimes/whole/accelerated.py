@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from edgetune.formats.bundle import Bundle
-from edgetune.placement import Placement
 from edgetune.runtimes import OptimizerConfig, Parameters
-from edgetune.runtimes.accelerator.graphs import AcceleratorGraphs
-from edgetune.runtimes.portable import PortableForward, PortableSession
+from edgetune.runtimes.placement import Placement
+from edgetune.runtimes.whole.compiled import AcceleratorGraphs
+from edgetune.runtimes.whole.session import PortableForward, PortableSession
 
 
 class _Placing:

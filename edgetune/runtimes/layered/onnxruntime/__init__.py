@@ -1,0 +1,1 @@
+"""TODO edgetune/runtimes/layered/onnxruntime."""

@@ -1,0 +1,1 @@
+"""TODO edgetune/runtimes/ort_training."""
