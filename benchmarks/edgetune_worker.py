@@ -21,10 +21,10 @@ from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.planning.choice import Choice
+from edgetune.planning.fit import Fit, Fitting
 from edgetune.runtimes import OptimizerConfig, Parameters, Session, find_runtime
 from edgetune.runtimes.execution import ExecutionPlan
-from edgetune.train.choice import Choice
-from edgetune.train.fitting import Fit, Fitting
 
 Gradients = dict[str, NDArray[np.float64]]
 

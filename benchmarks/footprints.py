@@ -1,6 +1,6 @@
 """Find the constants of a runtime's `Footprint`: `python -m benchmarks.footprints RUNTIME CACHE [--products int8]`.
 
-Steps of several shapes and plans run in fresh processes; the constants are those with which `edgetune.footprint` comes
+Steps of several shapes and plans run in fresh processes; the constants are those with which `edgetune.planning.memory` comes
 closest to their high-water marks, relative to each. Printed beside them: every measurement, predicted and found.
 """
 
@@ -24,9 +24,9 @@ from benchmarks.experiments import Edgetune, Training, Workload
 from benchmarks.models import FULL, GROUPED, SMALL, with_layers
 from benchmarks.process import run_watched
 from benchmarks.record import read_experiment, write_experiment
-from edgetune.footprint import Footprint, Sizes, Work, peak_memory
 from edgetune.formats.bundle import open_bundle
 from edgetune.formats.manifest import BundleManifest
+from edgetune.planning.memory import Footprint, Sizes, Work, peak_memory
 from edgetune.runtimes import find_runtime
 from edgetune.runtimes.execution import ExecutionPlan
 
@@ -91,7 +91,7 @@ class Sample:
         return Sizes(self.manifest, self.plan)
 
     def predict(self, footprint: Footprint) -> int:
-        """What `edgetune.footprint` says, in bytes."""
+        """What `edgetune.planning.memory` says, in bytes."""
         return peak_memory(self.sizes, footprint, self.work, self.plan)
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.errors import UsageError
-from edgetune.train.consistency import check_plan
+from edgetune.planning.options import check_plan
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden"
 

@@ -23,10 +23,10 @@ from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
+from edgetune.planning.cost_model import CostModel
+from edgetune.planning.fit import Fit, Fitting
 from edgetune.runtimes import Parameters
 from edgetune.train import train
-from edgetune.train.cost_model import CostModel
-from edgetune.train.fitting import Fit, Fitting
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import StartInfo, StepMetrics
 
@@ -128,9 +128,9 @@ def test_where_shapes_have_a_price_fewer_passes_can_be_the_smallest(bundle: Bund
 def test_free_memory_divides_a_batch_as_a_budget_does(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, single = (fit(bundle, [96] * 8, None, batch_size=size) for size in (8, 1))
     free = int((peak(whole) + peak(single)) / 2 / 0.85)
-    monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: free)
+    monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: free)
     assert max(sequences(fit(bundle, [96] * 8, None))) < 8
-    monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: 1_000_000)
     tried = fit(bundle, [96] * 8, None)
     assert not tried.choice.fits and tried.workload.pass_rows == 1
     assert any(note.endswith("it is tried") for note in tried.notes)

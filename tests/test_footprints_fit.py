@@ -9,7 +9,7 @@ from prepared_bundles import Prepared
 from test_planner import FOOTPRINT
 
 from benchmarks.footprints import CONSTANTS, GRID, OTHERS, Sample, fit
-from edgetune.footprint import Sizes, Work, peak_memory
+from edgetune.planning.memory import Sizes, Work, peak_memory
 
 
 @pytest.mark.parametrize("together", [False, True])

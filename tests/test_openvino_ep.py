@@ -28,10 +28,10 @@ from tiny_phi3 import VARIANTS
 from edgetune.config import TrainConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.formats.adapter import read_adapter
+from edgetune.planning.options import resolve_config
 from edgetune.runtimes import openvino_ep
 from edgetune.runtimes.execution import Accelerator, ExecutionPlan
 from edgetune.runtimes.whole import plugin_runtime
-from edgetune.train.consistency import resolve_config
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = "qemu-x86_64-static"

@@ -14,15 +14,15 @@ from prepared_bundles import Prepared
 
 from edgetune.config import PlanName, TrainConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
-from edgetune.footprint import Footprint, Sizes, Work, peak_memory
 from edgetune.formats.layered_graphs import sublayer_role
 from edgetune.formats.manifest import BundleManifest, TensorSpec
-from edgetune.planner import Planner, Prediction
+from edgetune.planning.choice import choose
+from edgetune.planning.memory import Footprint, Sizes, Work, peak_memory
+from edgetune.planning.options import resolve_config
+from edgetune.planning.planner import Planner, Prediction
 from edgetune.runtimes import Abilities
 from edgetune.runtimes.execution import LAYERED, WHOLE_STEP, ExecutionPlan
 from edgetune.text.byte_size import parse_bytes
-from edgetune.train.choice import choose
-from edgetune.train.consistency import resolve_config
 
 FOOTPRINT = Footprint(
     products="fp32",
@@ -300,11 +300,11 @@ def test_auto_goes_on_to_a_runtime_with_room(manifest: BundleManifest) -> None:
 def test_without_a_budget_the_free_memory_decides(manifest: BundleManifest, monkeypatch: pytest.MonkeyPatch) -> None:
     notices: list[str] = []
     with runtimes(stock=STOCK):
-        monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: 1_000_000)
+        monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: 1_000_000)
         tight = choose(manifest, TrainConfig(), WORK, notices.append)
         assert not tight.plan.resident
         assert "has 1.0 MB of memory free" in notices.pop()
-        monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: None)
+        monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: None)
         assert choose(manifest, TrainConfig(), WORK, notices.append).plan.resident
         assert not notices
 

@@ -21,16 +21,16 @@ from edgetune.data.encode import Example
 from edgetune.devices.profile import load_profile
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
+from edgetune.planning import timing as calibration
+from edgetune.planning.choice import choose
+from edgetune.planning.cost_model import CostModel
+from edgetune.planning.duration import _typical
+from edgetune.planning.limits import require_fit
+from edgetune.planning.timing import Calibration, calibrate
+from edgetune.planning.workload import Workload
 from edgetune.runtimes import RUNTIMES, Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
 from edgetune.runtimes.layered.session import LayeredSession
-from edgetune.train import calibration
-from edgetune.train.calibration import Calibration, calibrate
-from edgetune.train.choice import choose
-from edgetune.train.cost_model import CostModel
-from edgetune.train.device_limits import require_fit
-from edgetune.train.run_time import _typical
-from edgetune.train.workload import Workload
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden"
 CPU = (

@@ -8,7 +8,7 @@ import pytest
 
 from edgetune.config import Schedule, TrainConfig
 from edgetune.errors import UsageError
-from edgetune.train.schedule import check_options, learning_rate, schedule_steps
+from edgetune.planning.schedule import check_options, learning_rate, schedule_steps
 
 NAMES: dict[Schedule, str] = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 

@@ -22,17 +22,17 @@ from edgetune.data.buckets import Bucket
 from edgetune.data.encode import Example
 from edgetune.devices.profile import load_profile
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
-from edgetune.footprint import Work
 from edgetune.formats.bundle import open_bundle
+from edgetune.planning.accelerator import apply_profile, on_accelerator
+from edgetune.planning.choice import choose
+from edgetune.planning.limits import require_place
+from edgetune.planning.memory import Work
+from edgetune.planning.options import resolve_config
+from edgetune.planning.workload import Workload
 from edgetune.runtimes import openvino_core
 from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.runtimes.whole import plugin_runtime
 from edgetune.train import TrainResult, train
-from edgetune.train.accelerated import apply_profile, on_accelerator
-from edgetune.train.choice import choose
-from edgetune.train.consistency import resolve_config
-from edgetune.train.device_limits import require_place
-from edgetune.train.workload import Workload
 
 GOLDEN = Path(__file__).parent.parent / "artifacts" / "golden"
 ROWS = ("--data", GOLDEN / "train.jsonl")
@@ -150,7 +150,7 @@ def test_an_accelerator_that_is_wanted_and_not_found_is_an_error(option: dict[st
 
 
 def test_what_several_runtimes_lack_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.train.accelerated._why_absent", lambda *given: "there is no NPU")
+    monkeypatch.setattr("edgetune.planning.accelerator._why_absent", lambda *given: "there is no NPU")
     said: list[str] = []
     apply_profile(load_profile("intel-core-ultra"), TrainConfig(), said.append)
     assert said == ["intel-core-ultra: there is no NPU; the CPU computes"]
@@ -192,7 +192,7 @@ def test_elsewhere_the_accelerator_is_the_one_that_the_profile_names() -> None:
 
 
 def test_on_the_device_plan_and_train_take_what_is_planned_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.train.accelerated._why_absent", lambda *given: "")
+    monkeypatch.setattr("edgetune.planning.accelerator._why_absent", lambda *given: "")
     for name in ("intel-core-ultra", "windows-snapdragon-x", "amd-ryzen-ai", "raspberry-pi-5"):
         profile = load_profile(name)
         there, elsewhere = (
@@ -280,7 +280,7 @@ def test_without_a_device_the_plan_is_the_run_that_train_makes() -> None:
 def test_a_budget_takes_the_place_of_free_memory_in_plan_and_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgetune.train.choice.free_memory_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: 1_000_000)
     options = (GOLDEN / "bundle", *ROWS, "--runtime", "onnxruntime", "--steps", 1, "--batch-size", 4, "--json")
     for budget in ((), ("--memory-budget", "2GB")):
         planned = json.loads(call("plan", *options, *budget).stdout)["plan"]

@@ -33,7 +33,7 @@ from edgetune.config import DeviceType, Method, PlanName, RuntimeName, TrainConf
 from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
-    from edgetune.train.preflight import Preflight
+    from edgetune.planning.preflight import Preflight
 
 EXAMPLES = """
 edgetune plan bundle --data train.jsonl
@@ -102,7 +102,7 @@ def command(
     bundle_folder(bundle)
     from edgetune.devices.presence import check
     from edgetune.devices.profile import load_profile
-    from edgetune.train.preflight import preflight
+    from edgetune.planning.preflight import preflight
 
     profile = None if device is None else load_profile(device)
     config = TrainConfig(

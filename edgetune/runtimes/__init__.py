@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from edgetune.config import RuntimeName
 from edgetune.data.batches import Batch
 from edgetune.errors import MissingDependencyError, UsageError
-from edgetune.footprint import Footprint
 from edgetune.formats.bundle import Bundle
+from edgetune.planning.memory import Footprint
 from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.runtimes.placement import Placement
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import onnxruntime as ort
 
-from edgetune.footprint import Footprint
 from edgetune.formats.bundle import Bundle
+from edgetune.planning.memory import Footprint
 from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
 from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend

@@ -10,8 +10,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from edgetune.errors import IncompatibleError
-from edgetune.footprint import Footprint
 from edgetune.formats.bundle import Bundle
+from edgetune.planning.memory import Footprint
 from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
 from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.runtimes.layered.channels import Channels, groups_of

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from edgetune.data.batches import Batch
 from edgetune.errors import UsageError
 from edgetune.formats.bundle import Bundle
+from edgetune.planning.choice import Choice
 from edgetune.runtimes import ForwardRuntime, OptimizerConfig, Parameters
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
-from edgetune.train.choice import Choice
 
 _NO_CHANGE = OptimizerConfig(weight_decay=0.0, max_grad_norm=0.0)
 

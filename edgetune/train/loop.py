@@ -18,20 +18,20 @@ from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.storage import atomic_folder
 from edgetune.machine.disk import reserve
 from edgetune.machine.threads import computing_with
+from edgetune.planning.choice import Choice
+from edgetune.planning.fit import Fit, Fitting
+from edgetune.planning.options import resolve_config
+from edgetune.planning.rows import RowReader, read_run_rows
+from edgetune.planning.schedule import learning_rate
+from edgetune.planning.session import open_trainer, query_config
 from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
 from edgetune.runtimes.placement import Placement, placement_record
 from edgetune.text.pulse import Pulse
-from edgetune.train.choice import Choice
-from edgetune.train.consistency import resolve_config
-from edgetune.train.fitting import Fit, Fitting
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.output import output_bytes, save_elsewhere
 from edgetune.train.provenance import Outcome, provenance_of, validation_rows
 from edgetune.train.record import RunRecord, peak_memory_bytes
-from edgetune.train.run_rows import RowReader, read_run_rows
-from edgetune.train.schedule import learning_rate
-from edgetune.train.trainer import open_trainer, query_config
 
 
 def train(

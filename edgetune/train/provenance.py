@@ -14,8 +14,8 @@ import edgetune
 from edgetune.config import TrainConfig
 from edgetune.formats.adapter import VALIDATION_DATA, VALIDATION_GIVEN, VALIDATION_SHA256
 from edgetune.machine.threads import threads_used
+from edgetune.planning.choice import Choice
 from edgetune.runtimes.placement import Placement
-from edgetune.train.choice import Choice
 from edgetune.train.gradient_cosine import GradientCosine
 
 _PRIVATE = ("force", "init_adapter", "vitisai_config")

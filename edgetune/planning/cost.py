@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgetune.data.packing import ATTENTION_COST, PASS_COST
-from edgetune.footprint import SUBLAYERS, Sizes, Work, head_tokens
+from edgetune.planning.memory import SUBLAYERS, Sizes, Work, head_tokens
 from edgetune.runtimes.execution import ExecutionPlan
 
 _PIECE = 1500

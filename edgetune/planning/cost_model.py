@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from edgetune.data.batcher import BatchShape
 from edgetune.data.batches import Batch
-from edgetune.footprint import Sizes, Work
 from edgetune.formats.bundle import Bundle
-from edgetune.step_cost import start_cost, step_cost
-from edgetune.train.choice import Choice
+from edgetune.planning.choice import Choice
+from edgetune.planning.cost import start_cost, step_cost
+from edgetune.planning.memory import Sizes, Work
 
 
 class CostModel:

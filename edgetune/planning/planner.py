@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from edgetune.config import PlanName
-from edgetune.footprint import SUBLAYERS, Footprint, Sizes, Work, peak_memory
 from edgetune.formats.layered_graphs import widths
 from edgetune.formats.manifest import BundleManifest
+from edgetune.planning.cost import step_cost
+from edgetune.planning.memory import SUBLAYERS, Footprint, Sizes, Work, peak_memory
 from edgetune.runtimes.execution import LAYERED, ExecutionPlan
-from edgetune.step_cost import step_cost
 
 _HEAD_LOGITS = 8 << 20
 """Logits that exist at the same time in the head."""

@@ -10,12 +10,12 @@ from edgetune.data.buckets import parse_buckets
 from edgetune.devices.profile import Profile
 from edgetune.errors import UsageError
 from edgetune.machine.threads import check_threads
+from edgetune.planning.accelerator import ACCELERATED, apply_profile, is_accelerated
+from edgetune.planning.candidates import footprint_of
+from edgetune.planning.schedule import check_options
 from edgetune.runtimes import find_runtime
 from edgetune.runtimes.execution import ACCELERATING
 from edgetune.text.byte_size import parse_bytes
-from edgetune.train.accelerated import ACCELERATED, apply_profile, is_accelerated
-from edgetune.train.candidates import footprint_of
-from edgetune.train.schedule import check_options
 
 _OF_BACKWARD = ("keep", "recompute")
 

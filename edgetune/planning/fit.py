@@ -9,14 +9,14 @@ from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.devices.profile import Profile
 from edgetune.errors import ResourceError
-from edgetune.footprint import Work
 from edgetune.formats.bundle import Bundle
+from edgetune.planning.choice import Choice, TooLargeError, choose
+from edgetune.planning.cost_model import CostModel
+from edgetune.planning.limits import in_fixed_shapes, require_fit, require_place
+from edgetune.planning.memory import Work
+from edgetune.planning.trunk_plan import plan_of_trunk
+from edgetune.planning.workload import Workload
 from edgetune.text.byte_size import bytes_text
-from edgetune.train.choice import Choice, TooLargeError, choose
-from edgetune.train.cost_model import CostModel
-from edgetune.train.device_limits import in_fixed_shapes, require_fit, require_place
-from edgetune.train.trunk_plan import plan_of_trunk
-from edgetune.train.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from edgetune.config import Method, PlanName, TrainConfig
 from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, UsageError
-from edgetune.footprint import Footprint
+from edgetune.planning.memory import Footprint
 from edgetune.runtimes import RUNTIMES, Abilities, find_runtime, preferred_runtimes
 
 STOCK = "onnxruntime"

@@ -9,11 +9,11 @@ from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
 from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
 from edgetune.formats.manifest import BundleManifest
+from edgetune.planning.accelerator import is_accelerated
+from edgetune.planning.candidates import STOCK
+from edgetune.planning.choice import Choice
+from edgetune.planning.workload import Workload
 from edgetune.runtimes.execution import ExecutionPlan
-from edgetune.train.accelerated import is_accelerated
-from edgetune.train.candidates import STOCK
-from edgetune.train.choice import Choice
-from edgetune.train.workload import Workload
 
 _FORMS = {
     "whole_step": "the whole step as one graph",

@@ -15,7 +15,7 @@ from edgetune.devices.profile import Profile
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.manifest import RowEncoding
 from edgetune.formats.storage import sha256_of
-from edgetune.train.device_limits import longest_row
+from edgetune.planning.limits import longest_row
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,18 @@ from edgetune.errors import ResourceError, UsageError
 from edgetune.formats.bundle import MANIFEST, Bundle, open_bundle
 from edgetune.machine.threads import usable_processors
 from edgetune.model.architecture import tensor_shapes
+from edgetune.planning.choice import Choice
+from edgetune.planning.duration import predict_times
+from edgetune.planning.fit import Fitting
+from edgetune.planning.limits import longest_taken
+from edgetune.planning.options import resolve_config
+from edgetune.planning.rows import RowReader
+from edgetune.planning.workload import Workload
 from edgetune.runtimes import install
 from edgetune.runtimes.forward_only import passes_a_step
 from edgetune.runtimes.whole.contexts import most_context_bytes
 from edgetune.text.byte_size import bytes_text
-from edgetune.train.choice import Choice
-from edgetune.train.consistency import resolve_config
-from edgetune.train.device_limits import longest_taken
-from edgetune.train.fitting import Fitting
 from edgetune.train.output import output_bytes
-from edgetune.train.run_rows import RowReader
-from edgetune.train.run_time import predict_times
-from edgetune.train.workload import Workload
 
 _MOST_ROWS = 10_000
 """A step, where rows are made up to be counted."""

@@ -15,10 +15,10 @@ from edgetune.devices.profile import Profile
 from edgetune.errors import UsageError
 from edgetune.formats.bundle import Bundle
 from edgetune.machine.threads import computing_with
-from edgetune.train.calibration import Calibration, calibrate
-from edgetune.train.choice import Choice
-from edgetune.train.cost_model import CostModel
-from edgetune.train.workload import Workload
+from edgetune.planning.choice import Choice
+from edgetune.planning.cost_model import CostModel
+from edgetune.planning.timing import Calibration, calibrate
+from edgetune.planning.workload import Workload
 
 _OPERATIONS = 2
 """Floating-point operations of a product: a multiplication and an addition."""

@@ -16,11 +16,11 @@ from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.bundle import Bundle
+from edgetune.planning.choice import Choice
+from edgetune.planning.cost_model import CostModel
+from edgetune.planning.session import open_trainer
 from edgetune.runtimes import Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
-from edgetune.train.choice import Choice
-from edgetune.train.cost_model import CostModel
-from edgetune.train.trainer import open_trainer
 
 _AIM = 8.5
 """Seconds after which nothing more is begun; a calibration takes 10 at most about."""

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from edgetune.config import PlanName, TrainConfig
 from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, ResourceError
-from edgetune.footprint import Footprint, Work
 from edgetune.formats.frozen_weights import INT8, LAYERS
 from edgetune.formats.manifest import BundleManifest
 from edgetune.machine.memory import free_memory_bytes
-from edgetune.planner import Planner, Prediction
+from edgetune.planning.accelerator import accelerated_plan, is_accelerated, on_accelerator
+from edgetune.planning.candidates import STOCK, candidates, footprint_of
+from edgetune.planning.memory import Footprint, Work
+from edgetune.planning.planner import Planner, Prediction
 from edgetune.runtimes import Runtime, find_runtime
 from edgetune.runtimes.execution import LAYERED, WHOLE_STEP, ExecutionPlan
 from edgetune.text.byte_size import bytes_text, parse_bytes
-from edgetune.train.accelerated import accelerated_plan, is_accelerated, on_accelerator
-from edgetune.train.candidates import STOCK, candidates, footprint_of
 
 _SHARE = 0.85
 """Of the memory that is free, or that a device has, which others need as well, that a plan may take."""

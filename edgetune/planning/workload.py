@@ -12,9 +12,9 @@ from edgetune.data.batches import Batch, epoch_batches
 from edgetune.data.buckets import Bucket
 from edgetune.data.encode import Example
 from edgetune.data.packing import Room
-from edgetune.footprint import Work
 from edgetune.formats.manifest import BundleManifest
-from edgetune.train.schedule import schedule_steps
+from edgetune.planning.memory import Work
+from edgetune.planning.schedule import schedule_steps
 
 _LOOKED_AT = 256
 """Steps whose batches are looked at before the run: the others are alike."""
