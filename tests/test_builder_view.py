@@ -29,10 +29,10 @@ from small_checkpoint import (
 from tiny_phi3 import build_here, genai_greedy, greedy, save_checkpoint, save_tokenizer, torch_model_of
 from tokenizers import Tokenizer
 
-from edgetune.checkpoint import Checkpoint
 from edgetune.config import Base
 from edgetune.host.builder_view import builder_view
 from edgetune.model.architecture import read_architecture
+from edgetune.prepare.checkpoint import Checkpoint
 
 WEIGHTS = "model.safetensors"
 

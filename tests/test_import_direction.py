@@ -133,7 +133,7 @@ def test_device_code_never_imports_what_a_device_does_not_have() -> None:
 
 def test_the_host_packages_are_the_banned_ones() -> None:
     assert {"torch", "transformers", "optimum", "olive", "peft", "onnx"} <= BANNED
-    assert is_host("edgetune/prepare/forward.py")
+    assert is_host("edgetune/prepare/graphs/forward.py")
     assert not is_host("edgetune/train/loop.py")
 
 

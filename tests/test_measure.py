@@ -12,7 +12,6 @@ from tiny_bundle import make_bundle, write_rows
 from tiny_bundle import some_rows as word_rows
 from tiny_phi3 import VARIANTS, bundle, checkpoint, save_adapter, silent
 
-from edgetune.checkpoint import open_checkpoint
 from edgetune.config import Base, ExportConfig
 from edgetune.data.batcher import MEASURED_ROWS
 from edgetune.data.encode import IGNORED
@@ -20,6 +19,7 @@ from edgetune.evaluate import evaluate
 from edgetune.export import export
 from edgetune.export.measure import Measured, batches
 from edgetune.formats.manifest import Rope
+from edgetune.prepare.checkpoint import open_checkpoint
 from edgetune.text import pulse as pulses
 from edgetune.text.pulse import Pulse
 

@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from edgetune import __version__
-from edgetune.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
@@ -34,6 +33,7 @@ from edgetune.formats.storage import atomic_folder, sha256_of
 from edgetune.host.builder_view import builder_view
 from edgetune.host.versions import version_of
 from edgetune.model.architecture import frozen_weights, slots_of
+from edgetune.prepare.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.side_environment import ensure_side_environment
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _prepare(
     bos, eos = _special_tokens(source)
     _check_rows(source, config, calibration, bos, eos, say)
     refuse_non_finite(source)
-    from edgetune.prepare.layers import build_layers
+    from edgetune.prepare.graphs.layered import build_layers
 
     # First what may need the network, then what takes long.
     ensure_side_environment(say)
@@ -149,13 +149,13 @@ def _build_training_graphs(
     import onnx_ir as ir
 
     from edgetune.formats.adapter import initial_parameters
-    from edgetune.prepare.adamw import build_adamw
-    from edgetune.prepare.forward import export_forward
     from edgetune.prepare.gradient import ARTIFACTS, differentiate
-    from edgetune.prepare.lowering import lower
-    from edgetune.prepare.portable import evaluation_graph
-    from edgetune.prepare.shapes import resolve_shapes
-    from edgetune.prepare.weights import absorb_transposes, attach_weights
+    from edgetune.prepare.graphs.adamw import build_adamw
+    from edgetune.prepare.graphs.evaluation import evaluation_graph
+    from edgetune.prepare.graphs.forward import export_forward
+    from edgetune.prepare.passes.frozen_weights import absorb_transposes, attach_weights
+    from edgetune.prepare.passes.lowering import lower
+    from edgetune.prepare.passes.shapes import resolve_shapes
 
     lora = export_forward(view, scratch / "forward.onnx", config)
     forward = resolve_shapes(ir.load(scratch / "forward.onnx"))
@@ -190,8 +190,8 @@ def _build_int8_step(
     tokenizer: Tokenizer,
 ) -> list[str]:
     """Write the graphs for NPUs; returns their roles."""
-    from edgetune.prepare.calibration import calibrate, synthetic_rows
-    from edgetune.prepare.npu import write_int8_graphs
+    from edgetune.prepare.passes.int8_step import write_int8_graphs
+    from edgetune.prepare.passes.ranges import calibrate, synthetic_rows
 
     architecture, base = source.architecture, config.base
     if calibration is None:
@@ -251,7 +251,7 @@ def _manifest(
     more: list[str],
     versions: dict[str, str],
 ) -> BundleManifest:
-    from edgetune.prepare.portable import describe_graph
+    from edgetune.prepare.graphs.evaluation import describe_graph
 
     revision = {"revision": source.revision} if source.revision else {}
     roles = ("step", "loss", "adamw", "training_model", "eval_model", "optimizer_model", "model", *more)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgetune.formats.frozen_weights import BLOCK_SIZE, FORWARD
-from edgetune.prepare.operators import CONTRIB, IR_VERSION, OPSET, Operators
+from edgetune.prepare.passes.operators import CONTRIB, IR_VERSION, OPSET, Operators
 
 
 def build_dequantise(bits: int) -> ir.Model:

@@ -14,9 +14,9 @@ from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.manifest import Architecture, Lora
-from edgetune.prepare.int8 import frozen_product
-from edgetune.prepare.operators import Operators
-from edgetune.prepare.weights import attach_weights, cancel_transposes
+from edgetune.prepare.passes.frozen_weights import attach_weights, cancel_transposes
+from edgetune.prepare.passes.int8_products import frozen_product
+from edgetune.prepare.passes.operators import Operators
 from edgetune.runtimes.onnx_session import open_graph
 from edgetune.runtimes.whole.loss_scale import LossScale
 

@@ -26,11 +26,11 @@ from edgetune.config import Base, NpuForm
 from edgetune.errors import IncompatibleError
 from edgetune.formats.frozen_weights import BLOCK_SIZE, FORWARD, FrozenWeights
 from edgetune.formats.manifest import Architecture
-from edgetune.prepare.calibration import Range
-from edgetune.prepare.int8 import frozen_product
-from edgetune.prepare.operators import CONTRIB, Operators, remove_unused
-from edgetune.prepare.shapes import dimensions
-from edgetune.prepare.weights import attach_weights, cancel_transposes
+from edgetune.prepare.passes.frozen_weights import attach_weights, cancel_transposes
+from edgetune.prepare.passes.int8_products import frozen_product
+from edgetune.prepare.passes.operators import CONTRIB, Operators, remove_unused
+from edgetune.prepare.passes.ranges import Range
+from edgetune.prepare.passes.shapes import dimensions
 
 DATA = "int8.onnx.data"
 """The int8 weights of both graphs."""

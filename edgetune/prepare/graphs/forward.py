@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.formats.manifest import Lora, Slot
-from edgetune.prepare.skeleton import (
+from edgetune.prepare.graphs.skeleton import (
     EXAMPLE_BATCH,
     EXAMPLE_SEQUENCE,
     ROWS,

@@ -17,7 +17,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, apply_rotary_pos
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.formats.layered_graphs import Part, Pieces, attention_parts, mlp_parts
 from edgetune.formats.manifest import Architecture
-from edgetune.prepare.skeleton import (
+from edgetune.prepare.graphs.skeleton import (
     EXAMPLE_BATCH,
     EXAMPLE_SEQUENCE,
     ROWS,

@@ -22,8 +22,8 @@ from edgetune.formats.frozen_weights import BITS, BLOCK_SIZE, FrozenIndex, Layou
 from edgetune.formats.genai import HALF, MODEL, QUANTISED, WEIGHTS
 from edgetune.formats.manifest import Architecture
 from edgetune.model.architecture import tensor_shapes
-from edgetune.prepare.operators import CONTRIB, Operators
-from edgetune.prepare.shapes import fold
+from edgetune.prepare.passes.operators import CONTRIB, Operators
+from edgetune.prepare.passes.shapes import fold
 
 ReadLinear = Callable[[str, Sequence[str]], ir.Value]
 _ZERO_POINTS_BYTE = {4: 0x88, 8: 0x80}

@@ -14,9 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from edgetune.formats.frozen_weights import BACKWARD, FORWARD, INT8, SCALES
-from edgetune.prepare.blocks import build_requantise
-from edgetune.prepare.operators import CONTRIB, Operators, remove_unused
-from edgetune.prepare.shapes import dimensions, fold
+from edgetune.prepare.graphs.dequantise import build_requantise
+from edgetune.prepare.passes.operators import CONTRIB, Operators, remove_unused
+from edgetune.prepare.passes.shapes import dimensions, fold
 
 _LINEAR = ("_proj.weight", "lm_head.weight")
 _ZERO_POINT = 128

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from edgetune.formats.manifest import Lora
 from edgetune.model.adamw import BETA1, BETA2, CLIP_EPSILON, EPSILON
-from edgetune.prepare.operators import IR_VERSION, OPSET, Operators
+from edgetune.prepare.passes.operators import IR_VERSION, OPSET, Operators
 
 
 def build_adamw(lora: Lora) -> ir.Model:

@@ -13,22 +13,22 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from edgetune.checkpoint import Checkpoint
 from edgetune.config import PrepareConfig
 from edgetune.formats.frozen_weights import BITS, INDEX, LAYERS, write_index
 from edgetune.formats.layered_graphs import WIDE, Pieces, cut, cut_wide
 from edgetune.formats.manifest import Architecture
-from edgetune.prepare.adamw import build_flat_adamw
-from edgetune.prepare.blocks import build_dequantise
+from edgetune.prepare.checkpoint import Checkpoint
 from edgetune.prepare.gradient import ARTIFACTS, differentiate
-from edgetune.prepare.head import build_head
-from edgetune.prepare.int8 import build_int8
-from edgetune.prepare.lowering import lower
-from edgetune.prepare.operators import IR_VERSION, OPSET, remove_unused
-from edgetune.prepare.shapes import dimensions, resolve_shapes
-from edgetune.prepare.skeleton import skeleton
-from edgetune.prepare.sublayers import ANCHOR, SUBLAYERS, Sublayer, export_sublayer
-from edgetune.prepare.weights import cancel_transposes, index_weights
+from edgetune.prepare.graphs.adamw import build_flat_adamw
+from edgetune.prepare.graphs.dequantise import build_dequantise
+from edgetune.prepare.graphs.head import build_head
+from edgetune.prepare.graphs.skeleton import skeleton
+from edgetune.prepare.graphs.sublayers import ANCHOR, SUBLAYERS, Sublayer, export_sublayer
+from edgetune.prepare.passes.frozen_weights import cancel_transposes, index_weights
+from edgetune.prepare.passes.int8_products import build_int8
+from edgetune.prepare.passes.lowering import lower
+from edgetune.prepare.passes.operators import IR_VERSION, OPSET, remove_unused
+from edgetune.prepare.passes.shapes import dimensions, resolve_shapes
 
 
 def build_layers(

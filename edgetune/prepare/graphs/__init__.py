@@ -1,0 +1,1 @@
+"""TODO edgetune/prepare/graphs."""
