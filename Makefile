@@ -65,9 +65,9 @@ bench: setup
 	touch $@
 
 # First what a device gets, in the verified versions; pytest comes on top and is not counted.
-.venv-device/requirements-installed: pyproject.toml edgetune/target/device_requirements.txt
+.venv-device/requirements-installed: pyproject.toml edgetune/ship/device_requirements.txt
 	$(PYTHON) -m venv .venv-device
-	$(DEVICE) $(PIP_INSTALL) --constraint edgetune/target/device_requirements.txt .
+	$(DEVICE) $(PIP_INSTALL) --constraint edgetune/ship/device_requirements.txt .
 	$(DEVICE) $(PIP_INSTALL) --constraint requirements/host.txt pytest
 	touch $@
 

@@ -14,7 +14,7 @@ import pytest
 
 from edgetune.config import TargetConfig
 from edgetune.formats.bundle import Bundle, open_bundle
-from edgetune.target import lay_out
+from edgetune.ship import lay_out
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "javascript"

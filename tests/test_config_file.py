@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from edgetune.cli.config_file import read_config
 from edgetune.config import PrepareConfig, TrainConfig
-from edgetune.config_file import read_config
 from edgetune.errors import UsageError
 
 

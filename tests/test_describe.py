@@ -32,7 +32,7 @@ from edgetune.formats.manifest import (
     Tokenizer,
 )
 from edgetune.formats.manifest_json import read_manifest, write_manifest
-from edgetune.target import MANIFEST as TARGET_MANIFEST
+from edgetune.ship import MANIFEST as TARGET_MANIFEST
 
 BASE = BaseModel("tiny-phi3", "ab" * 32, "int4")
 TOKENIZER = Tokenizer("cd" * 32, "ef" * 32, "<s>", "<|end|>", 0)

@@ -21,18 +21,18 @@ from click.testing import CliRunner
 from prepared_bundles import Prepared
 from safetensors.numpy import load_file
 
-from edgetune import target as stage
+from edgetune import ship as stage
 from edgetune.cli import main
 from edgetune.config import Base, TargetConfig, TargetName
 from edgetune.errors import IncompatibleError, ResourceError, UsageError, VerificationError
 from edgetune.formats.adapter import read_adapter
 from edgetune.formats.bundle import Bundle, list_files, open_bundle, seal_bundle
 from edgetune.formats.manifest import TensorSpec
-from edgetune.target import MANIFEST, ROLES, Target, lay_out, packs
-from edgetune.target.budget import SizedFile, refuse_what_is_too_large
-from edgetune.target.external_data import Span, external_spans, redirect
-from edgetune.target.platforms import GB, PLATFORMS, STORE_SHARD, Limit, Platform
-from edgetune.target.shards import ALIGNMENT, moved, plan_shards
+from edgetune.ship import MANIFEST, ROLES, Target, lay_out, packs
+from edgetune.ship.budget import SizedFile, refuse_what_is_too_large
+from edgetune.ship.external_data import Span, external_spans, redirect
+from edgetune.ship.platforms import GB, PLATFORMS, STORE_SHARD, Limit, Platform
+from edgetune.ship.shards import ALIGNMENT, moved, plan_shards
 
 GOLDEN = Path(__file__).parent.parent / "artifacts" / "golden"
 SMALL = 20_000

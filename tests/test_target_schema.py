@@ -16,9 +16,9 @@ from edgetune.errors import IncompatibleError, VerificationError
 from edgetune.formats import manifest
 from edgetune.formats.bundle import open_bundle
 from edgetune.formats.manifest_json import read_manifest
-from edgetune.target import MANIFEST, ROLES, lay_out
-from edgetune.target import manifest as target_manifest
-from edgetune.target.manifest import TargetManifest
+from edgetune.ship import MANIFEST, ROLES, lay_out
+from edgetune.ship import manifest as target_manifest
+from edgetune.ship.manifest import TargetManifest
 
 ARTIFACTS = Path(__file__).parent.parent / "artifacts"
 SCHEMA: dict[str, Any] = json.loads((ARTIFACTS / "target.schema.json").read_text(encoding="utf-8"))

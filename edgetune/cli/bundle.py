@@ -15,7 +15,7 @@ from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
     from edgetune.formats.bundle import Bundle
-    from edgetune.target.manifest import TargetManifest
+    from edgetune.ship.manifest import TargetManifest
 
 DEFAULT = TargetConfig()
 FPGA = "fpga"
@@ -58,7 +58,7 @@ def command(
             raise click.UsageError("--adapter is for an app; an FPGA's trunk has none")
         _write_hls(opened, output, force=force, quiet=quiet, as_json=as_json)
         return
-    from edgetune.target import lay_out
+    from edgetune.ship import lay_out
 
     made = lay_out(
         opened, cast(TargetName, target), output, TargetConfig(adapter=adapter, force=force), notices(quiet=quiet)

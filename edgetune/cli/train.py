@@ -269,7 +269,7 @@ def _merged(ctx: click.Context, flags: TrainConfig, path: Path | None) -> TrainC
 
 def _from_file(ctx: click.Context, path: Path) -> dict[str, Any]:
     """What the file sets, within the ranges of the flags of the same names."""
-    from edgetune.config_file import read_config
+    from edgetune.cli.config_file import read_config
 
     settings = read_config(path, TrainConfig)
     if settings.keys() >= EXCLUSIVE:

@@ -270,7 +270,7 @@ class ModelManifest:
 
 
 class Manifest(Protocol):
-    """What every manifest has; `edgetune.target.manifest` adds another."""
+    """What every manifest has; `edgetune.ship.manifest` adds another."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     FORMAT: ClassVar[str]

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 
 from edgetune.config import PlanName, TargetConfig, TrainConfig
 from edgetune.formats.bundle import open_bundle
-from edgetune.target import lay_out
-from edgetune.target.platforms import PLATFORMS
+from edgetune.ship import lay_out
+from edgetune.ship.platforms import PLATFORMS
 from edgetune.train import train
 
 GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"

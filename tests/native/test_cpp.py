@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 from edgetune.config import TargetConfig, TrainConfig
 from edgetune.formats.bundle import open_bundle
 from edgetune.preview import preview
-from edgetune.target import lay_out
-from edgetune.target.platforms import PLATFORMS
+from edgetune.ship import lay_out
+from edgetune.ship.platforms import PLATFORMS
 from edgetune.train import train
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgetune.errors import VerificationError
 from edgetune.formats.storage import CHUNK
-from edgetune.target.external_data import Span
+from edgetune.ship.external_data import Span
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest register. Runtimes use mapped weights where they lie."""

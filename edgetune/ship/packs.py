@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from edgetune.formats.storage import write_file
-from edgetune.target.budget import SizedFile
-from edgetune.target.platforms import SMALL_PACK, Delivery
+from edgetune.ship.budget import SizedFile
+from edgetune.ship.platforms import SMALL_PACK, Delivery
 
 MODEL_PACK = "edgetune_model"
 """Holds everything but the weights, and these too where they are small."""

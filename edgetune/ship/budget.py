@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from edgetune.errors import ResourceError
 from edgetune.formats.frozen_weights import BLOCK_SIZE
-from edgetune.target.external_data import Span
-from edgetune.target.manifest import Budget
-from edgetune.target.platforms import PARTS, Delivery, Part, Platform
+from edgetune.ship.external_data import Span
+from edgetune.ship.manifest import Budget
+from edgetune.ship.platforms import PARTS, Delivery, Part, Platform
 from edgetune.text.byte_size import bytes_text
 
 _LINEAR = ".MatMul.weight"

@@ -27,12 +27,12 @@ from edgetune.formats.manifest import FORMAT_VERSION
 from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.formats.storage import atomic_folder, write_file
 from edgetune.model import adamw
-from edgetune.target.budget import SizedFile, budgets, refuse_what_is_too_large, sizes
-from edgetune.target.external_data import Span, external_spans, redirect
-from edgetune.target.manifest import KINDS, Adapter, Optimizer, TargetFile, TargetManifest, Text, describe_graph
-from edgetune.target.packs import ASSETS, MODEL_PACK, assign_packs, move_into_packs
-from edgetune.target.platforms import PLATFORMS, Part, Platform
-from edgetune.target.shards import Shard, moved, plan_shards, write_shard
+from edgetune.ship.budget import SizedFile, budgets, refuse_what_is_too_large, sizes
+from edgetune.ship.external_data import Span, external_spans, redirect
+from edgetune.ship.manifest import KINDS, Adapter, Optimizer, TargetFile, TargetManifest, Text, describe_graph
+from edgetune.ship.packs import ASSETS, MODEL_PACK, assign_packs, move_into_packs
+from edgetune.ship.platforms import PLATFORMS, Part, Platform
+from edgetune.ship.shards import Shard, moved, plan_shards, write_shard
 from edgetune.text.byte_size import bytes_text
 
 MANIFEST = "target.json"
