@@ -1,7 +1,7 @@
 """Find the constants of a runtime's `Footprint`: `python -m benchmarks.footprints RUNTIME CACHE [--products int8]`.
 
-Steps of several shapes and plans run in fresh processes; the constants are those with which `edgetune.planning.memory` comes
-closest to their high-water marks, relative to each. Printed beside them: every measurement, predicted and found.
+Steps of several shapes and plans run in fresh processes; the constants are those with which `edgetune.planning.memory`
+comes closest to their high-water marks, relative to each. Printed beside them: every measurement, predicted and found.
 """
 
 from __future__ import annotations

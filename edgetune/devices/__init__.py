@@ -1,1 +1,1 @@
-"""TODO edgetune/devices."""
+"""Where a run is: profiles of boards, phones and computers, and whether this machine is one."""

@@ -204,10 +204,9 @@ def load_profiles(folder: Path | None = None) -> list[Profile]:
 
 
 def _folder() -> Path:
-    """In the wheel the profiles lie in the package, in a checkout beside it."""
-    package = Path(__file__).parent
-    inside = package / "devices"
-    return inside if inside.is_dir() else package.parent / "devices"
+    """In the wheel the profiles lie in this room, in a checkout beside the package."""
+    room = Path(__file__).parent
+    return room if any(room.glob("*.toml")) else room.parents[1] / "devices"
 
 
 def _load(path: Path, *, own: bool) -> Profile:

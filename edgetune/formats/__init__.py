@@ -1,1 +1,1 @@
-"""TODO edgetune/formats."""
+"""What lies on a disk: bundles, adapters, models and their parts, read and written."""

@@ -1,1 +1,1 @@
-"""TODO edgetune/machine."""
+"""What this machine has left, memory, processors and disks, and where things are kept on it."""

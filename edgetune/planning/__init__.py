@@ -1,1 +1,1 @@
-"""TODO edgetune/planning."""
+"""What fits into this machine or a device, and how long it takes."""

@@ -1,1 +1,1 @@
-"""TODO edgetune/prepare/graphs."""
+"""The graphs of a bundle, from the forward export to the layered form."""

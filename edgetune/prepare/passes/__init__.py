@@ -1,1 +1,1 @@
-"""TODO edgetune/prepare/passes."""
+"""Rewrites of a graph, each with what it takes and what it leaves."""

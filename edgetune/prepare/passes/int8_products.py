@@ -1,8 +1,8 @@
 """The layered form with int8 products: what is multiplied with a frozen weight is quantised at run time, row by row.
 
 A row of x becomes u = round(x / s) + 128 with s = max|x| / 127, a weight an int8 matrix with a scale for every column
-of the product (edgetune.runtimes.layered.onnxruntime.requantise makes both). Products with adapters, attention, norms and
-the head stay float32. ONNX Runtime has fast kernels for unsigned activations only; `MatMulIntegerToFloat` takes the
+of the product (edgetune.runtimes.layered.onnxruntime.requantise makes both). Products with adapters, attention, norms
+and the head stay float32. ONNX Runtime has fast kernels for unsigned activations only; `MatMulIntegerToFloat` takes the
 scales of columns, and the row's is multiplied afterwards.
 """
 

@@ -1,8 +1,8 @@
 """An FPGA emulation: the trunk's frozen projections in hls4ml's C simulation, everything else on the CPU.
 
-What an FPGA would compute, bit for bit, for models that are small enough for one. See `edgetune.runtimes.fpga_hls`. By the plan
-`split` the trunk's layers have no adapters, and each row goes through them once. By the others they have: adapters are
-added to the products on the CPU, which also has all gradients, and every step goes through the simulation.
+What an FPGA would compute, bit for bit, for models that are small enough for one. By the plan `split` the trunk's
+layers have no adapters, and each row goes through them once. By the others they have: adapters are added to the
+products on the CPU, which also has all gradients, and every step goes through the simulation.
 """
 
 from __future__ import annotations

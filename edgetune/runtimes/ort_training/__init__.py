@@ -1,1 +1,1 @@
-"""TODO edgetune/runtimes/ort_training."""
+"""The ONNX Runtime Training API, in the side environment."""

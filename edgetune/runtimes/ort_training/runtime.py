@@ -18,14 +18,14 @@ from edgetune.machine.exhaustion import ADVICE, lack_of_process
 from edgetune.machine.threads import thread_count
 from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, StepResult
 from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
-from edgetune.runtimes.ort_training.runtime import wire
+from edgetune.runtimes.ort_training import wire
 from edgetune.side_environment import (
     ensure_side_environment,
     side_environment_version,
     worker_command,
 )
 
-_WORKER = Path(__file__).with_name("ort_training_worker.py")
+_WORKER = Path(__file__).with_name("worker.py")
 
 
 def abilities() -> Abilities:

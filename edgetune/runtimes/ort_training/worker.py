@@ -1,6 +1,6 @@
 """Runs in the side environment: trains a bundle's artifacts through the ONNX Runtime Training API.
 
-Usage: ort_training_worker.py BUNDLE WEIGHT_DECAY MAX_GRAD_NORM THREADS
+Usage: worker.py BUNDLE WEIGHT_DECAY MAX_GRAD_NORM THREADS
 
 Answers messages of `wire` on standard input and output: `parameters` sets them, `step` takes micro-batches and a
 learning rate, `evaluate` a batch, `adapter` nothing. Imports nothing of edgetune, which is not installed there.

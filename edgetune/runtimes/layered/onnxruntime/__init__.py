@@ -1,1 +1,1 @@
-"""TODO edgetune/runtimes/layered/onnxruntime."""
+"""The graphs of the layered form on stock ONNX Runtime."""

@@ -1,1 +1,1 @@
-"""TODO edgetune/runtimes/layered/openvino."""
+"""The graphs of the layered form on OpenVINO."""
