@@ -19,11 +19,12 @@ from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
-from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.model.lora import Parameters, initial_parameters
 from edgetune.planning.choice import Choice
 from edgetune.planning.fit import Fit, Fitting
-from edgetune.runtimes import OptimizerConfig, Parameters, Session, find_runtime
+from edgetune.runtimes import find_runtime
+from edgetune.runtimes.contract import OptimizerConfig, Session
 from edgetune.runtimes.execution import ExecutionPlan
 
 Gradients = dict[str, NDArray[np.float64]]

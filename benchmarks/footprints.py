@@ -26,9 +26,10 @@ from benchmarks.process import run_watched
 from benchmarks.record import read_experiment, write_experiment
 from edgetune.formats.bundle import open_bundle
 from edgetune.formats.manifest import BundleManifest
-from edgetune.planning.memory import Footprint, Sizes, Work, peak_memory
+from edgetune.planning.memory import Sizes, Work, peak_memory
 from edgetune.runtimes import find_runtime
 from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.footprint import Footprint
 
 CONSTANTS = (
     *("base", "attention_states", "attention_scores", "kept_scores", "mlp_states", "hidden_states"),

@@ -26,9 +26,9 @@ from benchmarks.process import Finished, run_watched
 from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
-from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.bundle import open_bundle
-from edgetune.runtimes import ForwardRuntime
+from edgetune.model.lora import initial_parameters
+from edgetune.runtimes.contract import ForwardRuntime
 from edgetune.runtimes.forward_only import passes_a_step
 
 GOAL = 0.8

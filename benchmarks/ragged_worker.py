@@ -12,9 +12,9 @@ from benchmarks.ragged_rows import ragged_rows
 from benchmarks.training_steps import LEARNING_RATE, MAX_GRAD_NORM
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
-from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.bundle import open_bundle
-from edgetune.runtimes import OptimizerConfig, Session
+from edgetune.model.lora import initial_parameters
+from edgetune.runtimes.contract import OptimizerConfig, Session
 
 BATCH_SIZE = 16
 """Rows of an optimizer step."""

@@ -17,18 +17,11 @@ from edgetune.formats.genai import CONFIG as GENAI_CONFIG
 from edgetune.formats.genai import MANIFEST as MODEL_MANIFEST
 from edgetune.formats.genai import open_model
 from edgetune.formats.json_file import read_object
-from edgetune.formats.manifest import (
-    AdapterManifest,
-    Architecture,
-    BaseModel,
-    File,
-    Graph,
-    Lora,
-    ModelManifest,
-    Tokenizer,
-)
+from edgetune.formats.manifest import AdapterManifest, BaseModel, File, Graph, ModelManifest, Tokenizer
 from edgetune.formats.safetensors_file import read_header
 from edgetune.formats.storage import recover
+from edgetune.model.architecture import Architecture
+from edgetune.model.lora import Lora
 
 Kind = Literal["bundle", "adapter", "target", "unsealed", "model", "checkpoint", "folder", "file", "nothing"]
 

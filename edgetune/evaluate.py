@@ -12,11 +12,11 @@ from edgetune.data.batcher import MEASURED_ROWS, Batcher
 from edgetune.data.encode import IGNORED, Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import EdgetuneError
-from edgetune.formats.adapter import initial_parameters, read_adapter, row_encoding
+from edgetune.formats.adapter import read_adapter, row_encoding
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.manifest import RowEncoding
 from edgetune.machine.threads import computing_with
-from edgetune.runtimes import Parameters
+from edgetune.model.lora import Parameters, initial_parameters
 from edgetune.runtimes.onnx_session import open_graph
 from edgetune.text.pulse import Pulse
 

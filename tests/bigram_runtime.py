@@ -10,7 +10,8 @@ from tiny_bundle import BASE_LOGITS, LORA, SLOT, VOCABULARY
 
 from edgetune.data.batches import Batch
 from edgetune.formats.bundle import Bundle
-from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, StepResult
+from edgetune.model.lora import Parameters
+from edgetune.runtimes.contract import Abilities, OptimizerConfig, StepResult
 from edgetune.runtimes.execution import ExecutionPlan
 
 
@@ -27,7 +28,7 @@ def loss_and_gradient(batch: Batch, parameters: Parameters) -> tuple[float, np.n
 
 
 class BigramSession:
-    """Follows `edgetune.runtimes.Session`."""
+    """Follows `edgetune.runtimes.contract.Session`."""
 
     opened: BigramSession
     """The session of the last run."""
@@ -85,7 +86,7 @@ def version() -> str:
 def open_session(
     bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan
 ) -> Iterator[BigramSession]:
-    """Follows `edgetune.runtimes.Runtime`."""
+    """Follows `edgetune.runtimes.contract.Runtime`."""
     assert bundle.manifest.architecture.vocab_size == VOCABULARY
     BigramSession.opened = BigramSession(parameters, optimizer)
     yield BigramSession.opened
@@ -93,6 +94,6 @@ def open_session(
 
 @contextmanager
 def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) -> Iterator[BigramSession]:
-    """Follows `edgetune.runtimes.Runtime`."""
+    """Follows `edgetune.runtimes.contract.Runtime`."""
     with open_session(bundle, parameters, OptimizerConfig(0.0, 0.0), plan) as session:
         yield session

@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from edgetune.formats.manifest import Lora, Slot
+from edgetune.model.lora import Lora, Slot
 from edgetune.prepare.graphs.adamw import build_adamw
 
 Array = NDArray[np.float32]

@@ -20,9 +20,10 @@ from small_checkpoint import POINTER
 from edgetune.cli.prepare import command
 from edgetune.config import MODULES_OF_TARGETS
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
-from edgetune.formats.adapter import CONFIG, MANIFEST, WEIGHTS, initial_parameters, read_adapter, write_adapter
-from edgetune.formats.manifest import AdapterManifest, BaseModel, Lora, Slot, Tokenizer
+from edgetune.formats.adapter import CONFIG, MANIFEST, WEIGHTS, read_adapter, write_adapter
+from edgetune.formats.manifest import AdapterManifest, BaseModel, Tokenizer
 from edgetune.formats.manifest_json import read_manifest, write_manifest
+from edgetune.model.lora import Lora, Slot, initial_parameters
 
 HIDDEN, INTERMEDIATE, LAYERS = 16, 24, 2
 MODULES = {

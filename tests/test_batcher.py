@@ -13,7 +13,8 @@ from tiny_bundle import make_bundle
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
-from edgetune.formats.manifest import BundleManifest, Rope
+from edgetune.formats.manifest import BundleManifest
+from edgetune.model.rope import Rope
 
 LONGROPE = Rope(8, 1e4, 1.1, [1.0, 1.1, 1.2, 1.3], [2.0, 3.0, 4.0, 5.0], 20)
 

@@ -35,7 +35,7 @@ from benchmarks.record import Outcome, Sitting, read_experiment, read_sitting, w
 from benchmarks.report import write_report
 from benchmarks.sitting import ONCE, experiments_of, hold_sitting, rounds
 from benchmarks.verdicts import fit_line, judge, points_of
-from edgetune.formats.adapter import initial_parameters
+from edgetune.model.lora import initial_parameters
 from edgetune.preview import preview
 
 TINY = Model("tiny", Size(128, 192, 2, 4, 448), rank=CONFIG.rank, alpha=CONFIG.alpha, max_length=CONFIG.max_length)

@@ -15,8 +15,9 @@ from prepared_bundles import InPieces, Prepared
 from test_prepare import adapter_of, batch_of, rows_of
 
 from edgetune.formats.bundle import Bundle
-from edgetune.runtimes import OptimizerConfig, openvino
 from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes import openvino
+from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.layered.bindings import Bindings
 

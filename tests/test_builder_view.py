@@ -31,8 +31,7 @@ from tokenizers import Tokenizer
 
 from edgetune.config import Base
 from edgetune.host.builder_view import builder_view
-from edgetune.model.architecture import read_architecture
-from edgetune.prepare.checkpoint import Checkpoint
+from edgetune.prepare.checkpoint import Checkpoint, read_architecture
 
 WEIGHTS = "model.safetensors"
 

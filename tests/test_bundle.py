@@ -21,7 +21,7 @@ from tiny_bundle import LORA, SLOT, make_bundle
 from edgetune.cli.inputs import bundle_at
 from edgetune.describe import describe
 from edgetune.errors import EdgetuneError, IncompatibleError, LockedError, UsageError, VerificationError
-from edgetune.formats.adapter import initial_parameters, read_adapter
+from edgetune.formats.adapter import read_adapter
 from edgetune.formats.bundle import (
     LARGEST_MANIFEST,
     MANIFEST,
@@ -33,8 +33,9 @@ from edgetune.formats.bundle import (
     verify_files,
 )
 from edgetune.formats.genai import open_model
-from edgetune.formats.manifest import BundleManifest, File, Graph, Lora, TensorSpec
+from edgetune.formats.manifest import BundleManifest, File, Graph, TensorSpec
 from edgetune.formats.storage import locked
+from edgetune.model.lora import Lora, initial_parameters
 
 NAMES = ["loss.onnx", "parts/extra.bin", "tokenizer.json"]
 replace = dataclasses.replace

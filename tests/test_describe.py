@@ -17,21 +17,13 @@ from safetensors.numpy import save_file
 from edgetune.cli import main
 from edgetune.describe import describe, kind_of
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
-from edgetune.formats.adapter import initial_parameters, write_adapter
+from edgetune.formats.adapter import write_adapter
 from edgetune.formats.bundle import list_files, seal_bundle
-from edgetune.formats.manifest import (
-    Architecture,
-    BaseModel,
-    BundleManifest,
-    Graph,
-    Lora,
-    ModelManifest,
-    Rope,
-    Slot,
-    TensorSpec,
-    Tokenizer,
-)
+from edgetune.formats.manifest import BaseModel, BundleManifest, Graph, ModelManifest, TensorSpec, Tokenizer
 from edgetune.formats.manifest_json import read_manifest, write_manifest
+from edgetune.model.architecture import Architecture
+from edgetune.model.lora import Lora, Slot, initial_parameters
+from edgetune.model.rope import Rope
 from edgetune.ship import MANIFEST as TARGET_MANIFEST
 
 BASE = BaseModel("tiny-phi3", "ab" * 32, "int4")

@@ -23,8 +23,10 @@ from edgetune.data.rows import ChatRow, CompletionRow, Message, TextRow
 from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, UsageError
 from edgetune.formats import bundle as bundles
-from edgetune.formats.manifest import Architecture, BaseModel, BundleManifest, Lora, RowEncoding
+from edgetune.formats.manifest import BaseModel, BundleManifest, RowEncoding
 from edgetune.formats.storage import sha256_of
+from edgetune.model.architecture import Architecture
+from edgetune.model.lora import Lora
 from edgetune.model.rope import rope_from_config
 from edgetune.preview import preview
 

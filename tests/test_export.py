@@ -26,12 +26,13 @@ from edgetune.data.examples import load_examples
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune.export import ADAPTER, ExportReport, export, share_kept
 from edgetune.export.validation import validation_rows_of
-from edgetune.formats.adapter import initial_parameters, write_adapter
+from edgetune.formats.adapter import write_adapter
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.genai import open_model
 from edgetune.formats.manifest import ModelManifest
 from edgetune.formats.storage import sha256_of
 from edgetune.generate import generate_ids
+from edgetune.model.lora import initial_parameters
 from edgetune.text.pulse import Pulse
 from edgetune.train.provenance import validation_rows
 

@@ -23,9 +23,9 @@ from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
+from edgetune.model.lora import Parameters
 from edgetune.planning.cost_model import CostModel
 from edgetune.planning.fit import Fit, Fitting
-from edgetune.runtimes import Parameters
 from edgetune.train import train
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import StartInfo, StepMetrics

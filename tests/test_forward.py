@@ -21,7 +21,7 @@ from transformers import Phi3ForCausalLM
 from edgetune.config import PrepareConfig
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Example
-from edgetune.formats.manifest import Lora, Slot
+from edgetune.model.lora import Lora, Slot
 from edgetune.model.rope import rope_from_config
 from edgetune.prepare.graphs.forward import export_forward
 

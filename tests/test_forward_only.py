@@ -22,8 +22,9 @@ from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.errors import UsageError
 from edgetune.formats.bundle import Bundle
-from edgetune.formats.manifest import Rope
-from edgetune.runtimes import OptimizerConfig, find_runtime, openvino_core
+from edgetune.model.rope import Rope
+from edgetune.runtimes import find_runtime, openvino_core
+from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig, signs
 from edgetune.train import TrainResult, train
@@ -40,7 +41,7 @@ needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openv
 
 
 class Quadratic:
-    """½ (x − c)ᵀ H (x − c), as many times as a batch has trained tokens; follows `edgetune.runtimes.Forward`."""
+    """½ (x − c)ᵀ H (x − c), as many times as a batch has trained tokens; follows `contract.Forward`."""
 
     def __init__(self) -> None:
         generator = np.random.default_rng(5)

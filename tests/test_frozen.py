@@ -16,10 +16,11 @@ from click.testing import CliRunner
 from edgetune.cli import main
 from edgetune.errors import VerificationError
 from edgetune.formats.bundle import MANIFEST, list_files, load_manifest, seal_bundle
-from edgetune.formats.frozen_weights import INDEX, FrozenWeights
+from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.genai import WEIGHTS
-from edgetune.formats.manifest import Architecture, BundleManifest
-from edgetune.model.architecture import tensor_shapes
+from edgetune.formats.manifest import BundleManifest
+from edgetune.formats.roles import INDEX
+from edgetune.model.architecture import Architecture, tensor_shapes
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden"
 NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"

@@ -14,7 +14,8 @@ from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, each_bu
 from edgetune.config import Base
 from edgetune.formats import layered_graphs as pieces
 from edgetune.formats.bundle import Bundle
-from edgetune.formats.frozen_weights import BACKWARD, FORWARD, SCALES, FrozenWeights
+from edgetune.formats.frozen_weights import FrozenWeights
+from edgetune.formats.roles import BACKWARD, FORWARD, SCALES
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend

@@ -36,7 +36,7 @@ from edgetune.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
 from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, IncompatibleError
 from edgetune.evaluate import evaluate
-from edgetune.formats.manifest import Rope
+from edgetune.model.rope import Rope
 
 pytestmark = needs_node
 

@@ -16,9 +16,10 @@ import pytest
 from small_checkpoint import plant_code, write_checkpoint
 
 import edgetune
-from edgetune.formats.adapter import initial_parameters, write_adapter
+from edgetune.formats.adapter import write_adapter
 from edgetune.formats.bundle import open_bundle
 from edgetune.formats.genai import open_model
+from edgetune.model.lora import initial_parameters
 
 REPOSITORY = Path(edgetune.__file__).parents[1]
 FOREIGN = {"torchinductor_root"}

@@ -21,19 +21,18 @@ from edgetune.formats.manifest import (
     FORMAT_VERSION,
     MODEL_FORMAT,
     AdapterManifest,
-    Architecture,
     BaseModel,
     BundleManifest,
     File,
     Graph,
-    Lora,
     ModelManifest,
-    Rope,
-    Slot,
     TensorSpec,
     Tokenizer,
 )
 from edgetune.formats.manifest_json import read_manifest, write_manifest
+from edgetune.model.architecture import Architecture
+from edgetune.model.lora import Lora, Slot
+from edgetune.model.rope import Rope
 
 Manifest = BundleManifest | AdapterManifest | ModelManifest
 HASH = "0123456789abcdef" * 4

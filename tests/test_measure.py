@@ -18,7 +18,7 @@ from edgetune.data.encode import IGNORED
 from edgetune.evaluate import evaluate
 from edgetune.export import export
 from edgetune.export.measure import Measured, batches
-from edgetune.formats.manifest import Rope
+from edgetune.model.rope import Rope
 from edgetune.prepare.checkpoint import open_checkpoint
 from edgetune.text import pulse as pulses
 from edgetune.text.pulse import Pulse

@@ -21,10 +21,11 @@ from edgetune.config import NpuForm
 from edgetune.errors import DataError
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
+from edgetune.formats.roles import INT8_STEP
 from edgetune.prepare import prepare
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes import qnn
-from edgetune.runtimes.execution import INT8_STEP, WHOLE_STEP, Accelerator
+from edgetune.runtimes.execution import WHOLE_STEP, Accelerator
 
 MEAN_COSINE, LOSS = {"blocks": 0.9999, "qdq": 0.9993}, {"blocks": 5e-3, "qdq": 1e-2}
 """Blocks of int4 are taken over as they are, so that the forward pass loses nothing."""

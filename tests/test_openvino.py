@@ -22,7 +22,8 @@ from edgetune.config import Base, DeviceType
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.formats import layered_graphs as pieces
 from edgetune.formats.bundle import open_bundle
-from edgetune.formats.frozen_weights import INT8, SCALES, FrozenWeights
+from edgetune.formats.frozen_weights import FrozenWeights
+from edgetune.formats.roles import INT8, SCALES
 from edgetune.runtimes import find_runtime, openvino, openvino_core
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan, Products

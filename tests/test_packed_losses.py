@@ -15,7 +15,8 @@ from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.encode import IGNORED, Example
 from edgetune.formats.bundle import Bundle
-from edgetune.runtimes import OptimizerConfig, Session, find_runtime
+from edgetune.runtimes import find_runtime
+from edgetune.runtimes.contract import OptimizerConfig, Session
 
 LENGTHS = [40, 9, 21, 33, 12, 5, 17, 25, 60, 8]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)

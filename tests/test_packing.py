@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgetune.data.packing import MULTIPLE, Pass, Room, attention_share, pack, pad, round_up
-from edgetune.formats.manifest import Architecture, Rope
+from edgetune.model.architecture import Architecture
+from edgetune.model.rope import Rope
 
 ATTENTION = 1e-3
 lengths_of_rows = st.lists(st.integers(1, 600), min_size=1, max_size=60)

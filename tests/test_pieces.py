@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from edgetune.errors import VerificationError
-from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.bundle import Bundle, open_bundle
-from edgetune.formats.layered_graphs import Pieces, cut, kept_outputs, pieces_of, sublayer_role, widths
+from edgetune.formats.layered_graphs import kept_outputs, pieces_of, widths
 from edgetune.formats.manifest import BundleManifest, TensorSpec
-from edgetune.runtimes import OptimizerConfig
+from edgetune.formats.roles import sublayer_role
+from edgetune.model.lora import initial_parameters
+from edgetune.model.pieces import Pieces, cut
 from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.execution import ExecutionPlan
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "bundle"

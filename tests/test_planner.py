@@ -14,14 +14,15 @@ from prepared_bundles import Prepared
 
 from edgetune.config import PlanName, TrainConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
-from edgetune.formats.layered_graphs import sublayer_role
 from edgetune.formats.manifest import BundleManifest, TensorSpec
+from edgetune.formats.roles import sublayer_role
 from edgetune.planning.choice import choose
-from edgetune.planning.memory import Footprint, Sizes, Work, peak_memory
+from edgetune.planning.memory import Sizes, Work, peak_memory
 from edgetune.planning.options import resolve_config
 from edgetune.planning.planner import Planner, Prediction
-from edgetune.runtimes import Abilities
+from edgetune.runtimes.contract import Abilities
 from edgetune.runtimes.execution import LAYERED, WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.footprint import Footprint
 from edgetune.text.byte_size import parse_bytes
 
 FOOTPRINT = Footprint(

@@ -17,8 +17,8 @@ from tiny_phi3 import VARIANTS, lora
 from edgetune.config import Base
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Example
-from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.bundle import Bundle
+from edgetune.model.lora import initial_parameters
 
 ROLES = ["step", "loss"]
 SIZES = [(1, 8), (3, 40)]

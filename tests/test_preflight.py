@@ -28,7 +28,8 @@ from edgetune.planning.duration import _typical
 from edgetune.planning.limits import require_fit
 from edgetune.planning.timing import Calibration, calibrate
 from edgetune.planning.workload import Workload
-from edgetune.runtimes import RUNTIMES, Session
+from edgetune.runtimes import RUNTIMES
+from edgetune.runtimes.contract import Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
 from edgetune.runtimes.layered.session import LayeredSession
 

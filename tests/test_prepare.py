@@ -21,13 +21,13 @@ from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.rows import ChatRow, Message
 from edgetune.errors import ResourceError, UsageError
-from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.genai import open_model
 from edgetune.model.architecture import slots_of
+from edgetune.model.lora import initial_parameters
 from edgetune.prepare import HOST_TOOLS, prepare
-from edgetune.runtimes import OptimizerConfig, StepResult
 from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.contract import OptimizerConfig, StepResult
 from edgetune.runtimes.ort_training.runtime import runtime as ort_training
 
 Array = NDArray[np.float32]

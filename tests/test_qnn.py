@@ -25,8 +25,9 @@ from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.formats.bundle import Bundle, open_bundle
-from edgetune.runtimes import Placed, Session, find_runtime, qnn
+from edgetune.runtimes import find_runtime, qnn
 from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.contract import Placed, Session
 from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.runtimes.placement import Node, Partition
 from edgetune.runtimes.whole import plugin_runtime

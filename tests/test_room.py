@@ -16,11 +16,12 @@ from shared_material import shared_material
 from small_checkpoint import write_checkpoint
 
 from edgetune.errors import NoRoomError, ResourceError
-from edgetune.formats.adapter import initial_parameters, most_bytes, read_adapter, write_adapter
+from edgetune.formats.adapter import most_bytes, read_adapter, write_adapter
 from edgetune.formats.bundle import open_bundle
 from edgetune.formats.storage import atomic_folder, write_file
 from edgetune.machine import disk as room
 from edgetune.machine.disk import reserve
+from edgetune.model.lora import initial_parameters
 from edgetune.train.observer import StepMetrics
 from edgetune.train.output import output_bytes
 from edgetune.train.record import FILE, MOST_BYTES, RunRecord

@@ -9,7 +9,8 @@ import pytest
 
 from edgetune.config import RuntimeName
 from edgetune.errors import MissingDependencyError
-from edgetune.runtimes import RUNTIMES, ForwardRuntime, Runtime, find_runtime
+from edgetune.runtimes import RUNTIMES, find_runtime
+from edgetune.runtimes.contract import ForwardRuntime, Runtime
 
 
 def functions(of: object) -> dict[str, list[str]]:

@@ -32,7 +32,7 @@ from edgetune.formats.adapter import read_adapter
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import GRAPH, INDEX, read_trunk_info
-from edgetune.runtimes import Parameters
+from edgetune.model.lora import Parameters
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.layered import lower_layers as trunk_module

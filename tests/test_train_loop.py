@@ -27,11 +27,12 @@ from edgetune.errors import (
     VerificationError,
 )
 from edgetune.evaluate import evaluate
-from edgetune.formats.adapter import initial_parameters, read_adapter, write_adapter
+from edgetune.formats.adapter import read_adapter, write_adapter
 from edgetune.formats.bundle import Bundle, verify_files
-from edgetune.formats.manifest import AdapterManifest, Lora
+from edgetune.formats.manifest import AdapterManifest
 from edgetune.formats.manifest_json import read_manifest
 from edgetune.formats.storage import locked, sha256_of
+from edgetune.model.lora import Lora, initial_parameters
 from edgetune.train import StartInfo, StepMetrics, TrainResult, train
 from edgetune.train.record import RunRecord, peak_memory_bytes
 

@@ -8,19 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from edgetune.formats.bundle import Bundle, list_files, open_bundle, seal_bundle
-from edgetune.formats.manifest import (
-    BUNDLE_FORMAT,
-    FORMAT_VERSION,
-    Architecture,
-    BaseModel,
-    BundleManifest,
-    Graph,
-    Lora,
-    Rope,
-    Slot,
-    Tokenizer,
-)
+from edgetune.formats.manifest import BUNDLE_FORMAT, FORMAT_VERSION, BaseModel, BundleManifest, Graph, Tokenizer
 from edgetune.formats.storage import sha256_of
+from edgetune.model.architecture import Architecture
+from edgetune.model.lora import Lora, Slot
+from edgetune.model.rope import Rope
 
 WORDS = ["<pad>", "<unk>", "<eos>", *"abcdefghijklm"]
 VOCABULARY = len(WORDS)

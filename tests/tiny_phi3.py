@@ -16,18 +16,11 @@ from numpy.typing import NDArray
 from edgetune.config import Base
 from edgetune.formats.adapter import write_adapter
 from edgetune.formats.bundle import Bundle, list_files, open_bundle, seal_bundle
-from edgetune.formats.manifest import (
-    BUNDLE_FORMAT,
-    FORMAT_VERSION,
-    Architecture,
-    BaseModel,
-    BundleManifest,
-    Lora,
-    Rope,
-    Slot,
-    Tokenizer,
-)
+from edgetune.formats.manifest import BUNDLE_FORMAT, FORMAT_VERSION, BaseModel, BundleManifest, Tokenizer
 from edgetune.formats.storage import sha256_of
+from edgetune.model.architecture import Architecture
+from edgetune.model.lora import Lora, Slot
+from edgetune.model.rope import Rope
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "multi-head": {},

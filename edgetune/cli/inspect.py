@@ -16,7 +16,8 @@ from edgetune.cli.output import cell, console, print_json
 from edgetune.cli.run_options import device_type_option, soc_model_option
 from edgetune.config import DeviceType, TrainConfig
 from edgetune.errors import UsageError
-from edgetune.runtimes.execution import ACCELERATING, INT8_STEP, WHOLE_STEP, Accelerator
+from edgetune.formats.roles import INT8_STEP
+from edgetune.runtimes.execution import ACCELERATING, WHOLE_STEP, Accelerator
 from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def command(
 
 def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Accelerator, *, as_json: bool) -> None:
     from edgetune.data.buckets import parse_buckets
-    from edgetune.runtimes import PlacingRuntime, find_runtime
+    from edgetune.runtimes import find_runtime
+    from edgetune.runtimes.contract import PlacingRuntime
     from edgetune.runtimes.placement import placement_record
 
     found, facts = cast(PlacingRuntime, find_runtime(runtime)), ACCELERATING[runtime]

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from edgetune.data.encode import IGNORED, Example
 from edgetune.errors import DataError
-from edgetune.formats.manifest import Rope
-from edgetune.model.rope import rope_tables
+from edgetune.model.rope import Rope, rope_tables
 
 MASKED = np.float32(-1e4)
 """Added to the attention scores of positions that must not be looked at."""

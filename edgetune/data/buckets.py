@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from edgetune.data.packing import MULTIPLE, Pass, Room, attention_share, best_fit, longest_first, pass_work
 from edgetune.errors import UsageError
-from edgetune.formats.manifest import Architecture
+from edgetune.model.architecture import Architecture
 
 _LARGEST = 1 << 20
 _BUCKET = re.compile(r"([1-9][0-9]{0,6})x([1-9][0-9]{0,6})")

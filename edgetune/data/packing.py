@@ -11,8 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from edgetune.formats.manifest import Architecture
-from edgetune.model.architecture import frozen_weights
+from edgetune.model.architecture import Architecture, frozen_weights
 
 MULTIPLE = 8
 """Lengths of sequences are multiples of this, the float32 numbers in a vector register."""

@@ -14,7 +14,8 @@ from typing import cast
 
 from edgetune.devices.profile import Architecture, Profile, System
 from edgetune.errors import MissingDependencyError
-from edgetune.runtimes import RUNTIMES, ChoosingRuntime, find_runtime
+from edgetune.runtimes import RUNTIMES, find_runtime
+from edgetune.runtimes.contract import ChoosingRuntime
 from edgetune.runtimes.execution import ACCELERATING
 
 _ARCHITECTURES: dict[str, Architecture] = {

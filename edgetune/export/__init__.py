@@ -27,7 +27,7 @@ from edgetune.formats.manifest_json import write_manifest
 from edgetune.formats.storage import CHUNK, atomic_folder, sha256_of, write_file
 from edgetune.host.versions import version_of
 from edgetune.machine.threads import computing_with
-from edgetune.runtimes import Parameters
+from edgetune.model.lora import Parameters
 from edgetune.text.pulse import Pulse
 
 ADAPTER = "adapters/adapter.onnx_adapter"

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.export.projections import Part, find_parts
-from edgetune.formats.manifest import Lora
-from edgetune.runtimes import Parameters
+from edgetune.model.lora import Lora, Parameters
 
 if TYPE_CHECKING:
     import onnx

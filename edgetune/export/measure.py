@@ -13,7 +13,7 @@ from edgetune.data.batcher import MEASURED_ROWS
 from edgetune.data.encode import IGNORED, Example
 from edgetune.data.packing import Room
 from edgetune.formats.genai import MODEL
-from edgetune.formats.manifest import Rope
+from edgetune.model.rope import Rope
 from edgetune.runtimes.onnx_session import open_graph
 from edgetune.text.pulse import Pulse
 

@@ -15,10 +15,9 @@ from edgetune.config import Precision
 from edgetune.errors import IncompatibleError
 from edgetune.export.projections import Part, find_parts
 from edgetune.export.quantise import generator_of, on_grid, scales_of
-from edgetune.formats.frozen_weights import BITS, BLOCK_SIZE, Block, dequantised
 from edgetune.formats.genai import ACCURACY_LEVEL, HALF, MODEL, QUANTISED, WEIGHTS, weight_name
-from edgetune.formats.manifest import Lora
-from edgetune.runtimes import Parameters
+from edgetune.model.blocks import BITS, BLOCK_SIZE, Block, dequantised
+from edgetune.model.lora import Lora, Parameters
 
 if TYPE_CHECKING:
     import onnx

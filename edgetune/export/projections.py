@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgetune.errors import IncompatibleError
 from edgetune.formats.genai import weight_name
-from edgetune.formats.manifest import Lora, Slot
+from edgetune.model.lora import Lora, Slot
 
 if TYPE_CHECKING:
     import onnx

@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.formats.frozen_weights import BITS, BLOCK_SIZE
+from edgetune.model.blocks import BITS, BLOCK_SIZE
 
 Weights = NDArray[np.float32]
 

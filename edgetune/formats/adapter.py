@@ -10,7 +10,6 @@ bias) on exactly the bundle's projections, in float32, float16 or bfloat16. Pick
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,19 +22,11 @@ from edgetune.config import MODULES_OF_TARGETS
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
 from edgetune.formats.bundle import is_there, list_files, load_manifest, verify_files
 from edgetune.formats.json_file import read_object
-from edgetune.formats.manifest import (
-    ADAPTER_FORMAT,
-    FORMAT_VERSION,
-    AdapterManifest,
-    BaseModel,
-    Lora,
-    RowEncoding,
-    Tokenizer,
-)
+from edgetune.formats.manifest import ADAPTER_FORMAT, FORMAT_VERSION, AdapterManifest, BaseModel, RowEncoding, Tokenizer
 from edgetune.formats.manifest_json import write_manifest
 from edgetune.formats.safetensors_file import StoredTensor, read_header
 from edgetune.formats.storage import recover, write_file
-from edgetune.runtimes import Parameters
+from edgetune.model.lora import Lora, Parameters, _require_slots, initial_parameters
 
 MANIFEST = "edgetune.json"
 CONFIG = "adapter_config.json"
@@ -65,32 +56,6 @@ _SILENT_FIELDS = frozenset(
     }
 )  # fmt: skip
 """Fields of PEFT's LoraConfig that do not change what a saved plain LoRA computes, given its tensors."""
-
-
-def initial_parameters(lora: Lora, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Parameters that change nothing yet, as PEFT starts: A ~ U(−1/√in, 1/√in), B zero.
-
-    Args:
-        lora: The slots; A matrices are drawn in their order.
-        seed: Seed of `numpy.random.default_rng`.
-
-    Returns:
-        A (rank, in_features) and B (out_features, rank) of every slot, under the names of `Lora.shapes`.
-
-    Raises:
-        VerificationError: There are no slots.
-    """
-    _require_slots(lora)
-    generator = np.random.default_rng(seed)
-    shapes = lora.shapes()
-    # One large array goes back to the system as soon as nobody holds it; many small ones would stay in the heap.
-    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
-    pieces = np.split(np.zeros(ends[-1], np.float32), ends[:-1])
-    parameters = {name: piece.reshape(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
-    for slot in lora.slots:
-        bound = slot.in_features**-0.5
-        parameters[slot.a][...] = generator.uniform(-bound, bound, (lora.rank, slot.in_features))
-    return parameters
 
 
 def most_bytes(lora: Lora) -> dict[str, int]:
@@ -231,12 +196,6 @@ def row_encoding(path: Path) -> RowEncoding:
     """
     source = path / MANIFEST
     return load_manifest(source, AdapterManifest).encoding if source.is_file() else RowEncoding()
-
-
-def _require_slots(lora: Lora) -> None:
-    """Rows can be looked at without any, which is why a bundle opens without them."""
-    if not lora.slots:
-        raise VerificationError("the bundle's manifest lists no LoRA slots, so there is nothing to train; make it anew")
 
 
 def _trained(config: Mapping[str, Any], lora: Lora) -> Lora:

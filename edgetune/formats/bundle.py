@@ -12,9 +12,11 @@ from pathlib import Path
 
 from edgetune.errors import UsageError, VerificationError
 from edgetune.formats.git_lfs import FETCH, refuse_pointers, size_behind
-from edgetune.formats.manifest import Architecture, BundleManifest, File, Lora
+from edgetune.formats.manifest import BundleManifest, File
 from edgetune.formats.manifest_json import ManifestT, read_manifest, write_manifest
 from edgetune.formats.storage import recover, sha256_of, write_file
+from edgetune.model.architecture import Architecture
+from edgetune.model.lora import Lora
 
 MANIFEST = "manifest.json"
 _READ_ELSEWHERE = {".jinja", ".safetensors", ".bin", ".data"}

@@ -22,25 +22,14 @@ from edgetune.config import Base
 from edgetune.errors import VerificationError
 from edgetune.formats.genai import WEIGHTS
 from edgetune.formats.json_file import read_object
-from edgetune.formats.manifest import Architecture
-from edgetune.model.architecture import tensor_shapes
+from edgetune.formats.roles import INDEX
+from edgetune.model.architecture import Architecture, tensor_shapes
+from edgetune.model.blocks import BITS, BLOCK_SIZE, Block, Range, dequantised
 
-LAYERS = "layers"
-"""Folder of a bundle with the graphs of the layered form."""
-INDEX = f"{LAYERS}/weights.json"
-INT8 = "int8"
-"""Folder in it with the graphs whose products with frozen weights are int8."""
-FORWARD, BACKWARD, SCALES = "forward", "backward", ".scales"
-"""The int8 graphs take `W.forward` and `W.backward`, and `.scales` of each, instead of a weight `W`."""
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 """The checkpoint's names of them."""
-BLOCK_SIZE = 32
-"""Neighbouring weights along the input that share a scale in an int4 or int8 model."""
-BITS = {"int4": 4, "int8": 8}
-"""Of a weight that is stored in blocks, by the name of its layout, which is that of the base."""
 Layout = Literal["plain", "transposed", "half", "int4", "int8"]
-Range = tuple[int, int]
 _FLOAT = np.dtype(np.float32)
 _FLOATS: dict[str, np.dtype[Any]] = {"plain": _FLOAT, "transposed": _FLOAT, "half": np.dtype(np.float16)}
 """Element types of the layouts that are not in blocks."""
@@ -67,31 +56,6 @@ class Stored:
     def bits(self) -> int:
         """Of a weight in blocks; 0 of another."""
         return BITS.get(self.layout, 0)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows of a linear weight as they are stored: views of the file, not always contiguous."""
-
-    values: NDArray[Any]
-    """float32 or float16 (rows, in); uint8 (rows, in / 2) with two int4 weights a byte, or (rows, in) of int8."""
-    scales: NDArray[np.float32] | None
-    """(rows, in / 32) of weights in blocks."""
-    group: int = 0
-    """Of so many columns the even ones are to come first, then the odd ones; 0: they stay where they are."""
-    bits: int = 0
-    """Of a weight in blocks."""
-
-    @property
-    def zero_point(self) -> int:
-        """What stands for a weight of zero in blocks."""
-        return 1 << (self.bits - 1)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, in)."""
-        rows, columns = self.values.shape
-        return rows, 8 * columns // self.bits if self.bits else columns
 
 
 @dataclass(frozen=True)
@@ -297,14 +261,3 @@ def stored_bytes(architecture: Architecture, base: Base) -> int:
     return 4 * exact + int((sum(counts.values()) - exact) * bits[base] / 8)
 
 
-def dequantised(block: Block) -> NDArray[np.float32]:
-    """A weight in blocks (rows, in): (q − zero point) · scale."""
-    weight = np.empty(block.shape, dtype=np.float32)
-    if block.bits == 4:
-        weight[:, 0::2], weight[:, 1::2] = block.values & 15, block.values >> 4
-    else:
-        weight[...] = block.values
-    weight -= block.zero_point
-    assert block.scales is not None  # for mypy: a weight in blocks has them
-    weight.reshape(*block.scales.shape, BLOCK_SIZE)[...] *= block.scales[:, :, None]
-    return weight

@@ -5,19 +5,18 @@ The format is described in `artifacts/FORMAT.md`; `edgetune.formats.manifest_jso
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from edgetune.errors import VerificationError
+from edgetune.model.architecture import Architecture
+from edgetune.model.lora import Lora
 
 BUNDLE_FORMAT = "edgetune-bundle"
 ADAPTER_FORMAT = "edgetune-adapter"
 MODEL_FORMAT = "edgetune-model"
 TARGET_FORMAT = "edgetune-target"
 FORMAT_VERSION = 1
-_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -30,41 +29,6 @@ class BaseModel:
     """Identity: SHA-256 over a line `NAME SHA256` for each of the checkpoint's safetensors files, in order of names."""
     weights: str
     """How the frozen weights are stored: `int4`, `int8`, `fp16` or `fp32`."""
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding, as the training loop needs it (transformers' `modeling_rope_utils`)."""
-
-    dim: int
-    """Rotated dimensions of a head."""
-    theta: float
-    """Base of the frequencies."""
-    attention_factor: float
-    """Scale on cos and sin (longrope), 1 otherwise."""
-    short_factor: list[float] | None
-    """longrope: divisors of the frequencies up to `original_max_position_embeddings`, dim / 2 of them."""
-    long_factor: list[float] | None
-    """longrope: the same for longer rows."""
-    original_max_position_embeddings: int
-    """Longest row for which the short factors hold."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Sizes of the Phi-3 model."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    sliding_window: int | None
-    tie_word_embeddings: bool
-    rope: Rope
 
 
 @dataclass(frozen=True)
@@ -92,76 +56,6 @@ class RowEncoding:
     def __or__(self, other: RowEncoding) -> RowEncoding:
         """What either asks for."""
         return RowEncoding(self.raw_prompts or other.raw_prompts, self.content_as_text or other.content_as_text)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One projection that carries LoRA parameters A (rank, in_features) and B (out_features, rank)."""
-
-    name: str
-    """Module path in the checkpoint, such as `model.layers.0.self_attn.qkv_proj`."""
-    in_features: int
-    out_features: int
-
-    @property
-    def layer(self) -> int:
-        """The decoder layer that it belongs to; 0 for a module outside of them."""
-        found = _LAYER.match(self.name)
-        return int(found[1]) if found else 0
-
-    @property
-    def a(self) -> str:
-        """Name of the A parameter in every graph."""
-        return f"{self.name}.lora_A.weight"
-
-    @property
-    def b(self) -> str:
-        """Name of the B parameter in every graph."""
-        return f"{self.name}.lora_B.weight"
-
-
-@dataclass(frozen=True)
-class Lora:
-    """The trainable parameters."""
-
-    rank: int
-    alpha: float
-    target_modules: list[str]
-    slots: list[Slot]
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; expected at least 1")
-
-    @property
-    def scaling(self) -> float:
-        """What B·A is multiplied with (Hu et al. 2021): alpha / rank."""
-        return self.alpha / self.rank
-
-    @property
-    def highest_rank(self) -> int:
-        """The features of the widest slot: no slot of a bundle has a higher rank."""
-        return max((max(slot.in_features, slot.out_features) for slot in self.slots), default=self.rank)
-
-    def layers(self) -> list[int]:
-        """The decoder layers with slots, in order."""
-        return sorted({slot.layer for slot in self.slots})
-
-    def of_layers(self, layers: Container[int]) -> Lora:
-        """The slots of these decoder layers."""
-        return replace(self, slots=[slot for slot in self.slots if slot.layer in layers])
-
-    def from_layer(self, first: int) -> Lora:
-        """The slots of this decoder layer and those above it."""
-        return self.of_layers([layer for layer in self.layers() if layer >= first])
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Name and shape of every parameter, A before B, slot by slot."""
-        shapes: dict[str, tuple[int, int]] = {}
-        for slot in self.slots:
-            shapes[slot.a] = (self.rank, slot.in_features)
-            shapes[slot.b] = (slot.out_features, self.rank)
-        return shapes
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.config import Base
-from edgetune.formats.frozen_weights import BITS
 from edgetune.formats.genai import HALF
+from edgetune.model.blocks import BITS
 
 if TYPE_CHECKING:
     import onnx_ir as ir

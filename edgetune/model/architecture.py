@@ -3,42 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from dataclasses import dataclass
 
-from edgetune.errors import VerificationError
-from edgetune.formats.manifest import Architecture, Slot
-from edgetune.model.rope import rope_from_config
-
-
-def read_architecture(config: dict[str, Any]) -> Architecture:
-    """Sizes from a Phi-3 `config.json`.
-
-    Raises:
-        VerificationError: A size is missing or not a positive number; all are named.
-    """
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    optional = (
-        "num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings",
-        "sliding_window",
-    )  # fmt: skip
-    given = [*required, *(key for key in optional if config.get(key) is not None)]
-    wrong = [f"{key} is {config.get(key)!r:.40}" for key in given if not _is_size(config.get(key))]
-    if wrong:
-        raise VerificationError(f"config.json: {', '.join(wrong)}; expected whole numbers from 1 to 2^31 − 1")
-    heads = config["num_attention_heads"]
-    return Architecture(
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        max_position_embeddings=config.get("max_position_embeddings") or 4096,
-        sliding_window=config.get("sliding_window"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        rope=rope_from_config(config),
-    )
+from edgetune.model.lora import Slot
+from edgetune.model.rope import Rope
 
 
 def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -76,5 +44,18 @@ def frozen_weights(architecture: Architecture) -> dict[str, int]:
     return {"attention": 2 * a.hidden_size * (queries + keys), "mlp": 3 * a.hidden_size * a.intermediate_size}
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 < value < 2**31
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of the Phi-3 model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    rope: Rope

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.errors import IncompatibleError
-from edgetune.formats.manifest import Rope
 
 _LONGROPE = ("longrope", "su", "yarn")
 """What Phi-3's configs call longrope; the last two are older names, and transformers reads them so as well."""
@@ -198,3 +198,21 @@ def _factors(stated: dict[str, Any], key: str, count: int) -> list[float]:
         found = f"{len(values)}" if isinstance(values, list) else f"{values!r:.40}"
         raise IncompatibleError(f"config.json: longrope's {key} must be a list of {count} numbers, found {found}")
     return [float(_number({key: value}, key, 0.0)) for value in values]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding, as the training loop needs it (transformers' `modeling_rope_utils`)."""
+
+    dim: int
+    """Rotated dimensions of a head."""
+    theta: float
+    """Base of the frequencies."""
+    attention_factor: float
+    """Scale on cos and sin (longrope), 1 otherwise."""
+    short_factor: list[float] | None
+    """longrope: divisors of the frequencies up to `original_max_position_embeddings`, dim / 2 of them."""
+    long_factor: list[float] | None
+    """longrope: the same for longer rows."""
+    original_max_position_embeddings: int
+    """Longest row for which the short factors hold."""

@@ -10,8 +10,10 @@ from edgetune.config import DeviceType, PlanName, RuntimeName, TrainConfig
 from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.formats.manifest import BundleManifest
-from edgetune.runtimes import ChoosingRuntime, find_runtime
-from edgetune.runtimes.execution import ACCELERATING, INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan, Products
+from edgetune.formats.roles import INT8_STEP
+from edgetune.runtimes import find_runtime
+from edgetune.runtimes.contract import ChoosingRuntime
+from edgetune.runtimes.execution import ACCELERATING, WHOLE_STEP, Accelerator, ExecutionPlan, Products
 
 ACCELERATED = ", or ".join(
     f"--runtime {name}" + ("" if facts.alone else f" --plan {facts.plans[0]}") for name, facts in ACCELERATING.items()

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator
 from edgetune.config import Method, PlanName, TrainConfig
 from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, UsageError
-from edgetune.planning.memory import Footprint
-from edgetune.runtimes import RUNTIMES, Abilities, find_runtime, preferred_runtimes
+from edgetune.runtimes import RUNTIMES, find_runtime, preferred_runtimes
+from edgetune.runtimes.contract import Abilities
+from edgetune.runtimes.footprint import Footprint
 
 STOCK = "onnxruntime"
 """The runtime whose memory does not depend on the processor."""

@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 from edgetune.config import PlanName, TrainConfig
 from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, ResourceError
-from edgetune.formats.frozen_weights import INT8, LAYERS
 from edgetune.formats.manifest import BundleManifest
+from edgetune.formats.roles import INT8, LAYERS
 from edgetune.machine.memory import free_memory_bytes
 from edgetune.planning.accelerator import accelerated_plan, is_accelerated, on_accelerator
 from edgetune.planning.candidates import STOCK, candidates, footprint_of
-from edgetune.planning.memory import Footprint, Work
+from edgetune.planning.memory import Work
 from edgetune.planning.planner import Planner, Prediction
-from edgetune.runtimes import Runtime, find_runtime
+from edgetune.runtimes import find_runtime
+from edgetune.runtimes.contract import Runtime
 from edgetune.runtimes.execution import LAYERED, WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.footprint import Footprint
 from edgetune.text.byte_size import bytes_text, parse_bytes
 
 _SHARE = 0.85

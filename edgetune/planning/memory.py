@@ -11,12 +11,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from edgetune.formats.frozen_weights import BITS, BLOCK_SIZE, LAYERS
-from edgetune.formats.layered_graphs import cut, kept_outputs, pieces_of, sublayer_role
+from edgetune.formats.layered_graphs import kept_outputs, pieces_of
 from edgetune.formats.manifest import BundleManifest, TensorSpec
+from edgetune.formats.roles import LAYERS, sublayer_role
 from edgetune.formats.trunk import FOLDER
 from edgetune.model.architecture import frozen_weights
-from edgetune.runtimes.execution import LAYERED, ExecutionPlan, Products
+from edgetune.model.blocks import BITS, BLOCK_SIZE
+from edgetune.model.pieces import cut
+from edgetune.runtimes.execution import LAYERED, ExecutionPlan
+from edgetune.runtimes.footprint import Footprint
 
 SUBLAYERS = ("attention", "mlp")
 _FLOAT = 4
@@ -39,49 +42,6 @@ _BETWEEN_GRAPHS = 6
 """Arrays of hidden states besides those between sublayers: three gradients, two sums over pieces, one in transit."""
 _BETWEEN_FORWARD = 2
 """The same without a backward pass: one sum over pieces, one in transit."""
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a runtime needs for the layered form; measured by `python -m benchmarks.footprints`."""
-
-    products: Products
-    storage: int
-    """Bytes per number in hidden states, kept activations and the head's weights."""
-    base: int
-    """Bytes of a process that has loaded everything except the model."""
-    attention_states: float
-    """Memory of the attention graphs: bytes per position and query channel of a piece."""
-    attention_scores: float
-    """Further memory of the attention graphs that compute a layer again: bytes per score of each head of a piece."""
-    kept_scores: float
-    """The same of those that take what the layer kept."""
-    mlp_states: float
-    """Memory of the feed-forward network's graphs: bytes per position and inner channel of a piece."""
-    hidden_states: float
-    """Further memory of either sublayer's graphs, and of the head's: bytes per position and hidden channel."""
-    graph_weights: float
-    """Bytes that the graphs of the sublayers hold per weight that they are given."""
-    logits: float
-    """Memory of the head's graphs: bytes per logit."""
-    together: bool
-    """Whether each graph has memory of its own, for each batch shape; otherwise the largest's serves all."""
-    apart: float
-    """Share of what the smaller of sublayers and head need that the larger's memory does not serve: it is in pieces."""
-    shapes: int
-    """Number of batch shapes whose graphs are held at once, where each has memory of its own."""
-    shape: int
-    """Bytes per batch shape, whatever its size: compiled code, where graphs are compiled for shapes."""
-    cache: int
-    """Most bytes on disk for compiled graphs."""
-    weight: float
-    """Bytes per frozen weight of a sublayer in the form in which it is multiplied."""
-    forward: float
-    """Share of the sublayer graphs' memory that is the forward pass's."""
-    backward: int
-    """Bytes of `base` that belong to the backward graphs, loaded or compiled."""
-    dequantise: float
-    """Time to dequantise a weight, relative to the time of a product per weight and position."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from edgetune.config import PlanName
 from edgetune.formats.layered_graphs import widths
 from edgetune.formats.manifest import BundleManifest
 from edgetune.planning.cost import step_cost
-from edgetune.planning.memory import SUBLAYERS, Footprint, Sizes, Work, peak_memory
+from edgetune.planning.memory import SUBLAYERS, Sizes, Work, peak_memory
 from edgetune.runtimes.execution import LAYERED, ExecutionPlan
+from edgetune.runtimes.footprint import Footprint
 
 _HEAD_LOGITS = 8 << 20
 """Logits that exist at the same time in the head."""

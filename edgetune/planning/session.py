@@ -8,8 +8,9 @@ from typing import cast
 
 from edgetune.config import TrainConfig
 from edgetune.formats.bundle import Bundle
+from edgetune.model.lora import Parameters
 from edgetune.planning.choice import Choice
-from edgetune.runtimes import ForwardRuntime, OptimizerConfig, Parameters, Session
+from edgetune.runtimes.contract import ForwardRuntime, OptimizerConfig, Session
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
 
 

@@ -14,12 +14,12 @@ from time import perf_counter
 from edgetune.config import TrainConfig
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
-from edgetune.formats.adapter import initial_parameters
 from edgetune.formats.bundle import Bundle
+from edgetune.model.lora import initial_parameters
 from edgetune.planning.choice import Choice
 from edgetune.planning.cost_model import CostModel
 from edgetune.planning.session import open_trainer
-from edgetune.runtimes import Session
+from edgetune.runtimes.contract import Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
 
 _AIM = 8.5

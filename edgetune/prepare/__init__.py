@@ -18,21 +18,14 @@ from edgetune.data.examples import load_examples
 from edgetune.data.source import Source, kept
 from edgetune.errors import UsageError, VerificationError
 from edgetune.formats.bundle import MANIFEST, Bundle, list_files, seal_bundle
-from edgetune.formats.frozen_weights import BITS, stored_bytes
-from edgetune.formats.manifest import (
-    BUNDLE_FORMAT,
-    FORMAT_VERSION,
-    Architecture,
-    BaseModel,
-    BundleManifest,
-    Graph,
-    Lora,
-    Tokenizer,
-)
+from edgetune.formats.frozen_weights import stored_bytes
+from edgetune.formats.manifest import BUNDLE_FORMAT, FORMAT_VERSION, BaseModel, BundleManifest, Graph, Tokenizer
 from edgetune.formats.storage import atomic_folder, sha256_of
 from edgetune.host.builder_view import builder_view
 from edgetune.host.versions import version_of
-from edgetune.model.architecture import frozen_weights, slots_of
+from edgetune.model.architecture import Architecture, frozen_weights, slots_of
+from edgetune.model.blocks import BITS
+from edgetune.model.lora import Lora
 from edgetune.prepare.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.side_environment import ensure_side_environment
 
@@ -148,7 +141,7 @@ def _build_training_graphs(
     """Slots, gradient coverage, and the graphs `step` and `loss` whose frozen weights are still inputs."""
     import onnx_ir as ir
 
-    from edgetune.formats.adapter import initial_parameters
+    from edgetune.model.lora import initial_parameters
     from edgetune.prepare.gradient import ARTIFACTS, differentiate
     from edgetune.prepare.graphs.adamw import build_adamw
     from edgetune.prepare.graphs.evaluation import evaluation_graph

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
-from edgetune.formats.frozen_weights import BLOCK_SIZE
 from edgetune.formats.git_lfs import refuse_pointers
 from edgetune.formats.json_file import read_object
-from edgetune.formats.manifest import Architecture
 from edgetune.formats.safetensors_file import FLOATS, non_finite, read_header
 from edgetune.formats.storage import require_unicode, sha256_of
-from edgetune.model.architecture import read_architecture, tensor_shapes
+from edgetune.model.architecture import Architecture, tensor_shapes
+from edgetune.model.blocks import BLOCK_SIZE
+from edgetune.model.rope import rope_from_config
 
 FAMILY = "phi3"
 FAMILY_CLASS = "Phi3ForCausalLM"
@@ -303,3 +303,38 @@ def copy_chat_template(checkpoint: Checkpoint, folder: Path) -> bool:
         return False
     target.write_text(template, encoding="utf-8")
     return True
+
+
+def read_architecture(config: dict[str, Any]) -> Architecture:
+    """Sizes from a Phi-3 `config.json`.
+
+    Raises:
+        VerificationError: A size is missing or not a positive number; all are named.
+    """
+    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    optional = (
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings",
+        "sliding_window",
+    )  # fmt: skip
+    given = [*required, *(key for key in optional if config.get(key) is not None)]
+    wrong = [f"{key} is {config.get(key)!r:.40}" for key in given if not _is_size(config.get(key))]
+    if wrong:
+        raise VerificationError(f"config.json: {', '.join(wrong)}; expected whole numbers from 1 to 2^31 − 1")
+    heads = config["num_attention_heads"]
+    return Architecture(
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_hidden_layers=config["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        max_position_embeddings=config.get("max_position_embeddings") or 4096,
+        sliding_window=config.get("sliding_window"),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        rope=rope_from_config(config),
+    )
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**31

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 from edgetune.config import Base
-from edgetune.formats.frozen_weights import BLOCK_SIZE
 from edgetune.formats.genai import ACCURACY_LEVEL, CONFIG, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.host.olive_pass import run_olive_pass
+from edgetune.model.blocks import BLOCK_SIZE
 
 
 def build_genai_model(checkpoint: Path, output: Path, base: Base) -> None:

@@ -103,8 +103,6 @@ class ExecutionPlan:
         return ", ".join([*trunk, products, kept, weights, *further])
 
 
-INT8_STEP, INT8_LOSS = "step_int8", "loss_int8"
-"""Roles of the graphs whose frozen weights are int8, for NPUs."""
 WHOLE_STEP = ExecutionPlan("whole")
 """The step as one graph."""
 LAYERED = ExecutionPlan("layered")

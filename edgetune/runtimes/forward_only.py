@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 
 from edgetune.data.batches import Batch
 from edgetune.model.adamw import clip_factor
-from edgetune.runtimes import Forward, OptimizerConfig, Parameters, Placed, StepResult
+from edgetune.model.lora import Parameters
+from edgetune.runtimes.contract import Forward, OptimizerConfig, Placed, StepResult
 from edgetune.runtimes.placement import Placement
 
 Floats = NDArray[np.float32]
@@ -127,7 +128,7 @@ class _Responses:
 
 
 class ForwardOnlySession:
-    """A model in training on a runtime that only runs forward; see `edgetune.runtimes.Session`.
+    """A model in training on a runtime that only runs forward; see `edgetune.runtimes.contract.Session`.
 
     Args:
         forward: The model. It holds the parameters that are measured.
@@ -150,7 +151,7 @@ class ForwardOnlySession:
         self._square, self._clipped_square, self._curvature = _Average(), _Average(), _Average()
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """See `edgetune.runtimes.Session.step`; the gradient's norm is an estimate, with each parameter's scale in it.
+        """As `contract.Session.step` says; the gradient's norm is an estimate, with each parameter's scale in it.
 
         A query moves the parameters along its direction, in proportion to its slope: by `learning_rate` where the slope
         is as usual. Queries add up like noise: a step moves a parameter by the root of their number times that.
@@ -178,11 +179,11 @@ class ForwardOnlySession:
         return StepResult(loss, norm, applied)
 
     def evaluate(self, batch: Batch) -> float:
-        """See `edgetune.runtimes.Session.evaluate`."""
+        """See `edgetune.runtimes.contract.Session.evaluate`."""
         return self._forward.evaluate(batch)
 
     def adapter(self) -> Parameters:
-        """See `edgetune.runtimes.Session.adapter`."""
+        """See `edgetune.runtimes.contract.Session.adapter`."""
         return self._parameters
 
     def placements(self) -> list[Placement]:

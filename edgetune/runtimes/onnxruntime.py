@@ -9,9 +9,10 @@ from dataclasses import replace
 import onnxruntime as ort
 
 from edgetune.formats.bundle import Bundle
-from edgetune.planning.memory import Footprint
-from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
+from edgetune.model.lora import Parameters
+from edgetune.runtimes.contract import Abilities, Forward, OptimizerConfig, Session
 from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.footprint import Footprint
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.layered.parameters import FlatParameters
 from edgetune.runtimes.layered.session import LayeredForward, LayeredSession
@@ -42,12 +43,12 @@ _INT8 = replace(_FP32, products="int8", weight=2.0, dequantise=400.0)
 
 
 def abilities() -> Abilities:
-    """See `edgetune.runtimes.Runtime.abilities`."""
+    """See `edgetune.runtimes.contract.Runtime.abilities`."""
     return Abilities(whole=True, exact=_FP32, int8=_INT8, preferred=True, forward=True)
 
 
 def version() -> str:
-    """See `edgetune.runtimes.Runtime.version`."""
+    """See `edgetune.runtimes.contract.Runtime.version`."""
     return f"onnxruntime {ort.__version__}"
 
 
@@ -55,7 +56,7 @@ def version() -> str:
 def open_session(
     bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
 ) -> Iterator[Session]:
-    """Load what the plan runs; see `edgetune.runtimes.Runtime`."""
+    """Load what the plan runs; see `edgetune.runtimes.contract.Runtime`."""
     if plan.form == "whole":
         yield PortableSession(bundle, parameters, optimizer, CpuGraphs(bundle))
     else:
@@ -64,7 +65,7 @@ def open_session(
 
 @contextmanager
 def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) -> Iterator[Forward]:
-    """Load what the plan's forward pass runs; see `edgetune.runtimes.Runtime`."""
+    """Load what the plan's forward pass runs; see `edgetune.runtimes.contract.Runtime`."""
     if plan.form == "whole":
         yield PortableForward(parameters, CpuGraphs(bundle))
     else:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from edgetune.errors import IncompatibleError
 from edgetune.formats.bundle import Bundle
-from edgetune.planning.memory import Footprint
-from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
+from edgetune.model.lora import Parameters
+from edgetune.runtimes.contract import Abilities, Forward, OptimizerConfig, Session
 from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.runtimes.footprint import Footprint
 from edgetune.runtimes.layered.channels import Channels, groups_of
 from edgetune.runtimes.openvino_core import DEVICE, MOST_SHAPES, core, has_bfloat16, require_package
 from edgetune.runtimes.placement import Placement
@@ -76,7 +77,7 @@ _INT8 = replace(
 
 
 def abilities() -> Abilities:
-    """See `edgetune.runtimes.Runtime.abilities`.
+    """See `edgetune.runtimes.contract.Runtime.abilities`.
 
     Raises:
         MissingDependencyError: The package `openvino` is not installed.
@@ -89,7 +90,7 @@ def abilities() -> Abilities:
 
 
 def version() -> str:
-    """See `edgetune.runtimes.Runtime.version`."""
+    """See `edgetune.runtimes.contract.Runtime.version`."""
     return f"openvino {metadata.version('openvino')}"
 
 
@@ -97,7 +98,7 @@ def version() -> str:
 def open_session(
     bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
 ) -> Iterator[Session]:
-    """Load what the plan runs; see `edgetune.runtimes.Runtime`.
+    """Load what the plan runs; see `edgetune.runtimes.contract.Runtime`.
 
     Raises:
         IncompatibleError: The device for the whole step is not there.
@@ -116,7 +117,7 @@ def open_session(
 
 @contextmanager
 def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) -> Iterator[Forward]:
-    """Load what the plan's forward pass runs; see `edgetune.runtimes.Runtime`.
+    """Load what the plan's forward pass runs; see `edgetune.runtimes.contract.Runtime`.
 
     Raises:
         IncompatibleError: The device for the whole pass is not there.
@@ -135,7 +136,7 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
 
 
 def place(bundle: Bundle, plan: ExecutionPlan, batch: int, length: int) -> list[Placement]:
-    """See `edgetune.runtimes.PlacingRuntime.place`."""
+    """See `edgetune.runtimes.contract.PlacingRuntime.place`."""
     compiler = _compiler(bundle, plan)
     return [compiler.compile(role, batch, length).placement for role in ("step", "loss")]
 

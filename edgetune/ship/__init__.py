@@ -20,13 +20,14 @@ from edgetune import __version__
 from edgetune.config import TargetConfig, TargetName, TrainConfig
 from edgetune.data.encode import TEMPLATE_FILE, TOKENIZER_FILE
 from edgetune.errors import VerificationError
-from edgetune.formats.adapter import PREFIX, WEIGHTS, initial_parameters, read_adapter, write_adapter
+from edgetune.formats.adapter import PREFIX, WEIGHTS, read_adapter, write_adapter
 from edgetune.formats.bundle import Bundle, list_files
 from edgetune.formats.genai import CONFIG, SIDE_FILES, end_tokens
 from edgetune.formats.manifest import FORMAT_VERSION
 from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.formats.storage import atomic_folder, write_file
 from edgetune.model import adamw
+from edgetune.model.lora import initial_parameters
 from edgetune.ship.budget import SizedFile, budgets, refuse_what_is_too_large, sizes
 from edgetune.ship.external_data import Span, external_spans, redirect
 from edgetune.ship.manifest import KINDS, Adapter, Optimizer, TargetFile, TargetManifest, Text, describe_graph

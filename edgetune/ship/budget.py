@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgetune.errors import ResourceError
-from edgetune.formats.frozen_weights import BLOCK_SIZE
+from edgetune.model.blocks import BLOCK_SIZE
 from edgetune.ship.external_data import Span
 from edgetune.ship.manifest import Budget
 from edgetune.ship.platforms import PARTS, Delivery, Part, Platform

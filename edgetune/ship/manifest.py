@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from edgetune.formats.manifest import TARGET_FORMAT, Architecture, BaseModel, Graph, Lora, TensorSpec
+from edgetune.formats.manifest import TARGET_FORMAT, BaseModel, Graph, TensorSpec
+from edgetune.model.architecture import Architecture
+from edgetune.model.lora import Lora
 
 KINDS: dict[str, str] = {
     "input_ids": "token ids, padded on the right with tokenizer.pad_token_id",

@@ -15,9 +15,11 @@ from onnx_ir.passes import common as passes
 
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
-from edgetune.formats.frozen_weights import LAYERS, FrozenWeights
-from edgetune.formats.layered_graphs import LAYER_PREFIX, Part, attention_parts, mlp_parts, pieces_of
+from edgetune.formats.frozen_weights import FrozenWeights
+from edgetune.formats.layered_graphs import pieces_of
+from edgetune.formats.roles import LAYERS
 from edgetune.model.architecture import frozen_weights
+from edgetune.model.pieces import LAYER_PREFIX, Part, attention_parts, mlp_parts
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 
 OPSET, IR_VERSION = 17, 8

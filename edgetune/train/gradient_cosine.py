@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from edgetune.data.batches import Batch
 from edgetune.errors import UsageError
 from edgetune.formats.bundle import Bundle
+from edgetune.model.lora import Parameters
 from edgetune.planning.choice import Choice
-from edgetune.runtimes import ForwardRuntime, OptimizerConfig, Parameters
+from edgetune.runtimes.contract import ForwardRuntime, OptimizerConfig
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
 
 _NO_CHANGE = OptimizerConfig(weight_decay=0.0, max_grad_norm=0.0)

@@ -13,18 +13,20 @@ from numpy.typing import NDArray
 from edgetune.config import TrainConfig
 from edgetune.devices.profile import Profile, load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError, VerificationError
-from edgetune.formats.adapter import MANIFEST, initial_parameters, read_adapter, write_adapter
+from edgetune.formats.adapter import MANIFEST, read_adapter, write_adapter
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.storage import atomic_folder
 from edgetune.machine.disk import reserve
 from edgetune.machine.threads import computing_with
+from edgetune.model.lora import Parameters, initial_parameters
 from edgetune.planning.choice import Choice
 from edgetune.planning.fit import Fit, Fitting
 from edgetune.planning.options import resolve_config
 from edgetune.planning.rows import RowReader, read_run_rows
 from edgetune.planning.schedule import learning_rate
 from edgetune.planning.session import open_trainer, query_config
-from edgetune.runtimes import Parameters, Placed, Session, StepResult, install
+from edgetune.runtimes import install
+from edgetune.runtimes.contract import Placed, Session, StepResult
 from edgetune.runtimes.placement import Placement, placement_record
 from edgetune.text.pulse import Pulse
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from edgetune.errors import EdgetuneError
 from edgetune.formats.adapter import most_bytes
-from edgetune.formats.manifest import Lora
 from edgetune.formats.storage import atomic_folder
+from edgetune.model.lora import Lora
 from edgetune.train.record import FILE, MOST_BYTES
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgetune.formats.manifest import Lora
 from edgetune.model.adamw import BETA1, BETA2, CLIP_EPSILON, EPSILON
+from edgetune.model.lora import Lora
 from edgetune.prepare.passes.operators import IR_VERSION, OPSET, Operators
 
 

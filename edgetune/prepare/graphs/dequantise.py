@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgetune.formats.frozen_weights import BLOCK_SIZE, FORWARD
+from edgetune.formats.roles import FORWARD
+from edgetune.model.blocks import BLOCK_SIZE
 from edgetune.prepare.passes.operators import CONTRIB, IR_VERSION, OPSET, Operators
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
-from edgetune.formats.manifest import Lora, Slot
+from edgetune.model.lora import Lora, Slot
 from edgetune.prepare.graphs.skeleton import (
     EXAMPLE_BATCH,
     EXAMPLE_SEQUENCE,

@@ -14,9 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from edgetune.config import PrepareConfig
-from edgetune.formats.frozen_weights import BITS, INDEX, LAYERS, write_index
-from edgetune.formats.layered_graphs import WIDE, Pieces, cut, cut_wide
-from edgetune.formats.manifest import Architecture
+from edgetune.formats.frozen_weights import write_index
+from edgetune.formats.roles import INDEX, LAYERS, WIDE
+from edgetune.model.architecture import Architecture
+from edgetune.model.blocks import BITS
+from edgetune.model.pieces import Pieces, cut, cut_wide
 from edgetune.prepare.checkpoint import Checkpoint
 from edgetune.prepare.gradient import ARTIFACTS, differentiate
 from edgetune.prepare.graphs.adamw import build_flat_adamw

@@ -15,8 +15,8 @@ from transformers import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, apply_rotary_pos_emb
 
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
-from edgetune.formats.layered_graphs import Part, Pieces, attention_parts, mlp_parts
-from edgetune.formats.manifest import Architecture
+from edgetune.model.architecture import Architecture
+from edgetune.model.pieces import Part, Pieces, attention_parts, mlp_parts
 from edgetune.prepare.graphs.skeleton import (
     EXAMPLE_BATCH,
     EXAMPLE_SEQUENCE,
@@ -58,8 +58,9 @@ def export_sublayer(
 
     Inputs: `hidden` and `residual` (batch, sequence, hidden_size), the anchor, for attention `attn_bias`, `rope_cos`
     and `rope_sin`, then the parameters of `edgetune.formats.layered_graphs`. Outputs: `objective` (1), the sum of
-    `output`; `output`, shaped as `hidden`; what can be kept: `query`, `key`, `value`, `context` (batch, key-value heads, query heads of
-    each or 1, sequence, head_dim) after rotation, or `gate`, `up` (batch, sequence, inner channels).
+    `output`; `output`, shaped as `hidden`; what can be kept: `query`, `key`, `value`, `context` (batch, key-value
+    heads, query heads of each or 1, sequence, head_dim) after rotation, or `gate`, `up` (batch, sequence, inner
+    channels).
 
     Args:
         checkpoint: Folder with a Phi-3 `config.json`; no weight is read.

@@ -18,10 +18,10 @@ from onnx_ir.passes import common as passes
 
 from edgetune.config import Base
 from edgetune.errors import VerificationError
-from edgetune.formats.frozen_weights import BITS, BLOCK_SIZE, FrozenIndex, Layout, Stored
+from edgetune.formats.frozen_weights import FrozenIndex, Layout, Stored
 from edgetune.formats.genai import HALF, MODEL, QUANTISED, WEIGHTS
-from edgetune.formats.manifest import Architecture
-from edgetune.model.architecture import tensor_shapes
+from edgetune.model.architecture import Architecture, tensor_shapes
+from edgetune.model.blocks import BITS, BLOCK_SIZE
 from edgetune.prepare.passes.operators import CONTRIB, Operators
 from edgetune.prepare.passes.shapes import fold
 

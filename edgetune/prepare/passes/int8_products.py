@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from edgetune.formats.frozen_weights import BACKWARD, FORWARD, INT8, SCALES
+from edgetune.formats.roles import BACKWARD, FORWARD, INT8, SCALES
 from edgetune.prepare.graphs.dequantise import build_requantise
 from edgetune.prepare.passes.operators import CONTRIB, Operators, remove_unused
 from edgetune.prepare.passes.shapes import dimensions, fold

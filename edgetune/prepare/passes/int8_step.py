@@ -24,8 +24,10 @@ from numpy.typing import NDArray
 
 from edgetune.config import Base, NpuForm
 from edgetune.errors import IncompatibleError
-from edgetune.formats.frozen_weights import BLOCK_SIZE, FORWARD, FrozenWeights
-from edgetune.formats.manifest import Architecture
+from edgetune.formats.frozen_weights import FrozenWeights
+from edgetune.formats.roles import FORWARD
+from edgetune.model.architecture import Architecture
+from edgetune.model.blocks import BLOCK_SIZE
 from edgetune.prepare.passes.frozen_weights import attach_weights, cancel_transposes
 from edgetune.prepare.passes.int8_products import frozen_product
 from edgetune.prepare.passes.operators import CONTRIB, Operators, remove_unused

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from edgetune.config import Base
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
-from edgetune.formats.adapter import initial_parameters
-from edgetune.formats.manifest import Architecture, Lora
+from edgetune.model.architecture import Architecture
+from edgetune.model.lora import Lora, initial_parameters
 from edgetune.prepare.passes.frozen_weights import attach_weights, cancel_transposes
 from edgetune.prepare.passes.int8_products import frozen_product
 from edgetune.prepare.passes.operators import Operators

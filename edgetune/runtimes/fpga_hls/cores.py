@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from edgetune.errors import IncompatibleError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
-from edgetune.formats.layered_graphs import LAYER_PREFIX
 from edgetune.formats.trunk import TrunkInfo
+from edgetune.model.pieces import LAYER_PREFIX
 from edgetune.runtimes.fpga_hls.core import Core
 from edgetune.runtimes.fpga_hls.fixed_point import holding
 from edgetune.runtimes.fpga_hls.resources import Fpga, shared

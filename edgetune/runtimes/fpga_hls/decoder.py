@@ -13,7 +13,7 @@ from edgetune.errors import VerificationError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.json_file import read_object
-from edgetune.formats.layered_graphs import LAYER_PREFIX
+from edgetune.model.pieces import LAYER_PREFIX
 from edgetune.runtimes.placement import Placement
 
 Floats = NDArray[np.float32]

@@ -16,8 +16,9 @@ from tempfile import TemporaryDirectory
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import FOLDER, read_trunk_info
-from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, Session
+from edgetune.model.lora import Parameters
 from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.contract import Abilities, OptimizerConfig, Session
 from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.runtimes.fpga_hls.core import require_compiler, require_hls4ml, simulate
 from edgetune.runtimes.fpga_hls.cores import trunk_cores
@@ -36,7 +37,7 @@ _EMULATION = 25_000_000
 
 
 def abilities() -> Abilities:
-    """See `edgetune.runtimes.Runtime.abilities`."""
+    """See `edgetune.runtimes.contract.Runtime.abilities`."""
     require_hls4ml()
     require_compiler()
     cpu = stock.abilities()
@@ -45,7 +46,7 @@ def abilities() -> Abilities:
 
 
 def version() -> str:
-    """See `edgetune.runtimes.Runtime.version`."""
+    """See `edgetune.runtimes.contract.Runtime.version`."""
     import hls4ml
 
     return f"FPGA emulation (hls4ml {hls4ml.__version__} C simulation), {stock.version()}"
@@ -55,7 +56,7 @@ def version() -> str:
 def open_session(
     bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
 ) -> Iterator[Session]:
-    """Write and compile a simulation for each projection; see `edgetune.runtimes.Runtime`.
+    """Write and compile a simulation for each projection; see `edgetune.runtimes.contract.Runtime`.
 
     Raises:
         IncompatibleError: The bundle has no trunk, or an FPGA does not hold its weights.

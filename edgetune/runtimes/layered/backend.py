@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.formats.frozen_weights import Block
+from edgetune.model.blocks import Block
 from edgetune.runtimes.layered.channels import Channels
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.formats.frozen_weights import BLOCK_SIZE, Block
-from edgetune.formats.layered_graphs import Part, pieces_of
+from edgetune.formats.layered_graphs import pieces_of
 from edgetune.formats.manifest import BundleManifest
+from edgetune.model.blocks import BLOCK_SIZE, Block
+from edgetune.model.pieces import Part
 
 
 @dataclass(frozen=True)

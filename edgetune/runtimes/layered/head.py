@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.formats.bundle import Bundle
-from edgetune.formats.frozen_weights import HEAD, LAYERS, FrozenWeights
-from edgetune.formats.layered_graphs import Part
+from edgetune.formats.frozen_weights import HEAD, FrozenWeights
+from edgetune.formats.roles import LAYERS
+from edgetune.model.pieces import Part
 from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.layered.backend import Backend, LayeredGraph
 from edgetune.runtimes.layered.weights import LinearWeights

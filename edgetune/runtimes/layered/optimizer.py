@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgetune.model.adamw import clip_factor
-from edgetune.runtimes import OptimizerConfig
+from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.layered.parameters import Array, FlatParameters
 from edgetune.runtimes.onnx_session import open_graph
 

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from edgetune.data.batches import Batch
 from edgetune.data.encode import IGNORED
 from edgetune.formats.bundle import Bundle
-from edgetune.formats.frozen_weights import EMBEDDING, LAYERS, FrozenWeights
-from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
+from edgetune.formats.frozen_weights import EMBEDDING, FrozenWeights
+from edgetune.formats.roles import LAYERS
+from edgetune.model.lora import Parameters
+from edgetune.runtimes.contract import OptimizerConfig, StepResult
 from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.fpga_hls.decoder import DecoderLayers
 from edgetune.runtimes.layered.backend import Arrays, Backend
@@ -28,7 +30,7 @@ from edgetune.runtimes.placement import Placement
 
 
 class LayeredForward:
-    """Runs a bundle's layered forward graphs on a backend; see `edgetune.runtimes.Forward`.
+    """Runs a bundle's layered forward graphs on a backend; see `edgetune.runtimes.contract.Forward`.
 
     Args:
         bundle: It has the layered form.
@@ -76,7 +78,7 @@ class LayeredForward:
         self._head = Head(bundle, backend, self._frozen, linear, plan)
 
     def evaluate(self, batch: Batch) -> float:
-        """See `edgetune.runtimes.Session.evaluate`."""
+        """See `edgetune.runtimes.contract.Session.evaluate`."""
         hidden = self._forward(batch, for_backward=False)
         rows, labels = _trained(batch)
         return float(self._head.losses(self._rows(hidden, rows), labels).mean())
@@ -87,7 +89,7 @@ class LayeredForward:
         return [] if below is None or below.placement is None else [below.placement]
 
     def set_parameter(self, name: str, values: NDArray[np.float32]) -> None:
-        """See `edgetune.runtimes.Forward.set_parameter`."""
+        """See `edgetune.runtimes.contract.Forward.set_parameter`."""
         self._lora.parameter(name)[...] = self._backend.channels.put_adapter(name, values)
 
     def _forward(self, batch: Batch, *, for_backward: bool) -> NDArray[Any]:
@@ -155,7 +157,7 @@ class LayeredForward:
 
 
 class LayeredSession(LayeredForward):
-    """With the backward pass and AdamW; see `edgetune.runtimes.Session`."""
+    """With the backward pass and AdamW; see `edgetune.runtimes.contract.Session`."""
 
     def __init__(
         self,
@@ -173,7 +175,7 @@ class LayeredSession(LayeredForward):
         super().__init__(bundle, self._optimizer, plan, backend, trunk, emulated)
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """See `edgetune.runtimes.Session.step`."""
+        """See `edgetune.runtimes.contract.Session.step`."""
         total = sum(batch.trained_tokens for batch in batches)
         self._optimizer.forget_gradients()
         loss = sum(self._accumulate(batch, 1 / total) for batch in batches)
@@ -181,7 +183,7 @@ class LayeredSession(LayeredForward):
         return StepResult(loss, norm, applied)
 
     def adapter(self) -> Parameters:
-        """See `edgetune.runtimes.Session.adapter`."""
+        """See `edgetune.runtimes.contract.Session.adapter`."""
         return self._restored(self._optimizer.parameter)
 
     def gradients(self) -> Parameters:

@@ -12,16 +12,9 @@ from numpy.typing import NDArray
 
 from edgetune.errors import VerificationError
 from edgetune.formats.bundle import Bundle
-from edgetune.formats.frozen_weights import SCALES
-from edgetune.formats.layered_graphs import (
-    LAYER_PREFIX,
-    Part,
-    attention_parts,
-    kept_outputs,
-    mlp_parts,
-    pieces_of,
-    sublayer_role,
-)
+from edgetune.formats.layered_graphs import kept_outputs, pieces_of
+from edgetune.formats.roles import SCALES, sublayer_role
+from edgetune.model.pieces import LAYER_PREFIX, Part, attention_parts, mlp_parts
 from edgetune.runtimes.layered.backend import Arrays, Backend, LayeredGraph
 from edgetune.runtimes.layered.parameters import Array, FlatParameters
 from edgetune.runtimes.layered.weights import LinearWeights, weight_and_form

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.formats.frozen_weights import FrozenWeights
-from edgetune.formats.layered_graphs import Part
+from edgetune.model.pieces import Part
 from edgetune.runtimes.layered.backend import Allocate, Backend
 
 _WEIGHT = ".weight"

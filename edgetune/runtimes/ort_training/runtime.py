@@ -16,7 +16,8 @@ from edgetune.errors import EdgetuneError, ResourceError, UsageError
 from edgetune.formats.bundle import Bundle
 from edgetune.machine.exhaustion import ADVICE, lack_of_process
 from edgetune.machine.threads import thread_count
-from edgetune.runtimes import Abilities, OptimizerConfig, Parameters, StepResult
+from edgetune.model.lora import Parameters
+from edgetune.runtimes.contract import Abilities, OptimizerConfig, StepResult
 from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.runtimes.ort_training import wire
 from edgetune.side_environment import (
@@ -29,17 +30,17 @@ _WORKER = Path(__file__).with_name("worker.py")
 
 
 def abilities() -> Abilities:
-    """See `edgetune.runtimes.Runtime.abilities`."""
+    """See `edgetune.runtimes.contract.Runtime.abilities`."""
     return Abilities(whole=True, exact=None, int8=None, preferred=False)
 
 
 def version() -> str:
-    """See `edgetune.runtimes.Runtime.version`."""
+    """See `edgetune.runtimes.contract.Runtime.version`."""
     return side_environment_version() or "onnxruntime-training-cpu"
 
 
 def install(notice: Callable[[str], None]) -> None:
-    """Make the side environment when it is not there; see `edgetune.runtimes.InstallingRuntime`.
+    """Make the side environment when it is not there; see `edgetune.runtimes.contract.InstallingRuntime`.
 
     Raises:
         MissingDependencyError: No wheel for this platform, no CPython 3.11, or pip could not install.
@@ -53,7 +54,7 @@ def install(notice: Callable[[str], None]) -> None:
 def open_session(
     bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
 ) -> Iterator[OrtTrainingSession]:
-    """Start the worker; see `edgetune.runtimes.Runtime`.
+    """Start the worker; see `edgetune.runtimes.contract.Runtime`.
 
     Raises:
         UsageError: The plan is not the whole step, which is all that the artifacts hold.
@@ -87,7 +88,7 @@ class OrtTrainingSession:
         self._ask("parameters", {}, parameters)
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """See `edgetune.runtimes.Session.step`."""
+        """See `edgetune.runtimes.contract.Session.step`."""
         total = sum(batch.trained_tokens for batch in batches)
         shares = [batch.trained_tokens / total for batch in batches]
         arrays = {f"{i}/{name}": array for i, batch in enumerate(batches) for name, array in batch.tensors().items()}
@@ -95,12 +96,12 @@ class OrtTrainingSession:
         return StepResult(answer["loss"], answer["grad_norm"], answer["applied"])
 
     def evaluate(self, batch: Batch) -> float:
-        """See `edgetune.runtimes.Session.evaluate`."""
+        """See `edgetune.runtimes.contract.Session.evaluate`."""
         answer, _ = self._ask("evaluate", {}, batch.tensors())
         return float(answer["loss"])
 
     def adapter(self) -> Parameters:
-        """See `edgetune.runtimes.Session.adapter`."""
+        """See `edgetune.runtimes.contract.Session.adapter`."""
         _, arrays = self._ask("adapter", {}, {})
         return cast(Parameters, arrays)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from edgetune.formats.bundle import Bundle
-from edgetune.runtimes import OptimizerConfig, Parameters
+from edgetune.model.lora import Parameters
+from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.placement import Placement
 from edgetune.runtimes.whole.compiled import AcceleratorGraphs
 from edgetune.runtimes.whole.session import PortableForward, PortableSession

@@ -15,8 +15,10 @@ import onnxruntime as ort
 from edgetune.config import RuntimeName
 from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.formats.bundle import Bundle
-from edgetune.runtimes import Abilities, Forward, OptimizerConfig, Parameters, Session
-from edgetune.runtimes.execution import INT8_LOSS, INT8_STEP, WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.formats.roles import INT8_LOSS, INT8_STEP
+from edgetune.model.lora import Parameters
+from edgetune.runtimes.contract import Abilities, Forward, OptimizerConfig, Session
+from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.runtimes.placement import Placement
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ class PluginRuntime(ABC):
         """
 
     def abilities(self) -> Abilities:
-        """See `edgetune.runtimes.Runtime.abilities`.
+        """See `edgetune.runtimes.contract.Runtime.abilities`.
 
         Raises:
             MissingDependencyError: The package is not installed.
@@ -63,14 +65,14 @@ class PluginRuntime(ABC):
         return Abilities(whole=False, exact=None, int8=None, preferred=False, forward=True, emulation=self._emulation)
 
     def version(self) -> str:
-        """See `edgetune.runtimes.Runtime.version`."""
+        """See `edgetune.runtimes.contract.Runtime.version`."""
         return f"onnxruntime {ort.__version__}, {self._package_version()}"
 
     @contextmanager
     def open_session(
         self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
     ) -> Iterator[Session]:
-        """Load the plugin; see `edgetune.runtimes.Runtime`. Each shape is compiled when its first batch comes.
+        """Load the plugin; see `edgetune.runtimes.contract.Runtime`. Each shape is compiled when its first batch comes.
 
         Raises:
             IncompatibleError: There is no such device here.
@@ -83,7 +85,7 @@ class PluginRuntime(ABC):
 
     @contextmanager
     def open_forward(self, bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) -> Iterator[Forward]:
-        """Load the plugin for the forward pass alone; see `edgetune.runtimes.ForwardRuntime`.
+        """Load the plugin for the forward pass alone; see `edgetune.runtimes.contract.ForwardRuntime`.
 
         Raises:
             IncompatibleError: There is no such device here.
@@ -95,7 +97,7 @@ class PluginRuntime(ABC):
         yield AcceleratorForward(parameters, self._graphs(bundle, plan))
 
     def place(self, bundle: Bundle, plan: ExecutionPlan, batch: int, length: int) -> list[Placement]:
-        """See `edgetune.runtimes.PlacingRuntime.place`."""
+        """See `edgetune.runtimes.contract.PlacingRuntime.place`."""
         compiler = self._compiler(bundle, plan)
         return [compiler.compile(role, batch, length).placement for role in _roles(plan)]
 

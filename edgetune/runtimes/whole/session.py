@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from edgetune.data.batches import Batch
 from edgetune.formats.bundle import Bundle
-from edgetune.runtimes import OptimizerConfig, Parameters, StepResult
+from edgetune.model.lora import Parameters
+from edgetune.runtimes.contract import OptimizerConfig, StepResult
 from edgetune.runtimes.onnx_session import open_graph
 
 _STATES = ("", ".exp_avg", ".exp_avg_sq")
@@ -110,7 +111,7 @@ class PortableSession:
         self._gradients = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._sums.items()}
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """See `edgetune.runtimes.Session.step`."""
+        """See `edgetune.runtimes.contract.Session.step`."""
         loss = self._accumulate(batches)
         progress = {"learning_rate": _vector(learning_rate), "step": _vector(self._steps_done + 1)}
         outputs = {f"{name}.next": value for name, value in self._next_state.items()}
@@ -124,11 +125,11 @@ class PortableSession:
         return StepResult(loss, norm, applied)
 
     def evaluate(self, batch: Batch) -> float:
-        """See `edgetune.runtimes.Session.evaluate`."""
+        """See `edgetune.runtimes.contract.Session.evaluate`."""
         return self._graphs.loss(batch, self._parameters())
 
     def adapter(self) -> Parameters:
-        """See `edgetune.runtimes.Session.adapter`."""
+        """See `edgetune.runtimes.contract.Session.adapter`."""
         return {name: value.numpy().copy() for name, value in self._parameters().items()}
 
     def gradients(self) -> Parameters:
@@ -153,7 +154,7 @@ class PortableSession:
 
 
 class PortableForward:
-    """The portable graph `loss` alone; see `edgetune.runtimes.Forward`.
+    """The portable graph `loss` alone; see `edgetune.runtimes.contract.Forward`.
 
     Args:
         parameters: First values of the LoRA parameters.
@@ -165,11 +166,11 @@ class PortableForward:
         self._parameters = {name: _owned(array) for name, array in parameters.items()}
 
     def set_parameter(self, name: str, values: NDArray[np.float32]) -> None:
-        """See `edgetune.runtimes.Forward.set_parameter`."""
+        """See `edgetune.runtimes.contract.Forward.set_parameter`."""
         self._parameters[name].update_inplace(np.ascontiguousarray(values))
 
     def evaluate(self, batch: Batch) -> float:
-        """See `edgetune.runtimes.Forward.evaluate`."""
+        """See `edgetune.runtimes.contract.Forward.evaluate`."""
         return self._graphs.loss(batch, self._parameters)
 
 

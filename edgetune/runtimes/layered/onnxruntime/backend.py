@@ -11,7 +11,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgetune.formats.bundle import Bundle
-from edgetune.formats.frozen_weights import BACKWARD, BLOCK_SIZE, FORWARD, INT8, LAYERS, Block
+from edgetune.formats.roles import BACKWARD, FORWARD, INT8, LAYERS
+from edgetune.model.blocks import BLOCK_SIZE, Block
 from edgetune.runtimes.execution import Products
 from edgetune.runtimes.layered.backend import Allocate, Arrays
 from edgetune.runtimes.layered.bindings import Bindings

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.formats.frozen_weights import BACKWARD, BLOCK_SIZE, FORWARD, SCALES, Block
+from edgetune.formats.roles import BACKWARD, FORWARD, SCALES
+from edgetune.model.blocks import BLOCK_SIZE, Block
 from edgetune.runtimes.layered.backend import Allocate, LayeredGraph
 
 _INT8, _FLOAT = np.dtype(np.int8), np.dtype(np.float32)

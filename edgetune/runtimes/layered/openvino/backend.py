@@ -16,8 +16,9 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino.preprocess import PrePostProcessor
 
-from edgetune.formats.frozen_weights import INT8, LAYERS, Block
+from edgetune.formats.roles import INT8, LAYERS
 from edgetune.machine.memory import give_back_freed
+from edgetune.model.blocks import Block
 from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.layered.backend import Allocate, Arrays
 from edgetune.runtimes.layered.bindings import Bindings

@@ -15,7 +15,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
-from edgetune.formats.frozen_weights import INT8, SCALES
+from edgetune.formats.roles import INT8, SCALES
 
 _LARGEST = 127.0
 _SMALLEST_ROW = 1e-30

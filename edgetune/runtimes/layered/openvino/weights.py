@@ -10,7 +10,8 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
-from edgetune.formats.frozen_weights import BLOCK_SIZE, SCALES, Block
+from edgetune.formats.roles import SCALES
+from edgetune.model.blocks import BLOCK_SIZE, Block
 from edgetune.runtimes.layered.backend import Allocate
 from edgetune.runtimes.layered.channels import in_turn
 from edgetune.runtimes.layered.onnxruntime.requantise import LARGEST_INT8, SMALLEST

@@ -1,0 +1,119 @@
+"""LoRA: the slots of a model, their parameters, and the values these begin with."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.errors import VerificationError
+
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One projection that carries LoRA parameters A (rank, in_features) and B (out_features, rank)."""
+
+    name: str
+    """Module path in the checkpoint, such as `model.layers.0.self_attn.qkv_proj`."""
+    in_features: int
+    out_features: int
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer that it belongs to; 0 for a module outside of them."""
+        found = _LAYER.match(self.name)
+        return int(found[1]) if found else 0
+
+    @property
+    def a(self) -> str:
+        """Name of the A parameter in every graph."""
+        return f"{self.name}.lora_A.weight"
+
+    @property
+    def b(self) -> str:
+        """Name of the B parameter in every graph."""
+        return f"{self.name}.lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The trainable parameters."""
+
+    rank: int
+    alpha: float
+    target_modules: list[str]
+    slots: list[Slot]
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; expected at least 1")
+
+    @property
+    def scaling(self) -> float:
+        """What B·A is multiplied with (Hu et al. 2021): alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def highest_rank(self) -> int:
+        """The features of the widest slot: no slot of a bundle has a higher rank."""
+        return max((max(slot.in_features, slot.out_features) for slot in self.slots), default=self.rank)
+
+    def layers(self) -> list[int]:
+        """The decoder layers with slots, in order."""
+        return sorted({slot.layer for slot in self.slots})
+
+    def of_layers(self, layers: Container[int]) -> Lora:
+        """The slots of these decoder layers."""
+        return replace(self, slots=[slot for slot in self.slots if slot.layer in layers])
+
+    def from_layer(self, first: int) -> Lora:
+        """The slots of this decoder layer and those above it."""
+        return self.of_layers([layer for layer in self.layers() if layer >= first])
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Name and shape of every parameter, A before B, slot by slot."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for slot in self.slots:
+            shapes[slot.a] = (self.rank, slot.in_features)
+            shapes[slot.b] = (slot.out_features, self.rank)
+        return shapes
+
+
+def initial_parameters(lora: Lora, seed: int) -> dict[str, NDArray[np.float32]]:
+    """Parameters that change nothing yet, as PEFT starts: A ~ U(−1/√in, 1/√in), B zero.
+
+    Args:
+        lora: The slots; A matrices are drawn in their order.
+        seed: Seed of `numpy.random.default_rng`.
+
+    Returns:
+        A (rank, in_features) and B (out_features, rank) of every slot, under the names of `Lora.shapes`.
+
+    Raises:
+        VerificationError: There are no slots.
+    """
+    _require_slots(lora)
+    generator = np.random.default_rng(seed)
+    shapes = lora.shapes()
+    # One large array goes back to the system as soon as nobody holds it; many small ones would stay in the heap.
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    pieces = np.split(np.zeros(ends[-1], np.float32), ends[:-1])
+    parameters = {name: piece.reshape(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
+    for slot in lora.slots:
+        bound = slot.in_features**-0.5
+        parameters[slot.a][...] = generator.uniform(-bound, bound, (lora.rank, slot.in_features))
+    return parameters
+
+
+def _require_slots(lora: Lora) -> None:
+    """Rows can be looked at without any, which is why a bundle opens without them."""
+    if not lora.slots:
+        raise VerificationError("the bundle's manifest lists no LoRA slots, so there is nothing to train; make it anew")
+Parameters = Mapping[str, NDArray[np.float32]]
+"""LoRA parameters by name, as `Lora.shapes` lists them."""
