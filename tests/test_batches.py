@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from edgetune.data.batches import MASKED, Batch, epoch_batches, lay_out, make_batch
 from edgetune.data.encode import IGNORED, Example
 from edgetune.errors import DataError
-from edgetune.model.rope import rope_from_config, rope_tables
+from edgetune.model.rope import rope_tables
+from edgetune.prepare.rope_config import rope_from_config
 
 ROPE = rope_from_config({"hidden_size": 32, "num_attention_heads": 4})
 LONG = Example(1, [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [IGNORED] * 4 + [9, 10, 11, 12, 13, 14])

@@ -30,7 +30,7 @@ from tiny_phi3 import build_here, genai_greedy, greedy, save_checkpoint, save_to
 from tokenizers import Tokenizer
 
 from edgetune.config import Base
-from edgetune.host.builder_view import builder_view
+from edgetune.prepare.builder_view import builder_view
 from edgetune.prepare.checkpoint import Checkpoint, read_architecture
 
 WEIGHTS = "model.safetensors"

@@ -22,8 +22,8 @@ from edgetune.config import PrepareConfig
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Example
 from edgetune.model.lora import Lora, Slot
-from edgetune.model.rope import rope_from_config
 from edgetune.prepare.graphs.forward import export_forward
+from edgetune.prepare.rope_config import rope_from_config
 
 CONFIG = PrepareConfig(rank=3, alpha=5.0, targets="attention")
 ATTENTION = ("self_attn.o_proj", "self_attn.qkv_proj")

@@ -1,4 +1,4 @@
-"""The sizes of a Phi-3 model: read from its `config.json`, and what follows from them."""
+"""The sizes of a Phi-3 model, and what follows from them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,23 @@ from dataclasses import dataclass
 
 from edgetune.model.lora import Slot
 from edgetune.model.rope import Rope
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of the Phi-3 model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    rope: Rope
 
 
 def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -42,20 +59,3 @@ def frozen_weights(architecture: Architecture) -> dict[str, int]:
     a = architecture
     queries, keys = (heads * a.head_dim for heads in (a.num_attention_heads, a.num_key_value_heads))
     return {"attention": 2 * a.hidden_size * (queries + keys), "mlp": 3 * a.hidden_size * a.intermediate_size}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Sizes of the Phi-3 model."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    sliding_window: int | None
-    tie_word_embeddings: bool
-    rope: Rope

@@ -21,11 +21,11 @@ from edgetune.formats.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.formats.frozen_weights import stored_bytes
 from edgetune.formats.manifest import BUNDLE_FORMAT, FORMAT_VERSION, BaseModel, BundleManifest, Graph, Tokenizer
 from edgetune.formats.storage import atomic_folder, sha256_of
-from edgetune.host.builder_view import builder_view
 from edgetune.host.versions import version_of
 from edgetune.model.architecture import Architecture, frozen_weights, slots_of
 from edgetune.model.blocks import BITS
 from edgetune.model.lora import Lora
+from edgetune.prepare.builder_view import builder_view
 from edgetune.prepare.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.side_environment import ensure_side_environment
 
