@@ -16,15 +16,14 @@ from shared_material import shared_material
 from small_checkpoint import write_checkpoint
 
 from edgetune.errors import NoRoomError, ResourceError
-from edgetune.formats.adapter import most_bytes, read_adapter, write_adapter
+from edgetune.formats.adapter import MOST_LINE_BYTES, RECORD, most_bytes, read_adapter, write_adapter
 from edgetune.formats.bundle import open_bundle
 from edgetune.formats.storage import atomic_folder, write_file
 from edgetune.machine import disk as room
 from edgetune.machine.disk import reserve
 from edgetune.model.lora import initial_parameters
 from edgetune.train.observer import StepMetrics
-from edgetune.train.output import output_bytes
-from edgetune.train.record import FILE, MOST_BYTES, RunRecord
+from edgetune.train.record import RunRecord
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "artifacts" / "golden"
@@ -61,13 +60,13 @@ def test_training_without_room_ends_before_the_first_step(tmp_path: Path) -> Non
     found = re.search(r"small/adapter: the disk is full: ([\d,]+) bytes are needed, ([\d,]+) are free now", stderr)
     assert found is not None, stderr
     needed, free = (int(figure.replace(",", "")) for figure in found.groups())
-    assert needed == sum(output_bytes(open_bundle(GOLDEN / "bundle").manifest.lora, 2).values()) > free > 0
+    assert needed == sum(most_bytes(open_bundle(GOLDEN / "bundle").manifest.lora, 2).values()) > free > 0
     assert free < 48 << 10
 
 
 @needs_mounts
 def test_what_is_said_to_be_needed_is_enough(tmp_path: Path) -> None:
-    needed = sum(output_bytes(open_bundle(GOLDEN / "bundle").manifest.lora, 2).values())
+    needed = sum(most_bytes(open_bundle(GOLDEN / "bundle").manifest.lora, 2).values())
     # The lock and the ends of files take whole pages.
     size = f"{needed // 1024 + 24}k"
     assert edgetune(*train("small/adapter"), before=on_disk_of(tmp_path, size), cwd=tmp_path)[0] == 0
@@ -159,7 +158,7 @@ def test_what_was_reserved_is_written_to_a_disk_that_others_fill(tmp_path: Path)
     assert "exit code" not in said
     assert "notice" not in said
     assert steps_in(tmp_path / "copy" / "adapter") == 4
-    lines = (tmp_path / "copy" / "adapter" / FILE).read_text().splitlines()
+    lines = (tmp_path / "copy" / "adapter" / RECORD).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
@@ -167,7 +166,7 @@ def test_what_was_reserved_is_written_to_a_disk_that_others_fill(tmp_path: Path)
 def test_what_was_learnt_goes_elsewhere_when_its_disk_has_no_room_after_all(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     said = run_while(tmp_path, "take_room_back()", TMPDIR=str(tmp_path / "scratch"))
-    assert f"notice {FILE} ends before step 2: No space left on device; the training goes on" in said
+    assert f"notice {RECORD} ends before step 2: No space left on device; the training goes on" in said
     assert "exit code 6\n" in said
     assert re.search(FIGURES, said)
     saved = re.search(r"what was learnt is in (\S+/adapter): move it to where it shall be", said)
@@ -324,7 +323,9 @@ def test_no_file_of_an_adapter_takes_more_than_is_said(tmp_path: Path) -> None:
         parameters=initial_parameters(manifest.lora, 0),
         provenance={f"key {number}": "x" * 100 for number in range(100)},
     )
-    for name, most in most_bytes(manifest.lora).items():
+    most_of_all = most_bytes(manifest.lora)
+    del most_of_all[RECORD]
+    for name, most in most_of_all.items():
         assert (tmp_path / name).stat().st_size <= most, name
 
 
@@ -334,6 +335,6 @@ def test_no_line_of_a_record_takes_more_than_is_said(tmp_path: Path) -> None:
         metrics = StepMetrics(10**9, longest, longest, longest, 10**9, longest, 10**12, 0.0)
         record.write(metrics, validation_loss=longest, initial_validation_loss=longest)
         record.write(metrics, validation_loss=longest)
-    first, second = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
-    assert len(second) <= MOST_BYTES
-    assert len(first) <= 2 * MOST_BYTES
+    first, second = (tmp_path / RECORD).read_bytes().splitlines(keepends=True)
+    assert len(second) <= MOST_LINE_BYTES
+    assert len(first) <= 2 * MOST_LINE_BYTES

@@ -31,6 +31,10 @@ from edgetune.model.lora import Lora, Parameters, _require_slots, initial_parame
 MANIFEST = "edgetune.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+RECORD = "metrics.jsonl"
+"""A line an optimizer step; `edgetune.train.record` writes it."""
+MOST_LINE_BYTES = 320
+"""Of a line of the record; the first, with one key more, may take that of another."""
 VALIDATION_DATA = "validation_data"
 """Provenance key: the rows that the training was validated on, as seen from the folder that the adapter lies in."""
 VALIDATION_GIVEN = "validation_data_given"
@@ -58,8 +62,13 @@ _SILENT_FIELDS = frozenset(
 """Fields of PEFT's LoraConfig that do not change what a saved plain LoRA computes, given its tensors."""
 
 
-def most_bytes(lora: Lora) -> dict[str, int]:
-    """Bytes that each file of an adapter with these slots takes at most, for the room that is kept for it."""
+def most_bytes(lora: Lora, steps: int = 0) -> dict[str, int]:
+    """Bytes that each file of an adapter takes at most, for the room that is kept for it.
+
+    Args:
+        lora: Its slots.
+        steps: How many its record has lines for.
+    """
     shapes = lora.shapes()
     names = sum(len(PREFIX) + len(name) for name in shapes)
     values = sum(_FLOAT * rows * columns for rows, columns in shapes.values())
@@ -67,6 +76,7 @@ def most_bytes(lora: Lora) -> dict[str, int]:
         WEIGHTS: values + names + _HEADER * len(shapes) + _FILE,
         CONFIG: _FILE,
         MANIFEST: names + _HEADER * len(shapes) + _PROVENANCE,
+        RECORD: MOST_LINE_BYTES * (steps + 1),
     }
 
 

@@ -11,6 +11,7 @@ from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.devices.profile import Profile
 from edgetune.errors import ResourceError, UsageError
+from edgetune.formats.adapter import most_bytes
 from edgetune.formats.bundle import MANIFEST, Bundle, open_bundle
 from edgetune.machine.threads import usable_processors
 from edgetune.model.architecture import tensor_shapes
@@ -25,7 +26,6 @@ from edgetune.runtimes import install
 from edgetune.runtimes.forward_only import passes_a_step
 from edgetune.runtimes.whole.contexts import most_context_bytes
 from edgetune.text.byte_size import bytes_text
-from edgetune.train.output import output_bytes
 
 _MOST_ROWS = 10_000
 """A step, where rows are made up to be counted."""
@@ -214,7 +214,7 @@ def _made_up(
 def _flash(bundle: Bundle, choice: Choice, workload: Workload) -> Flash:
     manifest, steps = bundle.manifest, workload.schedule.total_steps
     files = sum(file.size for file in manifest.files) + (bundle.path / MANIFEST).stat().st_size
-    adapter = sum(output_bytes(manifest.lora, steps).values())
+    adapter = sum(most_bytes(manifest.lora, steps).values())
     cache = 0 if choice.footprint is None else choice.footprint.cache
     if choice.plan.accelerator is not None:
         weights = sum(math.prod(shape) for shape in tensor_shapes(manifest.architecture).values())

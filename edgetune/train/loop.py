@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgetune.config import TrainConfig
 from edgetune.devices.profile import Profile, load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError, VerificationError
-from edgetune.formats.adapter import MANIFEST, read_adapter, write_adapter
+from edgetune.formats.adapter import MANIFEST, most_bytes, read_adapter, write_adapter
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.storage import atomic_folder
 from edgetune.machine.disk import reserve
@@ -31,7 +31,7 @@ from edgetune.runtimes.placement import Placement, placement_record
 from edgetune.text.pulse import Pulse
 from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
-from edgetune.train.output import output_bytes, save_elsewhere
+from edgetune.train.output import save_elsewhere
 from edgetune.train.provenance import Outcome, provenance_of, validation_rows
 from edgetune.train.record import RunRecord, peak_memory_bytes
 
@@ -157,7 +157,7 @@ class _Run:
             NoRoomError: There is no room for the adapter.
             EdgetuneError: Not even the first step was finite.
         """
-        reserve(folder, output_bytes(self._lora, self._schedule.total_steps), self._output)
+        reserve(folder, most_bytes(self._lora, self._schedule.total_steps), self._output)
         self._steps, self.learnt = self._learn(folder)
         self.write(folder)
         self._notice_peak()

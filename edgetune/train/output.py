@@ -1,4 +1,4 @@
-"""What a run writes: how much room it takes, and where else it goes when its place fails."""
+"""Where what a run has learnt goes when its place fails."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgetune.errors import EdgetuneError
-from edgetune.formats.adapter import most_bytes
 from edgetune.formats.storage import atomic_folder
-from edgetune.model.lora import Lora
-from edgetune.train.record import FILE, MOST_BYTES
-
-
-def output_bytes(lora: Lora, steps: int) -> dict[str, int]:
-    """Bytes that each file of an adapter takes at most, with the record of its steps."""
-    return {**most_bytes(lora), FILE: MOST_BYTES * (steps + 1)}
 
 
 def save_elsewhere(output: Path, error: EdgetuneError | OSError, write: Callable[[Path], None]) -> EdgetuneError:

@@ -16,12 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+from edgetune.formats.adapter import RECORD
 from edgetune.formats.storage import write_in_place
 from edgetune.train.observer import StepMetrics
-
-FILE = "metrics.jsonl"
-MOST_BYTES = 320
-"""Of a line; the first, with one key more, may take that of another."""
 
 
 class RunRecord:
@@ -33,7 +30,7 @@ class RunRecord:
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self._file, self._say = write_in_place(folder / FILE), say
+        self._file, self._say = write_in_place(folder / RECORD), say
         self._written = 0
         self._fails = False
 
@@ -74,7 +71,7 @@ class RunRecord:
             self._written += len(data)
         except OSError as error:
             self._fails = True
-            self._say(f"{FILE} ends before step {metrics.step}: {error.strerror}; the training goes on")
+            self._say(f"{RECORD} ends before step {metrics.step}: {error.strerror}; the training goes on")
 
 
 def peak_memory_bytes() -> int | None:
