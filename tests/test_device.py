@@ -143,7 +143,7 @@ def test_edgetunes_profiles_are_right() -> None:
 
 def test_a_source_names_an_address_or_a_document() -> None:
     """Every `docs/…` that a profile names is there."""
-    root = Path(device.__file__).parents[1]
+    root = Path(__file__).parents[1]
     text = "".join(path.read_text() for path in (root / "devices").glob("*.toml"))
     documents = set(re.findall(r'"(?:docs/[a-z]+\.md|README\.md)', text))
     assert len(documents) >= 3

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = {
     "host": ROOT / "requirements" / "host.txt",
-    "device": ROOT / "edgetune" / "target" / "device_requirements.txt",
+    "device": ROOT / "edgetune" / "ship" / "device_requirements.txt",
 }
 
 
@@ -88,7 +88,7 @@ def test_the_profiles_are_found_where_the_wheel_is_installed(wheel: zipfile.ZipF
     code = "from edgetune.devices.profile import __file__, load_profiles; print(__file__, len(load_profiles()))"
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"]
     said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout.split()
-    assert said == [str(tmp_path / "edgetune" / "device.py"), str(len(list((ROOT / "devices").glob("*.toml"))))]
+    assert said == [str(tmp_path / "edgetune" / "devices" / "profile.py"), str(len(list((ROOT / "devices").glob("*.toml"))))]
 
 
 def test_the_wheel_says_what_the_package_says(wheel: zipfile.ZipFile) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from debian_packages import NoPackagesError, download, unpack
 
 ROOT = Path(__file__).parents[2]
-PINS = ROOT / "edgetune" / "target" / "device_requirements.txt"
+PINS = ROOT / "edgetune" / "ship" / "device_requirements.txt"
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 """Tags of wheels that Debian 12's C library runs, as pip wants them: each by itself."""
 _PACKAGES = ("python3-minimal", "libpython3-stdlib", "libstdc++6")
