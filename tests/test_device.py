@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner
 
 from edgetune.cli import main
-from edgetune.devices import profile as device
 from edgetune.devices.profile import load_profile, load_profiles, profile_names
 from edgetune.errors import UsageError
 from edgetune.runtimes import RUNTIMES

@@ -88,7 +88,8 @@ def test_the_profiles_are_found_where_the_wheel_is_installed(wheel: zipfile.ZipF
     code = "from edgetune.devices.profile import __file__, load_profiles; print(__file__, len(load_profiles()))"
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"]
     said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout.split()
-    assert said == [str(tmp_path / "edgetune" / "devices" / "profile.py"), str(len(list((ROOT / "devices").glob("*.toml"))))]
+    there = str(tmp_path / "edgetune" / "devices" / "profile.py")
+    assert said == [there, str(len(list((ROOT / "devices").glob("*.toml"))))]
 
 
 def test_the_wheel_says_what_the_package_says(wheel: zipfile.ZipFile) -> None:
