@@ -175,7 +175,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """What `edgetune bundle` lays out."""
+    """What `edgetune ship` lays out."""
 
     adapter: Path | None = None
     """A PEFT folder that the app starts from; otherwise one that changes nothing yet."""

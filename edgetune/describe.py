@@ -39,7 +39,7 @@ _MARKS: dict[str, Kind] = {
 KIND_NAMES: dict[Kind, str] = {
     "bundle": "an edgetune bundle",
     "adapter": "a LoRA adapter",
-    "target": "what an app ships, made by `edgetune bundle`",
+    "target": "what an app ships, made by `edgetune ship`",
     "unsealed": f"a bundle that has lost its {MANIFEST}",
     "model": "an ONNX Runtime GenAI model",
     "checkpoint": "a Hugging Face checkpoint",

@@ -117,7 +117,7 @@ def test_help_is_instant_and_imports_no_command() -> None:
 
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
     assert list(VERBS) == [
-        "prepare", "split", "plan", "train", "preview", "eval", "export", "generate", "bundle", "inspect", "devices",
+        "prepare", "split", "plan", "train", "preview", "eval", "export", "generate", "ship", "inspect", "devices",
         "conformance", "doctor",
     ]  # fmt: skip
     stdout = run("--help").stdout
@@ -148,7 +148,7 @@ OPTIONS = {
     "eval": "data adapter truncate raw-prompts content-as-text threads quiet json",
     "export": "adapter output merge keep-adapter precision valid least-kept unmeasured threads force quiet json",
     "generate": "prompt system max-new-tokens raw content-as-text threads json",
-    "bundle": "target output adapter force quiet json",
+    "ship": "target output adapter force quiet json",
     "inspect": "placement buckets device-type soc-model require-npu json",
     "devices": "",
     "conformance": "json",
@@ -192,7 +192,7 @@ def test_the_examples_in_the_help_can_be_parsed(name: str) -> None:
         ("train", TrainConfig()),
         ("export", ExportConfig()),
         ("generate", GenerateConfig()),
-        ("bundle", TargetConfig()),
+        ("ship", TargetConfig()),
     ],
 )
 def test_every_field_of_a_config_is_an_option_with_its_default(name: str, config: Any) -> None:
@@ -867,8 +867,8 @@ NOT_UNICODE = [
     ["export", "{golden}", "--adapter", "{bad}", "--output", "out"],
     ["export", "{golden}", "--adapter", "{adapter}", "--output", "{bad}/out"],
     ["generate", "{bad}", "--prompt", "hello"],
-    ["bundle", "{bad}", "--target", "web", "--output", "out"],
-    ["bundle", "{golden}", "--target", "web", "--output", "{bad}/out"],
+    ["ship", "{bad}", "--target", "web", "--output", "out"],
+    ["ship", "{golden}", "--target", "web", "--output", "{bad}/out"],
     ["inspect", "{bad}"],
     ["conformance", "{bad}"],
 ]
@@ -891,3 +891,11 @@ def test_a_name_that_is_not_unicode_is_what_is_named(
     assert result.exit_code == UsageError.exit_code
     assert re.search(r"caf\\udce9.*path is not valid Unicode; rename it", result.stderr), result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_former_name_of_a_command_works_and_says_so(bundle: Path, tmp_path: Path) -> None:
+    asked = ("--target", "web", "--output", tmp_path / "out")
+    now, former = run("ship", bundle, *asked), run("bundle", bundle, *asked)
+    assert former.exit_code == now.exit_code == IncompatibleError.exit_code
+    assert former.stderr == "`edgetune bundle` is called `edgetune ship` now\n" + now.stderr
+    assert "Lay out what an app ships" in run("bundle", "--help").stdout

@@ -201,7 +201,7 @@ def test_metrics_are_those_of_the_record(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("page", "verb"),
-    [("training.md", "train"), ("prepare.md", "prepare"), ("mobile.md", "bundle"), ("export.md", "export")],
+    [("training.md", "train"), ("prepare.md", "prepare"), ("mobile.md", "ship"), ("export.md", "export")],
 )
 def test_options_are_those_of_the_command(page: str, verb: str) -> None:
     said = [option for row in table_after(DOCS / page, "Options") for option in quoted(row[:1])]

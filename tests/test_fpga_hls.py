@@ -269,7 +269,7 @@ def test_the_project_says_what_it_is(halves: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         write_hls_project(halves, tmp_path / "fpga", lambda _: None)
     result = CliRunner().invoke(
-        main, ["bundle", str(halves.path), "--target", "fpga", "--output", str(tmp_path / "fpga"), "--force", "--json"]
+        main, ["ship", str(halves.path), "--target", "fpga", "--output", str(tmp_path / "fpga"), "--force", "--json"]
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["estimate"]["dsp"] == project.total.dsp

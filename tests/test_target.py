@@ -1,4 +1,4 @@
-"""What `edgetune bundle` lays out computes what the bundle computes, and fits where it goes."""
+"""What `edgetune ship` lays out computes what the bundle computes, and fits where it goes."""
 
 from __future__ import annotations
 

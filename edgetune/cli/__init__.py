@@ -37,13 +37,15 @@ VERBS = {
     "eval": Verb("edgetune.cli.eval", "Measure loss and perplexity of the answers."),
     "export": Verb("edgetune.cli.export", "Write a model folder for ONNX Runtime GenAI (host)."),
     "generate": Verb("edgetune.cli.generate", "Let an exported model answer a prompt."),
-    "bundle": Verb("edgetune.cli.bundle", "Lay out what an app ships: for a phone, a browser or a board."),
+    "ship": Verb("edgetune.cli.ship", "Lay out what an app ships: for a phone, a browser or a board."),
     "inspect": Verb("edgetune.cli.inspect", "Say what a bundle, adapter or model is, and verify it."),
     "devices": Verb("edgetune.cli.devices", "List, show and check device profiles."),
     "conformance": Verb("edgetune.cli.conformance", "List what breaks the rules of Vitis AI in a graph (host)."),
     "doctor": Verb("edgetune.cli.doctor", "Say what is installed, what is missing, and how to get it."),
 }
 """Every command, in the order of the work."""
+FORMER = {"bundle": "ship"}
+"""What commands were called; the old names work, and say so."""
 
 _FLOW = """
 edgetune prepare ./Phi-3.5-mini-instruct --output bundle
@@ -62,6 +64,7 @@ class LazyGroup(Command, click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the module of a verb; None for a word that is no verb."""
+        cmd_name = FORMER.get(cmd_name, cmd_name)
         if cmd_name not in VERBS:
             return None
         command: click.Command = import_module(VERBS[cmd_name].module).command
@@ -77,7 +80,10 @@ class LazyGroup(Command, click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, with a suggestion for a word that is no verb."""
         word = args[0]
-        if word not in VERBS and not word.startswith("-"):
+        if word in FORMER:
+            click.echo(f"`edgetune {word}` is called `edgetune {FORMER[word]}` now", err=True)
+            args = [FORMER[word], *args[1:]]
+        elif word not in VERBS and not word.startswith("-"):
             raise click.UsageError(f"no such command '{word}'{did_you_mean(word, VERBS)}", ctx)
         return super().resolve_command(ctx, args)
 

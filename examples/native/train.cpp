@@ -1,7 +1,7 @@
-// Train what `edgetune bundle` laid out, with ONNX Runtime's C++ API: read target.json, run the step, feed its gradients
+// Train what `edgetune ship` laid out, with ONNX Runtime's C++ API: read target.json, run the step, feed its gradients
 // to the optimizer, swap the states. Compiled and compared with PyTorch by `make test-native`.
 //
-//   edgetune bundle BUNDLE --target linux-arm64 --output target
+//   edgetune ship BUNDLE --target linux-arm64 --output target
 //   edgetune preview BUNDLE --data train.jsonl --json > rows.jsonl
 //   c++ -std=c++20 -O2 train.cpp -lonnxruntime -o train       # headers: onnxruntime_cxx_api.h, nlohmann/json.hpp
 //   ./train target rows.jsonl adapter_model.safetensors 200 8 3e-3 0

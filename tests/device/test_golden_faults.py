@@ -55,7 +55,7 @@ def test_a_flipped_byte_is_found(copy: Path, file: str, place: float) -> None:
         assert "internal error" not in done.output
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "preview", "generate", "inspect", "export", "bundle"])
+@pytest.mark.parametrize("verb", ["train", "eval", "preview", "generate", "inspect", "export", "ship"])
 def test_every_command_refuses_a_changed_bundle(copy: Path, tmp_path: Path, trained: Trained, verb: str) -> None:
     flip(copy / "model.onnx.data", 0.5)
     adapter = trained.result.path
@@ -232,7 +232,7 @@ def test_an_output_that_is_there_stays(tmp_path: Path) -> None:
 
 def test_a_device_lays_out_a_target_without_the_host(tmp_path: Path, trained: Trained) -> None:
     arguments = ("--target", "android", "--output", tmp_path / "out", "--adapter", trained.result.path, "--json")
-    said = edgetune("bundle", BUNDLE, *arguments)
+    said = edgetune("ship", BUNDLE, *arguments)
     assert said.code == 0, said
     assert json.loads(said.out)["sizes"]["weights"] > 200_000
     assert (tmp_path / "out" / "edgetune_model" / "src" / "main" / "assets" / "target.json").is_file()

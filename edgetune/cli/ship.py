@@ -1,4 +1,4 @@
-"""`edgetune bundle`: what an app ships."""
+"""`edgetune ship`: what an app ships."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FPGA = "fpga"
 """No app: an HLS project of a split bundle's trunk."""
 
 EXAMPLES = """
-edgetune bundle bundle --target web --output site/model
-edgetune bundle bundle --target android --output app/model --adapter adapter
-edgetune bundle bundle --target ios --output Model --force --json
-edgetune bundle split --target fpga --output hls
+edgetune ship bundle --target web --output site/model
+edgetune ship bundle --target android --output app/model --adapter adapter
+edgetune ship bundle --target ios --output Model --force --json
+edgetune ship split --target fpga --output hls
 """
 
 
