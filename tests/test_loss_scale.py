@@ -16,8 +16,7 @@ from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.onnx_session import open_graph
 from edgetune.runtimes.placement import Placement
-from edgetune.runtimes.whole.accelerated import AcceleratorSession
-from edgetune.runtimes.whole.compiled import AcceleratorGraphs, Arrays
+from edgetune.runtimes.whole.compiled import AcceleratorGraphs, AcceleratorSession, Arrays
 from edgetune.runtimes.whole.loss_scale import LossScale
 
 

@@ -105,7 +105,7 @@ def open_session(
         MissingDependencyError: The package `openvino` is not installed.
     """
     if plan.form == "whole":
-        from edgetune.runtimes.whole.accelerated import AcceleratorSession
+        from edgetune.runtimes.whole.compiled import AcceleratorSession
 
         yield AcceleratorSession(bundle, parameters, optimizer, _graphs(bundle, plan))
         return
@@ -124,7 +124,7 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
         MissingDependencyError: The package `openvino` is not installed.
     """
     if plan.form == "whole":
-        from edgetune.runtimes.whole.accelerated import AcceleratorForward
+        from edgetune.runtimes.whole.compiled import AcceleratorForward
 
         yield AcceleratorForward(parameters, _graphs(bundle, plan))
         return

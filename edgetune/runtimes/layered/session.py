@@ -22,10 +22,9 @@ from edgetune.runtimes.layered.head import Head
 from edgetune.runtimes.layered.lower_layers import Trunk, open_trunk
 from edgetune.runtimes.layered.optimizer import FlatAdamW
 from edgetune.runtimes.layered.parameters import FlatParameters
-from edgetune.runtimes.layered.states import HiddenStates
 from edgetune.runtimes.layered.sublayer import AGAIN, SublayerRunner, sublayer_runners
 from edgetune.runtimes.layered.weights import LinearWeights, ReusedMemory
-from edgetune.runtimes.layered.workspace import Workspace
+from edgetune.runtimes.layered.workspace import HiddenStates, Workspace
 from edgetune.runtimes.placement import Placement
 
 

@@ -79,7 +79,7 @@ class PluginRuntime(ABC):
             MissingDependencyError: The package is not installed.
             UsageError: The plan is not the whole step.
         """
-        from edgetune.runtimes.whole.accelerated import AcceleratorSession
+        from edgetune.runtimes.whole.compiled import AcceleratorSession
 
         yield AcceleratorSession(bundle, parameters, optimizer, self._graphs(bundle, plan))
 
@@ -92,7 +92,7 @@ class PluginRuntime(ABC):
             MissingDependencyError: The package is not installed.
             UsageError: The plan is not the whole step.
         """
-        from edgetune.runtimes.whole.accelerated import AcceleratorForward
+        from edgetune.runtimes.whole.compiled import AcceleratorForward
 
         yield AcceleratorForward(parameters, self._graphs(bundle, plan))
 
