@@ -13,7 +13,7 @@ from benchmarks.cache import Cache
 from benchmarks.cases import CASES, ONNXSIM, SERIES, Case, Series
 from benchmarks.experiments import Experiment
 from benchmarks.machine import describe_machine
-from benchmarks.plots import Curve, Mark, line_plot
+from benchmarks.plots import Curve, Mark, line_plot, svg_text
 from benchmarks.quantities import QUANTITIES
 from benchmarks.record import Outcome, Sitting, now, write_sitting
 from benchmarks.report import write_report
@@ -104,7 +104,8 @@ def write_results(output: Path, sitting: Sitting, cases: Sequence[Case], series:
     for each in series:
         if curves := curves_of(each, sitting):
             title = QUANTITIES[each.quantity].title
-            (output / f"{each.name}.svg").write_text(line_plot(each.title, each.x_label, title, curves), "utf-8")
+            plot = line_plot(each.title, each.x_label, title, curves)
+            (output / f"{each.name}.svg").write_text(svg_text(plot), "utf-8")
     return report
 
 

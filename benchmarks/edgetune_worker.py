@@ -106,24 +106,35 @@ def measure_cosine(experiment: GradientCosine, folders: Mapping[Edgetune, Path])
         gradients(contestant, open_bundle(folders[contestant]), experiment.workload)
         for contestant in (experiment.contestant, experiment.exact)
     )
-    cosines = [_cosine(found[name], exact[name]) for name in exact]
-    everything = _cosine(*(np.concatenate([each[name].ravel() for name in exact]) for each in (found, exact)))
+    cosines = [cosine(found[name], exact[name]) for name in exact]
+    everything = cosine(*(np.concatenate([each[name].ravel() for name in exact]) for each in (found, exact)))
     return {"worst_cosine": min(cosines), "mean_cosine": float(np.mean(cosines)), "whole_cosine": everything}
 
 
 def gradients(contestant: Edgetune, bundle: Bundle, workload: Workload) -> Gradients:
-    """LoRA gradients by name, up to one common factor, of any runtime: read off what a step does to the parameters.
-
-    AdamW's first step without weight decay is −rate · g / (|g| + 1e-8). Clipped to a norm far below 1e-8, every |g| is
-    nothing beside it, and the step is proportional to the gradient.
-    """
+    """LoRA gradients of a workload where A and B are both random; see `gradients_at`."""
     generator = np.random.default_rng(1)
     before = {
         name: array if ".lora_A." in name else (_B_SPREAD * generator.standard_normal(array.shape)).astype(np.float32)
         for name, array in initial_parameters(bundle.manifest.lora, seed=0).items()
     }
     found, batches = _fit(contestant, bundle, workload)
-    with open_session(found.choice, bundle, before, OptimizerConfig(0.0, _LINEAR_NORM)) as session:
+    return gradients_at(before, found.choice, bundle, batches)
+
+
+def gradients_at(before: Parameters, choice: Choice, bundle: Bundle, batches: Sequence[Batch]) -> Gradients:
+    """LoRA gradients by name, up to one common factor, of any runtime: read off what a step does to the parameters.
+
+    AdamW's first step without weight decay is −rate · g / (|g| + 1e-8). Clipped to a norm far below 1e-8, every |g| is
+    nothing beside it, and the step is proportional to the gradient.
+
+    Args:
+        before: The parameters at which the gradients are taken; they are left alone.
+        choice: Runtime and plan of the step.
+        bundle: What is trained.
+        batches: The micro-batches of the step.
+    """
+    with open_session(choice, bundle, before, OptimizerConfig(0.0, _LINEAR_NORM)) as session:
         session.step(batches, _LINEAR_RATE)
         after = session.adapter()
     return {name: before[name].astype(np.float64) - after[name] for name in before}
@@ -153,5 +164,6 @@ def _examples(workload: Workload) -> list[Example]:
     return [Example(line, ids, ids) for line, ids in enumerate(random_rows(workload).tolist(), 1)]
 
 
-def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+def cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Of the angle between two arrays of one shape, each taken as one vector."""
     return float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))

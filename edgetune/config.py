@@ -85,8 +85,6 @@ class TrainConfig:
     """Perturbations whose losses a forward-only step measures."""
     perturbation_size: float = 1e-2
     """By how much forward-only perturbs a parameter to measure the loss."""
-    report_gradient_cosine: bool = False
-    """Compare forward-only's first gradient with the exact one, which takes a backward pass and its memory."""
     memory_budget: str | None = None
     """Most memory of the process, such as `3GB`; without it, what the machine has free."""
     threads: int | None = None

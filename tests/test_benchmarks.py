@@ -14,6 +14,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
+from matplotlib import rc_context
+from matplotlib.container import ErrorbarContainer
 from prepared_bundles import CONFIG, Prepared
 from tiny_phi3 import checkpoint
 
@@ -28,7 +30,7 @@ from benchmarks.flops import step_flops
 from benchmarks.machine import Machine
 from benchmarks.memory import MemoryWatch, process_tree, read_status
 from benchmarks.models import Model
-from benchmarks.plots import Curve, Mark, line_plot
+from benchmarks.plots import Curve, Mark, line_plot, svg_text
 from benchmarks.process import ProcessError, run_watched
 from benchmarks.quantities import QUANTITIES
 from benchmarks.record import Outcome, Sitting, read_experiment, read_sitting, write_experiment, write_sitting
@@ -362,23 +364,73 @@ def test_a_sitting_survives_json() -> None:
     assert read_sitting(write_sitting(found)) == found
 
 
-def circles(svg: str) -> list[tuple[float, float]]:
-    namespace = "{http://www.w3.org/2000/svg}"
-    return [
-        (float(c.attrib["cx"]), float(c.attrib["cy"])) for c in ElementTree.fromstring(svg).iter(f"{namespace}circle")
-    ]
+SVG = "{http://www.w3.org/2000/svg}"
+TWO = [
+    Curve("one & two", [Mark(x, x / 2, x / 4, x) for x in (10.0, 20.0, 40.0)], (0.5, 3.0)),
+    Curve("$5 and $6", [Mark(1_500.0, 15.0, 14.0, 15.5)]),
+]
+"""A curve with its straight line, and one without; the second one's label is no formula."""
 
 
-def test_a_plot_is_to_scale() -> None:
-    marks = [Mark(x, y, y, y) for x, y in ((10.0, 5.0), (20.0, 10.0), (40.0, 20.0))]
-    svg = line_plot("a < b", "x", "y", [Curve("one & two", marks, (0.5, 0.0))])
-    (x1, y1), (x2, y2), (x3, y3) = circles(svg)
-    assert (x3 - x2) == pytest.approx(2 * (x2 - x1), abs=0.2)
-    assert (y2 - y3) == pytest.approx(2 * (y1 - y2), abs=0.2)
-    assert y3 < y2 < y1
-    texts = [text.text for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
-    assert {"a < b", "one & two", "40", "20", "0"} <= set(texts)
-    with pytest.raises(ValueError, match="no points"):
+def test_a_plot_shows_medians_and_ranges_where_they_are() -> None:
+    [axes] = line_plot("title", "x", "y", TWO).axes
+    for curve, drawn in zip(TWO, axes.containers, strict=True):
+        assert isinstance(drawn, ErrorbarContainer)
+        points, _, [bars] = drawn.lines
+        np.testing.assert_array_equal(points.get_xydata(), [[mark.x, mark.y] for mark in curve.marks])
+        assert points.get_marker() and points.get_linestyle() == "None"
+        ranges = [[[mark.x, mark.least], [mark.x, mark.most]] for mark in curve.marks]
+        np.testing.assert_allclose(bars.get_segments(), ranges)
+
+
+def test_a_plot_shows_the_straight_line_over_what_was_measured() -> None:
+    [axes] = line_plot("title", "x", "y", TWO).axes
+    [fit] = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+    np.testing.assert_allclose(fit.get_xydata(), [[10, 8], [40, 23]])
+    assert isinstance(axes.containers[0], ErrorbarContainer)
+    assert fit.get_color() == axes.containers[0].lines[0].get_color()
+
+
+def test_a_plot_begins_at_zero_and_is_to_scale() -> None:
+    [axes] = line_plot("title", "x", "y", TWO).axes
+    assert axes.get_xlim()[0] == axes.get_ylim()[0] == 0
+    assert axes.get_xlim()[1] > 1_500 and axes.get_ylim()[1] > 40
+    (_, zero), (_, middle), (_, end) = axes.transData.transform([(0, 0), (500, 20), (1_000, 40)])
+    assert end - middle == pytest.approx(middle - zero)
+
+
+def test_curves_are_told_apart_without_colours() -> None:
+    many = [replace(TWO[0], label=str(number)) for number in range(6)]
+    [axes] = line_plot("title", "x", "y", many).axes
+    points = [drawn.lines[0] for drawn in axes.containers if isinstance(drawn, ErrorbarContainer)]
+    assert len({line.get_marker() for line in points}) == len({str(line.get_color()) for line in points}) == 6
+
+
+def test_the_legend_names_every_curve_and_covers_none() -> None:
+    figure = line_plot("title", "x", "y", TWO)
+    [axes], [legend] = figure.axes, figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [curve.label for curve in TWO]
+    svg_text(figure)  # only now everything has its place
+    assert legend.get_window_extent().y1 < axes.get_window_extent().y0
+
+
+def test_a_plot_is_written_with_its_words_as_they_are() -> None:
+    written = svg_text(line_plot("a < b", "so many tokens", "s a step", TWO))
+    texts = ["".join(text.itertext()) for text in ElementTree.fromstring(written).iter(f"{SVG}text")]
+    assert {"a < b", "so many tokens", "s a step", "one & two", "$5 and $6", "0", "1,000"} <= set(texts)
+
+
+def test_the_same_figures_give_the_same_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another day, whatever a person's own settings are."""
+    written = svg_text(line_plot("title", "x", "y", TWO))
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+    with rc_context({"svg.hashsalt": "another", "lines.markersize": 20, "font.size": 30, "svg.fonttype": "path"}):
+        assert svg_text(line_plot("title", "x", "y", TWO)) == written
+    assert svg_text(line_plot("title", "x", "y", TWO[:1])) != written
+
+
+def test_a_plot_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="empty: no points"):
         line_plot("empty", "x", "y", [])
 
 
@@ -388,8 +440,9 @@ def test_results_are_written(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"results.md", "results.json", "steps.svg"}
     assert (tmp_path / "results.md").read_text() == report
     assert "](steps.svg)" in report
-    assert len(circles((tmp_path / "steps.svg").read_text())) == 3
-    assert len(curves_of(series, found)) == 1
+    [curve] = curves_of(series, found)
+    assert curve.fit == pytest.approx((1.0, 0.0), abs=1e-9)
+    assert (tmp_path / "steps.svg").read_text() == svg_text(line_plot("Step time", "rows", "s a step", [curve]))
 
 
 def test_the_command_lists_cases_and_refuses_unknown_ones() -> None:

@@ -141,7 +141,7 @@ OPTIONS = {
     "plan": "device data valid length runtime plan method queries memory-budget threads device-type soc-model buckets "
     "steps epochs batch-size gradient-accumulation-steps packing no-packing truncate json",
     "train": "data valid output config runtime device plan trunk-cache vitisai-config method queries perturbation-size "
-    "report-gradient-cosine memory-budget threads device-type require-npu soc-model buckets steps epochs batch-size "
+    "memory-budget threads device-type require-npu soc-model buckets steps epochs batch-size "
     "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "
     "seed shuffle no-shuffle truncate raw-prompts content-as-text init-adapter force quiet json",
     "preview": "data raw-prompts content-as-text json",
@@ -683,7 +683,6 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
         "predicted_peak_memory_bytes": None,
         "peak_memory_bytes": 2_000_000,
         "placement": [],
-        "gradient_cosine": None,
     }
 
 

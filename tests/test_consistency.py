@@ -32,7 +32,6 @@ def plan(*options: object) -> Result:
         ({"vitisai_config": Path("v.json")}, {"plan": "split"}, "--vitisai-config v.json means nothing without"),
         ({"queries": 4}, {"method": "forward-only"}, "--queries 4 means nothing without --method forward-only"),
         ({"perturbation_size": 0.1}, {"method": "forward-only"}, "--perturbation-size 0.1 means nothing without"),
-        ({"report_gradient_cosine": True}, {"method": "forward-only"}, "--report-gradient-cosine means nothing"),
     ],
 )
 def test_an_option_is_refused_away_from_home(option: dict[str, Any], home: dict[str, Any], message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,15 +18,12 @@ from test_planner import FOOTPRINT, FakeRuntime, runtimes
 
 from edgetune.config import Method, TrainConfig
 from edgetune.data.batcher import BatchShape
-from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
-from edgetune.model.lora import Parameters
 from edgetune.planning.cost_model import CostModel
 from edgetune.planning.fit import Fit, Fitting
 from edgetune.train import train
-from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import StartInfo, StepMetrics
 
 
@@ -146,45 +142,6 @@ def test_the_fastest_runtime_divides_a_batch_before_a_slower_one_is_taken(bundle
         assert found.choice.name == "fast" and found.workload.pass_rows in (1, 2, 4)
         alone = fit(bundle, [96] * 8, int(1.05 * peak(single)) - 100_000, runtime="auto", plan="keep")
         assert alone.choice.name == "onnxruntime"
-
-
-def test_gradients_are_compared_in_passes_for_which_both_have_room(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exact, forward = (fit(bundle, [96] * 4, None, method=each) for each in ("backpropagation", "forward-only"))
-    assert peak(forward) < peak(exact)
-    seen = []
-
-    def compared(_: Bundle, parameters: Parameters, batches: Sequence[Batch], *rest: Any) -> GradientCosine:
-        seen.extend(batch.input_ids.shape for batch in batches)
-        found = measure_gradient_cosine(bundle, parameters, batches, *rest)
-        # A single estimate is off by about one by the root of the dimension.
-        assert abs(found.measured - found.expected) < 6 / math.sqrt(found.parameters)
-        return found
-
-    monkeypatch.setattr("edgetune.train.loop.measure_gradient_cosine", compared)
-    data = tmp_path / "rows.jsonl"
-    data.write_text('{"text": "lamp on kitchen in the off lamp on the kitchen"}\n' * 4)
-    config = TrainConfig(
-        "onnxruntime",
-        method="forward-only",
-        queries=2,
-        batch_size=4,
-        steps=1,
-        packing=False,
-        report_gradient_cosine=True,
-    )
-
-    def run(budget: int) -> list[tuple[int, ...]]:
-        seen.clear()
-        given = replace(config, memory_budget=f"{budget}B", force=True)
-        train(bundle.path, data, None, tmp_path / "adapter", given, Starts())
-        return list(seen)
-
-    with pytest.raises(ResourceError, match="leave out --report-gradient-cosine") as refused:
-        run(int(1.05 * peak(fit(bundle, [16], None, method="forward-only", plan="stream"))) + 10**6)
-    assert [shape[0] for shape in run(needed(refused.value))] == [1, 1, 1, 1]
-    assert [shape[0] for shape in run(2 * 10**9)] == [4]
 
 
 def test_the_work_of_passes_counts_what_each_of_them_repeats(bundle: Bundle) -> None:

@@ -86,12 +86,6 @@ train.toml holds the same options, which flags override:
     show_default=True,
     help="By how much forward-only moves each parameter to measure the loss.",
 )
-@click.option(
-    "--report-gradient-cosine",
-    is_flag=True,
-    default=DEFAULT.report_gradient_cosine,
-    help="Compare forward-only's first gradient with the exact one; takes the memory of a backward pass.",
-)
 @memory_budget_option
 @threads_option
 @device_type_option
@@ -168,7 +162,6 @@ def command(
     method: Method,
     queries: int,
     perturbation_size: float,
-    report_gradient_cosine: bool,
     memory_budget: str | None,
     threads: int | None,
     device_type: DeviceType,
@@ -210,7 +203,6 @@ def command(
         method=method,
         queries=queries,
         perturbation_size=perturbation_size,
-        report_gradient_cosine=report_gradient_cosine,
         memory_budget=memory_budget,
         threads=threads,
         device_type=device_type,

@@ -66,7 +66,7 @@ class Fitting:
             UsageError: Warm-up takes the whole run, or a row fits into none of the shapes that were asked for.
         """
         try:
-            fit = self.fastest(config)
+            fit = self._fastest(config)
         except ResourceError as error:
             raise ResourceError(f"{error}\nwhat would fit: {self._advice(config)}") from error
         for note in fit.notes:
@@ -74,7 +74,7 @@ class Fitting:
         require_place(self._profile, fit.choice, notice)
         return fit
 
-    def fastest(self, config: TrainConfig) -> Fit:
+    def _fastest(self, config: TrainConfig) -> Fit:
         """As `fit`, wherever the device's profile says that it runs, and without advice where nothing fits."""
         workload = Workload(self._bundle.manifest, self._rows, self._valid, config)
         require_fit(self._profile, config, workload.longest())
@@ -144,7 +144,7 @@ class Fitting:
             [replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length]) for row in rows]
             for rows in (self._rows, self._valid)
         )
-        return Fitting(self._bundle, cut, valid, self._profile, here=self._here).fastest(config).choice
+        return Fitting(self._bundle, cut, valid, self._profile, here=self._here)._fastest(config).choice
 
 
 def plan_of_trunk(bundle: Bundle, config: TrainConfig, examples: Sequence[Example]) -> ExecutionPlan | None:

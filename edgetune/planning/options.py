@@ -45,7 +45,7 @@ _REQUIREMENTS = (
         lambda config: config.plan == "split" and config.runtime != "fpga-hls",
     ),
     _Requirement(
-        ("queries", "perturbation_size", "report_gradient_cosine"),
+        ("queries", "perturbation_size"),
         "--method forward-only",
         lambda config: config.method == "forward-only",
     ),

@@ -27,12 +27,8 @@ def open_trainer(bundle: Bundle, parameters: Parameters, config: TrainConfig, ch
     optimizer = OptimizerConfig(config.weight_decay, config.max_grad_norm)
     if choice.plan.forward_only:
         with cast(ForwardRuntime, choice.runtime).open_forward(bundle, parameters, choice.plan) as forward:
-            yield ForwardOnlySession(forward, parameters, optimizer, query_config(config))
+            queries = QueryConfig(config.queries, config.perturbation_size, config.seed)
+            yield ForwardOnlySession(forward, parameters, optimizer, queries)
     else:
         with choice.runtime.open_session(bundle, parameters, optimizer, choice.plan) as session:
             yield session
-
-
-def query_config(config: TrainConfig) -> QueryConfig:
-    """How forward-only training estimates a gradient."""
-    return QueryConfig(config.queries, config.perturbation_size, config.seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -12,24 +11,22 @@ from numpy.typing import NDArray
 
 from edgetune.config import TrainConfig
 from edgetune.devices.profile import Profile, load_profile
-from edgetune.errors import EdgetuneError, IncompatibleError, ResourceError, VerificationError
+from edgetune.errors import EdgetuneError, IncompatibleError, VerificationError
 from edgetune.formats.adapter import MANIFEST, most_bytes, read_adapter, write_adapter
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.storage import atomic_folder
 from edgetune.machine.disk import reserve
 from edgetune.machine.threads import computing_with
 from edgetune.model.lora import Parameters, initial_parameters
-from edgetune.planning.choice import Choice
-from edgetune.planning.fit import Fit, Fitting
+from edgetune.planning.fit import Fitting
 from edgetune.planning.options import resolve_config
 from edgetune.planning.rows import RowReader, read_run_rows
 from edgetune.planning.schedule import learning_rate
-from edgetune.planning.session import open_trainer, query_config
+from edgetune.planning.session import open_trainer
 from edgetune.runtimes import install
 from edgetune.runtimes.contract import Placed, Session, StepResult
 from edgetune.runtimes.placement import Placement, placement_record
 from edgetune.text.pulse import Pulse
-from edgetune.train.gradient_cosine import GradientCosine, measure_gradient_cosine
 from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
 from edgetune.train.output import save_elsewhere
 from edgetune.train.provenance import Outcome, provenance_of, validation_rows
@@ -95,7 +92,6 @@ def train(
         predicted_peak_memory_bytes=run.choice.predicted_peak_bytes,
         peak_memory_bytes=run.peak,
         placement=[placement_record(placement) for placement in run.placements],
-        gradient_cosine=run.cosine,
     )
 
 
@@ -120,23 +116,13 @@ class _Run:
         manifest = bundle.manifest
         rows = read_run_rows(RowReader(bundle, config, profile, observer.on_notice), data, valid)
         self._rows, self._valid, self._valid_sha256 = rows.train, rows.valid, rows.valid_sha256
-        fitting = Fitting(bundle, self._rows.examples, self._valid, profile, here=True)
-        fit = fitting.fit(config, observer.on_notice)
+        fit = Fitting(bundle, self._rows.examples, self._valid, profile, here=True).fit(config, observer.on_notice)
         self._workload, self.choice = fit.workload, fit.choice
         self._schedule, self.pass_rows = self._workload.schedule, self._workload.pass_rows
         self.placements: list[Placement] = []
         self._lora = manifest.lora.from_layer(self.choice.plan.trunk_layers)
         """The slots that are trained."""
         self._parameters = self._first_parameters()
-        self.cosine: GradientCosine | None = None
-        if config.report_gradient_cosine:
-            exact = _differentiating(fitting, config, observer)
-            # Each has memory for the smaller passes of both.
-            passes = min(fit.workload, exact.workload, key=lambda each: each.room().rows)
-            batches, queries = next(passes.steps()), query_config(config)
-            self.cosine = measure_gradient_cosine(bundle, self._parameters, batches, queries, self.choice, exact.choice)
-            observer.on_notice(str(self.cosine))
-            self.choice = _after(exact.choice, self.choice)
         install(self.choice.runtime, observer.on_notice)
         self.validation_losses: list[float] = []
         self.final_loss = math.nan
@@ -305,7 +291,6 @@ class _Run:
             final_loss=self.final_loss,
             validation_loss=losses[-1] if losses else None,
             placements=self.placements,
-            cosine=self.cosine,
             stopped=self.stopped,
         )
         sha256 = self._bundle.manifest.manifest_sha256
@@ -313,30 +298,6 @@ class _Run:
         if self._valid_path is not None and self._valid_sha256:
             provenance |= validation_rows(self._valid_path, self._valid_sha256, self._output)
         return provenance
-
-
-def _differentiating(fitting: Fitting, config: TrainConfig, observer: Observer) -> Fit:
-    """The step with a backward pass beside which a forward-only one is measured, whatever the device is for.
-
-    Raises:
-        ResourceError: It does not fit.
-    """
-    try:
-        fit = fitting.fastest(replace(config, method="backpropagation"))
-    except ResourceError as error:
-        raise ResourceError(
-            f"{error}\nthat is what differentiating takes: leave out --report-gradient-cosine"
-        ) from error
-    for note in fit.notes:
-        observer.on_notice(note)
-    return fit
-
-
-def _after(exact: Choice, choice: Choice) -> Choice:
-    """What runs after another: the process needs what the larger of both does, where that is known."""
-    if exact.predicted_peak_bytes is None or choice.predicted_peak_bytes is None:
-        return replace(choice, predicted_peak_bytes=None)
-    return replace(choice, predicted_peak_bytes=max(exact.predicted_peak_bytes, choice.predicted_peak_bytes))
 
 
 def _stopped(step: int, result: StepResult) -> str:

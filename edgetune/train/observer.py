@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from edgetune.train.gradient_cosine import GradientCosine
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,6 @@ class TrainResult:
     """Highest resident memory; none where the system does not tell."""
     placement: list[dict[str, Any]] = field(default_factory=list)
     """Of each compiled graph on an accelerator: its shape, what runs where, and what fell back to the CPU."""
-    gradient_cosine: GradientCosine | None = None
-    """Of forward-only training, where it was asked for."""
 
 
 class Observer(Protocol):

@@ -16,7 +16,6 @@ from edgetune.formats.adapter import VALIDATION_DATA, VALIDATION_GIVEN, VALIDATI
 from edgetune.machine.threads import threads_used
 from edgetune.planning.choice import Choice
 from edgetune.runtimes.placement import Placement
-from edgetune.train.gradient_cosine import GradientCosine
 
 _PRIVATE = ("force", "init_adapter", "vitisai_config")
 """Neither how the folder came to its place nor a path of this machine belongs to what was learnt."""
@@ -34,7 +33,6 @@ class Outcome:
     validation_loss: float | None
     """The last one; none where nothing was measured."""
     placements: Sequence[Placement]
-    cosine: GradientCosine | None
     stopped: str
     """Why the run ended early; empty when it did not."""
 
@@ -73,9 +71,6 @@ def provenance_of(
         provenance["validation_loss"] = repr(outcome.validation_loss)
     if outcome.placements:
         provenance["placement"] = "; ".join(sorted({placement.place for placement in outcome.placements}))
-    if outcome.cosine is not None:
-        provenance["gradient_cosine"] = repr(outcome.cosine.measured)
-        provenance["expected_gradient_cosine"] = repr(outcome.cosine.expected)
     if outcome.stopped:
         provenance["stopped"] = outcome.stopped
     return provenance
