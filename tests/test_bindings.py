@@ -71,7 +71,7 @@ def test_batches_of_a_session_do_not_mix(
     prepared: Prepared, runtime: ModuleType, tolerance: float, plan: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if runtime is openvino:
-        from edgetune.runtimes.layered.openvino.backend import backend
+        from edgetune.runtimes.layered.openvino import backend
 
         # Every other shape is compiled again.
         monkeypatch.setattr(backend, "MOST_SHAPES", 1)

@@ -317,7 +317,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     seen: list[str] = []
     from edgetune.runtimes import onnx_session
     from edgetune.runtimes.layered import optimizer
-    from edgetune.runtimes.layered.onnxruntime.backend import backend as onnxruntime
+    from edgetune.runtimes.layered.onnxruntime import backend as onnxruntime
     from edgetune.runtimes.whole import session as portable
 
     def open_graph(model: Path, weights_folder: Path | None = None) -> Any:
@@ -328,7 +328,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(module, "open_graph", open_graph)
     if find_spec("openvino"):
         openvino_core.core()
-        from edgetune.runtimes.layered.openvino.backend import backend as openvino
+        from edgetune.runtimes.layered.openvino import backend as openvino
 
         load = openvino.OpenVinoBackend.load
 

@@ -26,14 +26,14 @@ from edgetune.errors import IncompatibleError, MissingDependencyError, UsageErro
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import LinearRange, TrunkInfo, read_trunk_info
+from edgetune.runtimes.fpga_hls import core as core_module
+from edgetune.runtimes.fpga_hls import runtime as fpga_hls
 from edgetune.runtimes.fpga_hls.core import Core, simulate
 from edgetune.runtimes.fpga_hls.cores import trunk_cores
 from edgetune.runtimes.fpga_hls.decoder import DecoderLayers, Product
 from edgetune.runtimes.fpga_hls.fixed_point import FixedPoint, accumulator, holding
 from edgetune.runtimes.fpga_hls.project import write_hls_project
 from edgetune.runtimes.fpga_hls.resources import KV260, CoreSize, estimate, shared
-from edgetune.runtimes.fpga_hls.runtime import core as core_module
-from edgetune.runtimes.fpga_hls.runtime import runtime as fpga_hls
 from edgetune.runtimes.layered.lower_layers import Trunk
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
@@ -188,7 +188,7 @@ def test_fifty_steps_on_the_emulation_end_where_the_cpus_do(
     plans: dict[RuntimeName, PlanName] = {"fpga-hls": emulated_plan, "onnxruntime": plan}
     results = {}
     for runtime, name in plans.items():
-        config = replace(options_of(steps=50), learning_rate=5e-3, runtime=runtime, plan=name)
+        config = replace(options_of(steps=50, raw_prompts=True), learning_rate=5e-3, runtime=runtime, plan=name)
         results[runtime] = train(halves.path, data, None, tmp_path / runtime, config, Silent())
     emulated, cpu = results["fpga-hls"], results["onnxruntime"]
     assert emulated.plan == cpu.plan

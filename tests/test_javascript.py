@@ -25,8 +25,9 @@ from javascript_tools import (
 )
 from prepared_bundles import Prepared
 from safetensors.numpy import load_file
-from test_encode import BARE_TEMPLATES, EOS, bytes_kind, llama_kind
+from test_encode import BARE_TEMPLATES
 from tiny_phi3 import VARIANTS
+from tokenizer_models import EOS, bytes_kind, llama_kind
 from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 
 from edgetune.config import Base, TargetConfig

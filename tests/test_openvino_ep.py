@@ -79,7 +79,7 @@ def test_the_whole_step_is_one_node_and_follows_the_cpu(
     prepared: Prepared, variant: str, data: Path, tmp_path: Path
 ) -> None:
     bundle = copy_of(prepared(variant, "int4"), tmp_path / "bundle")
-    options = ("--data", data, "--steps", 3, "--batch-size", 2, "--learning-rate", 1e-2, "--quiet")
+    options = ("--data", data, "--raw-prompts", "--steps", 3, "--batch-size", 2, "--learning-rate", 1e-2, "--quiet")
     result = edgetune("train", bundle.path, *options, "--output", tmp_path / "ep", "--runtime", "openvino-ep")
     for placed in result["placement"]:
         assert (placed["provider"], placed["accelerator_partitions"]) == (openvino_ep.PROVIDER, 1)
@@ -116,8 +116,9 @@ def test_a_second_start_compiles_nothing_and_forward_passes_run_too(
     first, second = (edgetune(*placement) for _ in range(2))
     assert [(each["graph"], each["cached"]) for each in first] == [("step", False), ("loss", False)]
     assert [(each["graph"], each["cached"]) for each in second] == [("step", True), ("loss", True)]
-    options = ("--data", data, "--output", tmp_path / "adapter", "--steps", 2, "--method", "forward-only", "--quiet")
-    result = edgetune("train", bundle, *options, "--queries", 2, "--runtime", "openvino-ep", "--buckets", "1x16")
+    rows = ("--data", data, "--raw-prompts", "--buckets", "1x16")
+    options = ("--output", tmp_path / "adapter", "--steps", 2, "--method", "forward-only", "--quiet")
+    result = edgetune("train", bundle, *rows, *options, "--queries", 2, "--runtime", "openvino-ep")
     assert [(each["graph"], each["cached"]) for each in result["placement"]] == [("loss", True)]
 
 

@@ -11,7 +11,7 @@ from test_prepare import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
 from edgetune import side_environment
 from edgetune.errors import EdgetuneError, MissingDependencyError
 from edgetune.runtimes import find_runtime, install
-from edgetune.runtimes.ort_training.runtime import runtime as ort_training
+from edgetune.runtimes.ort_training import runtime as ort_training
 
 
 def test_the_one_who_asks_hears_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

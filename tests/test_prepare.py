@@ -28,7 +28,7 @@ from edgetune.model.lora import initial_parameters
 from edgetune.prepare import HOST_TOOLS, prepare
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.contract import OptimizerConfig, StepResult
-from edgetune.runtimes.ort_training.runtime import runtime as ort_training
+from edgetune.runtimes.ort_training import runtime as ort_training
 
 Array = NDArray[np.float32]
 BASES: list[Base] = ["int4", "fp32"]

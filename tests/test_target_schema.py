@@ -16,6 +16,7 @@ from edgetune.errors import IncompatibleError, VerificationError
 from edgetune.formats import manifest
 from edgetune.formats.bundle import open_bundle
 from edgetune.formats.manifest_json import read_manifest
+from edgetune.model import lora, rope
 from edgetune.ship import MANIFEST, ROLES, lay_out
 from edgetune.ship import manifest as target_manifest
 from edgetune.ship.manifest import TargetManifest
@@ -23,7 +24,7 @@ from edgetune.ship.manifest import TargetManifest
 ARTIFACTS = Path(__file__).parent.parent / "artifacts"
 SCHEMA: dict[str, Any] = json.loads((ARTIFACTS / "target.schema.json").read_text(encoding="utf-8"))
 CLASSES = {
-    name: getattr(target_manifest, name, None) or getattr(manifest, name)
+    name: next(getattr(module, name) for module in (target_manifest, manifest, lora, rope) if hasattr(module, name))
     for name in SCHEMA["$defs"]
     if name[0].isupper()
 }

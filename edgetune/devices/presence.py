@@ -82,7 +82,7 @@ def check(profile: Profile, machine: Machine | None = None) -> Presence:
     here, why = _recognised(profile, machine or this_machine())
     runtime = profile.runtime
     missing = [name for name in profile.install.packages if not _installed(name)]
-    found = runtime.provider in _providers(profile)
+    found = _offered(profile)
     return Presence(
         name=profile.name,
         kind=profile.kind,
@@ -149,18 +149,18 @@ def _installed(package: str) -> bool:
     return True
 
 
-def _providers(profile: Profile) -> list[str]:
-    """ONNX Runtime's providers, and the profile's where a package of its own brings it."""
+def _offered(profile: Profile) -> bool:
+    """Whether ONNX Runtime offers the profile's provider, a package of its own does, or OpenVINO has the device."""
     import onnxruntime
 
-    found: list[str] = onnxruntime.get_available_providers()
     wanted = profile.runtime.provider
+    if wanted == "OpenVINOExecutionProvider":
+        # Once its plugin is registered, ONNX Runtime offers the provider whatever devices there are.
+        return any(_has_device(name, profile) for name in profile.runtime.names)
     if wanted == "QNNExecutionProvider" and _installed("onnxruntime-qnn"):
         # A plugin, which a session registers; it is offered by its package.
-        found.append(wanted)
-    if wanted == "OpenVINOExecutionProvider" and any(_has_device(name, profile) for name in profile.runtime.names):
-        found.append(wanted)
-    return found
+        return True
+    return wanted in onnxruntime.get_available_providers()
 
 
 def _has_device(name: str, profile: Profile) -> bool:
