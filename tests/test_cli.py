@@ -139,7 +139,8 @@ OPTIONS = {
     "prepare": "output rank alpha targets base npu calibration max-length download force quiet json",
     "split": "data output layers length calibration-rows threads force quiet json",
     "plan": "device data valid length runtime plan method queries memory-budget threads device-type soc-model buckets "
-    "steps epochs batch-size gradient-accumulation-steps packing no-packing truncate json",
+    "steps epochs batch-size gradient-accumulation-steps packing no-packing truncate raw-prompts "
+    "content-as-text json",
     "train": "data valid output config runtime device plan trunk-cache vitisai-config method queries perturbation-size "
     "memory-budget threads device-type require-npu soc-model buckets steps epochs batch-size "
     "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "

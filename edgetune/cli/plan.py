@@ -15,6 +15,7 @@ from edgetune.cli.progress import duration_text, passes_text
 from edgetune.cli.run_options import (
     batch_size_option,
     buckets_option,
+    content_as_text_option,
     device_type_option,
     epochs_option,
     gradient_accumulation_steps_option,
@@ -23,6 +24,7 @@ from edgetune.cli.run_options import (
     packing_option,
     plan_option,
     queries_option,
+    raw_prompts_option,
     runtime_option,
     soc_model_option,
     steps_option,
@@ -63,6 +65,8 @@ edgetune plan bundle --device ./my-board.toml --length 256 --batch-size 2 --step
 @gradient_accumulation_steps_option
 @packing_option
 @truncate_option
+@raw_prompts_option
+@content_as_text_option
 @json_option
 @click.pass_context
 def command(
@@ -87,6 +91,8 @@ def command(
     gradient_accumulation_steps: int,
     packing: bool,
     truncate: bool,
+    raw_prompts: bool,
+    content_as_text: bool,
     as_json: bool,
 ) -> None:
     """Predict peak memory, flash and time of a training run, on this machine or on another device.
@@ -122,6 +128,8 @@ def command(
         gradient_accumulation_steps=gradient_accumulation_steps,
         packing=packing,
         truncate=truncate,
+        raw_prompts=raw_prompts,
+        content_as_text=content_as_text,
     )
     found = preflight(
         bundle,
