@@ -66,7 +66,7 @@ def test_every_command_refuses_a_changed_bundle(copy: Path, tmp_path: Path, trai
         "generate": ("--prompt", "Hello."),
         "inspect": (),
         "export": ("--adapter", adapter, "--output", tmp_path / "out"),
-        "bundle": ("--target", "web", "--output", tmp_path / "out"),
+        "ship": ("--target", "web", "--output", tmp_path / "out"),
     }
     said = edgetune(verb, copy, *options[verb])
     assert said.code == 5, said
