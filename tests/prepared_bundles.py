@@ -13,8 +13,8 @@ import pytest
 from tiny_phi3 import checkpoint, silent
 
 from edgetune.config import Base, PrepareConfig
-from edgetune.formats import layered_graphs as pieces
 from edgetune.formats.bundle import Bundle
+from edgetune.model import pieces
 
 CONFIG = PrepareConfig(rank=4, alpha=8.0, max_length=128)
 """`tiny_phi3.lora` describes the same slots."""

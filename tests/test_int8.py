@@ -16,6 +16,7 @@ from edgetune.formats import layered_graphs as pieces
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.roles import BACKWARD, FORWARD, SCALES
+from edgetune.model.pieces import Pieces
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
@@ -34,7 +35,7 @@ def test_gradients_are_near_those_of_float32(prepared: Prepared, variant: str, b
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 def test_pieces_are_as_near(wide: bool, in_pieces: InPieces) -> None:
     bundle = in_pieces("grouped-query")
-    assert pieces.pieces_of(bundle.manifest, wide=wide) == (pieces.Pieces(1, 2) if wide else pieces.Pieces(2, 6))
+    assert pieces.pieces_of(bundle.manifest, wide=wide) == (Pieces(1, 2) if wide else Pieces(2, 6))
     assert_near_float32(bundle, "grouped-query", replace(STREAM, wide=wide))
 
 

@@ -17,6 +17,7 @@ from tiny_phi3 import checkpoint
 from edgetune.config import Base
 from edgetune.formats import layered_graphs as pieces
 from edgetune.formats.manifest import Graph
+from edgetune.model.pieces import Pieces
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.runtimes.layered.weights import ReusedMemory
@@ -128,8 +129,8 @@ def test_pieces_add_up(variant: str, in_pieces: InPieces) -> None:
     """Large layers are computed in pieces of two sizes; here the limits are set so low that tiny ones are, too."""
     bundle = in_pieces(variant)
     assert pieces.widths(bundle.manifest) == (False, True)
-    assert pieces.pieces_of(bundle.manifest) == pieces.Pieces(2, 6)
-    assert pieces.pieces_of(bundle.manifest, wide=True) == pieces.Pieces(1, 2)
+    assert pieces.pieces_of(bundle.manifest) == Pieces(2, 6)
+    assert pieces.pieces_of(bundle.manifest, wide=True) == Pieces(1, 2)
     parameters = adapter_of(bundle)
     rows = rows_of(1, lengths_of(variant, 1))
     model = oracle.peft_model(checkpoint(variant), bundle, parameters)

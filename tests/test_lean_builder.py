@@ -20,7 +20,7 @@ from edgetune.host import olive_pass
 
 MEMORY = """
 import resource, sys
-from edgetune import olive_pass
+from edgetune.host import olive_pass
 import olive.passes.onnx.model_builder, onnxruntime_genai.models.builder, safetensors, transformers.models.phi3
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 olive_pass._serve(sys.argv[1])

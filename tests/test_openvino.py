@@ -24,6 +24,7 @@ from edgetune.formats import layered_graphs as pieces
 from edgetune.formats.bundle import open_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.roles import INT8, SCALES
+from edgetune.model.pieces import Pieces
 from edgetune.runtimes import find_runtime, openvino, openvino_core
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan, Products
@@ -103,7 +104,7 @@ def test_exact_layers_have_the_exact_plans_loss(prepared: Prepared, plan: Execut
 def test_pieces_whose_channels_are_not_in_turn_add_up(products: Products, wide: bool, in_pieces: InPieces) -> None:
     """Streamed weights have even channels first, within the smaller pieces and within a head."""
     bundle = in_pieces("grouped-query")
-    assert pieces.pieces_of(bundle.manifest, wide=wide) == (pieces.Pieces(1, 2) if wide else pieces.Pieces(2, 6))
+    assert pieces.pieces_of(bundle.manifest, wide=wide) == (Pieces(1, 2) if wide else Pieces(2, 6))
     plan = replace(RECOMPUTE, products=products, wide=wide)
     groups = groups_of(bundle.manifest)
     assert groups is not None

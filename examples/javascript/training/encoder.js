@@ -11,6 +11,9 @@ import { TokenPlaces } from "./tokens.js";
 /** @import { Target } from "./target.js" */
 /** @import { Token } from "./tokens.js" */
 
+/** Unicode keeps it for programs: no text has it. */
+const MARK = "\ufde0";
+
 /** @typedef {{inputIds: number[], labels: number[]}} Example A label is the token itself, or −100: not trained. */
 
 /**
@@ -69,8 +72,9 @@ export class Encoder {
   }
 
   /**
-   * Token ids and labels of a row. A conversation is trained on each answer and the token that ends it,
-   * prompt/completion on the completion and the end of the sequence, text on everything.
+   * Token ids and labels of a row. A conversation is trained on each answer and the token that ends it; where text
+   * alone closes turns, the end of the sequence ends the last answer. Prompt/completion is a conversation of two turns,
+   * or without a template trained on the completion and the end of the sequence. Text is trained whole.
    *
    * @param {Row} row
    * @returns {Example}
@@ -82,7 +86,9 @@ export class Encoder {
         ? this.#encodeChat(row.messages)
         : "text" in row
           ? this.#encodePlain(row.text, null)
-          : this.#encodePlain(row.prompt + row.completion, row.prompt.length);
+          : this.#template
+            ? this.#encodeChat(turnsOf(row.prompt, row.completion))
+            : this.#encodePlain(row.prompt + row.completion, row.prompt.length);
     if (example.labels.slice(1).every((label) => label === IGNORED)) {
       throw new Error("no token of this row would be trained; give it a longer answer");
     }
@@ -110,14 +116,111 @@ export class Encoder {
   #encodeChat(messages) {
     const text = this.#render(messages, false);
     const tokens = this.tokenizer.tokens(text);
+    const inputIds = tokens.map((token) => token.id);
     const labels = tokens.map(() => IGNORED);
-    for (const [start, contentEnd] of this.#answers(messages, text)) {
-      const end = endOfTurn(tokens, text, contentEnd);
-      tokens.forEach((token, index) => {
-        if (token.start >= start && token.start < end && token.end <= end) labels[index] = token.id;
+    let answers = 0;
+    let endsWithText = false;
+    this.#ends(messages, text).forEach((contentEnd, index) => {
+      const last = index === messages.length - 1;
+      if (last) endsWithText = false;
+      if (messages[index].role !== "assistant" || contentEnd === null) return;
+      answers += 1;
+      const begin = this.#begin(messages, index, text, contentEnd);
+      const closing = last ? text.slice(contentEnd) : this.#closing(messages.slice(0, index + 1), text, contentEnd);
+      const agreed = contentEnd + commonLength(text.slice(contentEnd), closing);
+      const closer = tokens.find(
+        ({ id, isSpecial, start, end }) =>
+          start >= contentEnd && end <= agreed && (isSpecial || id === this.#eosTokenId),
+      );
+      endsWithText = last && !closer;
+      const end = closer ? closer.end : this.#endOfText(text, contentEnd, closing);
+      tokens.forEach((token, at) => {
+        if (token.start >= begin && token.start < end) labels[at] = token.id;
       });
+    });
+    if (!answers) throw new Error("the chat template shows no answer of this conversation");
+    if (endsWithText) endSequence(inputIds, labels, this.#eosTokenId);
+    return { inputIds, labels };
+  }
+
+  /**
+   * Where the content of each message ends in the rendered conversation, without white space at its end; null where the
+   * template leaves it out. Noncharacters are put there before rendering, and tell where they come out.
+   *
+   * @param {Message[]} messages
+   * @param {string} text
+   * @returns {(number | null)[]}
+   */
+  #ends(messages, text) {
+    const marked = messages.map(({ role, content }, index) => {
+      // A mark in an empty message would change what templates test.
+      if (role !== "assistant" && !content.trim()) return { role, content };
+      const length = content.trimEnd().length;
+      return { role, content: `${content.slice(0, length)}${MARK}${index}${MARK}${content.slice(length)}` };
+    });
+    const pieces = this.#render(marked, false).split(new RegExp(`${MARK}([0-9]+)${MARK}`));
+    /** @type {(number | null)[]} */
+    const ends = messages.map(() => null);
+    let shown = "";
+    pieces.forEach((piece, at) => {
+      if (at % 2) ends[Number(piece)] = shown.length;
+      else shown += piece;
+    });
+    if (shown !== text) throw new Error("the chat template changes the messages, so that the answers cannot be told");
+    return ends;
+  }
+
+  /**
+   * Where the prompt ends that asks for an answer: all that follows is the model's to write.
+   *
+   * @param {Message[]} messages
+   * @param {number} index
+   * @param {string} text
+   * @param {number} contentEnd
+   */
+  #begin(messages, index, text, contentEnd) {
+    const { content } = messages[index];
+    const bare = content.trim();
+    const prompt = this.#attempt(messages.slice(0, index), true);
+    if (prompt !== null && text.startsWith(prompt) && prompt.length + Math.min(1, bare.length) <= contentEnd) {
+      return prompt.length;
     }
-    return { inputIds: tokens.map((token) => token.id), labels };
+    const begin = contentEnd - bare.length;
+    if (prompt !== null || text.slice(begin, contentEnd) !== bare) {
+      throw new Error(`the chat template changes the answer in turn ${index + 1}`);
+    }
+    const own = content.slice(0, content.length - content.trimStart().length);
+    return text.slice(0, begin).endsWith(own) ? begin - own.length : begin;
+  }
+
+  /**
+   * What follows the content of the last message when nothing follows that message.
+   *
+   * @param {Message[]} messages
+   * @param {string} text
+   * @param {number} contentEnd
+   */
+  #closing(messages, text, contentEnd) {
+    const alone = this.#attempt(messages, false);
+    return alone !== null && alone.startsWith(text.slice(0, contentEnd)) ? alone.slice(contentEnd) : "";
+  }
+
+  /**
+   * Where an answer ends that text alone closes: with the last token that is the same without a next turn.
+   *
+   * @param {string} text
+   * @param {number} contentEnd
+   * @param {string} closing
+   */
+  #endOfText(text, contentEnd, closing) {
+    if (text.slice(contentEnd) === closing) return text.length;
+    const here = this.tokenizer.tokens(text);
+    const alone = this.tokenizer.tokens(text.slice(0, contentEnd) + closing);
+    const common = commonLength(
+      here.map((token) => token.id),
+      alone.map((token) => token.id),
+    );
+    return common ? here[common - 1].end : 0;
   }
 
   /**
@@ -134,45 +237,22 @@ export class Encoder {
       const token = tokens[index - before];
       return promptEnd === null || (token && token.start >= promptEnd) ? id : IGNORED;
     });
-    if (inputIds.at(-1) !== this.#eosTokenId) {
-      inputIds.push(this.#eosTokenId);
-      labels.push(IGNORED);
-    }
-    labels[labels.length - 1] = this.#eosTokenId;
+    endSequence(inputIds, labels, this.#eosTokenId);
     return { inputIds, labels };
   }
 
   /**
-   * Where each assistant message's answer lies in the rendered conversation.
+   * The rendered messages; null where the template takes other conversations only.
    *
    * @param {Message[]} messages
-   * @param {string} text
-   * @returns {[number, number][]} First character and the one after the last.
+   * @param {boolean} addGenerationPrompt
    */
-  #answers(messages, text) {
-    /** @type {[number, number][]} */
-    const answers = [];
-    let cursor = 0; // everything before it belongs to earlier messages
-    messages.forEach((message, index) => {
-      let span = find(text, message.content, cursor);
-      if (message.role === "assistant") {
-        const prompt = this.#render(messages.slice(0, index), true);
-        if (text.startsWith(prompt) && prompt.length >= cursor) {
-          const found = find(text, message.content, prompt.length);
-          // What stands between the prompt and the content is the model's to write if it is white space only.
-          if (found && !text.slice(prompt.length, found[0]).trim()) span = [prompt.length, found[1]];
-        }
-        if (!span) {
-          const isEmpty = !message.content.trim();
-          throw new Error(
-            isEmpty ? "an answer is empty" : `the chat template changes the content of messages[${index}]`,
-          );
-        }
-        answers.push(span);
-      }
-      if (span) cursor = span[1];
-    });
-    return answers;
+  #attempt(messages, addGenerationPrompt) {
+    try {
+      return this.#render(messages, addGenerationPrompt);
+    } catch {
+      return null;
+    }
   }
 
   /**
@@ -193,30 +273,44 @@ export class Encoder {
 }
 
 /**
- * @param {string} text
- * @param {string} content
- * @param {number} start
- * @returns {[number, number] | null}
+ * Prompt and completion as a conversation.
+ *
+ * @param {string} prompt
+ * @param {string} completion
+ * @returns {Message[]}
  */
-function find(text, content, start) {
-  for (const candidate of [content, content.trim()]) {
-    const at = candidate ? text.indexOf(candidate, start) : -1; // templates may strip
-    if (at >= 0) return [at, at + candidate.length];
-  }
-  return null;
+function turnsOf(prompt, completion) {
+  return [
+    { role: "user", content: prompt },
+    { role: "assistant", content: completion },
+  ];
 }
 
 /**
- * End of the added token that closes an answer; `end` when the next thing after white space is none.
+ * Let a row end with the end of the sequence, and train it.
  *
- * @param {Token[]} tokens
- * @param {string} text
- * @param {number} end
+ * @param {number[]} inputIds
+ * @param {number[]} labels
+ * @param {number} eosTokenId
  */
-function endOfTurn(tokens, text, end) {
-  const following = end + text.slice(end).search(/\S/);
-  const token = tokens.find((candidate) => candidate.start === following && candidate.isAdded);
-  return token && following >= end ? token.end : end;
+function endSequence(inputIds, labels, eosTokenId) {
+  if (inputIds.at(-1) !== eosTokenId) {
+    inputIds.push(eosTokenId);
+    labels.push(IGNORED);
+  }
+  labels[labels.length - 1] = eosTokenId;
+}
+
+/**
+ * How many elements two sequences have in common at their beginning.
+ *
+ * @param {ArrayLike<unknown>} first
+ * @param {ArrayLike<unknown>} second
+ */
+function commonLength(first, second) {
+  const shorter = Math.min(first.length, second.length);
+  for (let at = 0; at < shorter; at += 1) if (first[at] !== second[at]) return at;
+  return shorter;
 }
 
 /**

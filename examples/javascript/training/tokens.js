@@ -11,9 +11,9 @@ import { Tokenizer } from "@huggingface/tokenizers";
 /**
  * A token and its place: indices into the text. One that is a part of a character has the place of the character.
  *
- * @typedef {{id: number, start: number, end: number, isAdded: boolean}} Token
+ * @typedef {{id: number, start: number, end: number, isSpecial: boolean}} Token
  */
-/** @typedef {{id: number, content: string, rstrip: boolean}} AddedToken */
+/** @typedef {{id: number, content: string, rstrip: boolean, special: boolean}} AddedToken */
 
 /** Characters that are white space to the model's own tokenizer and not to JavaScript, or the other way round. */
 const DISPUTED = /[\u0085\ufeff]/;
@@ -81,7 +81,8 @@ export class TokenPlaces {
       const end = added ? start + added.content.length : reader.end;
       // As the model's own tokenizer counts: a place may be without the spaces of its token.
       const [before, after] = this.#trims ? spaces(tokens[index]) : [0, 0];
-      return { id, start: Math.min(start + before, end), end: end - Math.min(after, end - start), isAdded: isFirst };
+      const isSpecial = added !== undefined && added.special;
+      return { id, start: Math.min(start + before, end), end: end - Math.min(after, end - start), isSpecial };
     });
     if (reader.at !== text.length) throw new Error(`the tokens end at ${reader.at} of ${text.length} characters`);
     return found;
