@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from small_checkpoint import POINTER
 
+from edgetune.cli import main
 from edgetune.cli.prepare import command
 from edgetune.config import MODULES_OF_TARGETS
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
@@ -298,7 +300,9 @@ def test_a_form_that_prepare_can_make_comes_with_the_line_that_fits(
         read(folder)
     *_, line = str(caught.value).splitlines()
     assert line == f"a bundle of the adapter's rank, alpha and projections: edgetune prepare CHECKPOINT {advice}"
-    given = command.make_context("prepare", shlex.split(line.partition("edgetune prepare ")[2])).params
+    # click keeps the help option of the first context for good: it has to be that of the command line.
+    group = click.Context(main, **main.context_settings)
+    given = command.make_context("prepare", shlex.split(line.partition("edgetune prepare ")[2]), parent=group).params
     modules = list(MODULES_OF_TARGETS[given["targets"]])
     slots = [slot for slot in LORA.slots if slot.name.rpartition(".")[2] in modules]
     read_adapter(folder, Lora(given["rank"], given["alpha"], modules, slots), BASE, TOKENIZER)

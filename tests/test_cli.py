@@ -169,7 +169,9 @@ def test_every_verb_has_its_options_and_help_for_each(name: str) -> None:
     found = {word.removeprefix("--") for option in options for word in (*option.opts, *option.secondary_opts)}
     assert found == set(OPTIONS[name].split())
     assert all(option.help for option in options)
-    assert run(name, "-h").stdout == run(name, "--help").stdout
+    short = run(name, "-h")
+    assert short.exit_code == 0, (short.output, short.stderr, short.exception)
+    assert short.stdout == run(name, "--help").stdout
 
 
 @pytest.mark.parametrize("name", VERBS)
