@@ -106,10 +106,17 @@ def as_python(row: dict[str, Any]) -> Row:
     return TextRow(1, row["text"])
 
 
-@pytest.mark.parametrize("name", BARE_TEMPLATES)
+TEMPLATES = {
+    **BARE_TEMPLATES,
+    "closed by text": "{% for m in messages %}### {{ m.role }}:\n{{ m.content + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_and_labels_are_those_of_python(kind: str, name: str) -> None:
-    tokenizer, template = KINDS[kind](), BARE_TEMPLATES[name]
+    tokenizer, template = KINDS[kind](), TEMPLATES[name]
     eos = tokenizer.token_to_id(EOS)
     encoder = Encoder(tokenizer, eos, ChatTemplate(template, "<s>", EOS))
     rows = rows_at_random(seed=len(kind) + len(name))

@@ -133,7 +133,7 @@ export class Encoder {
           start >= contentEnd && end <= agreed && (isSpecial || id === this.#eosTokenId),
       );
       endsWithText = last && !closer;
-      const end = closer ? closer.end : this.#endOfText(text, contentEnd, closing);
+      const end = closer ? closer.end : this.#endOfText(tokens, text, contentEnd, closing);
       tokens.forEach((token, at) => {
         if (token.start >= begin && token.start < end) labels[at] = token.id;
       });
@@ -208,19 +208,19 @@ export class Encoder {
   /**
    * Where an answer ends that text alone closes: with the last token that is the same without a next turn.
    *
+   * @param {Token[]} tokens Of the text.
    * @param {string} text
    * @param {number} contentEnd
    * @param {string} closing
    */
-  #endOfText(text, contentEnd, closing) {
+  #endOfText(tokens, text, contentEnd, closing) {
     if (text.slice(contentEnd) === closing) return text.length;
-    const here = this.tokenizer.tokens(text);
     const alone = this.tokenizer.tokens(text.slice(0, contentEnd) + closing);
     const common = commonLength(
-      here.map((token) => token.id),
+      tokens.map((token) => token.id),
       alone.map((token) => token.id),
     );
-    return common ? here[common - 1].end : 0;
+    return common ? tokens[common - 1].end : 0;
   }
 
   /**
