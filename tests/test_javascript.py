@@ -86,14 +86,17 @@ def rows_at_random(seed: int) -> list[dict[str, Any]]:
     def text() -> str:
         return "".join(draw.choice(PIECES) + draw.choice(["", " ", "  ", "\n"]) for _ in range(draw.randint(1, 8)))
 
+    def learnt() -> str:  # what is to be learnt is never empty: reading the rows refuses that
+        return next(filled for filled in iter(text, None) if filled.strip())
+
     def turns(roles: str) -> list[dict[str, str]]:
         names = {"s": "system", "u": "user", "a": "assistant"}
-        return [{"role": names[role], "content": text()} for role in roles]
+        return [{"role": names[role], "content": learnt() if role == "a" else text()} for role in roles]
 
     kinds = [
         *(lambda roles=roles: {"messages": turns(roles)} for roles in ("ua", "sua", "uaua")),
-        lambda: {"prompt": text(), "completion": text()},
-        lambda: {"text": text()},
+        lambda: {"prompt": text(), "completion": learnt()},
+        lambda: {"text": learnt()},
     ]
     return [draw.choice(kinds)() for _ in range(ROWS_AT_RANDOM)]
 

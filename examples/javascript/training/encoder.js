@@ -5,6 +5,7 @@
 import { Template } from "@huggingface/jinja";
 
 import { IGNORED } from "./batch.js";
+import { refuseEmpty } from "./rows.js";
 import { TokenPlaces } from "./tokens.js";
 
 /** @import { Message, Row } from "./rows.js" */
@@ -81,6 +82,7 @@ export class Encoder {
    * @throws {Error} The row cannot be trained on.
    */
   encode(row) {
+    refuseEmpty(row);
     const example =
       "messages" in row
         ? this.#encodeChat(row.messages)

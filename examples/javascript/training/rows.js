@@ -33,6 +33,24 @@ export function parseRows(text) {
 }
 
 /**
+ * Refuse a row with nothing to learn, as edgetune/data/rows.py does.
+ *
+ * @param {Row} row
+ * @throws {Error} What the model is to write is empty.
+ */
+export function refuseEmpty(row) {
+  if ("text" in row) {
+    if (!row.text.trim()) throw new Error("the text is empty");
+    return;
+  }
+  const answers =
+    "messages" in row
+      ? row.messages.filter(({ role }) => role === "assistant").map(({ content }) => content)
+      : [row.completion];
+  if (answers.some((answer) => !answer.trim())) throw new Error("an answer is empty");
+}
+
+/**
  * @param {any} row
  * @returns {Row}
  */
