@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, PreTrainedT
 from edgetune.config import PrepareConfig
 from edgetune.data.encode import IGNORED, Example
 from edgetune.formats.bundle import Bundle
-from edgetune.prepare import prepare
+from edgetune.preparation import prepare
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"

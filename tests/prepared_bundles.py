@@ -38,7 +38,7 @@ def prepare_tiny(variant: str, folder: Path, config: PrepareConfig) -> Bundle:
 
 def prepare_checkpoint(source: Path, folder: Path, config: PrepareConfig) -> Bundle:
     """Prepare with Olive in this process: its imports cost seconds, a build milliseconds."""
-    from edgetune.prepare import genai_model, prepare
+    from edgetune.preparation import genai_model, prepare
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OLIVE_DISABLE_TELEMETRY", "1")

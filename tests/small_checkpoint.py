@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.prepare.checkpoint import Checkpoint, open_checkpoint
+from edgetune.preparation.checkpoint import Checkpoint, open_checkpoint
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Phi3ForCausalLM"],

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgetune.model.lora import Lora, Slot
-from edgetune.prepare.graphs.adamw import build_adamw
+from edgetune.preparation.graphs.adamw import build_adamw
 
 Array = NDArray[np.float32]
 LORA = Lora(4, 8.0, ["qkv_proj"], [Slot("layers.0.qkv_proj", 24, 40), Slot("layers.1.qkv_proj", 8, 16)])

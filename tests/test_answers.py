@@ -26,7 +26,7 @@ from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, IncompatibleError
 from edgetune.formats.manifest import RowEncoding
 from edgetune.formats.manifest import Tokenizer as TokenizerManifest
-from edgetune.prepare.conversations import Conversations, try_conversations
+from edgetune.preparation.conversations import Conversations, try_conversations
 
 Shown = Callable[[int, Sequence[Message]], str | None]
 
@@ -67,9 +67,7 @@ class Form:
 HEADER = "{{ '<|' + m.role + '|>\\n' }}"
 PROMPT = "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 FORMS = {
-    "by token": Form(
-        f"{{% for m in messages %}}{HEADER}{{{{ m.content }}}}<|end|>\n{{% endfor %}}{PROMPT}", "<|end|>"
-    ),
+    "by token": Form(f"{{% for m in messages %}}{HEADER}{{{{ m.content }}}}<|end|>\n{{% endfor %}}{PROMPT}", "<|end|>"),
     "by token, then the end of the sequence": Form(
         f"{{% for m in messages %}}{HEADER}{{{{ m.content }}}}<|end|>\n{{% endfor %}}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",

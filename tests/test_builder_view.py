@@ -30,8 +30,8 @@ from tiny_phi3 import build_here, genai_greedy, greedy, save_checkpoint, save_to
 from tokenizers import Tokenizer
 
 from edgetune.config import Base
-from edgetune.prepare.builder_view import builder_view
-from edgetune.prepare.checkpoint import Checkpoint, read_architecture
+from edgetune.preparation.builder_view import builder_view
+from edgetune.preparation.checkpoint import Checkpoint, read_architecture
 
 WEIGHTS = "model.safetensors"
 

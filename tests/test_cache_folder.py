@@ -20,6 +20,7 @@ from edgetune.side_environment import ensure_side_environment
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "artifacts" / "golden"
 
+
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -19,9 +19,9 @@ from small_checkpoint import CONFIG, POINTER, SHAPES, opened, shard, tensors, wr
 from edgetune.config import PrepareConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune.model.architecture import tensor_shapes
-from edgetune.prepare import prepare
-from edgetune.prepare.builder_view import builder_view
-from edgetune.prepare.checkpoint import copy_chat_template, open_checkpoint, read_architecture, refuse_non_finite
+from edgetune.preparation import prepare
+from edgetune.preparation.builder_view import builder_view
+from edgetune.preparation.checkpoint import copy_chat_template, open_checkpoint, read_architecture, refuse_non_finite
 
 
 @pytest.fixture

@@ -43,10 +43,10 @@ from edgetune.errors import (
     UsageError,
     VerificationError,
 )
-from edgetune.evaluate import Evaluation
+from edgetune.evaluation import Evaluation
 from edgetune.preview import Piece, Preview
 from edgetune.text.byte_size import bytes_text
-from edgetune.train import Observer, StartInfo, StepMetrics, TrainResult
+from edgetune.training import Observer, StartInfo, StepMetrics, TrainResult
 
 GOLDEN = Path(__file__).parent.parent / "artifacts" / "golden"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(edgetune.__file__).parents[1])}
@@ -85,7 +85,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, bundle: Path, data: Path) -> Calla
                 raise outcome
             return outcome
 
-        monkeypatch.setattr("edgetune.evaluate.evaluate", fake)
+        monkeypatch.setattr("edgetune.evaluation.evaluate", fake)
         return run("eval", bundle, "--data", data, *flags, **environment)
 
     return invoke
@@ -450,14 +450,14 @@ def test_an_interruption_that_a_library_lost_ends_training_at_the_next_step(bar:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_clean_up_and_say_so_in_one_line(tmp_path: Path, bundle: Path, data: Path, number: int) -> None:
     body = """
-import edgetune.evaluate
+import edgetune.evaluation
 def fake(bundle, data, adapter, **_):
     try:
         print("ready", flush=True)
         time.sleep(60)
     finally:
         print("cleaned up", flush=True)
-edgetune.evaluate.evaluate = fake
+edgetune.evaluation.evaluate = fake
 """
     command = [*script(tmp_path, body), "eval", str(bundle), "--data", str(data)]
     with subprocess.Popen(
@@ -473,13 +473,13 @@ edgetune.evaluate.evaluate = fake
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_what_is_said_of_the_work_is_worth_less_than_the_work(tmp_path: Path, bundle: Path, data: Path) -> None:
     body = """
-import edgetune.evaluate
+import edgetune.evaluation
 from edgetune.cli.output import notices
 def fake(bundle, data, adapter, **_):
     for line in range(10_000):
         notices(quiet=False)("a line that nobody can read")
-    return edgetune.evaluate.Evaluation(3, 1, 20, 0.5, 1.6487, 0.75, 0.3333)
-edgetune.evaluate.evaluate = fake
+    return edgetune.evaluation.Evaluation(3, 1, 20, 0.5, 1.6487, 0.75, 0.3333)
+edgetune.evaluation.evaluate = fake
 """
     command = [*script(tmp_path, body), "eval", str(bundle), "--data", str(data), "--json"]
     with Path("/dev/full").open("w") as full:
@@ -493,7 +493,7 @@ def test_a_progress_bar_outlives_its_terminal(tmp_path: Path) -> None:
     code = """
 import os
 from edgetune.cli.progress import shown
-from edgetune.train.observer import StartInfo, StepMetrics
+from edgetune.training.observer import StartInfo, StepMetrics
 with shown(quiet=False) as observer:
     observer.on_start(StartInfo("onnxruntime", "a plan", 4, 4, None, 3, 1, 5, 1, 0, 2, 1200, 300, 4096))
     os.close(int(os.environ["TERMINAL"]))
@@ -571,7 +571,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
         observer.on_validation(3, 0.5)
         return RESULT
 
-    monkeypatch.setattr("edgetune.train.train", fake)
+    monkeypatch.setattr("edgetune.training.train", fake)
     return configs
 
 
@@ -705,9 +705,9 @@ def test_long_runs_write_about_a_hundred_lines() -> None:
 def test_a_terminal_gets_a_progress_bar(tmp_path: Path, bundle: Path, data: Path, fails: bool) -> None:
     body = f"""
 from pathlib import Path
-import edgetune.train
+import edgetune.training
 from edgetune.errors import ResourceError
-from edgetune.train import StartInfo, StepMetrics, TrainResult
+from edgetune.training import StartInfo, StepMetrics, TrainResult
 def fake(bundle, data, valid, output, config, observer):
     observer.on_notice("[1] row is too long")
     observer.on_start({START!r})
@@ -717,7 +717,7 @@ def fake(bundle, data, valid, output, config, observer):
     if {fails}:
         raise ResourceError("disk is full")
     return TrainResult(Path("adapter"), 3, 0.25, None, None, 61.0, "", "", 4, None, None)
-edgetune.train.train = fake
+edgetune.training.train = fake
 """
     arguments = ["train", str(bundle), "--data", str(data), "--output", "adapter"]
     terminal, end = os.openpty()
@@ -793,7 +793,7 @@ def test_generate_streams_or_gives_one_object(monkeypatch: pytest.MonkeyPatch, t
         calls.append((model, prompt, system, config))
         yield from ("It is ", "23 °C.", "\x1b]0;x\x07")
 
-    monkeypatch.setattr("edgetune.generate.generate", fake)
+    monkeypatch.setattr("edgetune.generation.generate", fake)
     model = folder_with(tmp_path / "model", "genai_config.json")
     assert run("generate", model, "--prompt", "Warm?").stdout == "It is 23 °C.\\x1b]0;x\\x07\n"
     result = run("generate", model, "--prompt", "Warm?", "--system", "Short.", "--max-new-tokens", "5", "--json")

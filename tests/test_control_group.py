@@ -59,9 +59,7 @@ def test_no_groups_are_no_limit(groups: Path, monkeypatch: pytest.MonkeyPatch, t
     assert left_bytes() is None
 
 
-def test_the_tightest_group_on_the_way_up_counts(
-    groups: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_tightest_group_on_the_way_up_counts(groups: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     name_groups(monkeypatch, tmp_path, "0::/system.slice/learn.service\n")
     v2(groups / "system.slice" / "learn.service", "300000000", 100 * MB)
     v2(groups / "system.slice", "max", 900 * MB)
@@ -93,9 +91,7 @@ def test_file_pages_that_nobody_uses_are_free(groups: Path) -> None:
         assert left_bytes() == 200 * MB
 
 
-def test_the_first_version_has_a_tree_of_its_own(
-    groups: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_first_version_has_a_tree_of_its_own(groups: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lines = ("7:cpu,cpuacct:/elsewhere", "4:hugetlb,memory:/docker/abc", "1:name=systemd:/", "0::/unified")
     name_groups(monkeypatch, tmp_path, "\n".join(lines))
     v1(groups / "memory", 2**63 - 4096, 9000 * MB)

@@ -20,12 +20,12 @@ from edgetune.config import ExportConfig, GenerateConfig, TrainConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.rows import Message
 from edgetune.errors import EdgetuneError
-from edgetune.export import export
+from edgetune.exporting import export
 from edgetune.formats.bundle import open_bundle
-from edgetune.generate import generate
+from edgetune.generation import generate
 from edgetune.preview import preview
-from edgetune.train import StepMetrics, TrainResult, train
-from edgetune.train.record import RunRecord
+from edgetune.training import StepMetrics, TrainResult, train
+from edgetune.training.record import RunRecord
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

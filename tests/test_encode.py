@@ -27,7 +27,7 @@ from edgetune.formats.manifest import BaseModel, BundleManifest, RowEncoding
 from edgetune.formats.storage import sha256_of
 from edgetune.model.architecture import Architecture
 from edgetune.model.lora import Lora
-from edgetune.prepare.rope_config import rope_from_config
+from edgetune.preparation.rope_config import rope_from_config
 from edgetune.preview import preview
 
 Models = Callable[[str, str | None], Model]

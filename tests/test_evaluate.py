@@ -10,7 +10,7 @@ import pytest
 from tiny_bundle import BASE_LOGITS, LORA, MAX_LENGTH, SLOT, WORDS, make_bundle, some_rows, write_rows
 
 from edgetune.errors import DataError, IncompatibleError, UsageError
-from edgetune.evaluate import Evaluation, evaluate, measure
+from edgetune.evaluation import Evaluation, evaluate, measure
 from edgetune.formats.adapter import write_adapter
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.manifest import BaseModel

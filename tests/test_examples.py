@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from edgetune.data.rows import ChatRow, Problems, read_rows
-from edgetune.evaluate import evaluate
+from edgetune.evaluation import evaluate
 from edgetune.preview import preview
 
 REPOSITORY = Path(__file__).parents[1]

@@ -24,17 +24,17 @@ from edgetune.config import Base, ExportConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, UsageError, VerificationError
-from edgetune.export import ADAPTER, ExportReport, export, share_kept
-from edgetune.export.validation import validation_rows_of
+from edgetune.exporting import ADAPTER, ExportReport, export, share_kept
+from edgetune.exporting.validation import validation_rows_of
 from edgetune.formats.adapter import write_adapter
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.genai import open_model
 from edgetune.formats.manifest import ModelManifest
 from edgetune.formats.storage import sha256_of
-from edgetune.generate import generate_ids
+from edgetune.generation import generate_ids
 from edgetune.model.lora import initial_parameters
 from edgetune.text.pulse import Pulse
-from edgetune.train.provenance import validation_rows
+from edgetune.training.provenance import validation_rows
 
 PROMPT = [int(token) for token in np.random.default_rng(5).integers(10, 440, 10)]
 MERGED = ExportConfig(merge=True)
@@ -158,7 +158,7 @@ def test_kept_graph_takes_adapters_of_any_rank(exported: Exporter, tmp_path: Pat
     wider.set_model_version(1)
     wider.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in doubled.items()})
     wider.export_adapter(str(tmp_path / "wider.onnx_adapter"))
-    from edgetune.export.measure import Measured
+    from edgetune.exporting.measure import Measured
 
     examples = encoded(bundle("multi-head", "int4"), tmp_path)
     model, pulse = Measured(folder, bundle("multi-head", "int4").manifest.architecture.rope), Pulse(silent, "{}")
@@ -229,7 +229,7 @@ def test_what_the_adapter_leaves_alone_is_the_builders_int4_to_the_byte(
 def test_merge_to_int4_is_the_same_each_time_whatever_the_pieces(
     exported: Exporter, adapter: Callable[[Bundle], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import edgetune.export.merge as merging
+    import edgetune.exporting.merge as merging
 
     for base in get_args(Base):
         source = bundle("grouped-query", base)
@@ -245,7 +245,7 @@ def test_merge_to_int4_is_the_same_each_time_whatever_the_pieces(
 def test_merge_to_int4_holds_no_whole_weight(tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     import tracemalloc
 
-    import edgetune.export.merge as merging
+    import edgetune.exporting.merge as merging
 
     source, values = bundle(WIDE, base), parameters(WIDE)
     monkeypatch.setattr(merging, "_PIECE", 1 << 16)
@@ -379,7 +379,7 @@ def test_a_merge_to_int4_without_rows_has_to_be_asked_for(adapter: Callable[[Bun
 def test_weights_are_merged_piece_by_piece(
     exported: Exporter, adapter: Callable[[Bundle], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import edgetune.export.merge as merging
+    import edgetune.exporting.merge as merging
 
     monkeypatch.setattr(merging, "_PIECE", 1)
     monkeypatch.setattr(merging, "_SMALLEST", 64)
@@ -597,7 +597,7 @@ def test_killed_export_leaves_nothing_that_looks_finished(
     script = f"""
         import os, signal
         from pathlib import Path
-        import edgetune.export as exporting
+        import edgetune.exporting as exporting
         from edgetune.formats.bundle import open_bundle
         from edgetune.config import ExportConfig
 

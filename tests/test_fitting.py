@@ -23,8 +23,8 @@ from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
 from edgetune.planning.cost_model import CostModel
 from edgetune.planning.fit import Fit, Fitting
-from edgetune.train import train
-from edgetune.train.observer import StartInfo, StepMetrics
+from edgetune.training import train
+from edgetune.training.observer import StartInfo, StepMetrics
 
 
 class Starts:

@@ -23,7 +23,7 @@ TOLERANCE = 0.2
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from edgetune.prepare import prepare
+    from edgetune.preparation import prepare
 
     folder = tmp_path_factory.mktemp("footprint")
     make_checkpoint(folder / "checkpoint", SIZE)

@@ -22,8 +22,8 @@ from edgetune.config import PrepareConfig
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Example
 from edgetune.model.lora import Lora, Slot
-from edgetune.prepare.graphs.forward import export_forward
-from edgetune.prepare.rope_config import rope_from_config
+from edgetune.preparation.graphs.forward import export_forward
+from edgetune.preparation.rope_config import rope_from_config
 
 CONFIG = PrepareConfig(rank=3, alpha=5.0, targets="attention")
 ATTENTION = ("self_attn.o_proj", "self_attn.qkv_proj")
@@ -50,7 +50,7 @@ from pathlib import Path
 import torch, peft, transformers, onnxscript
 from optimum.exporters.onnx import export
 from edgetune.config import PrepareConfig
-from edgetune.prepare.graphs.forward import export_forward
+from edgetune.preparation.graphs.forward import export_forward
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 export_forward(Path(sys.argv[1]), Path(sys.argv[2]), PrepareConfig())

@@ -27,7 +27,7 @@ from edgetune.runtimes import find_runtime, openvino_core
 from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig, signs
-from edgetune.train import TrainResult, train
+from edgetune.training import TrainResult, train
 
 SHAPES = {"one.lora_B.weight": (3, 5), "two.lora_B.weight": (7, 3)}
 SIZE = 36

@@ -38,7 +38,7 @@ from edgetune.runtimes.layered.lower_layers import Trunk
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
 from edgetune.split import split
-from edgetune.train import train
+from edgetune.training import train
 
 installed = pytest.mark.skipif(
     find_spec("hls4ml") is None, reason='hls4ml is not installed (pip install "edgetune[fpga]")'

@@ -14,7 +14,7 @@ from tiny_phi3 import VARIANTS, checkpoint, genai_greedy, genai_model, greedy, t
 
 from edgetune.config import Base
 from edgetune.errors import EdgetuneError
-from edgetune.prepare.genai_model import build_genai_model
+from edgetune.preparation.genai_model import build_genai_model
 
 FILES = {
     "chat_template.jinja", "config.json", "genai_config.json", "model.onnx", "model.onnx.data",

@@ -18,12 +18,12 @@ from edgetune.config import ExportConfig, GenerateConfig
 from edgetune.data.encode import Remark, load_encoder
 from edgetune.data.rows import Message
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
-from edgetune.export import ADAPTER, export
+from edgetune.exporting import ADAPTER, export
 from edgetune.formats.bundle import list_files
 from edgetune.formats.genai import MANIFEST, open_model
 from edgetune.formats.manifest import AdapterManifest, ModelManifest, RowEncoding
 from edgetune.formats.manifest_json import read_manifest, write_manifest
-from edgetune.generate import generate, generate_ids, text_pieces
+from edgetune.generation import generate, generate_ids, text_pieces
 
 CONFIG = GenerateConfig(max_new_tokens=16)
 

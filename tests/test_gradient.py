@@ -15,8 +15,8 @@ from tiny_phi3 import silent
 
 from edgetune.config import TrainConfig
 from edgetune.errors import IncompatibleError
-from edgetune.prepare.gradient import differentiate
-from edgetune.prepare.passes.shapes import resolve_shapes
+from edgetune.preparation.gradient import differentiate
+from edgetune.preparation.rewrites.shapes import resolve_shapes
 from edgetune.side_environment import run_worker
 
 ARTIFACT_WORKER = Path(__file__).with_name("artifact_worker.py")

@@ -25,7 +25,8 @@ FLOORS: list[set[str]] = [
     {"devices"},
     {"planning"},
     {
-        "prepare", "split", "train", "evaluate", "preview", "export", "generate", "ship", "describe", "doctor",
+        "preparation", "split", "training", "evaluation", "preview", "exporting", "generation", "ship", "describe",
+        "doctor",
     },
     {"cli"},
     {"__main__"},
@@ -137,25 +138,25 @@ def test_device_code_never_imports_what_a_device_does_not_have() -> None:
 
 def test_the_host_packages_are_the_banned_ones() -> None:
     assert {"torch", "transformers", "optimum", "olive", "peft", "onnx"} <= BANNED
-    assert is_host("edgetune/prepare/graphs/forward.py")
-    assert not is_host("edgetune/train/loop.py")
+    assert is_host("edgetune/preparation/graphs/forward.py")
+    assert not is_host("edgetune/training/loop.py")
 
 
 @pytest.mark.parametrize(
     ("importer", "imported", "wrong"),
     [
-        ("cli", "train", False),
-        ("train", "cli", True),
-        ("train", "evaluate", True),
-        ("train", "runtimes", False),
-        ("runtimes", "train", True),
+        ("cli", "training", False),
+        ("training", "cli", True),
+        ("training", "evaluation", True),
+        ("training", "runtimes", False),
+        ("runtimes", "training", True),
         ("runtimes", "data", False),
         ("formats", "runtimes", True),
         ("formats", "model", False),
         ("model", "config", True),
         ("runtimes", "devices", True),
         ("errors", "config", True),
-        ("train", "train", False),
+        ("training", "training", False),
         ("errors", "", False),
     ],
 )

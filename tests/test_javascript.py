@@ -36,7 +36,7 @@ from edgetune.data.encode import Encoder, Example
 from edgetune.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
 from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, IncompatibleError
-from edgetune.evaluate import evaluate
+from edgetune.evaluation import evaluate
 from edgetune.model.rope import Rope
 
 pytestmark = needs_node

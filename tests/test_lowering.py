@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_phi3 import silent
 
 from edgetune.errors import IncompatibleError
-from edgetune.prepare.passes.lowering import LOWERINGS, lower
+from edgetune.preparation.rewrites.lowering import LOWERINGS, lower
 from edgetune.side_environment import ensure_side_environment, run_worker
 
 WORKER = Path(__file__).with_name("kernel_worker.py")

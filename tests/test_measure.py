@@ -15,11 +15,11 @@ from tiny_phi3 import VARIANTS, bundle, checkpoint, save_adapter, silent
 from edgetune.config import Base, ExportConfig
 from edgetune.data.batcher import MEASURED_ROWS
 from edgetune.data.encode import IGNORED
-from edgetune.evaluate import evaluate
-from edgetune.export import export
-from edgetune.export.measure import Measured, batches
+from edgetune.evaluation import evaluate
+from edgetune.exporting import export
+from edgetune.exporting.measure import Measured, batches
 from edgetune.model.rope import Rope
-from edgetune.prepare.checkpoint import open_checkpoint
+from edgetune.preparation.checkpoint import open_checkpoint
 from edgetune.text import pulse as pulses
 from edgetune.text.pulse import Pulse
 

@@ -22,7 +22,7 @@ from edgetune.errors import DataError
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.roles import INT8_STEP
-from edgetune.prepare import prepare
+from edgetune.preparation import prepare
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes import qnn
 from edgetune.runtimes.execution import WHOLE_STEP, Accelerator

@@ -25,7 +25,7 @@ from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.genai import open_model
 from edgetune.model.architecture import slots_of
 from edgetune.model.lora import initial_parameters
-from edgetune.prepare import HOST_TOOLS, prepare
+from edgetune.preparation import HOST_TOOLS, prepare
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.contract import OptimizerConfig, StepResult
 from edgetune.runtimes.ort_training import runtime as ort_training
@@ -271,7 +271,7 @@ def test_force_replaces_a_bundle_and_a_failure_leaves_it(
     config = replace(prepared_bundles.CONFIG, force=True)
     first = prepare_tiny("multi-head", output, config)
     same = prepared("multi-head", "int4")
-    monkeypatch.setattr("edgetune.prepare.gradient.differentiate", lambda *_: 1 / 0)
+    monkeypatch.setattr("edgetune.preparation.gradient.differentiate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare_tiny("multi-head", output, replace(config, rank=2))
     assert open_bundle(output).manifest == first.manifest

@@ -14,9 +14,9 @@ from tiny_phi3 import bundle, checkpoint, save_adapter, silent
 
 from edgetune.config import ExportConfig, SplitConfig
 from edgetune.errors import MissingDependencyError
-from edgetune.export import export
+from edgetune.exporting import export
 from edgetune.host.versions import version_of
-from edgetune.prepare import prepare
+from edgetune.preparation import prepare
 from edgetune.split import split
 
 

@@ -33,8 +33,8 @@ from edgetune.runtimes.placement import Node, Partition
 from edgetune.runtimes.whole import plugin_runtime
 from edgetune.runtimes.whole.contexts import Context
 from edgetune.runtimes.whole.plugin import Plugin, PluginCompiler, _stdout_for_results
-from edgetune.train import train
-from edgetune.train.observer import StartInfo, StepMetrics
+from edgetune.training import train
+from edgetune.training.observer import StartInfo, StepMetrics
 
 installed = pytest.mark.skipif(
     find_spec("onnxruntime_qnn") is None, reason="onnxruntime-qnn is not installed (x86-64 Linux has its emulator)"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgetune.export.quantise import generator_of, on_grid, scales_of
+from edgetune.exporting.quantise import generator_of, on_grid, scales_of
 
 ROWS, INPUTS = 64, 1024
 STEP = 0.02

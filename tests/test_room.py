@@ -22,8 +22,8 @@ from edgetune.formats.storage import atomic_folder, write_file
 from edgetune.machine import disk as room
 from edgetune.machine.disk import reserve
 from edgetune.model.lora import initial_parameters
-from edgetune.train.observer import StepMetrics
-from edgetune.train.record import RunRecord
+from edgetune.training.observer import StepMetrics
+from edgetune.training.record import RunRecord
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "artifacts" / "golden"
@@ -91,7 +91,7 @@ import errno, os, sys, tempfile
 from pathlib import Path
 from edgetune.cli.failures import failure_of
 from edgetune.config import TrainConfig
-from edgetune.train import train
+from edgetune.training import train
 
 class Observer:
     def on_start(self, info): pass

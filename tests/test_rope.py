@@ -13,7 +13,7 @@ from small_checkpoint import as_transformers_5
 
 from edgetune.errors import IncompatibleError
 from edgetune.model.rope import rope_tables
-from edgetune.prepare.rope_config import rope_from_config, with_older_rope_keys
+from edgetune.preparation.rope_config import rope_from_config, with_older_rope_keys
 
 HALF = 48
 SHORT = [1.0 + 0.01 * index for index in range(HALF)]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from edgetune.config import TrainConfig
-from edgetune.evaluate import evaluate
+from edgetune.evaluation import evaluate
 from edgetune.formats.adapter import MANIFEST, row_encoding
 from edgetune.formats.manifest import AdapterManifest, RowEncoding
 from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.preview import preview
-from edgetune.train import StartInfo, StepMetrics, train
+from edgetune.training import StartInfo, StepMetrics, train
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "bundle"
 PROMPTS = [{"prompt": "is the <|end|> lamp on? ", "completion": "yes"}, {"prompt": "is it? ", "completion": "no"}]

@@ -14,10 +14,10 @@ from tiny_phi3 import VARIANTS, parameters, save_adapter, silent
 from edgetune.config import Base, ExportConfig
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Example
-from edgetune.export import export
+from edgetune.exporting import export
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.genai import open_model
-from edgetune.generate import generate_ids
+from edgetune.generation import generate_ids
 from edgetune.runtimes.onnx_session import open_graph
 
 PROMPT = [5, 17, 200, 33, 90, 41, 7]

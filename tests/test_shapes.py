@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgetune.errors import IncompatibleError
-from edgetune.prepare.passes.shapes import resolve_shapes
+from edgetune.preparation.rewrites.shapes import resolve_shapes
 
 SIZES = [(1, 1), (2, 5), (3, 40), (5, 3)]
 ARITHMETIC = {"Shape", "Size", "Range", "ConstantOfShape"}

@@ -341,8 +341,6 @@ def test_a_pipe_whose_reads_do_not_wait(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == count
 
 
-
-
 def test_export_measures_on_rows_of_a_pipe(tmp_path: Path) -> None:
     from tiny_phi3 import bundle, save_adapter
 

@@ -27,7 +27,7 @@ from tiny_phi3 import checkpoint
 from edgetune.cli import main
 from edgetune.config import Base, SplitConfig, TrainConfig
 from edgetune.errors import DataError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
-from edgetune.evaluate import evaluate
+from edgetune.evaluation import evaluate
 from edgetune.formats.adapter import read_adapter
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
@@ -52,8 +52,8 @@ from edgetune.runtimes.placement import Node
 from edgetune.split import split
 from edgetune.split.conformance import check_file
 from edgetune.split.graph import build_trunk
-from edgetune.train import train
-from edgetune.train.observer import Observer
+from edgetune.training import train
+from edgetune.training.observer import Observer
 
 Floats = NDArray[np.float32]
 WHOLE = ExecutionPlan("layered", kept_layers=2)

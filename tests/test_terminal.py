@@ -113,7 +113,7 @@ def test_a_profile_of_somebody_is_shown_and_checked(tmp_path: Path) -> None:
 RUN = """
 import os, sys
 from edgetune.cli.progress import shown
-from edgetune.train.observer import StartInfo, StepMetrics
+from edgetune.training.observer import StartInfo, StepMetrics
 with shown(quiet=False) as observer:
     observer.on_start(StartInfo("onnxruntime", "a plan", 4, 4, None, 3, 1, 5, 1, 0, 2, 1200, 300, 4096))
     observer.on_step(StepMetrics(1, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))

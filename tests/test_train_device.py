@@ -32,7 +32,7 @@ from edgetune.planning.workload import Workload
 from edgetune.runtimes import openvino_core
 from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.runtimes.whole import plugin_runtime
-from edgetune.train import TrainResult, train
+from edgetune.training import TrainResult, train
 
 GOLDEN = Path(__file__).parent.parent / "artifacts" / "golden"
 ROWS = ("--data", GOLDEN / "train.jsonl")

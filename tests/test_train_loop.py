@@ -26,15 +26,15 @@ from edgetune.errors import (
     UsageError,
     VerificationError,
 )
-from edgetune.evaluate import evaluate
+from edgetune.evaluation import evaluate
 from edgetune.formats.adapter import read_adapter, write_adapter
 from edgetune.formats.bundle import Bundle, verify_files
 from edgetune.formats.manifest import AdapterManifest
 from edgetune.formats.manifest_json import read_manifest
 from edgetune.formats.storage import locked, sha256_of
 from edgetune.model.lora import Lora, initial_parameters
-from edgetune.train import StartInfo, StepMetrics, TrainResult, train
-from edgetune.train.record import RunRecord, peak_memory_bytes
+from edgetune.training import StartInfo, StepMetrics, TrainResult, train
+from edgetune.training.record import RunRecord, peak_memory_bytes
 
 KEYS = ["step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes"]
 FAST = TrainConfig(learning_rate=0.5, schedule="constant", batch_size=4)

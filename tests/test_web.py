@@ -18,7 +18,7 @@ import pytest
 from chromium import Chromium, needs_chromium
 from javascript_tools import EXAMPLES, GOLDEN, lay_out_golden, needs_node, node, train_in_python
 
-from edgetune.evaluate import evaluate
+from edgetune.evaluation import evaluate
 
 pytestmark = [needs_node, needs_chromium]
 

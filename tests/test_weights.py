@@ -19,9 +19,9 @@ from tiny_phi3 import VARIANTS, checkpoint
 from edgetune.config import Base
 from edgetune.errors import VerificationError
 from edgetune.formats.bundle import Bundle
-from edgetune.prepare.graphs.forward import export_forward
-from edgetune.prepare.passes.frozen_weights import attach_weights
-from edgetune.prepare.passes.shapes import resolve_shapes
+from edgetune.preparation.graphs.forward import export_forward
+from edgetune.preparation.rewrites.frozen_weights import attach_weights
+from edgetune.preparation.rewrites.shapes import resolve_shapes
 
 Array = NDArray[np.float32]
 ROLES = ["step", "loss", "training_model", "eval_model"]

@@ -130,7 +130,7 @@ def genai_model(variant: str, base: Base) -> Path:
 def build_here(source: Path, folder: Path, base: Base) -> Path:
     """Build a GenAI folder in this process: its imports cost seconds, a build milliseconds."""
     from edgetune.host import olive_pass
-    from edgetune.prepare import genai_model
+    from edgetune.preparation import genai_model
 
     def run_here(name: str, config: dict[str, object], source: Path, output: Path, base: Base) -> None:
         places = {"source": str(source), "output": str(output)}

@@ -49,7 +49,7 @@ def command(
     if adapter is not None:
         adapter_at(adapter)
     bundle_folder(bundle)
-    from edgetune.evaluate import evaluate
+    from edgetune.evaluation import evaluate
     from edgetune.formats.manifest import RowEncoding
 
     encoding = RowEncoding(raw_prompts=raw_prompts, content_as_text=content_as_text)

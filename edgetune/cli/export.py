@@ -88,7 +88,7 @@ def command(
     row_sources({"--valid": valid})
     adapter_at(adapter)
     opened = bundle_at(bundle)
-    from edgetune.export import export
+    from edgetune.exporting import export
 
     config = ExportConfig(
         merge=merge,

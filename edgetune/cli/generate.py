@@ -58,7 +58,7 @@ def command(
     is the answer without special tokens.
     """
     model_at(model)
-    from edgetune.generate import generate
+    from edgetune.generation import generate
 
     begin = perf_counter()
     config = GenerateConfig(max_new_tokens=max_new_tokens, raw=raw, content_as_text=content_as_text, threads=threads)

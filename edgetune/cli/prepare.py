@@ -91,7 +91,7 @@ def command(
         row_sources({"--calibration": calibration})
         if npu != "qdq":
             raise UsageError(f"--calibration belongs to --npu qdq; --npu is {npu}")
-    from edgetune.prepare import prepare
+    from edgetune.preparation import prepare
 
     config = PrepareConfig(
         rank=rank,

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-    from edgetune.train import Observer
-    from edgetune.train.observer import StartInfo, StepMetrics
+    from edgetune.training import Observer
+    from edgetune.training.observer import StartInfo, StepMetrics
 
 LINES = 100
 """Steps that plain lines show at most; `metrics.jsonl` has all of them."""

@@ -234,7 +234,7 @@ def command(
     if merged.init_adapter is not None:
         adapter_at(merged.init_adapter)
     bundle_folder(bundle)
-    from edgetune.train import train
+    from edgetune.training import train
 
     with shown(quiet=quiet) as observer:
         result = train(bundle, data, valid, output, merged, observer)

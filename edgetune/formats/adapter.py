@@ -32,7 +32,7 @@ MANIFEST = "edgetune.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "metrics.jsonl"
-"""A line an optimizer step; `edgetune.train.record` writes it."""
+"""A line an optimizer step; `edgetune.training.record` writes it."""
 MOST_LINE_BYTES = 320
 """Of a line of the record; the first, with one key more, may take that of another."""
 VALIDATION_DATA = "validation_data"

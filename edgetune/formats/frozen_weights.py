@@ -259,5 +259,3 @@ def stored_bytes(architecture: Architecture, base: Base) -> int:
     counts = {name: math.prod(shape) for name, shape in tensor_shapes(architecture).items()}
     exact = sum(count for name, count in counts.items() if name == EMBEDDING or name.endswith("norm.weight"))
     return 4 * exact + int((sum(counts.values()) - exact) * bits[base] / 8)
-
-

@@ -72,5 +72,3 @@ def kept_outputs(manifest: BundleManifest, role: str) -> list[TensorSpec]:
                 f"sequence and at most {widest} channels; make the bundle anew"
             )
     return kept
-
-

@@ -115,5 +115,7 @@ def _require_slots(lora: Lora) -> None:
     """Rows can be looked at without any, which is why a bundle opens without them."""
     if not lora.slots:
         raise VerificationError("the bundle's manifest lists no LoRA slots, so there is nothing to train; make it anew")
+
+
 Parameters = Mapping[str, NDArray[np.float32]]
 """LoRA parameters by name, as `Lora.shapes` lists them."""

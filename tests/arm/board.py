@@ -86,7 +86,7 @@ class Board:
         _call([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(self._folder), str(ROOT)])
         self._install("--no-deps", str(next(self._folder.glob("edgetune-*.whl"))))
         # Python compiles what it imports for the first time; under emulation that may take longer than a template may.
-        self.run("-c", "import edgetune.data.template_worker, edgetune.cli.train, edgetune.train, onnxruntime, rich")
+        self.run("-c", "import edgetune.data.template_worker, edgetune.cli.train, edgetune.training, onnxruntime, rich")
 
     def run(self, *arguments: object) -> Said:
         """Run the emulated interpreter."""

@@ -20,7 +20,7 @@ from edgetune.config import PlanName, TargetConfig, TrainConfig
 from edgetune.formats.bundle import open_bundle
 from edgetune.ship import lay_out
 from edgetune.ship.platforms import PLATFORMS
-from edgetune.train import train
+from edgetune.training import train
 
 GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
 BUNDLE, ADAPTER = GOLDEN / "bundle", GOLDEN / "initial_adapter"

@@ -21,5 +21,5 @@ def expected() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, expected: dict[str, Any]) -> Trained:
-    """The golden run, once, through `edgetune.train`."""
+    """The golden run, once, through `edgetune.training`."""
     return train_golden(BUNDLE, tmp_path_factory.mktemp("trained") / "adapter", expected["options"])

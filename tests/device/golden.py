@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.config import TrainConfig
-from edgetune.train import StartInfo, StepMetrics, TrainResult, train
+from edgetune.training import StartInfo, StepMetrics, TrainResult, train
 
 GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
 BUNDLE = GOLDEN / "bundle"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from golden import ADAPTER, BUNDLE, GOLDEN, TRAIN, VALID, Trained, edgetune, flags_of
 
-from edgetune.generate import generate_ids
+from edgetune.generation import generate_ids
 
 CLOSE = 1e-4
 """Relative: twenty steps apart from PyTorch."""

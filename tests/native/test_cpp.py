@@ -20,7 +20,7 @@ from edgetune.formats.bundle import open_bundle
 from edgetune.preview import preview
 from edgetune.ship import lay_out
 from edgetune.ship.platforms import PLATFORMS
-from edgetune.train import train
+from edgetune.training import train
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "artifacts" / "golden"

@@ -25,8 +25,8 @@ class Requantiser:
     """Makes int8 matrices.
 
     Args:
-        graphs: Turn int4 blocks into int8 (edgetune.prepare.passes.int8_products), for the forward and for the backward
-            pass.
+        graphs: Turn int4 blocks into int8 (edgetune.preparation.rewrites.int8_products), one for the way forward and
+            one for the way back.
     """
 
     def __init__(self, graphs: dict[str, LayeredGraph]) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgetune.config import TrainConfig
 from edgetune.errors import IncompatibleError
 from edgetune.model.adamw import BETA1, BETA2, EPSILON
-from edgetune.prepare.passes.operators import IR_VERSION, OPSET
+from edgetune.preparation.rewrites.operators import IR_VERSION, OPSET
 from edgetune.side_environment import ensure_side_environment, run_worker
 
 ARTIFACTS = {

@@ -14,9 +14,9 @@ from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.model.architecture import Architecture
 from edgetune.model.lora import Lora, initial_parameters
-from edgetune.prepare.passes.frozen_weights import attach_weights, cancel_transposes
-from edgetune.prepare.passes.int8_products import frozen_product
-from edgetune.prepare.passes.operators import Operators
+from edgetune.preparation.rewrites.frozen_weights import attach_weights, cancel_transposes
+from edgetune.preparation.rewrites.int8_products import frozen_product
+from edgetune.preparation.rewrites.operators import Operators
 from edgetune.runtimes.onnx_session import open_graph
 from edgetune.runtimes.whole.loss_scale import LossScale
 

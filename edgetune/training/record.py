@@ -18,7 +18,7 @@ from types import TracebackType
 
 from edgetune.formats.adapter import RECORD
 from edgetune.formats.storage import write_in_place
-from edgetune.train.observer import StepMetrics
+from edgetune.training.observer import StepMetrics
 
 
 class RunRecord:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.export.projections import Part, find_parts
+from edgetune.exporting.projections import Part, find_parts
 from edgetune.model.lora import Lora, Parameters
 
 if TYPE_CHECKING:

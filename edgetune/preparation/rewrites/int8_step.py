@@ -28,11 +28,11 @@ from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.roles import FORWARD
 from edgetune.model.architecture import Architecture
 from edgetune.model.blocks import BLOCK_SIZE
-from edgetune.prepare.passes.frozen_weights import attach_weights, cancel_transposes
-from edgetune.prepare.passes.int8_products import frozen_product
-from edgetune.prepare.passes.operators import CONTRIB, Operators, remove_unused
-from edgetune.prepare.passes.ranges import Range
-from edgetune.prepare.passes.shapes import dimensions
+from edgetune.preparation.rewrites.frozen_weights import attach_weights, cancel_transposes
+from edgetune.preparation.rewrites.int8_products import frozen_product
+from edgetune.preparation.rewrites.operators import CONTRIB, Operators, remove_unused
+from edgetune.preparation.rewrites.ranges import Range
+from edgetune.preparation.rewrites.shapes import dimensions
 
 DATA = "int8.onnx.data"
 """The int8 weights of both graphs."""

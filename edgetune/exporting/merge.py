@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from edgetune.config import Precision
 from edgetune.errors import IncompatibleError
-from edgetune.export.projections import Part, find_parts
-from edgetune.export.quantise import generator_of, on_grid, scales_of
+from edgetune.exporting.projections import Part, find_parts
+from edgetune.exporting.quantise import generator_of, on_grid, scales_of
 from edgetune.formats.genai import ACCURACY_LEVEL, HALF, MODEL, QUANTISED, WEIGHTS, weight_name
 from edgetune.model.blocks import BITS, BLOCK_SIZE, Block, dequantised
 from edgetune.model.lora import Lora, Parameters

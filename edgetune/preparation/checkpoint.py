@@ -17,7 +17,7 @@ from edgetune.formats.safetensors_file import FLOATS, non_finite, read_header
 from edgetune.formats.storage import require_unicode, sha256_of
 from edgetune.model.architecture import Architecture, tensor_shapes
 from edgetune.model.blocks import BLOCK_SIZE
-from edgetune.prepare.rope_config import rope_from_config
+from edgetune.preparation.rope_config import rope_from_config
 
 FAMILY = "phi3"
 FAMILY_CLASS = "Phi3ForCausalLM"

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from edgetune.formats.roles import FORWARD
 from edgetune.model.blocks import BLOCK_SIZE
-from edgetune.prepare.passes.operators import CONTRIB, IR_VERSION, OPSET, Operators
+from edgetune.preparation.rewrites.operators import CONTRIB, IR_VERSION, OPSET, Operators
 
 
 def build_dequantise(bits: int) -> ir.Model:

@@ -13,10 +13,10 @@ from edgetune.config import ExportConfig
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
-from edgetune.export.keep import add_lora_inputs, graph_values, write_onnx_adapter
-from edgetune.export.measure import Measured
-from edgetune.export.merge import merge_adapter
-from edgetune.export.validation import validation_rows_of
+from edgetune.exporting.keep import add_lora_inputs, graph_values, write_onnx_adapter
+from edgetune.exporting.measure import Measured
+from edgetune.exporting.merge import merge_adapter
+from edgetune.exporting.validation import validation_rows_of
 from edgetune.formats.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from edgetune.formats.adapter import most_bytes, read_adapter, row_encoding
 from edgetune.formats.bundle import Bundle
@@ -237,9 +237,7 @@ def _merged_losses(
     return losses | {"merged": Measured(folder, rope).answer_loss(examples, pulse)}
 
 
-def _kept_losses(
-    bundle: Bundle, folder: Path, examples: list[Example], say: Callable[[str], None]
-) -> dict[str, float]:
+def _kept_losses(bundle: Bundle, folder: Path, examples: list[Example], say: Callable[[str], None]) -> dict[str, float]:
     if not examples:
         return {}
     say(f"measuring the answer loss on {len(examples)} validation rows")

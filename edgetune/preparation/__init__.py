@@ -25,8 +25,8 @@ from edgetune.host.versions import version_of
 from edgetune.model.architecture import Architecture, frozen_weights, slots_of
 from edgetune.model.blocks import BITS
 from edgetune.model.lora import Lora
-from edgetune.prepare.builder_view import builder_view
-from edgetune.prepare.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
+from edgetune.preparation.builder_view import builder_view
+from edgetune.preparation.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.side_environment import ensure_side_environment
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _prepare(
     bos, eos = _special_tokens(source)
     _check_rows(source, config, calibration, bos, eos, say)
     refuse_non_finite(source)
-    from edgetune.prepare.graphs.layered import build_layers
+    from edgetune.preparation.graphs.layered import build_layers
 
     # First what may need the network, then what takes long.
     ensure_side_environment(say)
@@ -109,7 +109,7 @@ def _int8_bytes(architecture: Architecture, config: PrepareConfig) -> int:
 
 
 def _build_inference_model(source: Checkpoint, view: Path, folder: Path, config: PrepareConfig) -> None:
-    from edgetune.prepare.genai_model import build_genai_model
+    from edgetune.preparation.genai_model import build_genai_model
 
     build_genai_model(view, folder, config.base)
     copy_chat_template(source, folder)
@@ -117,8 +117,8 @@ def _build_inference_model(source: Checkpoint, view: Path, folder: Path, config:
 
 def _learn_ends(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
     """Let the model stop where training ends an answer, and say what the chat template means for training."""
-    from edgetune.prepare.conversations import try_conversations
-    from edgetune.prepare.genai_model import stop_at
+    from edgetune.preparation.conversations import try_conversations
+    from edgetune.preparation.genai_model import stop_at
 
     if tokenizer.chat_template_sha256 is None:
         say("The model has no chat template: rows are prompt/completion or text")
@@ -142,13 +142,13 @@ def _build_training_graphs(
     import onnx_ir as ir
 
     from edgetune.model.lora import initial_parameters
-    from edgetune.prepare.gradient import ARTIFACTS, differentiate
-    from edgetune.prepare.graphs.adamw import build_adamw
-    from edgetune.prepare.graphs.evaluation import evaluation_graph
-    from edgetune.prepare.graphs.forward import export_forward
-    from edgetune.prepare.passes.frozen_weights import absorb_transposes, attach_weights
-    from edgetune.prepare.passes.lowering import lower
-    from edgetune.prepare.passes.shapes import resolve_shapes
+    from edgetune.preparation.gradient import ARTIFACTS, differentiate
+    from edgetune.preparation.graphs.adamw import build_adamw
+    from edgetune.preparation.graphs.evaluation import evaluation_graph
+    from edgetune.preparation.graphs.forward import export_forward
+    from edgetune.preparation.rewrites.frozen_weights import absorb_transposes, attach_weights
+    from edgetune.preparation.rewrites.lowering import lower
+    from edgetune.preparation.rewrites.shapes import resolve_shapes
 
     lora = export_forward(view, scratch / "forward.onnx", config)
     forward = resolve_shapes(ir.load(scratch / "forward.onnx"))
@@ -183,8 +183,8 @@ def _build_int8_step(
     tokenizer: Tokenizer,
 ) -> list[str]:
     """Write the graphs for NPUs; returns their roles."""
-    from edgetune.prepare.passes.int8_step import write_int8_graphs
-    from edgetune.prepare.passes.ranges import calibrate, synthetic_rows
+    from edgetune.preparation.rewrites.int8_step import write_int8_graphs
+    from edgetune.preparation.rewrites.ranges import calibrate, synthetic_rows
 
     architecture, base = source.architecture, config.base
     if calibration is None:
@@ -244,7 +244,7 @@ def _manifest(
     more: list[str],
     versions: dict[str, str],
 ) -> BundleManifest:
-    from edgetune.prepare.graphs.evaluation import describe_graph
+    from edgetune.preparation.graphs.evaluation import describe_graph
 
     revision = {"revision": source.revision} if source.revision else {}
     roles = ("step", "loss", "adamw", "training_model", "eval_model", "optimizer_model", "model", *more)

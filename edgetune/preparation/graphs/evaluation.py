@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from edgetune.formats.manifest import TensorSpec
-from edgetune.prepare.passes.lowering import lower
-from edgetune.prepare.passes.operators import IR_VERSION, OPSET, Operators
+from edgetune.preparation.rewrites.lowering import lower
+from edgetune.preparation.rewrites.operators import IR_VERSION, OPSET, Operators
 
 
 def evaluation_graph(forward: ir.Model, parameters: Sequence[str]) -> ir.Model:

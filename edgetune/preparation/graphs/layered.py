@@ -19,18 +19,18 @@ from edgetune.formats.roles import INDEX, LAYERS, WIDE
 from edgetune.model.architecture import Architecture
 from edgetune.model.blocks import BITS
 from edgetune.model.pieces import Pieces, cut, cut_wide
-from edgetune.prepare.checkpoint import Checkpoint
-from edgetune.prepare.gradient import ARTIFACTS, differentiate
-from edgetune.prepare.graphs.adamw import build_flat_adamw
-from edgetune.prepare.graphs.dequantise import build_dequantise
-from edgetune.prepare.graphs.head import build_head
-from edgetune.prepare.graphs.skeleton import skeleton
-from edgetune.prepare.graphs.sublayers import ANCHOR, SUBLAYERS, Sublayer, export_sublayer
-from edgetune.prepare.passes.frozen_weights import cancel_transposes, index_weights
-from edgetune.prepare.passes.int8_products import build_int8
-from edgetune.prepare.passes.lowering import lower
-from edgetune.prepare.passes.operators import IR_VERSION, OPSET, remove_unused
-from edgetune.prepare.passes.shapes import dimensions, resolve_shapes
+from edgetune.preparation.checkpoint import Checkpoint
+from edgetune.preparation.gradient import ARTIFACTS, differentiate
+from edgetune.preparation.graphs.adamw import build_flat_adamw
+from edgetune.preparation.graphs.dequantise import build_dequantise
+from edgetune.preparation.graphs.head import build_head
+from edgetune.preparation.graphs.skeleton import skeleton
+from edgetune.preparation.graphs.sublayers import ANCHOR, SUBLAYERS, Sublayer, export_sublayer
+from edgetune.preparation.rewrites.frozen_weights import cancel_transposes, index_weights
+from edgetune.preparation.rewrites.int8_products import build_int8
+from edgetune.preparation.rewrites.lowering import lower
+from edgetune.preparation.rewrites.operators import IR_VERSION, OPSET, remove_unused
+from edgetune.preparation.rewrites.shapes import dimensions, resolve_shapes
 
 
 def build_layers(

@@ -13,8 +13,8 @@ from typing import Any
 import onnx_ir as ir
 
 from edgetune.errors import IncompatibleError
-from edgetune.prepare.passes.operators import CONTRIB, Operators, remove_unused
-from edgetune.prepare.passes.shapes import dimensions, fold, resolve_shapes
+from edgetune.preparation.rewrites.operators import CONTRIB, Operators, remove_unused
+from edgetune.preparation.rewrites.shapes import dimensions, fold, resolve_shapes
 
 _IGNORED_LABEL = -100
 

@@ -17,7 +17,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, apply_rotary_pos
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.model.architecture import Architecture
 from edgetune.model.pieces import Part, Pieces, attention_parts, mlp_parts
-from edgetune.prepare.graphs.skeleton import (
+from edgetune.preparation.graphs.skeleton import (
     EXAMPLE_BATCH,
     EXAMPLE_SEQUENCE,
     ROWS,

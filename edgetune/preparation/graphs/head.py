@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgetune.prepare.passes.operators import IR_VERSION, OPSET, Operators
+from edgetune.preparation.rewrites.operators import IR_VERSION, OPSET, Operators
 from edgetune.runtimes.layered.head import NORM, WEIGHT
 
 

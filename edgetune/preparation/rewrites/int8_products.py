@@ -14,9 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from edgetune.formats.roles import BACKWARD, FORWARD, INT8, SCALES
-from edgetune.prepare.graphs.dequantise import build_requantise
-from edgetune.prepare.passes.operators import CONTRIB, Operators, remove_unused
-from edgetune.prepare.passes.shapes import dimensions, fold
+from edgetune.preparation.graphs.dequantise import build_requantise
+from edgetune.preparation.rewrites.operators import CONTRIB, Operators, remove_unused
+from edgetune.preparation.rewrites.shapes import dimensions, fold
 
 _LINEAR = ("_proj.weight", "lm_head.weight")
 _ZERO_POINT = 128

@@ -27,10 +27,10 @@ from edgetune.runtimes import install
 from edgetune.runtimes.contract import Placed, Session, StepResult
 from edgetune.runtimes.placement import Placement, placement_record
 from edgetune.text.pulse import Pulse
-from edgetune.train.observer import Observer, StartInfo, StepMetrics, TrainResult
-from edgetune.train.output import save_elsewhere
-from edgetune.train.provenance import Outcome, provenance_of, validation_rows
-from edgetune.train.record import RunRecord, peak_memory_bytes
+from edgetune.training.observer import Observer, StartInfo, StepMetrics, TrainResult
+from edgetune.training.output import save_elsewhere
+from edgetune.training.provenance import Outcome, provenance_of, validation_rows
+from edgetune.training.record import RunRecord, peak_memory_bytes
 
 
 def train(

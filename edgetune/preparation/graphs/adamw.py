@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from edgetune.model.adamw import BETA1, BETA2, CLIP_EPSILON, EPSILON
 from edgetune.model.lora import Lora
-from edgetune.prepare.passes.operators import IR_VERSION, OPSET, Operators
+from edgetune.preparation.rewrites.operators import IR_VERSION, OPSET, Operators
 
 
 def build_adamw(lora: Lora) -> ir.Model:

@@ -22,8 +22,8 @@ from edgetune.formats.frozen_weights import FrozenIndex, Layout, Stored
 from edgetune.formats.genai import HALF, MODEL, QUANTISED, WEIGHTS
 from edgetune.model.architecture import Architecture, tensor_shapes
 from edgetune.model.blocks import BITS, BLOCK_SIZE
-from edgetune.prepare.passes.operators import CONTRIB, Operators
-from edgetune.prepare.passes.shapes import fold
+from edgetune.preparation.rewrites.operators import CONTRIB, Operators
+from edgetune.preparation.rewrites.shapes import fold
 
 ReadLinear = Callable[[str, Sequence[str]], ir.Value]
 _ZERO_POINTS_BYTE = {4: 0x88, 8: 0x80}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.model.lora import Lora, Slot
-from edgetune.prepare.graphs.skeleton import (
+from edgetune.preparation.graphs.skeleton import (
     EXAMPLE_BATCH,
     EXAMPLE_SEQUENCE,
     ROWS,
