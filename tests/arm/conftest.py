@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from board import Board, NoBoardError
+
+from support.board import Board, NoBoardError
 
 _table: list[str] = []
 """Lines that the tests found worth telling."""

@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from board import PINS, Board, pip_for_arm
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.numpy import load_file
@@ -21,6 +20,7 @@ from edgetune.formats.bundle import open_bundle
 from edgetune.ship import lay_out
 from edgetune.ship.platforms import PLATFORMS
 from edgetune.training import train
+from support.board import PINS, Board, pip_for_arm
 
 GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
 BUNDLE, ADAPTER = GOLDEN / "bundle", GOLDEN / "initial_adapter"

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from debian_packages import NoPackagesError, download, unpack
 from safetensors.numpy import load_file
 
 from edgetune.config import TargetConfig, TrainConfig
@@ -21,6 +20,7 @@ from edgetune.preview import preview
 from edgetune.ship import lay_out
 from edgetune.ship.platforms import PLATFORMS
 from edgetune.training import train
+from support.debian_packages import NoPackagesError, download, unpack
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "artifacts" / "golden"
