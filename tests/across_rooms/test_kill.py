@@ -14,17 +14,16 @@ from pathlib import Path
 
 import pytest
 
-import edgetune
 from edgetune.formats.adapter import write_adapter
 from edgetune.formats.bundle import open_bundle
 from edgetune.formats.genai import open_model
 from edgetune.model.lora import initial_parameters
+from support.golden import BUNDLE
+from support.repository import ROOT
 from support.small_checkpoint import plant_code, write_checkpoint
 
-REPOSITORY = Path(edgetune.__file__).parents[1]
 FOREIGN = {"torchinductor_root"}
 """What torch leaves among the temporary files when it is imported."""
-GOLDEN = REPOSITORY / "artifacts" / "golden" / "bundle"
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def command(scratch: Path, *arguments: str | Path) -> Iterator[subprocess.Popen[
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(scratch)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)},
         start_new_session=True,
     ) as process:
         try:
@@ -159,7 +158,7 @@ def test_olive_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", run],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
         start_new_session=True,
     ) as process:
         try:
@@ -181,7 +180,7 @@ EXPORT_MOMENTS = [
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    manifest = open_bundle(GOLDEN).manifest
+    manifest = open_bundle(BUNDLE).manifest
     folder = tmp_path / "adapter"
     folder.mkdir()
     write_adapter(
@@ -198,7 +197,7 @@ def adapter(tmp_path: Path) -> Path:
 def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path, scratch: Path, adapter: Path) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
-    arguments = ["export", GOLDEN, "--adapter", adapter, "--output", folder / "model"]
+    arguments = ["export", BUNDLE, "--adapter", adapter, "--output", folder / "model"]
     killed_on_the_way = 0
     for precision, seconds in EXPORT_MOMENTS:
         with command(scratch, *arguments, "--precision", precision, "--unmeasured") as process:
@@ -221,7 +220,7 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path, scra
 def test_a_killed_replacement_leaves_the_old_model(tmp_path: Path, scratch: Path, adapter: Path) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
-    arguments = ["export", GOLDEN, "--adapter", adapter, "--output", folder / "model"]
+    arguments = ["export", BUNDLE, "--adapter", adapter, "--output", folder / "model"]
     finish(scratch, *arguments, "--keep-adapter")
     for seconds in (0.0, 0.02, 0.04):
         with command(scratch, *arguments, "--merge", "--force") as process:
@@ -259,7 +258,7 @@ def test_an_interrupted_prepare_cleans_up(
 
 def test_an_interrupted_export_cleans_up(tmp_path: Path, scratch: Path, adapter: Path) -> None:
     folder = tmp_path / "work"
-    arguments = ["export", GOLDEN, "--adapter", adapter, "--output", folder / "model"]
+    arguments = ["export", BUNDLE, "--adapter", adapter, "--output", folder / "model"]
     with command(scratch, *arguments, "--precision", "int4", "--unmeasured") as process:
         reach(process, "merging", 0.0)
         process.terminate()
@@ -307,7 +306,7 @@ def test_an_interruption_ends_a_command_wherever_it_is_raised(tmp_path: Path, co
         "except KeyboardInterrupt:\n"
         "    sys.exit(130)\n"
     )
-    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-m", "interrupted"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )

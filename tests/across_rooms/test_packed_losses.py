@@ -11,26 +11,16 @@ from numpy.typing import NDArray
 
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
-from edgetune.data.encode import IGNORED, Example
+from edgetune.data.encode import Example
 from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import find_runtime
 from edgetune.runtimes.contract import OptimizerConfig, Session
 from support.prepared_bundles import Prepared
+from support.random_rows import prompted_rows
 from support.tiny_phi3 import VARIANTS, parameters
 
 LENGTHS = [40, 9, 21, 33, 12, 5, 17, 25, 60, 8]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def some_rows(lengths: Sequence[int], vocabulary: int = 448, seed: int = 0) -> list[Example]:
-    """Rows with a prompt that is not trained."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for line, length in enumerate(lengths, start=1):
-        ids = generator.integers(3, vocabulary, length).tolist()
-        prompt = int(generator.integers(1, length - 2))
-        rows.append(Example(line, ids, [IGNORED] * prompt + ids[prompt:]))
-    return rows
 
 
 def batches(bundle: Bundle, rows: list[Example], batch_size: int, *, packing: bool) -> list[Batch]:
@@ -65,7 +55,7 @@ def gradients(bundle: Bundle, variant: str, of: Sequence[Batch]) -> dict[str, ND
 def test_every_row_has_its_own_loss(prepared: Prepared, variant: str, longest: int, batch_size: int) -> None:
     bundle = prepared(variant, "int4")
     # The long row is beyond what the longrope variant serves with its short factors.
-    rows = some_rows([longest if length == 60 else length for length in LENGTHS])
+    rows = prompted_rows([longest if length == 60 else length for length in LENGTHS])
     packed = batches(bundle, rows, batch_size, packing=True)
     padded = batches(bundle, rows, batch_size, packing=False)
     assert any(len(batch.examples) > len(batch.input_ids) for batch in packed)
@@ -85,7 +75,7 @@ def test_every_row_has_its_own_loss(prepared: Prepared, variant: str, longest: i
 @each_variant
 def test_the_step_is_the_same(prepared: Prepared, variant: str) -> None:
     bundle = prepared(variant, "int4")
-    rows = some_rows(LENGTHS)
+    rows = prompted_rows(LENGTHS)
     packed = gradients(bundle, variant, batches(bundle, rows, 4, packing=True))
     padded = gradients(bundle, variant, batches(bundle, rows, 4, packing=False))
     assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-6)
@@ -104,7 +94,7 @@ def test_the_step_is_the_same(prepared: Prepared, variant: str) -> None:
 @each_variant
 def test_rows_know_nothing_of_each_other(prepared: Prepared, variant: str) -> None:
     bundle = prepared(variant, "int4")
-    rows = some_rows([20, 60, 14, 26])
+    rows = prompted_rows([20, 60, 14, 26])
     (batch,) = batches(bundle, rows, 4, packing=True)
     assert len(batch.input_ids) < len(rows)
     runtime = find_runtime("onnxruntime")

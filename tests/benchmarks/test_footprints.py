@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.footprints import CONSTANTS, GRID, OTHERS, Sample, fit
 from edgetune.planning.memory import Sizes, Work, peak_memory
+from support.fake_runtime import FOOTPRINT
 from support.prepared_bundles import Prepared
-from tests.planning.test_planner import FOOTPRINT
 
 
 @pytest.mark.parametrize("together", [False, True])

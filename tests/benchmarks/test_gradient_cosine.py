@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -22,10 +21,9 @@ from edgetune.data.examples import load_examples
 from edgetune.formats.bundle import open_bundle
 from edgetune.model.lora import initial_parameters
 from edgetune.runtimes.forward_only import QueryConfig
+from support.golden import BUNDLE, TRAIN
+from support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
-BUNDLE = ROOT / "artifacts" / "golden" / "bundle"
-ROWS = ROOT / "artifacts" / "golden" / "train.jsonl"
 STOCK = Edgetune("onnxruntime")
 
 
@@ -52,7 +50,7 @@ def test_the_expected_cosine_is_that_of_random_directions() -> None:
     ],
 )
 def test_the_cosine_on_the_golden_bundle_is_what_theory_expects(runtime: str) -> None:
-    found = measure_estimate(Edgetune(runtime), BUNDLE, ROWS, 4, QueryConfig(400, 1e-2, seed=1))
+    found = measure_estimate(Edgetune(runtime), BUNDLE, TRAIN, 4, QueryConfig(400, 1e-2, seed=1))
     lora = open_bundle(BUNDLE).manifest.lora
     assert found.parameters == lora.rank * sum(slot.out_features for slot in lora.slots)
     # Far above what chance would give.
@@ -64,7 +62,7 @@ def test_where_b_is_zero_the_exact_gradient_is_the_graphs_own() -> None:
     """Where training starts; read off a step, up to a factor."""
     bundle = open_bundle(BUNDLE)
     manifest = bundle.manifest
-    rows = load_examples(ROWS, load_encoder(bundle.path, manifest.tokenizer), manifest.max_length, truncate=False)
+    rows = load_examples(TRAIN, load_encoder(bundle.path, manifest.tokenizer), manifest.max_length, truncate=False)
     fitted = fit(STOCK, bundle, rows.examples[:4], 4, packing=True)
     [batch] = next(fitted.workload.steps())
     parameters = initial_parameters(manifest.lora, seed=0)
@@ -80,7 +78,7 @@ def test_where_b_is_zero_the_exact_gradient_is_the_graphs_own() -> None:
 
 
 def test_the_command_prints_it_in_a_line() -> None:
-    command = [sys.executable, "-m", "benchmarks.gradient_cosine", BUNDLE, "--data", ROWS, "--queries", 2]
+    command = [sys.executable, "-m", "benchmarks.gradient_cosine", BUNDLE, "--data", TRAIN, "--queries", 2]
     printed = subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.fullmatch(
         r"gradient cosine of a forward-only step with the exact gradient: -?0\.\d{4} "
@@ -99,6 +97,6 @@ def test_the_command_prints_it_in_a_line() -> None:
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments: list[object], message: str) -> None:
-    refused = CliRunner().invoke(main, [*map(str, arguments), "--data", str(ROWS)])
+    refused = CliRunner().invoke(main, [*map(str, arguments), "--data", str(TRAIN)])
     assert refused.exit_code != 0
     assert message in refused.output

@@ -46,9 +46,9 @@ from edgetune.evaluation import Evaluation
 from edgetune.preview import Piece, Preview
 from edgetune.text.byte_size import bytes_text
 from edgetune.training import Observer, StartInfo, StepMetrics, TrainResult
+from support.golden import GOLDEN
 from support.small_checkpoint import write_checkpoint
 
-GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(edgetune.__file__).parents[1])}
 
 

@@ -26,10 +26,11 @@ from edgetune.cli.output import notices, printable
 from edgetune.errors import VerificationError
 from edgetune.formats.bundle import MANIFEST, load_manifest, seal_bundle
 from edgetune.formats.manifest import BundleManifest, Graph
-from tests.devices.test_profile import VALID
-from tests.test_describe import make_adapter, make_bundle
+from support.described_folders import make_adapter, make_bundle
+from support.device_profile import PROFILE
+from support.golden import GOLDEN
+from support.repository import ROOT
 
-GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
 EVIL = "\x1b[2J\u202e[/red]"
 SHOWN = "\\x1b[2J\\u202e[/red]"
 
@@ -102,11 +103,11 @@ def test_tensors_of_an_adapter_are_named(tmp_path: Path) -> None:
 def test_a_profile_of_somebody_is_shown_and_checked(tmp_path: Path) -> None:
     evil = EVIL.replace("\x1b", "\\u001b").replace("\u202e", "\\u202e")
     path = tmp_path / "my-board.toml"
-    path.write_text(VALID.replace("My board", evil).replace("data sheet", evil).replace("static shapes only", evil))
+    path.write_text(PROFILE.replace("My board", evil).replace("data sheet", evil).replace("static shapes only", evil))
     text = shown("devices", "show", path)
     assert f"title:{SHOWN}" in text
     assert text.count(SHOWN) == 4
-    path.write_text(VALID.replace("QNNExecutionProvider", evil).replace("pip install it", evil))
+    path.write_text(PROFILE.replace("QNNExecutionProvider", evil).replace("pip install it", evil))
     assert f"{SHOWN}:nothere" in shown("devices", "check", path)
 
 
@@ -143,7 +144,7 @@ def watched_run(**environment: str) -> tuple[str, str]:
     clean = {name: value for name, value in os.environ.items() if name not in names}
     with subprocess.Popen(
         [sys.executable, "-c", RUN],
-        env={**clean, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "150", **environment},
+        env={**clean, "PYTHONPATH": str(ROOT), "COLUMNS": "150", **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=end,

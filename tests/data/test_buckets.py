@@ -10,8 +10,8 @@ from edgetune.data.batches import Batch
 from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
 from edgetune.data.packing import Room
 from edgetune.errors import UsageError
+from support.random_rows import rows_of
 from support.tiny_phi3 import bundle
-from tests.preparation.test_preparation import rows_of
 
 LENGTHS = [5, 30, 17, 8, 21, 12, 40, 9, 33, 6]
 

@@ -26,10 +26,10 @@ from edgetune.errors import DataError, UsageError
 from edgetune.formats.adapter import MANIFEST, VALIDATION_DATA, VALIDATION_SHA256
 from edgetune.formats.bundle import Bundle, load_manifest
 from edgetune.formats.manifest import AdapterManifest
+from support.golden import GOLDEN
 from support.prepared_bundles import Prepared
 from support.tiny_bundle import make_bundle
 
-GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
 LINES = [json.dumps({"text": f"row {number}"}).encode() + b"\n" for number in range(1, 6)]
 ROWS = [TextRow(number, f"row {number}") for number in range(1, 6)]
 PACKED = gzip.compress(b"".join(LINES))

@@ -16,7 +16,7 @@ from edgetune.devices import presence as device_check
 from edgetune.devices.presence import Machine, check, this_machine
 from edgetune.devices.profile import load_profile, load_profiles
 from edgetune.runtimes import openvino
-from tests.devices.test_profile import VALID
+from support.device_profile import PROFILE
 
 PI = Machine("aarch64", "linux", ("Raspberry Pi 5 Model B Rev 1.0",))
 MACHINES: dict[str, Machine] = {
@@ -116,9 +116,9 @@ def test_check_looks_at_every_profile_and_ends_well() -> None:
 
 def test_a_broken_profile_is_an_error(tmp_path: Path) -> None:
     board = tmp_path / "my-board.toml"
-    board.write_text(VALID)
+    board.write_text(PROFILE)
     assert run("check", str(board)).exit_code == 0
-    board.write_text(VALID.replace("vendor =", "vender ="))
+    board.write_text(PROFILE.replace("vendor =", "vender ="))
     done = run("check", str(board))
     assert done.exit_code == 2
     assert f"{board}:4: unknown key 'vender'" in done.output

@@ -13,46 +13,9 @@ from edgetune.cli import main
 from edgetune.devices.profile import load_profile, load_profiles, profile_names
 from edgetune.errors import UsageError
 from edgetune.runtimes import RUNTIMES
+from support.device_profile import PROFILE
+from support.repository import ROOT
 
-VALID = """\
-name = "my-board"
-title = "My board"
-class = "npu"
-vendor = "Somebody"
-
-[hardware]
-architecture = "aarch64"
-systems = ["linux"]
-cores = { value = 4, source = "data sheet" }
-memory = { value = "2GB", source = "data sheet" }
-
-[runtime]
-names = ["qnn", "onnxruntime"]
-provider = "QNNExecutionProvider"
-options = { backend_type = "htp" }
-precisions = ["fp16"]
-source = "manual"
-
-[placement]
-whole-step = "accelerator"
-layered = "cpu"
-split-trunk = "no"
-forward-only = "cpu"
-inference = "accelerator"
-source = "manual"
-
-[buckets]
-shapes = [[1, 64], [1, 128]]
-source = "chosen"
-
-[[limits.notes]]
-text = "static shapes only"
-source = "manual"
-
-[install]
-step = "pip install it"
-source = "manual"
-"""
 LEAST = {
     *("generic-x86", "generic-arm64", "raspberry-pi-5", "jetson-orin-nano", "android-snapdragon-8-elite"),
     *("windows-snapdragon-x", "intel-core-ultra", "amd-ryzen-ai", "amd-kria-kv260", "amd-versal-vek280"),
@@ -109,7 +72,7 @@ INVALID: dict[str, tuple[str, str, int, str]] = {
 @pytest.fixture
 def board(tmp_path: Path) -> Path:
     path = tmp_path / "my-board.toml"
-    path.write_text(VALID)
+    path.write_text(PROFILE)
     return path
 
 
@@ -124,7 +87,7 @@ def test_what_is_no_file_is_not_read(command: tuple[str, ...], tmp_path: Path) -
 
 
 def test_a_device_on_which_nothing_runs_is_none(board: Path) -> None:
-    board.write_text(re.sub('"(accelerator|cpu)"', '"no"', VALID).replace('class = "npu"', 'class = "cpu"'))
+    board.write_text(re.sub('"(accelerator|cpu)"', '"no"', PROFILE).replace('class = "npu"', 'class = "cpu"'))
     with pytest.raises(UsageError, match="nothing runs anywhere"):
         load_profile(str(board))
 
@@ -142,7 +105,7 @@ def test_edgetunes_profiles_are_right() -> None:
 
 def test_a_source_names_an_address_or_a_document() -> None:
     """Every `docs/…` that a profile names is there."""
-    root = Path(__file__).parents[2]
+    root = ROOT
     text = "".join(path.read_text() for path in (root / "devices").glob("*.toml"))
     documents = set(re.findall(r'"(?:docs/[a-z]+\.md|README\.md)', text))
     assert len(documents) >= 3
@@ -162,8 +125,8 @@ def test_a_valid_profile_says_what_the_file_says(board: Path) -> None:
 @pytest.mark.parametrize("wrong", INVALID)
 def test_an_invalid_profile_is_refused_with_its_line(board: Path, wrong: str) -> None:
     old, new, line, message = INVALID[wrong]
-    assert VALID.count(old) == 1
-    board.write_text(VALID.replace(old, new))
+    assert PROFILE.count(old) == 1
+    board.write_text(PROFILE.replace(old, new))
     with pytest.raises(UsageError) as caught:
         load_profile(str(board))
     found = [problem for problem in str(caught.value).splitlines() if message in problem]
@@ -172,7 +135,7 @@ def test_an_invalid_profile_is_refused_with_its_line(board: Path, wrong: str) ->
 
 
 def test_all_problems_are_said_at_once(board: Path) -> None:
-    text = VALID
+    text = PROFILE
     for wrong in ("unknown key", "bad size", "no cores", "wrong member", "short bucket"):
         text = text.replace(*INVALID[wrong][:2])
     board.write_text(text)
@@ -184,7 +147,7 @@ def test_all_problems_are_said_at_once(board: Path) -> None:
 
 def test_profiles_of_one_folder_have_different_names(tmp_path: Path) -> None:
     for name in ("my-board", "other-board"):
-        (tmp_path / f"{name}.toml").write_text(VALID)
+        (tmp_path / f"{name}.toml").write_text(PROFILE)
     with pytest.raises(UsageError, match=r"other-board\.toml:1: name is 'my-board', but the file is other-board\.toml"):
         load_profiles(tmp_path)
 

@@ -18,10 +18,10 @@ from edgetune.model.rope import Rope
 from edgetune.preparation.checkpoint import open_checkpoint
 from edgetune.text import pulse as pulses
 from edgetune.text.pulse import Pulse
+from support.random_rows import prompted_rows
 from support.tiny_bundle import make_bundle, write_rows
 from support.tiny_bundle import some_rows as word_rows
 from support.tiny_phi3 import VARIANTS, bundle, checkpoint, save_adapter, silent
-from tests.across_rooms.test_packed_losses import some_rows
 
 LENGTHS = [40, 9, 21, 33, 12, 100, 5, 17, 25, 60, 8, 64, 65]
 """The longrope variant serves 64 positions with its short factors."""
@@ -34,7 +34,7 @@ LONGROPE = Rope(16, 1e4, 1.0, [1.0] * 8, [2.0] * 8, 64)
 def test_together_as_alone(variant: str, base: Base) -> None:
     rope = open_checkpoint(str(checkpoint(variant)), download=False, blocks=False).architecture.rope
     assert (rope.long_factor is not None) == (variant == "longrope")
-    rows = some_rows(LENGTHS)
+    rows = prompted_rows(LENGTHS)
     model, pulse = Measured(bundle(variant, base).path, rope), Pulse(silent, "{}")
     assert len(list(batches(rows, rope))) < len(rows)
     alone = [model.answer_loss([row], pulse) for row in rows]
@@ -47,7 +47,7 @@ def test_together_as_alone(variant: str, base: Base) -> None:
 
 @pytest.mark.parametrize("rope", [PLAIN, LONGROPE])
 def test_what_shares_a_pass(rope: Rope) -> None:
-    rows = some_rows(LENGTHS * 5)
+    rows = prompted_rows(LENGTHS * 5)
     found = list(batches(rows, rope))
     assert sorted(row.line for batch in found for row in batch) == [row.line for row in rows]
     assert max(map(len, found)) > MEASURED_ROWS
@@ -62,7 +62,7 @@ def test_what_shares_a_pass(rope: Rope) -> None:
 
 
 def test_one_row() -> None:
-    (row,) = some_rows([7])
+    (row,) = prompted_rows([7])
     assert list(batches([row], PLAIN)) == [[row]]
 
 

@@ -21,8 +21,8 @@ from edgetune.formats.manifest import BundleManifest
 from edgetune.formats.roles import INDEX
 from edgetune.model.architecture import Architecture, tensor_shapes
 from support.bundle_copy import copy_of_bundle
+from support.golden import GOLDEN
 
-GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
 NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
 PROJECTION = "model.layers.0.mlp.down_proj.weight"
 Index = dict[str, Any]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -17,14 +16,14 @@ from edgetune.model.pieces import Pieces, cut
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.execution import ExecutionPlan
+from support.golden import BUNDLE
 
-GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden" / "bundle"
 Shape = list[int | str]
 
 
 @pytest.fixture(scope="module")
 def golden() -> Bundle:
-    return open_bundle(GOLDEN)
+    return open_bundle(BUNDLE)
 
 
 def with_specs(

@@ -24,6 +24,7 @@ from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, IncompatibleError
 from edgetune.evaluation import evaluate
 from edgetune.model.rope import Rope
+from support.chat_templates import BARE_TEMPLATES
 from support.javascript_tools import (
     EXAMPLES,
     GOLDEN,
@@ -37,7 +38,6 @@ from support.javascript_tools import (
 from support.prepared_bundles import Prepared
 from support.tiny_phi3 import VARIANTS
 from support.tokenizer_models import EOS, bytes_kind, llama_kind
-from tests.data.test_encode import BARE_TEMPLATES
 
 pytestmark = needs_node
 

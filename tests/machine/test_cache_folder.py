@@ -14,11 +14,10 @@ import pytest
 
 from edgetune.machine.cache_folder import cache_folder
 from edgetune.side_environment import ensure_side_environment
+from support.golden import GOLDEN
 from support.other_user import AS_USER, USER, needs_another_user
+from support.repository import ROOT
 from support.small_checkpoint import write_checkpoint
-
-ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "artifacts" / "golden"
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

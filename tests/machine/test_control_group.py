@@ -13,11 +13,11 @@ from edgetune.machine import control_group
 from edgetune.machine.control_group import left_bytes
 from edgetune.machine.threads import usable_processors
 from support.mounts import needs_mounts
+from support.repository import ROOT
 from support.shared_material import shared_material
 
 MB = 10**6
 ASK = "from edgetune.machine.memory import free_memory_bytes; print(free_memory_bytes())"
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from edgetune.machine.disk import reserve
 from edgetune.model.lora import initial_parameters
 from edgetune.training.observer import StepMetrics
 from edgetune.training.record import RunRecord
+from support.golden import GOLDEN
 from support.mounts import needs_mounts
+from support.repository import ROOT
 from support.shared_material import shared_material
 from support.small_checkpoint import write_checkpoint
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "artifacts" / "golden"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 FIGURES = r"[\d,]+ bytes (that were written )?are needed, [\d,]+ are free now"
 
@@ -93,6 +93,7 @@ from edgetune.cli.failures import failure_of
 from edgetune.config import TrainConfig
 from edgetune.training import train
 
+
 class Observer:
     def on_start(self, info): pass
     def on_validation(self, step, loss): pass
@@ -100,6 +101,7 @@ class Observer:
     def on_step(self, metrics):
         if metrics.step == 2:
             {event}
+
 
 def fill():
     # Another program takes all that is left.
@@ -109,6 +111,7 @@ def fill():
                 file.write(bytes(4096))
         except OSError as error:
             assert error.errno == errno.ENOSPC
+
 
 def take_room_back():
     # As on a file system that keeps no room: what was kept is another program's now.

@@ -17,11 +17,11 @@ from edgetune.data.rows import Message
 from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, ResourceError, UsageError
 from edgetune.machine.exhaustion import Lack, lack_behind, lack_of_process
+from support.golden import GOLDEN
 from support.other_user import AS_USER, needs_another_user
+from support.repository import ROOT
 from support.small_checkpoint import write_checkpoint
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "artifacts" / "golden"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 POSIX = "onnxruntime::PosixThread::PosixThread(const char*, int, const ThreadOptions&) pthread_create failed, "
 

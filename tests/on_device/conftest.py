@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from support.golden import BUNDLE, GOLDEN, Trained, train_golden
+from support.golden import BUNDLE, GOLDEN
+from support.golden_run import Trained, train_golden
 
 collect_ignore_glob = ["test_*.py"] if find_spec("torch") else []
 

@@ -19,7 +19,9 @@ from edgetune.cli import main
 from edgetune.formats.manifest import AdapterManifest
 from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.formats.storage import locked
-from support.golden import ADAPTER, BUNDLE, GOLDEN, TRAIN, VALID, Trained, edgetune
+from support.golden import ADAPTER, BUNDLE, GOLDEN, TRAIN, VALID
+from support.golden_run import Trained
+from support.installed_command import edgetune
 
 FILES = sorted(
     path.relative_to(BUNDLE).as_posix() for path in BUNDLE.rglob("*") if path.is_file() and ".cache" not in path.parts

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from edgetune.generation import generate_ids
-from support.golden import ADAPTER, BUNDLE, GOLDEN, TRAIN, VALID, Trained, edgetune, flags_of
+from support.golden import ADAPTER, BUNDLE, GOLDEN, TRAIN, VALID
+from support.golden_run import Trained, flags_of
+from support.installed_command import edgetune
 
 CLOSE = 1e-4
 """Relative: twenty steps apart from PyTorch."""
@@ -18,12 +20,12 @@ Expected = dict[str, Any]
 
 
 def test_every_loss_and_gradient_norm_is_pytorchs(trained: Trained, expected: Expected) -> None:
-    steps = trained.watcher.steps
+    steps = trained.recorder.steps
     assert [step.step for step in steps] == list(range(1, 21))
     np.testing.assert_allclose([step.loss for step in steps], expected["losses"], rtol=CLOSE)
     np.testing.assert_allclose([step.grad_norm for step in steps], expected["grad_norms"], rtol=10 * CLOSE)
-    assert trained.watcher.starts[0].runtime == "onnxruntime"
-    assert trained.watcher.notices == []
+    assert trained.recorder.starts[0].runtime == "onnxruntime"
+    assert trained.recorder.notices == []
 
 
 def test_validation_loss_falls_as_pytorchs_does(trained: Trained, expected: Expected) -> None:

@@ -31,10 +31,10 @@ from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
 from edgetune.runtimes.whole import plugin_runtime
 from edgetune.training import TrainResult, train
 from support.bundle_copy import copy_of_bundle
-from tests.devices.test_profile import VALID
-from tests.training.test_loop import Recorder
+from support.device_profile import PROFILE
+from support.golden import GOLDEN
+from support.recorder import Recorder
 
-GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
 ROWS = ("--data", GOLDEN / "train.jsonl")
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 needs_qnn = pytest.mark.skipif(find_spec("onnxruntime_qnn") is None, reason="onnxruntime-qnn is not installed")
@@ -42,7 +42,7 @@ needs_qnn = pytest.mark.skipif(find_spec("onnxruntime_qnn") is None, reason="onn
 
 def profile_on(folder: Path, kind: str, **placement: str) -> str:
     """A profile whose accelerator is a device of OpenVINO."""
-    text = VALID.replace('names = ["qnn", "onnxruntime"]', 'names = ["openvino", "onnxruntime"]')
+    text = PROFILE.replace('names = ["qnn", "onnxruntime"]', 'names = ["openvino", "onnxruntime"]')
     text = text.replace('{ backend_type = "htp" }', f'{{ device_type = "{kind}" }}')
     for place, where in placement.items():
         text = text.replace(f'{place} = "accelerator"', f'{place} = "{where}"')
@@ -54,7 +54,7 @@ def profile_on(folder: Path, kind: str, **placement: str) -> str:
 def npu(folder: Path) -> str:
     """A profile whose accelerator is Qualcomm's."""
     path = folder / "my-npu.toml"
-    path.write_text(VALID)
+    path.write_text(PROFILE)
     return str(path)
 
 
@@ -89,7 +89,7 @@ def test_an_accelerator_that_is_not_found_is_said(tmp_path: Path) -> None:
 
 def test_a_chip_that_is_no_number_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "my-board.toml"
-    path.write_text(VALID.replace('backend_type = "htp"', 'soc_model = "8 Elite"'))
+    path.write_text(PROFILE.replace('backend_type = "htp"', 'soc_model = "8 Elite"'))
     with pytest.raises(UsageError, match="soc_model is '8 Elite', expected a number such as 69"):
         apply_profile(load_profile(str(path)), TrainConfig(), pytest.fail)
 
@@ -229,7 +229,7 @@ def test_what_openvino_executes_may_be_the_cpus(runtime: str, plan: ExecutionPla
 @needs_qnn
 def test_forward_only_has_a_place_of_its_own(placement: dict[str, str], tmp_path: Path) -> None:
     path = Path(npu(tmp_path))
-    path.write_text(VALID.replace('forward-only = "cpu"', f'forward-only = "{placement["forward_only"]}"'))
+    path.write_text(PROFILE.replace('forward-only = "cpu"', f'forward-only = "{placement["forward_only"]}"'))
     settled = resolve_config(TrainConfig(method="forward-only"), load_profile(str(path)), pytest.fail)
     assert settled.runtime == ("auto" if placement["forward_only"] == "cpu" else "qnn")
 
@@ -296,7 +296,7 @@ def test_forward_only_trains_b_alone(tmp_path: Path) -> None:
     for method, expected in (("forward-only", sizes["B"]), ("backpropagation", sizes["A"] + sizes["B"])):
         queries = {"queries": 2} if method == "forward-only" else {}
         _, seen = run(tmp_path / method, method=method, learning_rate=1e-3, **queries)
-        assert seen.start[0].trainable_parameters == expected
+        assert seen.starts[0].trainable_parameters == expected
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_what_runs_nowhere_on_a_device_is_refused_and_what_runs_beside_its_accel
 
 def test_a_whole_step_is_refused_where_not_even_the_leanest_plan_fits(tmp_path: Path) -> None:
     small = tmp_path / "my-board.toml"
-    small.write_text(VALID.replace('value = "2GB"', 'value = "20MB"'))
+    small.write_text(PROFILE.replace('value = "2GB"', 'value = "20MB"'))
     for plan in ("whole", "auto"):
         done = call("plan", GOLDEN / "bundle", "--device", small, "--runtime", "onnxruntime", "--plan", plan)
         assert done.exit_code == 6 and "my-board is too small" in done.stderr, done.output
@@ -333,7 +333,7 @@ def test_a_whole_step_is_refused_where_not_even_the_leanest_plan_fits(tmp_path: 
 
 def test_truncating_cuts_to_what_the_device_takes(tmp_path: Path) -> None:
     board = tmp_path / "my-board.toml"
-    text = VALID.replace('names = ["qnn", "onnxruntime"]', 'names = ["onnxruntime"]')
+    text = PROFILE.replace('names = ["qnn", "onnxruntime"]', 'names = ["onnxruntime"]')
     limit = '[limits]\nlongest-row = { value = 30, source = "manual" }\n'
     board.write_text(text.replace("[[limits.notes]]", f"{limit}\n[[limits.notes]]", 1))
     refused = call("plan", GOLDEN / "bundle", *ROWS, "--device", board)

@@ -22,31 +22,9 @@ from edgetune.formats.bundle import Bundle
 from edgetune.planning.cost_model import CostModel
 from edgetune.planning.fit import Fit, Fitting
 from edgetune.training import train
-from edgetune.training.observer import StartInfo, StepMetrics
+from support.fake_runtime import FOOTPRINT, FakeRuntime, runtimes
 from support.prepared_bundles import Prepared
-from tests.planning.test_planner import FOOTPRINT, FakeRuntime, runtimes
-
-
-class Starts:
-    """Notes how a run begins, its losses and gradients' norms."""
-
-    def __init__(self) -> None:
-        self.start: list[StartInfo] = []
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-
-    def on_start(self, info: StartInfo) -> None:
-        self.start.append(info)
-
-    def on_step(self, metrics: StepMetrics) -> None:
-        self.losses.append(metrics.loss)
-        self.norms.append(metrics.grad_norm)
-
-    def on_validation(self, step: int, loss: float) -> None:
-        self.losses.append(loss)
-
-    def on_notice(self, text: str) -> None:
-        pass
+from support.recorder import Recorder
 
 
 @pytest.fixture
@@ -167,8 +145,8 @@ def test_a_step_is_the_same_in_any_number_of_passes(bundle: Bundle, tmp_path: Pa
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = TrainConfig("onnxruntime", batch_size=8, steps=4, learning_rate=1e-2, schedule="constant")
 
-    def run(name: str, budget: str | None) -> Starts:
-        observer = Starts()
+    def run(name: str, budget: str | None) -> Recorder:
+        observer = Recorder()
         train(bundle.path, data, data, tmp_path / name, replace(config, memory_budget=budget), observer)
         return observer
 
@@ -176,10 +154,13 @@ def test_a_step_is_the_same_in_any_number_of_passes(bundle: Bundle, tmp_path: Pa
     with pytest.raises(ResourceError) as refused:
         run("divided", "1MB")
     divided = run("divided", f"{needed(refused.value)}B")
-    assert (divided.start[0].pass_rows, whole.start[0].pass_rows) == (1, 8)
-    assert len(whole.losses) == len(divided.losses) == 7
-    np.testing.assert_allclose(divided.losses, whole.losses, rtol=1e-5)
-    np.testing.assert_allclose(divided.norms, whole.norms, rtol=1e-4)
+    assert (divided.starts[0].pass_rows, whole.starts[0].pass_rows) == (1, 8)
+    for figure, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        found, expected = ([getattr(metrics, figure) for metrics in seen.steps] for seen in (divided, whole))
+        assert len(expected) == 4
+        np.testing.assert_allclose(found, expected, rtol=tolerance)
+    assert len(whole.validations) == 3
+    np.testing.assert_allclose(divided.validations, whole.validations, rtol=1e-5)
     left, right = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("divided", "whole"))
     assert left.keys() == right.keys()
     for name, values in right.items():

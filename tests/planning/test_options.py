@@ -13,8 +13,7 @@ from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.errors import UsageError
 from edgetune.planning.options import check_plan
-
-GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
+from support.golden import GOLDEN
 
 
 def plan(*options: object) -> Result:

@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import cast
+from dataclasses import replace
 
 import pytest
 
 from edgetune.config import PlanName, TrainConfig
-from edgetune.errors import IncompatibleError, MissingDependencyError, ResourceError, UsageError
+from edgetune.errors import IncompatibleError, ResourceError, UsageError
 from edgetune.formats.manifest import BundleManifest, TensorSpec
 from edgetune.formats.roles import sublayer_role
 from edgetune.planning.choice import choose
 from edgetune.planning.memory import Sizes, Work, peak_memory
 from edgetune.planning.options import resolve_config
 from edgetune.planning.planner import Planner, Prediction
-from edgetune.runtimes.contract import Abilities
 from edgetune.runtimes.execution import LAYERED, WHOLE_STEP, ExecutionPlan
 from edgetune.runtimes.footprint import Footprint
 from edgetune.text.byte_size import parse_bytes
+from support.fake_runtime import FOOTPRINT, INT8, FakeRuntime, runtimes
 from support.prepared_bundles import Prepared
 
-FOOTPRINT = Footprint(
-    products="fp32",
-    storage=4,
-    base=10_000_000,
-    attention_states=40.0,
-    attention_scores=8.0,
-    kept_scores=5.0,
-    mlp_states=20.0,
-    hidden_states=10.0,
-    graph_weights=0.0,
-    logits=12.0,
-    together=False,
-    apart=0.0,
-    shapes=1,
-    shape=0,
-    cache=0,
-    weight=4.0,
-    forward=0.5,
-    backward=1_000_000,
-    dequantise=90.0,
-)
-INT8 = replace(FOOTPRINT, products="int8", weight=2.0)
 WORK = Work(positions=256, scores=256 * 64)
 
 
@@ -201,30 +175,6 @@ def test_what_was_kept_saves_attention_scores(manifest: BundleManifest) -> None:
 def test_the_head_takes_rows_in_powers_of_two(manifest: BundleManifest) -> None:
     rows = {plan.head_rows for plan in Planner(manifest, FOOTPRINT, WORK)._plans("auto")}
     assert rows == {1 << (count.bit_length() - 1) for count in rows}
-
-
-@dataclass
-class FakeRuntime:
-    """Has abilities, or is not installed."""
-
-    whole: bool = True
-    exact: Footprint | None = FOOTPRINT
-    int8: Footprint | None = None
-    preferred: bool = True
-    installed: bool = True
-
-    def abilities(self) -> Abilities:
-        if not self.installed:
-            raise MissingDependencyError("it is not installed")
-        return Abilities(self.whole, self.exact, self.int8, self.preferred)
-
-
-@contextmanager
-def runtimes(**named: FakeRuntime) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edgetune.runtimes.RUNTIMES", {name: name for name in named})
-        patch.setattr("edgetune.runtimes.import_module", lambda name: cast(ModuleType, named[name]))
-        yield
 
 
 STOCK = FakeRuntime(int8=INT8)

@@ -30,12 +30,12 @@ from edgetune.runtimes import RUNTIMES
 from edgetune.runtimes.contract import Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
 from edgetune.runtimes.layered.session import LayeredSession
+from support.device_profile import PROFILE
+from support.golden import GOLDEN
 from support.prepared_bundles import Prepared
-from tests.devices.test_profile import VALID
 
-GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
 CPU = (
-    VALID.replace('class = "npu"', 'class = "cpu"')
+    PROFILE.replace('class = "npu"', 'class = "cpu"')
     .replace('"accelerator"', '"cpu"')
     .replace('["qnn", "onnxruntime"]', '["onnxruntime"]')
 )
@@ -147,7 +147,7 @@ def test_elsewhere_too_what_is_asked_for_comes_first(option: tuple[str, str], bu
 
 
 def test_rows_that_no_fixed_shape_takes_are_answered_with_those_that_fit(bundle: Bundle, tmp_path: Path) -> None:
-    device = board(tmp_path, "2GB", VALID.replace("[1, 64], [1, 128]", "[1, 16], [2, 32]"))
+    device = board(tmp_path, "2GB", PROFILE.replace("[1, 64], [1, 128]", "[1, 16], [2, 32]"))
     refused = run("plan", bundle.path, "--device", device, "--length", "48")
     assert refused.exit_code == 6
     assert "in fixed shapes rows of at most 32 tokens, the longest has 48 (--truncate, or --runtime" in refused.output
@@ -164,7 +164,7 @@ def test_rows_that_no_fixed_shape_takes_are_answered_with_those_that_fit(bundle:
 
 def test_the_whole_step_needs_what_its_shapes_need_whatever_the_batch(bundle: Bundle, tmp_path: Path) -> None:
     """A batch goes through in as many passes of a shape as it takes; too little memory for one pass is refused."""
-    small = VALID.replace("[1, 64], [1, 128]", "[1, 64]")
+    small = PROFILE.replace("[1, 64], [1, 128]", "[1, 64]")
     asked = ("plan", bundle.path, "--length", "64", "--batch-size")
     one, many = (
         answer(*asked, size, "--device", board(tmp_path, "2GB", small))["least_memory_bytes"] for size in (1, 64)
@@ -178,7 +178,7 @@ def test_the_whole_step_needs_what_its_shapes_need_whatever_the_batch(bundle: Bu
 
 
 def test_a_figure_of_the_cpu_says_nothing_of_the_accelerator(bundle: Bundle, tmp_path: Path) -> None:
-    text = VALID.replace("[runtime]", 'products = { value = 1e9, source = "x" }\n\n[runtime]', 1)
+    text = PROFILE.replace("[runtime]", 'products = { value = 1e9, source = "x" }\n\n[runtime]', 1)
     asked = ("plan", bundle.path, "--device", board(tmp_path, "2GB", text), "--length", "16")
     found = answer(*asked)
     assert found["run_seconds"] is None and found["time_from"].startswith("unknown: no figure says how fast")
@@ -227,7 +227,7 @@ def test_a_batch_that_does_not_fit_goes_through_in_parts(bundle: Bundle, tmp_pat
 
 def test_a_device_takes_no_shape_with_more_rows_than_its_largest_batch(bundle: Bundle, tmp_path: Path) -> None:
     limit = '[limits]\nlargest-batch = { value = 2, source = "x" }\n\n[[limits.notes]]'
-    limited = VALID.replace("[[limits.notes]]", limit)
+    limited = PROFILE.replace("[[limits.notes]]", limit)
     free = re.sub(r"\[buckets\].*?(?=\n\[)", "", limited, count=1, flags=re.DOTALL)
     device = board(tmp_path, "2GB", free)
     asked = ("plan", bundle.path, "--device", device, "--length", 32, "--buckets")
@@ -291,7 +291,7 @@ def test_train_holds_to_the_device(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_fixed_shapes_hold_where_the_accelerator_executes(tmp_path: Path) -> None:
-    profile = load_profile(board(tmp_path, "2GB", VALID))
+    profile = load_profile(board(tmp_path, "2GB", PROFILE))
     # Rows that do not fit into one batch go through in several.
     require_fit(profile, TrainConfig("qnn", batch_size=8), 128)
     with pytest.raises(ResourceError, match="rows of at most 128 tokens, the longest has 129"):

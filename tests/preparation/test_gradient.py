@@ -17,9 +17,10 @@ from edgetune.preparation.gradient import differentiate
 from edgetune.preparation.rewrites.shapes import resolve_shapes
 from edgetune.side_environment import run_worker
 from support.prepared_bundles import Prepared
+from support.repository import ROOT
 from support.tiny_phi3 import silent
 
-ARTIFACT_WORKER = Path(__file__).parents[1] / "support" / "artifact_worker.py"
+ARTIFACT_WORKER = ROOT / "tests" / "support" / "artifact_worker.py"
 ARTIFACTS = {"training_model.onnx", "eval_model.onnx", "optimizer_model.onnx", "checkpoint"}
 FORWARD = """
   <ir_version: 10, opset_import: ["": 18]>

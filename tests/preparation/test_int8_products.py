@@ -18,16 +18,9 @@ from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from support.oracle import cosine
-from support.prepared_bundles import InPieces, Prepared
-from tests.preparation.test_preparation import (
-    LEARNING_RATE,
-    OPTIMIZER,
-    adapter_of,
-    batch_of,
-    each_bundle,
-    lengths_of,
-    rows_of,
-)
+from support.prepared_bundles import InPieces, Prepared, each_bundle
+from support.random_rows import lengths_of, rows_of
+from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 KEEP = ExecutionPlan("layered", products="int8", kept_layers=2, resident=True)
 STREAM = ExecutionPlan("layered", products="int8", kept_layers=1, resident=False, lean=True, head_tokens=100)

@@ -24,8 +24,9 @@ from edgetune.runtimes import qnn
 from edgetune.runtimes.execution import WHOLE_STEP, Accelerator
 from support.oracle import cosine
 from support.prepared_bundles import CONFIG, prepare_tiny
+from support.random_rows import rows_of
 from support.tiny_phi3 import checkpoint, weights
-from tests.preparation.test_preparation import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
+from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 MEAN_COSINE, LOSS = {"blocks": 0.9999, "qdq": 0.9993}, {"blocks": 5e-3, "qdq": 1e-2}
 """Blocks of int4 are taken over as they are, so that the forward pass loses nothing."""

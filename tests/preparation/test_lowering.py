@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,9 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 from edgetune.errors import IncompatibleError
 from edgetune.preparation.rewrites.lowering import LOWERINGS, lower
 from edgetune.side_environment import ensure_side_environment, run_worker
+from support.repository import ROOT
 from support.tiny_phi3 import silent
 
-WORKER = Path(__file__).parents[1] / "support" / "kernel_worker.py"
+WORKER = ROOT / "tests" / "support" / "kernel_worker.py"
 TRAINING = "com.microsoft"
 Arrays = dict[str, NDArray[np.generic]]
 _random = np.random.default_rng(7)

@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgetune.config import Base, PrepareConfig, Targets
-from edgetune.data.batches import Batch, make_batch
-from edgetune.data.encode import Example, load_encoder
+from edgetune.data.encode import load_encoder
 from edgetune.data.rows import ChatRow, Message
 from edgetune.errors import ResourceError, UsageError
 from edgetune.formats.bundle import Bundle, open_bundle
@@ -26,18 +25,15 @@ from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.contract import OptimizerConfig, StepResult
 from edgetune.runtimes.ort_training import runtime as ort_training
 from support import oracle, prepared_bundles
-from support.prepared_bundles import Prepared, prepare_tiny
+from support.oracle import relative
+from support.prepared_bundles import Prepared, each_bundle, prepare_tiny
+from support.random_rows import lengths_of, rows_of
 from support.tiny_phi3 import VARIANTS, checkpoint, lora
+from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 Array = NDArray[np.float32]
-BASES: list[Base] = ["int4", "fp32"]
 STEPS = 20
-LEARNING_RATE = 1e-3
-OPTIMIZER = OptimizerConfig(weight_decay=0.5, max_grad_norm=0.3)
 RUNTIMES = {"onnxruntime": stock, "ort-training": ort_training}
-
-BUNDLES: list[tuple[str, Base]] = [(variant, base) for variant in VARIANTS for base in BASES]
-each_bundle = pytest.mark.parametrize(("variant", "base"), [*BUNDLES, ("grouped-query", "int8"), ("partial", "fp16")])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,47 +41,10 @@ def one_thread() -> None:
     torch.set_num_threads(1)  # these models are too small for two
 
 
-def adapter_of(bundle: Bundle) -> dict[str, Array]:
-    """Parameters whose B is not zero, so that A has a gradient."""
-    generator = np.random.default_rng(11)
-    return {
-        name: value if value.any() else (0.05 * generator.standard_normal(value.shape)).astype(np.float32)
-        for name, value in initial_parameters(bundle.manifest.lora, seed=0).items()
-    }
-
-
-def rows_of(seed: int, lengths: list[int]) -> list[Example]:
-    """Random rows; the first few tokens of each and some in between are not trained."""
-    generator = np.random.default_rng(seed)
-    examples = []
-    for index, length in enumerate(lengths):
-        ids = generator.integers(3, 440, length)
-        labels = np.where(generator.random(length) < 0.2, -100, ids)
-        labels[: index + 1] = -100
-        labels[-1] = ids[-1]
-        examples.append(Example(index, ids.tolist(), labels.tolist()))
-    return examples
-
-
-def lengths_of(variant: str, seed: int) -> list[int]:
-    """Of different length, so that there is padding. transformers picks longrope's factors for a whole batch, so its
-    rows are all short or all longer than the 64 positions of the short factors."""
-    lowest, highest = (66, 90) if variant == "longrope" and seed % 2 == 0 else (6, 40)
-    return [int(length) for length in np.random.default_rng(seed).integers(lowest, highest, 4)]
-
-
-def batch_of(bundle: Bundle, rows: list[Example]) -> Batch:
-    return make_batch(rows, bundle.manifest.architecture.rope, bundle.manifest.tokenizer.pad_token_id)
-
-
 def run(bundle: Bundle, role: str, feed: dict[str, NDArray[np.generic]]) -> dict[str, Array]:
     session = ort.InferenceSession(bundle.file(role), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, feed), strict=True))
-
-
-def relative(found: Array, expected: Array) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("seed", [0, 1])

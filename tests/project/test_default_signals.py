@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from support.repository import ROOT
 
 IGNORING = """
 import signal, sys
@@ -22,7 +23,7 @@ sys.exit(status)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows passes no ignored signals on")
 def test_interruptions_are_tested_where_signals_are_ignored() -> None:
-    tests = Path(__file__).parents[1]
+    tests = ROOT / "tests"
     files = [tests / "cli" / "test_cli.py", tests / "across_rooms" / "test_kill.py"]
     chosen = "signals_clean_up or lost_ends_training or interruption_ends_a_command"
     command = [sys.executable, "-c", IGNORING, "-q", "-p", "no:cacheprovider", *map(str, files), "-k", chosen]

@@ -26,10 +26,11 @@ from edgetune.generation import generate
 from edgetune.preview import preview
 from edgetune.training import StepMetrics, TrainResult, train
 from edgetune.training.record import RunRecord
+from support.golden import GOLDEN
+from support.recorder import Recorder
+from support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-GOLDEN = ROOT / "artifacts" / "golden"
 PAGES = sorted(
     path
     for pattern in (
@@ -223,17 +224,8 @@ def python_of(page: str) -> str:
     return str(code)
 
 
-class Silent:
-    """An observer that does not listen."""
-
-    def on_start(self, info: object) -> None: ...
-    def on_step(self, metrics: StepMetrics) -> None: ...
-    def on_validation(self, step: int, loss: float) -> None: ...
-    def on_notice(self, text: str) -> None: ...
-
-
 def train_golden(output: Path, config: TrainConfig) -> TrainResult:
-    return train(GOLDEN / "bundle", GOLDEN / "train.jsonl", None, output, config, Silent())
+    return train(GOLDEN / "bundle", GOLDEN / "train.jsonl", None, output, config, Recorder())
 
 
 def run_code(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:

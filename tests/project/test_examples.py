@@ -10,10 +10,10 @@ from pathlib import Path
 from edgetune.data.rows import ChatRow, Problems, read_rows
 from edgetune.evaluation import evaluate
 from edgetune.preview import preview
+from support.golden import GOLDEN
+from support.repository import ROOT
 
-REPOSITORY = Path(__file__).parents[2]
-EXAMPLES = REPOSITORY / "examples"
-GOLDEN = REPOSITORY / "artifacts" / "golden"
+EXAMPLES = ROOT / "examples"
 
 
 def test_the_device_assistant_has_enough_rows_and_holds_ten_out() -> None:

@@ -23,8 +23,9 @@ from edgetune.formats.manifest import BundleManifest
 from edgetune.model import architecture, lora, rope
 from edgetune.side_environment import ensure_side_environment, run_worker
 from support.bundle_copy import copy_of_bundle
+from support.repository import ROOT
 
-ARTIFACTS = Path(__file__).parents[2] / "artifacts"
+ARTIFACTS = ROOT / "artifacts"
 GOLDEN = ARTIFACTS / "golden"
 LIMIT_BYTES = 2_000_000
 ANEW = "run `python artifacts/make_golden.py` and look at what changes"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from support.repository import ROOT
+
 PACKAGE = ROOT / "edgetune"
 
 FLOORS: list[set[str]] = [

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from support.repository import ROOT
+
 DOCS = ROOT / "docs"
 MOST_WORDS = 700
 """Of README.md, as `wc -w` counts them."""

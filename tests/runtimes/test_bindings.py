@@ -19,7 +19,8 @@ from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.layered.bindings import Bindings
 from support.prepared_bundles import InPieces, Prepared
-from tests.preparation.test_preparation import adapter_of, batch_of, rows_of
+from support.random_rows import rows_of
+from support.tiny_step import adapter_of, batch_of
 
 FIXED = OptimizerConfig(weight_decay=0.0, max_grad_norm=0.0)
 KEEP = ExecutionPlan("layered", kept_layers=2, resident=True, head_rows=1024)

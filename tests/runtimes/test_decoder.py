@@ -10,13 +10,12 @@ from edgetune.errors import VerificationError
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.runtimes.fpga_hls.decoder import DecoderLayers
 from support.bundle_copy import copy_of_bundle
-
-GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden" / "bundle"
+from support.golden import BUNDLE
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    return open_bundle(copy_of_bundle(GOLDEN, tmp_path / "bundle"))
+    return open_bundle(copy_of_bundle(BUNDLE, tmp_path / "bundle"))
 
 
 @pytest.mark.parametrize(

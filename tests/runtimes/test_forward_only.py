@@ -24,17 +24,18 @@ from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig, sign
 from edgetune.training import TrainResult, train
 from support.bigram_runtime import BigramSession
 from support.bundle_copy import copy_of_bundle
+from support.golden import GOLDEN
 from support.prepared_bundles import Prepared
+from support.random_rows import rows_of
+from support.recorder import Recorder, metrics
 from support.tiny_bundle import make_bundle, some_rows, write_rows
-from tests.preparation.test_preparation import adapter_of, batch_of, rows_of
-from tests.training.test_loop import Recorder, metrics
+from support.tiny_step import adapter_of, batch_of
 
 SHAPES = {"one.lora_B.weight": (3, 5), "two.lora_B.weight": (7, 3)}
 SIZE = 36
 STEP = 0.5
 """A quadratic has no third derivative, so that no perturbation is too large."""
 FROZEN = "one.lora_A.weight"
-GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
 FORWARD_ONLY = TrainConfig(method="forward-only", queries=8, batch_size=4)
 needs_qnn = pytest.mark.skipif(find_spec("onnxruntime_qnn") is None, reason="onnxruntime-qnn is not installed")
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
@@ -302,7 +303,7 @@ def test_the_loop_learns_without_a_gradient(bigram: Bundle, tmp_path: Path) -> N
     data = write_rows(tmp_path / "train.jsonl", some_rows(10))
     config = replace(FORWARD_ONLY, learning_rate=0.2, perturbation_size=0.1, steps=200, schedule="linear")
     result, seen = run(bigram, data, config, tmp_path / "adapter")
-    assert seen.start[0].plan == result.plan == "whole forward pass"
+    assert seen.starts[0].plan == result.plan == "whole forward pass"
     assert result.final_loss < 0.6 * seen.steps[0].loss
     again, _ = run(bigram, data, config, tmp_path / "again")
     first, second = ((each.path / "adapter_model.safetensors").read_bytes() for each in (result, again))

@@ -36,17 +36,12 @@ from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
 from edgetune.split import split
 from edgetune.training import train
-from support.prepared_bundles import Prepared
-from tests.preparation.test_preparation import (
-    OPTIMIZER,
-    adapter_of,
-    batch_of,
-    each_bundle,
-    lengths_of,
-    relative,
-    rows_of,
-)
-from tests.split.test_split import ROWS, WHOLE, FloatLayers, Silent, options_of
+from support.oracle import relative
+from support.prepared_bundles import Prepared, each_bundle
+from support.random_rows import lengths_of, rows_of
+from support.recorder import Recorder
+from support.split_runs import ROWS, WHOLE, FloatLayers, options_of
+from support.tiny_step import OPTIMIZER, adapter_of, batch_of
 
 installed = pytest.mark.skipif(
     find_spec("hls4ml") is None, reason='hls4ml is not installed (pip install "edgetune[fpga]")'
@@ -197,7 +192,7 @@ def test_fifty_steps_on_the_emulation_end_where_the_cpus_do(
     results = {}
     for runtime, name in plans.items():
         config = replace(options_of(steps=50, raw_prompts=True), learning_rate=5e-3, runtime=runtime, plan=name)
-        results[runtime] = train(halves.path, data, None, tmp_path / runtime, config, Silent())
+        results[runtime] = train(halves.path, data, None, tmp_path / runtime, config, Recorder())
     emulated, cpu = results["fpga-hls"], results["onnxruntime"]
     assert emulated.plan == cpu.plan
     assert cpu.final_loss < 1.0, "nothing was learnt"
@@ -315,7 +310,7 @@ def test_without_a_compiler_it_is_said_before_anything_is_loaded(
     monkeypatch.setattr(core_module, "COMPILER", "no-such-compiler")
     monkeypatch.setattr(fpga_hls, "require_hls4ml", lambda: None)
     with pytest.raises(MissingDependencyError, match="no-such-compiler is not installed"):
-        train(halves.path, data, None, tmp_path / "o", replace(options_of(steps=1), runtime="fpga-hls"), Silent())
+        train(halves.path, data, None, tmp_path / "o", replace(options_of(steps=1), runtime="fpga-hls"), Recorder())
     assert not (tmp_path / "o").exists()
 
 

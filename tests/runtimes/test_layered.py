@@ -18,18 +18,11 @@ from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
 from edgetune.runtimes.layered.weights import ReusedMemory
 from support import oracle
-from support.prepared_bundles import InPieces, Prepared
+from support.oracle import relative
+from support.prepared_bundles import InPieces, Prepared, each_bundle
+from support.random_rows import lengths_of, rows_of
 from support.tiny_phi3 import checkpoint
-from tests.preparation.test_preparation import (
-    LEARNING_RATE,
-    OPTIMIZER,
-    adapter_of,
-    batch_of,
-    each_bundle,
-    lengths_of,
-    relative,
-    rows_of,
-)
+from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)
 KEEP = ExecutionPlan("layered", kept_layers=2, resident=True, head_rows=1024)

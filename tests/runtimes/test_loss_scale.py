@@ -17,7 +17,8 @@ from edgetune.runtimes.placement import Placement
 from edgetune.runtimes.whole.compiled import AcceleratorGraphs, AcceleratorSession, Arrays
 from edgetune.runtimes.whole.loss_scale import LossScale
 from support.prepared_bundles import Prepared
-from tests.preparation.test_preparation import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
+from support.random_rows import rows_of
+from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 
 class HalfPrecision:

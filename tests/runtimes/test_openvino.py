@@ -30,18 +30,11 @@ from edgetune.runtimes.whole import compiled as graphs
 from edgetune.runtimes.whole.contexts import ContextKey, ContextStore
 from support import oracle
 from support.bundle_copy import copy_of_bundle
-from support.prepared_bundles import InPieces, Prepared
+from support.oracle import relative
+from support.prepared_bundles import InPieces, Prepared, each_bundle
+from support.random_rows import lengths_of, rows_of
 from support.tiny_phi3 import checkpoint
-from tests.preparation.test_preparation import (
-    LEARNING_RATE,
-    OPTIMIZER,
-    adapter_of,
-    batch_of,
-    each_bundle,
-    lengths_of,
-    relative,
-    rows_of,
-)
+from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 installed = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)

@@ -27,13 +27,13 @@ from edgetune.planning.options import resolve_config
 from edgetune.runtimes import openvino_ep
 from edgetune.runtimes.execution import Accelerator, ExecutionPlan
 from edgetune.runtimes.whole import plugin_runtime
+from support.bundle_copy import opened_copy
 from support.oracle import cosine
 from support.prepared_bundles import Prepared
+from support.repository import ROOT
 from support.tiny_phi3 import VARIANTS
-from tests.preparation.test_preparation import OPTIMIZER, adapter_of
-from tests.runtimes.test_qnn import copy_of
+from support.tiny_step import OPTIMIZER, adapter_of
 
-ROOT = Path(__file__).parents[2]
 EMULATOR = "qemu-x86_64-static"
 installed = pytest.mark.skipif(
     find_spec("onnxruntime_ep_openvino") is None, reason="onnxruntime-ep-openvino is not installed (x86-64 has wheels)"
@@ -78,7 +78,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_step_is_one_node_and_follows_the_cpu(
     prepared: Prepared, variant: str, data: Path, tmp_path: Path
 ) -> None:
-    bundle = copy_of(prepared(variant, "int4"), tmp_path / "bundle")
+    bundle = opened_copy(prepared(variant, "int4"), tmp_path / "bundle")
     options = ("--data", data, "--raw-prompts", "--steps", 3, "--batch-size", 2, "--learning-rate", 1e-2, "--quiet")
     result = edgetune("train", bundle.path, *options, "--output", tmp_path / "ep", "--runtime", "openvino-ep")
     for placed in result["placement"]:
@@ -111,7 +111,7 @@ def losses(adapter: Path) -> list[float]:
 def test_a_second_start_compiles_nothing_and_forward_passes_run_too(
     prepared: Prepared, data: Path, tmp_path: Path
 ) -> None:
-    bundle = copy_of(prepared("grouped-query", "int4"), tmp_path / "bundle").path
+    bundle = opened_copy(prepared("grouped-query", "int4"), tmp_path / "bundle").path
     placement = ("inspect", bundle, "--placement", "openvino-ep", "--buckets", "1x16")
     first, second = (edgetune(*placement) for _ in range(2))
     assert [(each["graph"], each["cached"]) for each in first] == [("step", False), ("loss", False)]

@@ -11,7 +11,8 @@ from edgetune.errors import EdgetuneError, MissingDependencyError
 from edgetune.runtimes import find_runtime, install
 from edgetune.runtimes.ort_training import runtime as ort_training
 from support.prepared_bundles import Prepared
-from tests.preparation.test_preparation import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
+from support.random_rows import rows_of
+from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 
 def test_the_one_who_asks_hears_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import open_bundle
 from edgetune.runtimes import find_runtime, qnn
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.contract import Placed, Session
@@ -28,13 +28,14 @@ from edgetune.runtimes.whole import plugin_runtime
 from edgetune.runtimes.whole.contexts import Context
 from edgetune.runtimes.whole.plugin import Plugin, PluginCompiler, _stdout_for_results
 from edgetune.training import train
-from edgetune.training.observer import StartInfo, StepMetrics
 from support.assistant_bundle import ROWS, assistant_bundle
-from support.bundle_copy import copy_of_bundle
+from support.bundle_copy import opened_copy
 from support.oracle import cosine
 from support.prepared_bundles import Prepared
+from support.random_rows import rows_of
+from support.recorder import Recorder
 from support.tiny_phi3 import VARIANTS
-from tests.preparation.test_preparation import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of, rows_of
+from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 installed = pytest.mark.skipif(
     find_spec("onnxruntime_qnn") is None, reason="onnxruntime-qnn is not installed (x86-64 Linux has its emulator)"
@@ -42,11 +43,6 @@ installed = pytest.mark.skipif(
 NPU_ONLY = replace(WHOLE_STEP, accelerator=Accelerator(require=True))
 LOSS, WORST_COSINE, NORM = 5e-3, 0.999, 0.01
 STEPS, FOLLOWS = 100, 0.02
-
-
-def copy_of(bundle: Bundle, folder: Path) -> Bundle:
-    """Without compiled contexts."""
-    return open_bundle(copy_of_bundle(bundle.path, folder))
 
 
 def placements(session: Session) -> dict[str, Any]:
@@ -115,7 +111,7 @@ def test_a_second_start_and_another_adapter_compile_nothing(
 ) -> None:
     from edgetune.runtimes.whole.plugin import PluginCompiler
 
-    bundle = copy_of(prepared("grouped-query", "int4"), tmp_path / "bundle")
+    bundle = opened_copy(prepared("grouped-query", "int4"), tmp_path / "bundle")
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(0, [7]))
     with qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
@@ -136,7 +132,7 @@ def test_a_second_start_and_another_adapter_compile_nothing(
 
 @installed
 def test_a_damaged_context_is_compiled_again(prepared: Prepared, tmp_path: Path) -> None:
-    bundle = copy_of(prepared("grouped-query", "int4"), tmp_path / "bundle")
+    bundle = opened_copy(prepared("grouped-query", "int4"), tmp_path / "bundle")
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(0, [7]))
     results = []
@@ -158,7 +154,7 @@ def test_a_context_that_names_another_file_is_refused(prepared: Prepared, tmp_pa
 
     from edgetune.runtimes.whole.contexts import ContextKey, ContextStore
 
-    bundle = copy_of(prepared("grouped-query", "int4"), tmp_path / "bundle")
+    bundle = opened_copy(prepared("grouped-query", "int4"), tmp_path / "bundle")
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(0, [7]))
     with qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
@@ -188,7 +184,7 @@ def test_a_context_that_no_longer_loads_is_compiled_again(prepared: Prepared, tm
 
     from edgetune.runtimes.whole.contexts import ContextKey, ContextStore
 
-    bundle = copy_of(prepared("grouped-query", "int4"), tmp_path / "bundle")
+    bundle = opened_copy(prepared("grouped-query", "int4"), tmp_path / "bundle")
     batch = batch_of(bundle, rows_of(0, [7]))
     with qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
         expected = session.step([batch], LEARNING_RATE)
@@ -211,7 +207,7 @@ def test_what_falls_back_is_told_and_can_be_refused(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of int4 weights, left as they are, are what the HTP does not take."""
-    bundle = copy_of(prepared("multi-head", "int4"), tmp_path / "bundle")
+    bundle = opened_copy(prepared("multi-head", "int4"), tmp_path / "bundle")
     asked_for = plugin_of_qnn()
     monkeypatch.setattr(qnn.RUNTIME, "plugin", lambda *asked: replace(asked_for, session={}))
     batch = batch_of(bundle, rows_of(0, [7]))
@@ -237,7 +233,7 @@ def test_what_falls_back_is_told_and_can_be_refused(
 def test_a_provider_that_takes_nothing_does_not_train_on_the_cpu_in_silence(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = copy_of(prepared("multi-head", "fp32"), tmp_path / "bundle")
+    bundle = opened_copy(prepared("multi-head", "fp32"), tmp_path / "bundle")
     asked_for = plugin_of_qnn()
     broken = replace(asked_for, options={**asked_for.options, "backend_path": "/nowhere/libQnnHtp.so"})
     monkeypatch.setattr(qnn.RUNTIME, "plugin", lambda *asked: broken)
@@ -287,28 +283,10 @@ def test_a_failure_at_run_time_is_not_repeated_on_the_cpu(prepared: Prepared, mo
             session.step([batch], LEARNING_RATE)
 
 
-class Recorder:
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.notices: list[str] = []
-
-    def on_start(self, info: StartInfo) -> None: ...
-
-    def on_step(self, metrics: StepMetrics) -> None:
-        self.losses.append(metrics.loss)
-
-    def on_validation(self, step: int, loss: float) -> None: ...
-
-    def on_notice(self, text: str) -> None:
-        self.notices.append(text)
-
-
 @installed
 def test_a_hundred_steps_on_the_demo_rows_come_to_the_cpus_loss(tmp_path: Path) -> None:
     bundle = assistant_bundle(tmp_path / "bundle").path
-    runs = {}
+    runs: dict[str, Recorder] = {}
     for name in ("onnxruntime", "qnn"):
         config = TrainConfig(
             runtime=name,  # type: ignore[arg-type]
@@ -325,7 +303,7 @@ def test_a_hundred_steps_on_the_demo_rows_come_to_the_cpus_loss(tmp_path: Path) 
         if name == "qnn":
             assert [(each["batch"], each["length"], each["fallen_back"]) for each in result.placement] == [(1, 48, [])]
             assert recorder.notices == [notice for notice in recorder.notices if "in 1 partition" in notice]
-    exact, found = runs["onnxruntime"].losses, runs["qnn"].losses
+    exact, found = ([metrics.loss for metrics in runs[name].steps] for name in ("onnxruntime", "qnn"))
     assert exact[-1] < 0.8 * exact[0], "it has to learn for the comparison to mean something"
     assert found[-1] == pytest.approx(exact[-1], rel=FOLLOWS)
     assert np.mean(found[-10:]) == pytest.approx(np.mean(exact[-10:]), rel=FOLLOWS)
@@ -437,7 +415,7 @@ def test_inspect_compiles_no_shape_that_nobody_trains(
 def test_inspect_ends_with_4_where_a_node_falls_back(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = copy_of(prepared("multi-head", "int4"), tmp_path / "bundle")
+    bundle = opened_copy(prepared("multi-head", "int4"), tmp_path / "bundle")
     asked_for = plugin_of_qnn()
     monkeypatch.setattr(qnn.RUNTIME, "plugin", lambda *asked: replace(asked_for, session={}))
     command = ["inspect", str(bundle.path), "--placement", "qnn", "--buckets", "1x8"]

@@ -6,7 +6,6 @@ import copy
 import json
 import re
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -20,8 +19,9 @@ from edgetune.model import lora, rope
 from edgetune.ship import MANIFEST, ROLES, lay_out
 from edgetune.ship import manifest as target_manifest
 from edgetune.ship.manifest import TargetManifest
+from support.repository import ROOT
 
-ARTIFACTS = Path(__file__).parents[2] / "artifacts"
+ARTIFACTS = ROOT / "artifacts"
 SCHEMA: dict[str, Any] = json.loads((ARTIFACTS / "target.schema.json").read_text(encoding="utf-8"))
 CLASSES = {
     name: next(getattr(module, name) for module in (target_manifest, manifest, lora, rope) if hasattr(module, name))

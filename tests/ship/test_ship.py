@@ -32,9 +32,9 @@ from edgetune.ship.external_data import Span, external_spans, redirect
 from edgetune.ship.platforms import GB, PLATFORMS, STORE_SHARD, Limit, Platform
 from edgetune.ship.shards import ALIGNMENT, moved, plan_shards
 from support.bundle_copy import copy_of_bundle
+from support.golden import GOLDEN
 from support.prepared_bundles import Prepared
 
-GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
 SMALL = 20_000
 """Bytes of a file of weights: the golden bundle's then make several, the largest tensor one of its own."""
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -21,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edgetune.cli import main
-from edgetune.config import Base, SplitConfig, TrainConfig
+from edgetune.config import Base, SplitConfig
 from edgetune.errors import DataError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.evaluation import evaluate
 from edgetune.formats.adapter import read_adapter
@@ -43,60 +41,21 @@ from edgetune.runtimes.layered.lower_layers import (
 )
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
-from edgetune.runtimes.onnx_session import open_graph
 from edgetune.runtimes.placement import Node
 from edgetune.split import split
 from edgetune.split.conformance import check_file
-from edgetune.split.graph import build_trunk
 from edgetune.training import train
-from edgetune.training.observer import Observer
-from support.bundle_copy import copy_of_bundle
-from support.prepared_bundles import Prepared
+from support.bundle_copy import opened_copy
+from support.oracle import relative
+from support.prepared_bundles import Prepared, each_bundle
+from support.random_rows import lengths_of, rows_of
+from support.recorder import Recorder
+from support.split_runs import ROWS, WHOLE, FloatLayers, options_of
 from support.tiny_phi3 import checkpoint
-from tests.preparation.test_preparation import (
-    LEARNING_RATE,
-    OPTIMIZER,
-    adapter_of,
-    batch_of,
-    each_bundle,
-    lengths_of,
-    relative,
-    rows_of,
-)
+from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 Floats = NDArray[np.float32]
-WHOLE = ExecutionPlan("layered", kept_layers=2)
 ABOVE = ExecutionPlan("layered", kept_layers=1, trunk_layers=1, trunk_cache_bytes=1 << 20)
-ROWS = [
-    {"prompt": f"turn the lamp in the {room} {state}", "completion": f" the lamp is {state} now"}
-    for room in ("kitchen", "hall", "office", "cellar")
-    for state in ("on", "off")
-]
-
-
-class FloatLayers:
-    """The trunk before it is quantised."""
-
-    placement = None
-
-    def __init__(self, bundle: Bundle, layers: int) -> None:
-        self._session = open_graph(ir.to_proto(build_trunk(bundle, layers).model).SerializeToString())
-
-    def forward(self, hidden: Floats, rope_cos: Floats, rope_sin: Floats) -> Floats:
-        place = np.arange(len(hidden))
-        bias = np.where(place <= place[:, None], 0, -1e4).astype(np.float32)
-        inputs = {"hidden": hidden, "attn_bias": bias[None], "rope_cos": rope_cos, "rope_sin": rope_sin}
-        (states,) = self._session.run(None, {name: array[None] for name, array in inputs.items()})
-        return np.asarray(states[0], np.float32)
-
-
-class Silent(Observer):
-    """Hears nothing."""
-
-    def on_start(self, info: object) -> None: ...
-    def on_step(self, metrics: object) -> None: ...
-    def on_validation(self, step: int, loss: float) -> None: ...
-    def on_notice(self, text: str) -> None: ...
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -239,15 +198,11 @@ def test_padding_and_longer_graphs_change_nothing_for_a_row(halves: Bundle) -> N
     np.testing.assert_array_equal(long[:11], short)
 
 
-def options_of(**options: Any) -> TrainConfig:
-    return replace(TrainConfig(), runtime="onnxruntime", learning_rate=1e-2, **options)
-
-
 def test_training_learns_and_the_adapter_fits_everything_else(
     prepared: Prepared, halves: Bundle, data: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "adapter"
-    result = train(halves.path, data, data, output, options_of(plan="split", steps=20), Silent())
+    result = train(halves.path, data, data, output, options_of(plan="split", steps=20), Recorder())
     assert result.first_validation_loss is not None
     assert result.last_validation_loss is not None
     assert result.last_validation_loss < 0.8 * result.first_validation_loss
@@ -271,7 +226,7 @@ def test_training_learns_and_the_adapter_fits_everything_else(
     assert measured < 0.85 * evaluate(whole.path, data, None).loss
     assert measured == pytest.approx(_peft_loss(whole, output, data), rel=1e-3)
     longer = train(
-        whole.path, data, None, tmp_path / "all", options_of(plan="keep", steps=3, init_adapter=output), Silent()
+        whole.path, data, None, tmp_path / "all", options_of(plan="keep", steps=3, init_adapter=output), Recorder()
     )
     assert longer.final_loss < result.first_validation_loss
 
@@ -295,7 +250,7 @@ def _peft_loss(bundle: Bundle, adapter: Path, data: Path) -> float:
 
 def test_training_without_a_backward_pass_runs_the_trunk_too(halves: Bundle, data: Path, tmp_path: Path) -> None:
     config = options_of(method="forward-only", plan="split", steps=12, queries=8)
-    result = train(halves.path, data, data, tmp_path / "adapter", config, Silent())
+    result = train(halves.path, data, data, tmp_path / "adapter", config, Recorder())
     assert result.plan.startswith("split, 1 layers in the trunk, fp32, forward only")
     assert result.first_validation_loss is not None
     assert result.last_validation_loss is not None
@@ -304,10 +259,10 @@ def test_training_without_a_backward_pass_runs_the_trunk_too(halves: Bundle, dat
 
 def test_a_trunk_has_no_adapters_to_go_on_from(prepared: Prepared, halves: Bundle, data: Path, tmp_path: Path) -> None:
     whole = prepared("multi-head", "int4")
-    train(whole.path, data, None, tmp_path / "whole", options_of(plan="keep", steps=1), Silent())
+    train(whole.path, data, None, tmp_path / "whole", options_of(plan="keep", steps=1), Recorder())
     config = options_of(plan="split", steps=1, init_adapter=tmp_path / "whole")
     with pytest.raises(IncompatibleError, match="changes 4 projections of the trunk"):
-        train(halves.path, data, None, tmp_path / "above", config, Silent())
+        train(halves.path, data, None, tmp_path / "above", config, Recorder())
 
 
 def test_what_does_not_fit_is_said_before_anything_is_loaded(
@@ -315,16 +270,16 @@ def test_what_does_not_fit_is_said_before_anything_is_loaded(
 ) -> None:
     whole = prepared("multi-head", "int4")
     with pytest.raises(IncompatibleError, match="has no trunk; make a bundle that has one with `edgetune split"):
-        train(whole.path, data, None, tmp_path / "o", options_of(plan="split", steps=1), Silent())
+        train(whole.path, data, None, tmp_path / "o", options_of(plan="split", steps=1), Recorder())
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"text": "xyz " * 25}) + "\n")
     with pytest.raises(IncompatibleError, match="the bundle's trunk takes 48; split the bundle again with --length"):
-        train(halves.path, long, None, tmp_path / "o", options_of(plan="split", steps=1), Silent())
+        train(halves.path, long, None, tmp_path / "o", options_of(plan="split", steps=1), Recorder())
     with pytest.raises(UsageError, match="means nothing without --plan split"):
-        train(halves.path, data, None, tmp_path / "o", options_of(steps=1, vitisai_config=data), Silent())
+        train(halves.path, data, None, tmp_path / "o", options_of(steps=1, vitisai_config=data), Recorder())
     config = options_of(plan="split", steps=1, vitisai_config=data)
     with pytest.raises(MissingDependencyError, match="VitisAIExecutionProvider, which this onnxruntime does not have"):
-        train(halves.path, data, None, tmp_path / "o", config, Silent())
+        train(halves.path, data, None, tmp_path / "o", config, Recorder())
     assert not (tmp_path / "o").exists()
 
 
@@ -377,7 +332,7 @@ def test_a_trunk_that_takes_nothing_is_refused(halves: Bundle) -> None:
 
 
 def test_a_split_bundle_still_trains_whole(halves: Bundle, data: Path, tmp_path: Path) -> None:
-    result = train(halves.path, data, None, tmp_path / "o", options_of(steps=1), Silent())
+    result = train(halves.path, data, None, tmp_path / "o", options_of(steps=1), Recorder())
     assert "split" not in result.plan
     assert json.loads((tmp_path / "o" / "adapter_config.json").read_text())["layers_to_transform"] is None
     assert open_trunk(halves, WHOLE) is None
@@ -422,11 +377,7 @@ def test_a_provider_that_takes_no_node_is_an_error(
         pytest.skip("this onnxruntime has no provider that takes nothing")
     monkeypatch.setattr(trunk_module, "VITIS_AI", "AzureExecutionProvider")
     with pytest.raises(MissingDependencyError, match="AzureExecutionProvider is installed but takes none of the"):
-        open_trunk(copy_without_cache(halves, tmp_path / "bundle"), ABOVE)
-
-
-def copy_without_cache(bundle: Bundle, folder: Path) -> Bundle:
-    return replace(bundle, path=copy_of_bundle(bundle.path, folder))
+        open_trunk(opened_copy(halves, tmp_path / "bundle"), ABOVE)
 
 
 class Divided:

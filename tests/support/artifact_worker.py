@@ -29,5 +29,6 @@ for _ in range(steps):
     optimizer.set_learning_rate(0.01)
     optimizer.step()
     module.lazy_reset_grad()
-after = {name: np.array(parameter.data) for name, parameter in state.parameters}
-np.savez(folder / "result.npz", loss=losses, norm=norms, evaluated=evaluated, **after)
+results = {"loss": losses, "norm": norms, "evaluated": evaluated}
+results |= {name: np.array(parameter.data) for name, parameter in state.parameters}
+np.savez(folder / "result.npz", **results)

@@ -7,9 +7,10 @@ from pathlib import Path
 from edgetune.config import PrepareConfig
 from edgetune.formats.bundle import Bundle
 from support.prepared_bundles import prepare_checkpoint
+from support.repository import ROOT
 from support.tiny_phi3 import save_tokenizer
 
-ROWS = Path(__file__).parents[2] / "examples" / "device_assistant"
+ROWS = ROOT / "examples" / "device_assistant"
 VOCABULARY = 768
 CONFIG = PrepareConfig(rank=4, alpha=8.0, max_length=64)
 

@@ -53,7 +53,7 @@ class BigramSession:
             return StepResult(float("nan"), float("inf"), applied=False)
         sums = [loss_and_gradient(batch, self.parameters) for batch in batches]
         tokens = sum(batch.trained_tokens for batch in batches)
-        gradient = sum(gradient for _, gradient in sums) / tokens
+        gradient = np.sum([gradient for _, gradient in sums], axis=0) / tokens
         a, b = self.parameters[SLOT.a], self.parameters[SLOT.b]
         grad_a, grad_b = LORA.scaling * (gradient @ b).T, LORA.scaling * (gradient.T @ a.T)
         a -= learning_rate * grad_a

@@ -15,10 +15,10 @@ import pytest
 from edgetune.config import TargetConfig
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.ship import lay_out
+from support.golden import GOLDEN
+from support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "javascript"
-GOLDEN = ROOT / "artifacts" / "golden"
 LEAST_NODE = 20
 TIMEOUT = 120
 

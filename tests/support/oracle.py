@@ -23,6 +23,11 @@ def cosine(a: Array, b: Array) -> float:
     return float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
+def relative(found: Array, expected: Array) -> float:
+    """The distance of two arrays of one shape, as a share of the length of what is expected."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
 def peft_model(checkpoint: Path, bundle: Bundle, parameters: dict[str, Array]) -> PeftModel:
     """The checkpoint with the bundle's frozen weights and LoRA parameters, in float32 on the CPU."""
     model = Phi3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")

@@ -14,10 +14,13 @@ import pytest
 from edgetune.config import Base, PrepareConfig
 from edgetune.formats.bundle import Bundle
 from edgetune.model import pieces
-from support.tiny_phi3 import checkpoint, silent
+from support.tiny_phi3 import VARIANTS, checkpoint, silent
 
 CONFIG = PrepareConfig(rank=4, alpha=8.0, max_length=128)
 """`tiny_phi3.lora` describes the same slots."""
+BASES: list[Base] = ["int4", "fp32"]
+BUNDLES: list[tuple[str, Base]] = [(variant, base) for variant in VARIANTS for base in BASES]
+each_bundle = pytest.mark.parametrize(("variant", "base"), [*BUNDLES, ("grouped-query", "int8"), ("partial", "fp16")])
 
 
 class Prepared(Protocol):

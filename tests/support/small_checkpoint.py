@@ -86,7 +86,8 @@ def shard(folder: Path) -> None:
     from safetensors.numpy import save_file
 
     (folder / "model.safetensors").unlink()
-    values, places = tensors(), {}
+    values = tensors()
+    places: dict[str, str] = {}
     for number, names in enumerate([list(values)[:4], list(values)[4:]], 1):
         file = f"model-0000{number}-of-00002.safetensors"
         save_file({name: values[name] for name in names}, folder / file, metadata={"format": "pt"})

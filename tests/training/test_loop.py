@@ -8,9 +8,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,32 +33,11 @@ from edgetune.model.lora import Lora, initial_parameters
 from edgetune.training import StartInfo, StepMetrics, TrainResult, train
 from edgetune.training.record import RunRecord, peak_memory_bytes
 from support.bigram_runtime import BigramSession
+from support.recorder import Recorder, metrics
 from support.tiny_bundle import BASE, LORA, MAX_LENGTH, SLOT, make_bundle, some_rows, write_rows
 
 KEYS = ["step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes"]
 FAST = TrainConfig(learning_rate=0.5, schedule="constant", batch_size=4)
-
-
-@dataclass
-class Recorder:
-    """An observer that keeps what it is told."""
-
-    start: list[StartInfo] = field(default_factory=list)
-    steps: list[StepMetrics] = field(default_factory=list)
-    validations: list[tuple[int, float]] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-
-    def on_start(self, info: StartInfo) -> None:
-        self.start.append(info)
-
-    def on_step(self, metrics: StepMetrics) -> None:
-        self.steps.append(metrics)
-
-    def on_validation(self, step: int, loss: float) -> None:
-        self.validations.append((step, loss))
-
-    def on_notice(self, text: str) -> None:
-        self.notices.append(text)
 
 
 @pytest.fixture
@@ -80,10 +58,6 @@ def run(
 ) -> tuple[TrainResult, Recorder]:
     recorder = Recorder()
     return train(bundle.path, data, valid, bundle.path.parent / output, config, recorder), recorder
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def read(bundle: Bundle, folder: Path) -> dict[str, np.ndarray]:
@@ -143,7 +117,7 @@ def test_metrics_have_a_line_a_step(bundle: Bundle, data: Path) -> None:
     assert [line["learning_rate"] for line in lines] == BigramSession.opened.rates
     assert [line["loss"] for line in lines] == [step.loss for step in seen.steps]
     assert all(line["tokens_per_second"] > 0 and line["peak_memory_bytes"] > 1e6 for line in lines)
-    assert sum(line["tokens"] for line in lines[:3]) == seen.start[0].tokens_per_epoch
+    assert sum(line["tokens"] for line in lines[:3]) == seen.starts[0].tokens_per_epoch
     assert seen.steps[-1].eta_seconds == 0 < seen.steps[0].eta_seconds
 
 
@@ -152,7 +126,7 @@ def test_the_start_says_what_is_trained(bundle: Bundle, data: Path, tmp_path: Pa
     _, seen = run(bundle, data, FAST, valid=valid)
     rows = some_rows(10)
     words = sum(len(row["completion"].split()) + 1 for row in rows)
-    assert seen.start == [
+    assert seen.starts == [
         StartInfo(
             runtime="onnxruntime",  # what `auto` stands for
             plan="whole step",
@@ -415,11 +389,11 @@ def test_long_rows_are_counted(bundle: Bundle, tmp_path: Path) -> None:
     rows = [*some_rows(3), {"prompt": "a", "completion": " b" * MAX_LENGTH}]
     data = write_rows(tmp_path / "train.jsonl", rows)
     _, seen = run(bundle, data, TrainConfig(steps=1), output="left")
-    assert (seen.start[0].rows, seen.start[0].rows_left_out, seen.start[0].rows_truncated) == (3, 1, 0)
+    assert (seen.starts[0].rows, seen.starts[0].rows_left_out, seen.starts[0].rows_truncated) == (3, 1, 0)
     assert len(seen.notices) == 1
     assert "1 of 4 rows are longer than 12 tokens and were left out; --truncate" in seen.notices[0]
     _, seen = run(bundle, data, TrainConfig(steps=1, truncate=True), output="cut")
-    assert (seen.start[0].rows, seen.start[0].rows_left_out, seen.start[0].rows_truncated) == (4, 0, 1)
+    assert (seen.starts[0].rows, seen.starts[0].rows_left_out, seen.starts[0].rows_truncated) == (4, 0, 1)
     assert "1 of 4 rows are longer than 12 tokens and were cut" in seen.notices[0]
 
 

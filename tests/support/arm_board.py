@@ -18,8 +18,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from support.debian_packages import NoPackagesError, download, unpack
+from support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 PINS = ROOT / "edgetune" / "ship" / "device_requirements.txt"
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 """Tags of wheels that Debian 12's C library runs, as pip wants them: each by itself."""
