@@ -19,6 +19,7 @@ from support.prepared_bundles import Prepared
 from support.random_rows import prompted_rows
 from support.tiny_phi3 import VARIANTS, parameters
 
+pytestmark = pytest.mark.own
 LENGTHS = [40, 9, 21, 33, 12, 5, 17, 25, 60, 8]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 

@@ -20,6 +20,7 @@ from edgetune.runtimes.onnx_session import open_graph
 from support.prepared_bundles import Prepared
 from support.tiny_phi3 import VARIANTS, parameters, save_adapter, silent
 
+pytestmark = pytest.mark.own
 PROMPT = [5, 17, 200, 33, 90, 41, 7]
 NEW_TOKENS = 12
 

@@ -92,6 +92,7 @@ def packs_of_rows(draw: st.DrawFn) -> list[list[Example]]:
     return packs
 
 
+@pytest.mark.own
 @settings(deadline=None)
 @given(packs=packs_of_rows(), spare=st.integers(0, 5), window=st.none() | st.integers(1, 6))
 def test_a_packed_row_is_what_it_is_on_its_own(packs: list[list[Example]], spare: int, window: int | None) -> None:

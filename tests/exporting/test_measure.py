@@ -29,6 +29,7 @@ PLAIN = Rope(16, 1e4, 1.0, None, None, 64)
 LONGROPE = Rope(16, 1e4, 1.0, [1.0] * 8, [2.0] * 8, 64)
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("base", ["int4", "fp32"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_together_as_alone(variant: str, base: Base) -> None:

@@ -116,6 +116,7 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_and_labels_are_those_of_python(kind: str, name: str) -> None:
@@ -166,6 +167,7 @@ def test_text_that_javascript_reads_otherwise_is_refused(text: str) -> None:
     assert "at most 100" in too_long["error"]
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("lengths", [(5, 12, 7), (9,)], ids=["long factors", "short factors"])
 @pytest.mark.parametrize("window", [None, 4])
 def test_batches_are_those_of_python(lengths: tuple[int, ...], window: int | None) -> None:
@@ -202,6 +204,7 @@ def losses_of(done: subprocess.CompletedProcess[str]) -> list[float]:
     return losses
 
 
+@pytest.mark.own
 @pytest.mark.parametrize(("variant", "base"), [*((variant, "int4") for variant in VARIANTS), ("grouped-query", "fp32")])
 def test_every_variant_loses_what_it_loses_in_python(
     prepared: Prepared, tmp_path: Path, variant: str, base: Base

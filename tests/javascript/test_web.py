@@ -91,6 +91,7 @@ def text(browser: Chromium, id: str) -> str:
     return str(browser.run("return document.getElementById(arguments[0]).textContent", id))
 
 
+@pytest.mark.own
 def test_the_page_loses_what_python_loses(browser: Chromium, address: str, tmp_path: Path) -> None:
     open_page(browser, f"{address}?{SETTINGS}")
     assert text(browser, "model-name") == "edgetune-golden-base"

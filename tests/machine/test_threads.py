@@ -198,6 +198,7 @@ def test_products_of_numpy() -> None:
     assert get[0]() == before
 
 
+@pytest.mark.own
 @several
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_what_is_learnt_stays_the_same(wide: Bundle, rows: Path, tmp_path: Path, runtime: str) -> None:

@@ -136,6 +136,7 @@ def needed(refused: ResourceError) -> int:
     return int(str(refused).split("--memory-budget ")[1].split("MB")[0]) * 10**6
 
 
+@pytest.mark.own
 def test_a_step_is_the_same_in_any_number_of_passes(bundle: Bundle, tmp_path: Path) -> None:
     """Rows of different lengths, packed; validation as well."""
     data = tmp_path / "rows.jsonl"

@@ -113,6 +113,7 @@ def test_static_shapes_are_neither_scalar_nor_empty(
             assert all(dim.dim_value > 0 for dim in shapes[name]), f"{name} is empty or of unknown size"
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("size", SIZES)
 @each_graph
 @each_bundle

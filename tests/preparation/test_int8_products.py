@@ -27,12 +27,14 @@ STREAM = ExecutionPlan("layered", products="int8", kept_layers=1, resident=False
 PROJECTION = "model.layers.1.mlp.down_proj.weight"
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("plan", [KEEP, STREAM], ids=["keep", "stream"])
 @each_bundle
 def test_gradients_are_near_those_of_float32(prepared: Prepared, variant: str, base: Base, plan: ExecutionPlan) -> None:
     assert_near_float32(prepared(variant, base), variant, plan)
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 def test_pieces_are_as_near(wide: bool, in_pieces: InPieces) -> None:
     bundle = in_pieces("grouped-query")
@@ -57,6 +59,7 @@ def assert_near_float32(bundle: Bundle, variant: str, plan: ExecutionPlan) -> No
         assert np.linalg.norm(found) / np.linalg.norm(expected) == pytest.approx(1, abs=0.03), name
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("plan", [KEEP, STREAM], ids=["keep", "stream"])
 def test_the_lowest_layers_can_be_exact(prepared: Prepared, plan: ExecutionPlan) -> None:
     """Their forward pass is float32's: of the first alone, nearer; of both, the loss is float32's."""

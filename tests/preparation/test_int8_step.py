@@ -80,6 +80,7 @@ def test_weights_are_what_the_bundle_stores(int8_bundle: tuple[NpuForm, Bundle])
     )
 
 
+@pytest.mark.own
 @pytest.mark.skipif(find_spec("onnxruntime_qnn") is None, reason="onnxruntime-qnn is not installed")
 def test_the_whole_step_is_one_node_with_good_gradients(int8_bundle: tuple[NpuForm, Bundle]) -> None:
     form, bundle = int8_bundle

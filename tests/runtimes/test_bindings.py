@@ -66,6 +66,7 @@ def test_no_array_is_kept_alive() -> None:
     assert not bindings.has("x", np.zeros(3))
 
 
+@pytest.mark.own
 @on_each_runtime
 @pytest.mark.parametrize("plan", PLANS)
 def test_batches_of_a_session_do_not_mix(
@@ -79,6 +80,7 @@ def test_batches_of_a_session_do_not_mix(
     assert_batches_do_not_mix(prepared("multi-head", "int4"), runtime, tolerance, PLANS[plan])
 
 
+@pytest.mark.own
 @on_each_runtime
 def test_nor_do_they_in_pieces(in_pieces: InPieces, runtime: ModuleType, tolerance: float) -> None:
     assert_batches_do_not_mix(in_pieces("grouped-query"), runtime, tolerance, KEEP)

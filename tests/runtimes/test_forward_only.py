@@ -390,6 +390,7 @@ PLANS = {
 }
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
 @pytest.mark.parametrize("variant", ["grouped-query", "partial"])

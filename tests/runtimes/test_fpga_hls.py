@@ -147,6 +147,7 @@ def multiply(weight: np.ndarray, states: np.ndarray) -> np.ndarray:
     return product
 
 
+@pytest.mark.own
 @each_bundle
 def test_decoder_layers_in_numpy_are_the_graphs(prepared: Prepared, variant: str, base: Base) -> None:
     bundle = prepared(variant, base)
@@ -181,6 +182,7 @@ def test_a_simulation_computes_the_cores_bits(tmp_path: Path) -> None:
     assert f"reuse_factor = {size.reuse};" in config, "hls4ml took another one"
 
 
+@pytest.mark.own
 @installed
 @compiles
 @pytest.mark.parametrize(("emulated_plan", "plan"), [("auto", "auto"), ("split", "split")])
@@ -217,6 +219,7 @@ def test_the_peak_is_as_predicted(halves: Bundle, data: Path, tmp_path: Path) ->
     assert result["predicted_peak_memory_bytes"] == pytest.approx(result["peak_memory_bytes"], rel=0.15)
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("variant", ["grouped-query", "partial"])
 def test_with_exact_products_adapters_and_gradients_are_the_cpus(prepared: Prepared, variant: str) -> None:
     bundle = prepared(variant, "int4")

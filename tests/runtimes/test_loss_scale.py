@@ -80,6 +80,7 @@ def test_it_halves_on_overflow_and_comes_back() -> None:
     assert [scale.overflowed() for _ in range(8)] == [True] * 6 + [False] * 2
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("saturate", [False, True], ids=["overflows", "saturates"])
 def test_an_overflow_is_computed_again_with_a_smaller_scale(prepared: Prepared, saturate: bool) -> None:
     bundle = prepared("multi-head", "fp32")

@@ -83,6 +83,7 @@ def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base:
             assert np.linalg.norm(found[name]) == pytest.approx(np.linalg.norm(expected), rel=0.03), name
 
 
+@pytest.mark.own
 @installed
 @pytest.mark.parametrize("plan", [KEEP, RECOMPUTE], ids=["keep", "recompute"])
 def test_exact_layers_have_the_exact_plans_loss(prepared: Prepared, plan: ExecutionPlan) -> None:
@@ -251,6 +252,7 @@ def test_the_shape_that_was_not_used_for_longest_makes_room(
         assert [length for _, _, length in session._graphs._graphs] == [8, 24]  # type: ignore[attr-defined]
 
 
+@pytest.mark.own
 @installed
 @each_bundle
 def test_the_whole_step_follows_the_cpu(prepared: Prepared, variant: str, base: Base) -> None:

@@ -73,6 +73,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.own
 @installed
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_whole_step_is_one_node_and_follows_the_cpu(

@@ -54,6 +54,7 @@ def plugin_of_qnn() -> Plugin:
     return qnn.RUNTIME.plugin(qnn.RUNTIME.imported_package(), "onnxruntime-qnn", Accelerator())
 
 
+@pytest.mark.own
 @installed
 @pytest.mark.parametrize(("variant", "base"), [*((variant, "int4") for variant in VARIANTS), ("partial", "fp32")])
 def test_the_whole_step_is_one_node_and_follows_the_cpu(prepared: Prepared, variant: str, base: Any) -> None:
@@ -77,6 +78,7 @@ def test_the_whole_step_is_one_node_and_follows_the_cpu(prepared: Prepared, vari
         assert np.linalg.norm(found[name]) == pytest.approx(np.linalg.norm(gradient), rel=NORM), name
 
 
+@pytest.mark.own
 @installed
 def test_longrope_beyond_its_original_positions(prepared: Prepared) -> None:
     bundle = prepared("longrope", "int4")
@@ -90,6 +92,7 @@ def test_longrope_beyond_its_original_positions(prepared: Prepared) -> None:
         assert placements(session)["loss"].fallen_back == []
 
 
+@pytest.mark.own
 @installed
 def test_micro_batches_are_averaged_by_token(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "int4")
@@ -283,6 +286,7 @@ def test_a_failure_at_run_time_is_not_repeated_on_the_cpu(prepared: Prepared, mo
             session.step([batch], LEARNING_RATE)
 
 
+@pytest.mark.own
 @installed
 def test_a_hundred_steps_on_the_demo_rows_come_to_the_cpus_loss(tmp_path: Path) -> None:
     bundle = assistant_bundle(tmp_path / "bundle").path

@@ -93,12 +93,14 @@ def assert_computes_the_same(bundle: Bundle, folder: Path) -> None:
             assert value.tobytes() == found[name].tobytes(), f"{role}: {name}"
 
 
+@pytest.mark.own
 def test_the_golden_target_computes_what_the_bundle_does(golden: Bundle, tmp_path: Path) -> None:
     target = made(golden, tmp_path / "web", platform=small())
     assert len(target.manifest.weights) >= 4
     assert_computes_the_same(golden, tmp_path / "web")
 
 
+@pytest.mark.own
 @pytest.mark.parametrize(("variant", "base"), [("grouped-query", "int4"), ("multi-head", "fp32"), ("partial", "int4")])
 def test_other_targets_compute_what_their_bundles_do(
     prepared: Prepared, tmp_path: Path, variant: str, base: Base

@@ -94,6 +94,7 @@ def upper(adapter: Parameters) -> dict[str, Floats]:
     return {name: value for name, value in adapter.items() if name.startswith("model.layers.1.")}
 
 
+@pytest.mark.own
 @each_bundle
 def test_with_an_exact_trunk_loss_and_gradients_are_the_whole_models(
     prepared: Prepared, variant: str, base: Base
@@ -115,6 +116,7 @@ def test_with_an_exact_trunk_loss_and_gradients_are_the_whole_models(
         assert relative(gradient, expected[name]) <= 1e-4, name
 
 
+@pytest.mark.own
 def test_the_int8_trunk_is_close_to_the_float_one(prepared: Prepared, halves: Bundle) -> None:
     batch = batch_of(halves, rows_of(3, [30, 21, 8]))
     found = Trunk(FrozenWeights(halves.path, halves.manifest.architecture), QuantisedLayers(halves), 0).hidden(batch)
@@ -186,6 +188,7 @@ def test_a_row_is_computed_once_whatever_it_is_packed_with(halves: Bundle) -> No
     assert small.computed == 6, "no more is kept than was asked for"
 
 
+@pytest.mark.own
 def test_padding_and_longer_graphs_change_nothing_for_a_row(halves: Bundle) -> None:
     """What stands behind a row is not seen by it."""
     batch = batch_of(halves, rows_of(7, [11]))

@@ -158,6 +158,7 @@ def test_every_row_is_taken_once_an_epoch(bundle: Bundle, data: Path) -> None:
     assert first != second  # a new order every epoch
 
 
+@pytest.mark.own
 def test_accumulated_micro_batches_are_one_batch(bundle: Bundle, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "train.jsonl", some_rows(8))
     whole, _ = run(bundle, data, TrainConfig(batch_size=4, shuffle=False, learning_rate=0.5), output="whole")
@@ -171,6 +172,7 @@ def test_accumulated_micro_batches_are_one_batch(bundle: Bundle, tmp_path: Path)
     assert [line["tokens"] for line in left] == [line["tokens"] for line in right]
 
 
+@pytest.mark.own
 def test_packed_rows_train_as_padded_ones(bundle: Bundle, tmp_path: Path) -> None:
     longest = {"prompt": "a", "completion": " b" * (MAX_LENGTH - 2)}
     data = write_rows(tmp_path / "train.jsonl", [*some_rows(23), longest])
@@ -212,6 +214,7 @@ def test_validation_rows_may_go_during_the_run_and_only_their_name_is_told(
     assert "private" not in text
 
 
+@pytest.mark.own
 def test_validation_is_what_evaluate_measures(bundle: Bundle, data: Path, tmp_path: Path) -> None:
     valid = write_rows(tmp_path / "valid.jsonl", some_rows(7, seed=3))
     # 7 rows of different lengths in batches of 2: a mean of batch means would be another number.
