@@ -15,7 +15,7 @@ NpuForm = Literal["none", "qdq", "blocks"]
 DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
 Method = Literal["backpropagation", "forward-only"]
 Schedule = Literal["constant", "linear", "cosine"]
-TargetName = Literal["android", "ios", "web", "linux-arm64"]
+PlatformName = Literal["android", "ios", "web", "linux-arm64"]
 
 MODULES_OF_TARGETS: dict[Targets, tuple[str, ...]] = {
     "all-linear": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
@@ -172,10 +172,10 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class TargetConfig:
+class ShipConfig:
     """What `edgetune ship` lays out."""
 
     adapter: Path | None = None
     """A PEFT folder that the app starts from; otherwise one that changes nothing yet."""
     force: bool = False
-    """Replace a target that is already there."""
+    """Replace a shipped folder that is already there."""

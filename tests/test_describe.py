@@ -24,7 +24,7 @@ from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.model.architecture import Architecture
 from edgetune.model.lora import Lora, Slot, initial_parameters
 from edgetune.model.rope import Rope
-from edgetune.ship import MANIFEST as TARGET_MANIFEST
+from edgetune.ship import MANIFEST as SHIPPED_MANIFEST
 
 BASE = BaseModel("tiny-phi3", "ab" * 32, "int4")
 TOKENIZER = Tokenizer("cd" * 32, "ef" * 32, "<s>", "<|end|>", 0)
@@ -274,9 +274,9 @@ def test_kinds_are_told_by_their_files(tmp_path: Path) -> None:
     assert kind_of(tmp_path / "empty") == "folder"
     assert kind_of(tmp_path / "model" / "model.onnx") == "file"
     assert kind_of(tmp_path / "nix") == "nothing"
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / TARGET_MANIFEST).write_text("{}")
-    assert kind_of(tmp_path / "target") == "target"
+    (tmp_path / "shipped").mkdir()
+    (tmp_path / "shipped" / SHIPPED_MANIFEST).write_text("{}")
+    assert kind_of(tmp_path / "shipped") == "shipped"
 
 
 def test_a_bundle_that_has_lost_its_manifest_is_no_model(tmp_path: Path) -> None:

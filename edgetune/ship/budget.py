@@ -1,4 +1,4 @@
-"""Sizes of a target against what its place lets through."""
+"""Sizes of a shipped folder against what its platform lets through."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INT4_SHARE = (0.5 + 4 / BLOCK_SIZE) / 4
 
 @dataclass(frozen=True)
 class SizedFile:
-    """A file of the target before it is written."""
+    """A file of the shipped folder before it is written."""
 
     path: str
     size: int
@@ -37,7 +37,7 @@ def sizes(files: Sequence[SizedFile]) -> dict[str, int]:
 
 
 def budgets(platform: Platform, files: Sequence[SizedFile]) -> list[Budget]:
-    """What the target takes of every limit of its place."""
+    """What the shipped folder takes of every limit of its platform."""
     return [
         Budget(
             limit.what,
@@ -52,10 +52,10 @@ def budgets(platform: Platform, files: Sequence[SizedFile]) -> list[Budget]:
 def refuse_what_is_too_large(
     name: str, platform: Platform, files: Sequence[SizedFile], weights: Mapping[Span, str]
 ) -> None:
-    """Refuse a target that its place would not take.
+    """Refuse a shipped folder that its platform would not take.
 
     Args:
-        name: The target.
+        name: The platform.
         platform: Its limits.
         files: All that is to be written.
         weights: What the graphs take from the bundle's weights, with the tensors' names.
@@ -81,7 +81,7 @@ def refuse_what_is_too_large(
         parts = ", ".join(f"{part} {bytes_text(size)}" for part, size in sizes(files).items())
         problems.append(f"of that: {parts}; {_what_would_fit(over, weights)}")
     if problems:
-        raise ResourceError("\n".join([f"the bundle is too large for the target {name}:", *problems]))
+        raise ResourceError("\n".join([f"the bundle is too large for the platform {name}:", *problems]))
 
 
 def _what_would_fit(over: Sequence[Budget], weights: Mapping[Span, str]) -> str:
