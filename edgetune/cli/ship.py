@@ -98,10 +98,10 @@ def _show(path: Path, manifest: ShippedManifest) -> None:
     from rich.table import Table
 
     click.echo(f"{path}: {manifest.target}, {bytes_text(sum(manifest.sizes.values()))} in {len(manifest.files)} files")
-    parts = Table("part", "size")
-    for part, size in manifest.sizes.items():
-        parts.add_row(part, bytes_text(size))
-    console().print(parts)
+    contents = Table("content", "size")
+    for content, size in manifest.sizes.items():
+        contents.add_row(content, bytes_text(size))
+    console().print(contents)
     if manifest.budgets:
         limits = Table("what the platform takes", "limit", "used", "left")
         for budget in manifest.budgets:

@@ -32,7 +32,7 @@ from edgetune.ship.budget import SizedFile, budgets, refuse_what_is_too_large, s
 from edgetune.ship.external_data import Span, external_spans, redirect
 from edgetune.ship.manifest import KINDS, Adapter, Optimizer, ShippedFile, ShippedManifest, Text, describe_graph
 from edgetune.ship.packs import ASSETS, MODEL_PACK, assign_packs, move_into_packs
-from edgetune.ship.platforms import PLATFORMS, Part, Platform
+from edgetune.ship.platforms import PLATFORMS, Content, Platform
 from edgetune.ship.shards import Shard, moved, plan_shards, write_shard
 from edgetune.text.byte_size import bytes_text
 
@@ -42,7 +42,7 @@ ROLES = ("step", "loss", "adamw")
 
 _GRAPHS, _ADAPTER = "model", "adapter"
 """Folders of a shipped folder; what lies beside them is text."""
-_PARTS: dict[str, Part] = {_GRAPHS: "graphs", _ADAPTER: "adapter"}
+_CONTENTS: dict[str, Content] = {_GRAPHS: "graphs", _ADAPTER: "adapter"}
 _TEXT = set(SIDE_FILES) - {CONFIG}
 """Files that are copied from the bundle, where it has them."""
 _LARGEST_GRAPH = 256 << 20
@@ -171,8 +171,8 @@ def _sized(folder: Path, shards: Iterable[Shard], platform: Platform) -> list[Si
     files = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        part = _PARTS.get(name.partition("/")[0], "text")
-        files.append(SizedFile(name, path.stat().st_size, part))
+        content = _CONTENTS.get(name.partition("/")[0], "text")
+        files.append(SizedFile(name, path.stat().st_size, content))
     files += [SizedFile(f"{_GRAPHS}/{shard.name}", shard.size, "weights") for shard in shards]
     return assign_packs(files) if platform.packs else files
 
@@ -193,7 +193,7 @@ def _describe(
         max_length=manifest.max_length,
         kinds=KINDS,
         graphs=[describe_graph(manifest.graph(role), f"{_GRAPHS}/{role}.onnx", manifest.lora) for role in ROLES],
-        weights=[file.path for file in files if file.part == "weights"],
+        weights=[file.path for file in files if file.content == "weights"],
         optimizer=Optimizer(
             beta1=adamw.BETA1,
             beta2=adamw.BETA2,

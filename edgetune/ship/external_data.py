@@ -67,7 +67,7 @@ def _name(tensor: bytes) -> str:
 
 def _span(tensor: bytes) -> Span | None:
     entries = [
-        [next(messages(entry, part), b"").decode("utf-8") for part in (_KEY, _VALUE)]
+        [next(messages(entry, number), b"").decode("utf-8") for number in (_KEY, _VALUE)]
         for entry in messages(tensor, _EXTERNAL_DATA)
     ]
     if not entries:

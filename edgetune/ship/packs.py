@@ -24,7 +24,7 @@ def assign_packs(files: Sequence[SizedFile]) -> list[SizedFile]:
     small = sum(file.size for file in files) <= SMALL_PACK
     return [
         replace(file, pack=MODEL_PACK, delivery="install-time")
-        if small or file.part != "weights"
+        if small or file.content != "weights"
         else replace(file, pack="edgetune_" + PurePosixPath(file.path).stem.replace("-", "_"), delivery="fast-follow")
         for file in files
     ]

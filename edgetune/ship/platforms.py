@@ -18,8 +18,8 @@ _APP_STORE = "https://developer.apple.com/help/app-store-connect/reference/maxim
 _ORT_WEB = "https://onnxruntime.ai/docs/tutorials/web/large-models.html"
 
 Delivery = Literal["install-time", "fast-follow"]
-Part = Literal["graphs", "weights", "adapter", "text"]
-PARTS: tuple[Part, ...] = get_args(Part)
+Content = Literal["graphs", "weights", "adapter", "text"]
+CONTENTS: tuple[Content, ...] = get_args(Content)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Limit:
     """Who says so."""
     delivery: Delivery | None = None
     """Only packs that are delivered this way count; None: every file."""
-    parts: tuple[Part, ...] = PARTS
+    contents: tuple[Content, ...] = CONTENTS
     """What counts."""
 
 
@@ -81,7 +81,7 @@ PLATFORMS: Mapping[PlatformName, Platform] = {
                 "that a step computes",
                 (4 << 30) // 2,
                 _ORT_WEB,
-                parts=("weights",),
+                contents=("weights",),
             ),
         ),
     ),

@@ -88,18 +88,18 @@ def _lines(text: str) -> dict[tuple[str, ...], int]:
     section: tuple[str, ...] = ()
     for number, line in enumerate(text.split("\n"), 1):
         if header := _HEADER.match(line):
-            section = _parts(header[2])
+            section = _names(header[2])
             if header[1] == "[[":
                 counts[section] = counts.get(section, -1) + 1
                 lines.setdefault(section, number)
                 section = (*section, str(counts[section]))
             lines.setdefault(section, number)
         elif key := _KEY.match(line):
-            parts = (*section, *_parts(key[1]))
-            for end in range(len(section) + 1, len(parts) + 1):
-                lines.setdefault(parts[:end], number)
+            names = (*section, *_names(key[1]))
+            for end in range(len(section) + 1, len(names) + 1):
+                lines.setdefault(names[:end], number)
     return lines
 
 
-def _parts(dotted: str) -> tuple[str, ...]:
-    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
+def _names(dotted: str) -> tuple[str, ...]:
+    return tuple(name.strip().strip("\"'") for name in dotted.split("."))

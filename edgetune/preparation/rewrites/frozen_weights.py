@@ -73,7 +73,7 @@ _LINEAR = ".MatMul.weight"
 
 
 def _stored_names(name: str, architecture: Architecture) -> list[str]:
-    """The GenAI model's names for the checkpoint's tensor `name`, or for its parts, which are stacked by rows."""
+    """The GenAI model's names for the checkpoint's tensor `name`, or for what is stacked in it by rows."""
     module = name.removesuffix(".weight")
     if module == "model.norm":
         return [f"model.layers.{architecture.num_hidden_layers}.final_norm_layernorm.weight"]
@@ -98,11 +98,11 @@ def index_weights(folder: Path, architecture: Architecture, base: Base) -> Froze
     """
     stored = ir.load(folder / MODEL).graph.initializers
     names = {**tensor_shapes(architecture), "lm_head.weight": ()}
-    tensors = {name: [_piece(stored, part, base) for part in _stored_names(name, architecture)] for name in names}
+    tensors = {name: [_location(stored, own, base) for own in _stored_names(name, architecture)] for name in names}
     return FrozenIndex(WEIGHTS, tensors)
 
 
-def _piece(stored: Mapping[str, ir.Value], name: str, base: Base) -> Stored:
+def _location(stored: Mapping[str, ir.Value], name: str, base: Base) -> Stored:
     if not name.endswith(_LINEAR):
         tensor = _external(stored, name)
         return Stored("plain", list(tensor.shape.numpy()), tensor.offset or 0)
