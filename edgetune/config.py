@@ -11,7 +11,7 @@ Base = Literal["int4", "int8", "fp16", "fp32"]
 Precision = Literal["int4", "fp32"]
 RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn", "openvino-ep", "fpga-hls"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8", "split"]
-NpuForm = Literal["none", "qdq", "blocks"]
+NpuKind = Literal["none", "qdq", "blocks"]
 DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
 Method = Literal["backpropagation", "forward-only"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -36,8 +36,8 @@ class PrepareConfig:
     """Which projections get a LoRA slot."""
     base: Base = "int4"
     """How the frozen weights are stored: what is trained on is what answers."""
-    npu: NpuForm = "none"
-    """Which form of the step with int8 frozen weights to add, for NPUs: 16-bit fixed-point activations (`qdq`), or
+    npu: NpuKind = "none"
+    """Which kind of the step with int8 frozen weights to add, for NPUs: 16-bit fixed-point activations (`qdq`), or
     blocks of weights (`blocks`). It takes two bytes a weight; `qdq` three for queries, keys, values and the head."""
     calibration: Path | None = None
     """Rows on which the ranges of `qdq` are measured; random tokens without it."""

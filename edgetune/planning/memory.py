@@ -1,7 +1,7 @@
 """The peak memory of a layered plan: everything that a process holds at once, added up.
 
 Peak resident memory = the process itself + what its allocator does not give back + adapters with gradients and
-moments + hidden states between the sublayers + kept activations + weights in the form in which they are multiplied +
+moments + hidden states between the sublayers + kept activations + weights in the layout in which they are multiplied +
 memory of the graphs while they run + pages of the weights' file. The sizes come from the bundle's manifest; what can
 only be measured is the runtime's `Footprint`.
 """
@@ -138,7 +138,7 @@ def _states(s: Sizes, f: Footprint, plan: ExecutionPlan) -> int:
 
 
 def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
-    """Bytes of the weights that are in memory at the same time, in the form in which they are multiplied."""
+    """Bytes of the weights that are in memory at the same time, in the layout in which they are multiplied."""
     if plan.resident:
         # The exact ones beside those of the backward pass.
         numbers = f.weight * s.layers + f.storage * plan.exact_layers

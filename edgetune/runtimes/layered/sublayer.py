@@ -17,7 +17,7 @@ from edgetune.formats.roles import SCALES, sublayer_role
 from edgetune.model.pieces import LAYER_PREFIX, Slice, attention_slices, mlp_slices
 from edgetune.runtimes.layered.backend import Arrays, Backend, LayeredGraph
 from edgetune.runtimes.layered.parameters import Array, FlatParameters
-from edgetune.runtimes.layered.weights import LinearWeights, weight_and_form
+from edgetune.runtimes.layered.weights import LinearWeights, weight_and_layout
 from edgetune.runtimes.layered.workspace import Workspace
 
 AnyArray = NDArray[Any]
@@ -42,7 +42,7 @@ class _PieceGraph:
 def _piece_graph(graph: LayeredGraph, pieces: Sequence[Mapping[str, Slice]]) -> _PieceGraph:
     linear, trained = [], []
     for slices in pieces:
-        taken = {name: slices[weight] for name in graph.inputs if (weight := weight_and_form(name)[0]) in slices}
+        taken = {name: slices[weight] for name in graph.inputs if (weight := weight_and_layout(name)[0]) in slices}
         trained.append({name: slice_ for name, slice_ in taken.items() if ".lora_" in name})
         given = (_NORM, *trained[-1])
         linear.append({n: slice_ for n, slice_ in taken.items() if n not in given and not n.endswith(SCALES)})
@@ -209,7 +209,7 @@ def sublayer_runners(
         parameters: The LoRA parameters.
         workspace: Gives arrays for what lies between graphs.
         backend: Runs the graphs.
-        linear: Gives frozen weights in the backend's form.
+        linear: Gives frozen weights in the backend's layout.
     """
     architecture, pieces = bundle.manifest.architecture, pieces_of(bundle.manifest, wide=wide)
 

@@ -42,27 +42,27 @@ class LinearWeights:
         self._memory.use_again()
         taken = {}
         for name, slice_ in slices.items():
-            for suffix, array in self._arrays(weight_and_form(name)[1], slice_).items():
+            for suffix, array in self._arrays(weight_and_layout(name)[1], slice_).items():
                 taken[name + suffix] = array
         return taken
 
-    def _arrays(self, form: str, slice_: Slice) -> dict[str, NDArray[Any]]:
+    def _arrays(self, layout: str, slice_: Slice) -> dict[str, NDArray[Any]]:
         if not self.resident:
-            return self._make(form, slice_, self._memory.allocate)
-        if (form, slice_) not in self._made:
-            self._made[form, slice_] = self._make(form, slice_, np.empty)
-        return self._made[form, slice_]
+            return self._make(layout, slice_, self._memory.allocate)
+        if (layout, slice_) not in self._made:
+            self._made[layout, slice_] = self._make(layout, slice_, np.empty)
+        return self._made[layout, slice_]
 
-    def _make(self, form: str, slice_: Slice, allocate: Allocate) -> dict[str, NDArray[Any]]:
+    def _make(self, layout: str, slice_: Slice, allocate: Allocate) -> dict[str, NDArray[Any]]:
         block = self.frozen.linear(slice_.parameter, slice_.rows, slice_.columns)
         ordered = self._backend.channels.block(slice_, block)
-        return self._backend.weight(form, ordered, allocate)
+        return self._backend.weight(layout, ordered, allocate)
 
 
-def weight_and_form(name: str) -> tuple[str, str]:
-    """`q_proj.weight.forward` takes the weight `q_proj.weight` in the form `forward`; a weight itself has none."""
-    weight, _, form = name.partition(f"{_WEIGHT}.")
-    return (weight + _WEIGHT, form) if form else (name, "")
+def weight_and_layout(name: str) -> tuple[str, str]:
+    """`q_proj.weight.forward` takes the weight `q_proj.weight` in the layout `forward`; a weight itself has none."""
+    weight, _, layout = name.partition(f"{_WEIGHT}.")
+    return (weight + _WEIGHT, layout) if layout else (name, "")
 
 
 class ReusedMemory:
