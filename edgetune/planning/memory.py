@@ -88,7 +88,7 @@ class Sizes:
         kept = {name: kept_outputs(manifest, role) if layered else [] for name, role in roles.items()}
         self.kept = {name: sum(map(_channels, specs)) for name, specs in kept.items()}
         """Numbers per position that a piece keeps for the backward pass."""
-        self.stored = stored_bytes(manifest.base.weights)
+        self.stored = bytes_a_weight(manifest.base.weights)
         """Bytes per weight in the file."""
 
     @property
@@ -97,7 +97,7 @@ class Sizes:
         return self.vocabulary * self.hidden
 
 
-def stored_bytes(base: str) -> float:
+def bytes_a_weight(base: str) -> float:
     """Bytes per linear weight in the file, including its share of a scale."""
     if base in BITS:
         return BITS[base] / 8 + _FLOAT / BLOCK_SIZE
