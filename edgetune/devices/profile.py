@@ -212,10 +212,10 @@ def _folder() -> Path:
 def _load(path: Path, *, own: bool) -> Profile:
     file, profile, problems = read_as(path, Profile)
     if profile is not None:
-        problems += [f"{file.place(*keys)}: {text}" for keys, text in _contradictions(profile)]
+        problems += [f"{file.line(*keys)}: {text}" for keys, text in _contradictions(profile)]
         if own and profile.name != path.stem:
             # So that no two profiles of a folder have one name.
-            problems.append(f"{file.place('name')}: name is {profile.name!r:.60}, but the file is {path.name}")
+            problems.append(f"{file.line('name')}: name is {profile.name!r:.60}, but the file is {path.name}")
     if profile is None or problems:
         raise UsageError("\n".join(problems))
     return profile

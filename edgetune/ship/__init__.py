@@ -131,8 +131,8 @@ def _weights(bundle: Bundle, graphs: Mapping[str, bytes]) -> dict[Span, str]:
         for tensor, span in references:
             weights[span] = tensor
             if not 0 <= span.offset <= span.end <= listed.get(span.file, -1):
-                place = f"bytes {span.offset:,} to {span.end:,} of {span.file!r:.80}"
-                problems.append(f"{bundle.file(role)}: {tensor!r:.80} lies in {place}, which are not the bundle's")
+                where = f"bytes {span.offset:,} to {span.end:,} of {span.file!r:.80}"
+                problems.append(f"{bundle.file(role)}: {tensor!r:.80} lies in {where}, which are not the bundle's")
     if problems:
         raise VerificationError("\n".join([*problems, "make the bundle anew"]))
     return weights

@@ -35,9 +35,9 @@ def move_into_packs(folder: Path, files: Iterable[SizedFile]) -> None:
     deliveries: dict[str, Delivery] = {}
     for file in files:
         if file.pack is not None and file.delivery is not None:
-            place = folder / file.pack / ASSETS / file.path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            (folder / file.path).rename(place)
+            path = folder / file.pack / ASSETS / file.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (folder / file.path).rename(path)
             deliveries[file.pack] = file.delivery
     for parent in {PurePosixPath(file.path).parts[0] for file in files if "/" in file.path}:
         (folder / parent).rmdir()

@@ -19,13 +19,13 @@ class Shard:
     """One file of weights."""
 
     name: str
-    places: Mapping[Span, int]
+    starts: Mapping[Span, int]
     """Where each piece of the bundle's files begins in this one."""
 
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return max(start + span.length for span, start in self.places.items())
+        return max(start + span.length for span, start in self.starts.items())
 
 
 def plan_shards(spans: Iterable[Span], limit: int) -> list[Shard]:
@@ -44,13 +44,13 @@ def plan_shards(spans: Iterable[Span], limit: int) -> list[Shard]:
             start = 0
         files[-1][piece] = start
         end = start + piece.length
-    return [Shard(f"weights-{number:02}.bin", places) for number, places in enumerate(files)]
+    return [Shard(f"weights-{number:02}.bin", starts) for number, starts in enumerate(files)]
 
 
 def moved(span: Span, shards: Iterable[Shard]) -> Span:
     """Where the bytes of a span lie now."""
     for shard in shards:
-        for piece, start in shard.places.items():
+        for piece, start in shard.starts.items():
             if piece.file == span.file and piece.offset <= span.offset and span.end <= piece.end:
                 return Span(shard.name, start + span.offset - piece.offset, span.length)
     raise ValueError(f"{span} is in no file of weights")
@@ -63,7 +63,7 @@ def write_shard(shard: Shard, source: Path, path: Path) -> None:
         VerificationError: A piece leads out of its file.
     """
     with path.open("wb") as target:
-        for piece, start in shard.places.items():
+        for piece, start in shard.starts.items():
             target.write(bytes(start - target.tell()))
             with (source / piece.file).open("rb") as file:
                 file.seek(piece.offset)

@@ -27,7 +27,7 @@ class TomlFile:
     lines: Mapping[tuple[str, ...], int]
     """Line of each key, by its path; of what stands in an inline table, the table's key."""
 
-    def place(self, *keys: str) -> str:
+    def line(self, *keys: str) -> str:
         """`file:line` of a key, or of the nearest one above it."""
         for end in range(len(keys), 0, -1):
             if keys[:end] in self.lines:
@@ -74,7 +74,7 @@ def _read(path: Path, called: str) -> str:
 
 
 def _located(path: Path, text: str, message: str) -> str:
-    """Put the place, which tomllib names at the end of its message, in front, where editors and people look for it."""
+    """Put the line, which tomllib names at the end of its message, in front, where editors and people look for it."""
     found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", message, re.DOTALL)
     if found is None:
         return f"{path}: {message}"
