@@ -101,7 +101,7 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps; excludes `epochs`."""
     epochs: float | None = None
-    """Passes over the rows; 3 when neither steps nor epochs is given."""
+    """Epochs, each once through all rows; 3 when neither steps nor epochs is given."""
     batch_size: int = 4
     """Rows of a batch; no pass through the model takes more memory than so many of the longest rows."""
     gradient_accumulation_steps: int = 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
+from onnx_ir.passes import common as rewrites
 
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
@@ -181,7 +181,7 @@ class _Composer:
             opset_imports={"": OPSET},
         )  # fmt: skip
         model = ir.Model(graph, ir_version=IR_VERSION)
-        passes.RemoveUnusedNodesPass()(model)
+        rewrites.RemoveUnusedNodesPass()(model)
         used = {str(value.name) for node in model.graph for value in node.outputs}
         modules = {name: module for name, module in self._modules.items() if name in used}
         return TrunkGraph(model, {name: self._inputs[name] for name in modules}, modules)
@@ -205,8 +205,8 @@ def make_static(model: ir.Model, length: int) -> ir.Model:
             )  # fmt: skip
             copy.graph.register_initializer(value)
             node.replace_input_with(1, value)
-    passes.DeduplicateInitializersPass()(copy)
-    passes.RemoveUnusedNodesPass()(copy)
+    rewrites.DeduplicateInitializersPass()(copy)
+    rewrites.RemoveUnusedNodesPass()(copy)
     return copy
 
 

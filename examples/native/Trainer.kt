@@ -180,7 +180,7 @@ class Trainer(private val folder: File) : AutoCloseable {
 
 private fun JSONArray.objects(): List<JSONObject> = List(length()) { getJSONObject(it) }
 
-/** Three passes over rows that `edgetune preview --json` wrote. */
+/** Three epochs of rows that `edgetune preview --json` wrote. */
 fun personalise(folder: File, rows: File, adapter: File) {
     val read = rows.readLines().map { JSONObject(it) }.map { row ->
         fun longs(key: String) = row.getJSONArray(key).let { list -> LongArray(list.length()) { list.getLong(it) } }

@@ -184,7 +184,7 @@ final class Trainer {
     }
 }
 
-/// Three passes over rows that `edgetune preview --json` wrote.
+/// Three epochs of rows that `edgetune preview --json` wrote.
 func personalise(folder: URL, rows: URL, adapter: URL) throws {
     let lines = try String(contentsOf: rows, encoding: .utf8).split(separator: "\n")
     let read = try lines.map { try JSONDecoder().decode(Row.self, from: Data($0.utf8)) }

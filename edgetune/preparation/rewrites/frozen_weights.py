@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
+from onnx_ir.passes import common as rewrites
 
 from edgetune.config import Base
 from edgetune.errors import VerificationError
@@ -224,7 +224,7 @@ def absorb_transposes(model: ir.Model) -> None:
                 user.op_type, user.domain = "FusedMatMul", CONTRIB
                 user.attributes["transB"] = ir.AttrInt64("transB", 1 - flipped)
                 user.replace_input_with(1, node.inputs[0])
-    passes.RemoveUnusedNodesPass()(model)
+    rewrites.RemoveUnusedNodesPass()(model)
 
 
 def _swaps_matrix(node: ir.Node) -> bool:
