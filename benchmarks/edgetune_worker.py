@@ -132,7 +132,7 @@ def gradients_at(before: Parameters, choice: Choice, bundle: Bundle, batches: Se
         before: The parameters at which the gradients are taken; they are left alone.
         choice: Runtime and plan of the step.
         bundle: What is trained.
-        batches: The micro-batches of the step.
+        batches: What goes through in each pass of the step.
     """
     with open_session(choice, bundle, before, OptimizerConfig(0.0, _LINEAR_NORM)) as session:
         session.step(batches, _LINEAR_RATE)

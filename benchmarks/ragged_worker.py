@@ -50,8 +50,8 @@ def measure_row_losses(experiment: RowLosses, folder: Path) -> dict[str, float]:
     rows = ragged_rows(COMPARED, experiment.model.size.vocabulary)
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
     fitted = fit(experiment.contestant, bundle, rows, len(rows), packing=True)
-    room = fitted.workload.room().rows
-    batchers = [Batcher(bundle.manifest, rows, room, packing=packing) for packing in (True, False)]
+    pass_rows = fitted.workload.capacity().rows
+    batchers = [Batcher(bundle.manifest, rows, pass_rows, packing=packing) for packing in (True, False)]
     with open_session(fitted.choice, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
         packed, padded = (_losses(session, batcher.step([rows])) for batcher in batchers)
     return {"row_loss_difference": max(abs(packed[line] - padded[line]) for line in padded)}

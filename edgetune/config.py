@@ -11,11 +11,11 @@ Base = Literal["int4", "int8", "fp16", "fp32"]
 Precision = Literal["int4", "fp32"]
 RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn", "openvino-ep", "fpga-hls"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8", "split"]
-NpuForm = Literal["none", "qdq", "blocks"]
+NpuKind = Literal["none", "qdq", "blocks"]
 DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
 Method = Literal["backpropagation", "forward-only"]
 Schedule = Literal["constant", "linear", "cosine"]
-TargetName = Literal["android", "ios", "web", "linux-arm64"]
+PlatformName = Literal["android", "ios", "web", "linux-arm64"]
 
 MODULES_OF_TARGETS: dict[Targets, tuple[str, ...]] = {
     "all-linear": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
@@ -36,8 +36,8 @@ class PrepareConfig:
     """Which projections get a LoRA slot."""
     base: Base = "int4"
     """How the frozen weights are stored: what is trained on is what answers."""
-    npu: NpuForm = "none"
-    """Which form of the step with int8 frozen weights to add, for NPUs: 16-bit fixed-point activations (`qdq`), or
+    npu: NpuKind = "none"
+    """Which kind of the step with int8 frozen weights to add, for NPUs: 16-bit fixed-point activations (`qdq`), or
     blocks of weights (`blocks`). It takes two bytes a weight; `qdq` three for queries, keys, values and the head."""
     calibration: Path | None = None
     """Rows on which the ranges of `qdq` are measured; random tokens without it."""
@@ -101,7 +101,7 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps; excludes `epochs`."""
     epochs: float | None = None
-    """Passes over the rows; 3 when neither steps nor epochs is given."""
+    """Epochs, each once through all rows; 3 when neither steps nor epochs is given."""
     batch_size: int = 4
     """Rows of a batch; no pass through the model takes more memory than so many of the longest rows."""
     gradient_accumulation_steps: int = 1
@@ -172,10 +172,10 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class TargetConfig:
+class ShipConfig:
     """What `edgetune ship` lays out."""
 
     adapter: Path | None = None
     """A PEFT folder that the app starts from; otherwise one that changes nothing yet."""
     force: bool = False
-    """Replace a target that is already there."""
+    """Replace a shipped folder that is already there."""

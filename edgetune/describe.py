@@ -23,13 +23,13 @@ from edgetune.formats.storage import recover
 from edgetune.model.architecture import Architecture
 from edgetune.model.lora import Lora
 
-Kind = Literal["bundle", "adapter", "target", "unsealed", "model", "checkpoint", "folder", "file", "nothing"]
+Kind = Literal["bundle", "adapter", "shipped", "unsealed", "model", "checkpoint", "folder", "file", "nothing"]
 
 
 _MARKS: dict[str, Kind] = {
     MANIFEST: "bundle",
     ADAPTER_CONFIG: "adapter",
-    "target.json": "target",
+    "target.json": "shipped",
     "loss.onnx": "unsealed",
     GENAI_CONFIG: "model",
     "config.json": "checkpoint",
@@ -39,7 +39,7 @@ _MARKS: dict[str, Kind] = {
 KIND_NAMES: dict[Kind, str] = {
     "bundle": "an edgetune bundle",
     "adapter": "a LoRA adapter",
-    "target": "what an app ships, made by `edgetune ship`",
+    "shipped": "what an app ships, made by `edgetune ship`",
     "unsealed": f"a bundle that has lost its {MANIFEST}",
     "model": "an ONNX Runtime GenAI model",
     "checkpoint": "a Hugging Face checkpoint",

@@ -18,7 +18,7 @@ from edgetune.errors import IncompatibleError, UsageError, VerificationError
 from edgetune.formats.bundle import list_files, seal_bundle
 from edgetune.formats.manifest import BundleManifest, Graph, ModelManifest, TensorSpec
 from edgetune.formats.manifest_json import read_manifest, write_manifest
-from edgetune.ship import MANIFEST as TARGET_MANIFEST
+from edgetune.ship import MANIFEST as SHIPPED_MANIFEST
 from support.described_folders import BASE, LORA, PARAMETERS, TOKENIZER, make_adapter, make_bundle, make_model
 
 
@@ -202,9 +202,9 @@ def test_kinds_are_told_by_their_files(tmp_path: Path) -> None:
     assert kind_of(tmp_path / "empty") == "folder"
     assert kind_of(tmp_path / "model" / "model.onnx") == "file"
     assert kind_of(tmp_path / "nix") == "nothing"
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / TARGET_MANIFEST).write_text("{}")
-    assert kind_of(tmp_path / "target") == "target"
+    (tmp_path / "shipped").mkdir()
+    (tmp_path / "shipped" / SHIPPED_MANIFEST).write_text("{}")
+    assert kind_of(tmp_path / "shipped") == "shipped"
 
 
 def test_a_bundle_that_has_lost_its_manifest_is_no_model(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def read_config(path: Path, kind: type) -> dict[str, Setting]:
     settings: dict[str, Setting] = {}
     for key, value in file.table.items():
         name = key.replace("-", "_")
-        place = file.place(key)
+        place = file.line(key)
         if name not in hints:
             raise UsageError(f"{place}: unknown key '{key}'{did_you_mean(name, hints)}")
         if name in settings:

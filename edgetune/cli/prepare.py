@@ -10,7 +10,7 @@ import click
 from edgetune.cli.command import COUNT, POSITIVE, Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, refuse_known_folder, row_sources
 from edgetune.cli.output import notices, print_json
-from edgetune.config import Base, NpuForm, PrepareConfig, Targets
+from edgetune.config import Base, NpuKind, PrepareConfig, Targets
 from edgetune.errors import UsageError
 from edgetune.text.byte_size import bytes_text
 
@@ -47,7 +47,7 @@ edgetune prepare microsoft/Phi-3-mini-4k-instruct --download --output bundle
 )
 @click.option(
     "--npu",
-    type=click.Choice(get_args(NpuForm)),
+    type=click.Choice(get_args(NpuKind)),
     default=DEFAULT.npu,
     show_default=True,
     help="Add the step with int8 frozen weights, for `train --runtime qnn --plan int8`.",
@@ -73,7 +73,7 @@ def command(
     alpha: float,
     targets: Targets,
     base: Base,
-    npu: NpuForm,
+    npu: NpuKind,
     calibration: Path | None,
     max_length: int,
     download: bool,

@@ -74,7 +74,7 @@ epochs_option = click.option(
     "--epochs",
     type=POSITIVE,
     default=_DEFAULT.epochs,
-    help=f"Passes over the rows; {DEFAULT_EPOCHS:g} when neither --steps nor --epochs is given.",
+    help=f"Epochs, each once through all rows; {DEFAULT_EPOCHS:g} when neither --steps nor --epochs is given.",
 )
 batch_size_option = click.option(
     "--batch-size",

@@ -10,14 +10,14 @@ import click
 from edgetune.cli.command import Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, adapter_at, bundle_at
 from edgetune.cli.output import console, notices, print_json
-from edgetune.config import TargetConfig, TargetName
+from edgetune.config import PlatformName, ShipConfig
 from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
     from edgetune.formats.bundle import Bundle
-    from edgetune.ship.manifest import TargetManifest
+    from edgetune.ship.manifest import ShippedManifest
 
-DEFAULT = TargetConfig()
+DEFAULT = ShipConfig()
 FPGA = "fpga"
 """No app: an HLS project of a split bundle's trunk."""
 
@@ -31,7 +31,13 @@ edgetune ship split --target fpga --output hls
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("bundle", type=PATH)
-@click.option("--target", type=click.Choice([*get_args(TargetName), FPGA]), required=True, help="Where the app goes.")
+@click.option(
+    "--target",
+    "platform",
+    type=click.Choice([*get_args(PlatformName), FPGA]),
+    required=True,
+    help="Platform that the app goes to.",
+)
 @click.option("--output", type=PATH, required=True, help="Folder to write.")
 @click.option(
     "--adapter",
@@ -39,21 +45,21 @@ edgetune ship split --target fpga --output hls
     default=DEFAULT.adapter,
     help="Adapter that the app starts from; without it, one that changes nothing yet.",
 )
-@click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace a target that is already there.")
+@click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace a shipped folder that is already there.")
 @quiet_option
 @json_option
 def command(
-    bundle: Path, target: str, output: Path, adapter: Path | None, force: bool, quiet: bool, as_json: bool
+    bundle: Path, platform: str, output: Path, adapter: Path | None, force: bool, quiet: bool, as_json: bool
 ) -> None:
     """Lay out what an app ships: graphs, weights in files that stores take, adapter, tokenizer, and target.json.
 
-    The graphs compute what the bundle's compute, bit for bit. What is too large for the target is refused. For `fpga`
+    The graphs compute what the bundle's compute, bit for bit. What is too large for the platform is refused. For `fpga`
     the trunk of a split bundle becomes an HLS project, which Vitis synthesises.
     """
     if adapter is not None:
         adapter_at(adapter)
     opened = bundle_at(bundle)
-    if target == FPGA:
+    if platform == FPGA:
         if adapter is not None:
             raise click.UsageError("--adapter is for an app; an FPGA's trunk has none")
         _write_hls(opened, output, force=force, quiet=quiet, as_json=as_json)
@@ -61,7 +67,7 @@ def command(
     from edgetune.ship import lay_out
 
     made = lay_out(
-        opened, cast(TargetName, target), output, TargetConfig(adapter=adapter, force=force), notices(quiet=quiet)
+        opened, cast(PlatformName, platform), output, ShipConfig(adapter=adapter, force=force), notices(quiet=quiet)
     )
     if as_json:
         facts = made.manifest
@@ -88,16 +94,16 @@ def _write_hls(bundle: Bundle, output: Path, *, force: bool, quiet: bool, as_jso
     )
 
 
-def _show(path: Path, manifest: TargetManifest) -> None:
+def _show(path: Path, manifest: ShippedManifest) -> None:
     from rich.table import Table
 
     click.echo(f"{path}: {manifest.target}, {bytes_text(sum(manifest.sizes.values()))} in {len(manifest.files)} files")
-    parts = Table("part", "size")
-    for part, size in manifest.sizes.items():
-        parts.add_row(part, bytes_text(size))
-    console().print(parts)
+    contents = Table("content", "size")
+    for content, size in manifest.sizes.items():
+        contents.add_row(content, bytes_text(size))
+    console().print(contents)
     if manifest.budgets:
-        limits = Table("what the place takes", "limit", "used", "left")
+        limits = Table("what the platform takes", "limit", "used", "left")
         for budget in manifest.budgets:
             left = budget.limit - budget.used
             limits.add_row(budget.what, bytes_text(budget.limit), bytes_text(budget.used), bytes_text(left))

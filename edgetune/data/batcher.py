@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from edgetune.data.batches import Batch, lay_out
 from edgetune.data.buckets import Bucket, check_buckets, pack_into
 from edgetune.data.encode import Example
-from edgetune.data.packing import Pass, Room, attention_share, pack, pad, round_up
+from edgetune.data.packing import Capacity, Pass, attention_share, pack, pad, round_up
 from edgetune.formats.manifest import BundleManifest
 
 MEASURED_ROWS = 4
@@ -70,7 +70,7 @@ class Batcher:
         if buckets is not None:
             check_buckets(buckets, longest)
         limit = max(longest, manifest.max_length)
-        self.room = Room(pass_rows, round_up(longest, limit), round_up(limit, limit))
+        self.capacity = Capacity(pass_rows, round_up(longest, limit), round_up(limit, limit))
         """No batch has more positions or more attention scores than `pass_rows` sequences of `longest` positions."""
 
     def step(self, drawn: Sequence[Sequence[Example]]) -> list[Batch]:
@@ -113,11 +113,11 @@ class Batcher:
 
     def _passes(self, pool: Sequence[Example]) -> list[Pass]:
         lengths = [len(example.input_ids) for example in pool]
-        if max(lengths) > self.room.longest:
-            raise ValueError(f"a row has {max(lengths)} tokens, but there is room for {self.room.longest}")
+        if max(lengths) > self.capacity.longest:
+            raise ValueError(f"a row has {max(lengths)} tokens, but there is room for {self.capacity.longest}")
         if self._buckets is not None:
             return pack_into(lengths, self._buckets, self._architecture, packing=self._packing)
-        return pack(lengths, self.room, self._attention) if self._packing else pad(lengths, self.room)
+        return pack(lengths, self.capacity, self._attention) if self._packing else pad(lengths, self.capacity)
 
     def _lay_out(self, pool: Sequence[Example], item: Pass) -> Batch:
         return lay_out(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgetune.data.packing import MULTIPLE, Pass, Room, attention_share, best_fit, longest_first, pass_work
+from edgetune.data.packing import MULTIPLE, Capacity, Pass, attention_share, best_fit, longest_first, pass_work
 from edgetune.errors import UsageError
 from edgetune.model.architecture import Architecture
 
@@ -41,15 +41,15 @@ def parse_buckets(text: str) -> list[Bucket]:
     return sorted(set(buckets))
 
 
-def default_buckets(room: Room) -> list[Bucket]:
+def default_buckets(capacity: Capacity) -> list[Bucket]:
     """At most four shapes: sequences as long as the longest row or half as long, one or as many as there is room for.
 
     Args:
-        room: The largest pass.
+        capacity: The largest pass.
     """
-    half = -(-room.longest // (2 * MULTIPLE)) * MULTIPLE
-    lengths = {room.longest, half}
-    return sorted({Bucket(length, batch) for length in lengths for batch in (1, room.sequences(length))})
+    half = -(-capacity.longest // (2 * MULTIPLE)) * MULTIPLE
+    lengths = {capacity.longest, half}
+    return sorted({Bucket(length, batch) for length in lengths for batch in (1, capacity.sequences(length))})
 
 
 def check_buckets(buckets: Sequence[Bucket], longest: int) -> None:

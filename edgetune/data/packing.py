@@ -32,8 +32,8 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Room:
-    """The largest pass: `rows` sequences of `longest` positions."""
+class Capacity:
+    """How much the largest pass holds: `rows` sequences of `longest` positions."""
 
     rows: int
     longest: int
@@ -76,15 +76,15 @@ def attention_share(architecture: Architecture) -> float:
     return ATTENTION_COST * 3 * heads / projections
 
 
-def pack(lengths: Sequence[int], room: Room, attention: float) -> list[Pass]:
+def pack(lengths: Sequence[int], capacity: Capacity, attention: float) -> list[Pass]:
     """Spread rows over sequences and passes, with the least work.
 
     Args:
-        lengths: Tokens of each row, at least one row, none longer than `room.longest`.
-        room: The largest pass.
+        lengths: Tokens of each row, at least one row, none longer than `capacity.longest`.
+        capacity: The largest pass.
         attention: The `attention_share` of the model.
     """
-    return min(_candidates(lengths, room), key=lambda passes: pass_work(passes, attention))
+    return min(_candidates(lengths, capacity), key=lambda passes: pass_work(passes, attention))
 
 
 def pass_work(passes: Sequence[Pass], attention: float) -> float:
@@ -97,19 +97,19 @@ def pass_work(passes: Sequence[Pass], attention: float) -> float:
     return sum(len(item.packs) * item.length * (1 + attention * item.length) + PASS_COST for item in passes)
 
 
-def pad(lengths: Sequence[int], room: Room) -> list[Pass]:
+def pad(lengths: Sequence[int], capacity: Capacity) -> list[Pass]:
     """A sequence for each row; rows of similar length share a pass. The arguments are those of `pack`."""
     order = longest_first(lengths)
-    groups = [order[start : start + room.rows] for start in range(0, len(order), room.rows)]
-    return [Pass(round_up(lengths[group[0]], room.limit), [[row] for row in group]) for group in groups]
+    groups = [order[start : start + capacity.rows] for start in range(0, len(order), capacity.rows)]
+    return [Pass(round_up(lengths[group[0]], capacity.limit), [[row] for row in group]) for group in groups]
 
 
-def _candidates(lengths: Sequence[int], room: Room) -> Iterator[list[Pass]]:
+def _candidates(lengths: Sequence[int], capacity: Capacity) -> Iterator[list[Pass]]:
     """The rows in sequences of each length that there is room for, until one holds them all."""
     length = 0
-    while length < room.limit:
-        length = round_up(max(length + 1, *lengths), room.limit)
-        sequences = room.sequences(length)
+    while length < capacity.limit:
+        length = round_up(max(length + 1, *lengths), capacity.limit)
+        sequences = capacity.sequences(length)
         if not sequences:
             return
         packs = best_fit(lengths, length)

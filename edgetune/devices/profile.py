@@ -111,7 +111,7 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where each form of training and inference may run."""
+    """Where each kind of training, and inference, may run."""
 
     whole_step: Where
     """Forward and backward as one graph."""
@@ -212,10 +212,10 @@ def _folder() -> Path:
 def _load(path: Path, *, own: bool) -> Profile:
     file, profile, problems = read_as(path, Profile)
     if profile is not None:
-        problems += [f"{file.place(*keys)}: {text}" for keys, text in _contradictions(profile)]
+        problems += [f"{file.line(*keys)}: {text}" for keys, text in _contradictions(profile)]
         if own and profile.name != path.stem:
             # So that no two profiles of a folder have one name.
-            problems.append(f"{file.place('name')}: name is {profile.name!r:.60}, but the file is {path.name}")
+            problems.append(f"{file.line('name')}: name is {profile.name!r:.60}, but the file is {path.name}")
     if profile is None or problems:
         raise UsageError("\n".join(problems))
     return profile
@@ -229,14 +229,14 @@ def _contradictions(profile: Profile) -> Iterator[tuple[tuple[str, ...], str]]:
     if not profile.hardware.systems:
         yield ("hardware", "systems"), f"systems is empty, expected one of {', '.join(get_args(System))} at least"
     placement = profile.placement
-    forms = ("whole_step", "layered", "split_trunk", "forward_only", "inference")
-    on_accelerator = [form for form in forms if getattr(placement, form) == "accelerator"]
+    runs = ("whole_step", "layered", "split_trunk", "forward_only", "inference")
+    on_accelerator = [run for run in runs if getattr(placement, run) == "accelerator"]
     if profile.kind == "cpu" and on_accelerator:
         key = on_accelerator[0].replace("_", "-")
         yield ("placement", key), f"{key} is 'accelerator', but a device of class cpu has none"
     if profile.kind != "cpu" and not on_accelerator:
         yield ("placement",), f"nothing runs on the accelerator, but the class is {profile.kind}; expected cpu"
-    if all(getattr(placement, form) == "no" for form in forms):
+    if all(getattr(placement, run) == "no" for run in runs):
         yield ("placement",), "nothing runs anywhere; expected 'cpu' or 'accelerator' at least once"
     if profile.buckets is not None:
         shapes = profile.buckets.shapes

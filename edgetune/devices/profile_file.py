@@ -95,7 +95,7 @@ class _Reader:
         return tuple(self._value(*each, (*keys, str(n))) for n, each in enumerate(zip(value, kinds, strict=True)))
 
     def _note(self, keys: tuple[str, ...], text: str) -> None:
-        self.problems.append(f"{self._file.place(*keys)}: {text}")
+        self.problems.append(f"{self._file.line(*keys)}: {text}")
 
 
 def _scalar(value: Any, hint: Any, *, size: bool) -> object:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.exporting.projections import Part, find_parts
+from edgetune.exporting.projections import Product, products_of
 from edgetune.model.lora import Lora, Parameters
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def add_lora_inputs(model: onnx.ModelProto, lora: Lora) -> None:
     graph = model.graph
     first: dict[str, list[onnx.NodeProto]] = {}
     after: dict[str, onnx.NodeProto] = {}
-    for parts in find_parts(graph, lora):
-        slot = parts[0].slot
+    for products in products_of(graph, lora):
+        slot = products[0].slot
         shapes: list[tuple[str, list[str | int | None], tuple[int, int]]] = [
             (slot.a, [slot.in_features, RANK], (slot.in_features, 1)),
             (slot.b, [RANK, slot.out_features], (1, slot.out_features)),
@@ -47,12 +47,12 @@ def add_lora_inputs(model: onnx.ModelProto, lora: Lora) -> None:
         for name, shape, default in shapes:
             graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
             graph.initializer.append(numpy_helper.from_array(np.zeros(default, np.float32), name))
-        updates = [f"{slot.name}.lora.{index}" for index in range(len(parts))]
-        first[parts[0].node.name] = _update_nodes(parts, updates)
-        for part, update in zip(parts, updates, strict=True):
-            total, frozen = part.node.output[0], f"{part.node.output[0]}.base"
-            part.node.output[0] = frozen
-            after[part.node.name] = helper.make_node("Add", [frozen, update], [total], name=f"{update}.Add")
+        updates = [f"{slot.name}.lora.{index}" for index in range(len(products))]
+        first[products[0].node.name] = _update_nodes(products, updates)
+        for product, update in zip(products, updates, strict=True):
+            total, frozen = product.node.output[0], f"{product.node.output[0]}.base"
+            product.node.output[0] = frozen
+            after[product.node.name] = helper.make_node("Add", [frozen, update], [total], name=f"{update}.Add")
     nodes = []
     for node in graph.node:
         nodes += [*first.get(node.name, []), node, *([after[node.name]] if node.name in after else [])]
@@ -67,19 +67,19 @@ def _copied(node: onnx.NodeProto) -> onnx.NodeProto:
     return copy
 
 
-def _update_nodes(parts: list[Part], updates: list[str]) -> list[onnx.NodeProto]:
+def _update_nodes(products: list[Product], updates: list[str]) -> list[onnx.NodeProto]:
     """x·A·B, split where the builder split the projection."""
     from onnx import helper
 
-    slot, x = parts[0].slot, parts[0].node.input[0]
-    low, whole = f"{slot.name}.lora.A", f"{slot.name}.lora.B" if len(parts) > 1 else updates[0]
+    slot, x = products[0].slot, products[0].node.input[0]
+    low, whole = f"{slot.name}.lora.A", f"{slot.name}.lora.B" if len(products) > 1 else updates[0]
     nodes = [
         helper.make_node("MatMul", [x, slot.a], [low], name=f"{slot.name}.lora_A.MatMul"),
         helper.make_node("MatMul", [low, slot.b], [whole], name=f"{slot.name}.lora_B.MatMul"),
     ]
-    if len(parts) > 1:
+    if len(products) > 1:
         name = f"{slot.name}.lora.Split"
-        nodes.append(helper.make_node("Split", [whole], updates, name=name, axis=-1, num_outputs=len(parts)))
+        nodes.append(helper.make_node("Split", [whole], updates, name=name, axis=-1, num_outputs=len(products)))
     return nodes
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgetune.data.batcher import MEASURED_ROWS
 from edgetune.data.encode import IGNORED, Example
-from edgetune.data.packing import Room
+from edgetune.data.packing import Capacity
 from edgetune.formats.genai import MODEL
 from edgetune.model.rope import Rope
 from edgetune.runtimes.onnx_session import open_graph
@@ -122,13 +122,13 @@ def batches(examples: Sequence[Example], rope: Rope) -> Iterator[list[Example]]:
     """
     left = sorted(examples, key=lambda row: -len(row.input_ids))
     longest = len(left[0].input_ids)
-    room = Room(MEASURED_ROWS, longest, longest)
+    capacity = Capacity(MEASURED_ROWS, longest, longest)
     limit = rope.original_max_position_embeddings if rope.long_factor is not None else 0
     while left:
         length = len(left[0].input_ids)
         # Rows are in the order of their length: those with the other factors come last.
         alike = sum((len(row.input_ids) > limit) == (length > limit) for row in left)
-        count = min(alike, room.sequences(length))
+        count = min(alike, capacity.sequences(length))
         yield left[:count]
         del left[:count]
 

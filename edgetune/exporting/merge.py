@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgetune.config import Precision
 from edgetune.errors import IncompatibleError
-from edgetune.exporting.projections import Part, find_parts
+from edgetune.exporting.projections import Product, products_of
 from edgetune.exporting.quantise import generator_of, on_grid, scales_of
 from edgetune.formats.genai import ACCURACY_LEVEL, HALF, MODEL, QUANTISED, WEIGHTS, weight_name
 from edgetune.model.blocks import BITS, BLOCK_SIZE, Block, dequantised
@@ -49,7 +49,8 @@ def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters
 
     model = onnx.load(str(source / MODEL), load_external_data=False)
     graph = model.graph
-    parts = {weight_name(part.node.input[1]): part for of_slot in find_parts(graph, lora) for part in of_slot}
+    of_slots = products_of(graph, lora)
+    products = {weight_name(product.node.input[1]): product for of_slot in of_slots for product in of_slot}
     layers = {weight_name(node.input[1]): node for node in graph.node if node.op_type in ("MatMul", "MatMulNBits")}
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     scales = {node.input[2] for node in layers.values() if node.op_type == "MatMulNBits"}
@@ -61,7 +62,7 @@ def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters
             name = weight_name(tensor.name)
             if name in layers:
                 weight = _read_weight(layers[name], tensor, tensors, mapped)
-                update = _update_of(parts[name], lora.scaling, parameters) if name in parts else None
+                update = _update_of(products[name], lora.scaling, parameters) if name in products else None
                 written += write_layer(data, layers[name], name, weight, update)
             elif tensor.name not in scales:
                 written.append(_append(data, tensor.name, tensor.data_type, tensor.dims, [_bytes_of(tensor, mapped)]))
@@ -72,8 +73,8 @@ def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters
     onnx.save(model, str(output / MODEL))
 
 
-def _update_of(part: Part, scaling: float, parameters: Parameters) -> _Update:
-    return parameters[part.slot.a], parameters[part.slot.b][part.start : part.stop] * np.float32(scaling)
+def _update_of(product: Product, scaling: float, parameters: Parameters) -> _Update:
+    return parameters[product.slot.a], parameters[product.slot.b][product.start : product.stop] * np.float32(scaling)
 
 
 def _write_fp32(

@@ -13,7 +13,7 @@ from edgetune.model.lora import Lora, Slot
 if TYPE_CHECKING:
     import onnx
 
-_PARTS: dict[str, tuple[str, ...]] = {
+_BUILDER_NAMES: dict[str, tuple[str, ...]] = {
     "self_attn.qkv_proj": ("attn.qkv_proj",),
     "self_attn.o_proj": ("attn.o_proj",),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -23,8 +23,8 @@ _PARTS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Part:
-    """A slot's share in one `MatMul` or `MatMulNBits`: these rows of B, all of A."""
+class Product:
+    """One of the `MatMul` or `MatMulNBits` that compute a slot's projection: it takes these rows of B, and all of A."""
 
     slot: Slot
     node: onnx.NodeProto
@@ -33,8 +33,8 @@ class Part:
     stop: int
 
 
-def find_parts(graph: onnx.GraphProto, lora: Lora) -> Iterator[list[Part]]:
-    """The parts of every slot.
+def products_of(graph: onnx.GraphProto, lora: Lora) -> Iterator[list[Product]]:
+    """The products that compute every slot's projection.
 
     Args:
         graph: The graph of a GenAI model.
@@ -46,15 +46,15 @@ def find_parts(graph: onnx.GraphProto, lora: Lora) -> Iterator[list[Part]]:
     nodes = {weight_name(node.input[1]): node for node in graph.node if node.op_type in ("MatMul", "MatMulNBits")}
     for slot in lora.slots:
         layer, _, projection = slot.name.removeprefix("model.layers.").partition(".")
-        names = _PARTS.get(projection, ())
+        names = _BUILDER_NAMES.get(projection, ())
         weights = [f"model.layers.{layer}.{name}.MatMul.weight" for name in names]
         found = [nodes.get(weight) for weight in weights]
         if not found or slot.out_features % len(found):
             raise IncompatibleError(f"{slot.name}: not a projection of Phi-3; prepare the bundle anew")
         rows = slot.out_features // len(found)
-        parts = []
+        products = []
         for index, node in enumerate(found):
             if node is None:
                 raise IncompatibleError(f"{slot.name}: no {weights[index]} in the GenAI model; prepare the bundle anew")
-            parts.append(Part(slot, node, index * rows, (index + 1) * rows))
-        yield parts
+            products.append(Product(slot, node, index * rows, (index + 1) * rows))
+        yield products

@@ -168,7 +168,8 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
 
     Raises:
         UsageError: There is no adapter at `path`.
-        IncompatibleError: It belongs to another base or tokenizer, or is of another form; names all that differs.
+        IncompatibleError: It belongs to another base or tokenizer, or has another rank, alpha or slots; names all
+            that differs.
         VerificationError: A file was changed, cut off, holds pickle or numbers that are not finite; or the bundle has
             no slots.
     """
@@ -250,7 +251,7 @@ def _described(lora: Lora) -> str:
 
 
 def _advice(rank: object, alpha: object, modules: set[str], lora: Lora) -> list[str]:
-    """How to get a bundle of an adapter's form, or why there can be none; nothing where the bundle has that form."""
+    """How to get a bundle with an adapter's rank, alpha and slots, or why there can be none; nothing if this fits."""
     if not modules:
         return []
     targets = next((name for name, of in MODULES_OF_TARGETS.items() if modules == set(of)), None)

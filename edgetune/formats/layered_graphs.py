@@ -2,7 +2,7 @@
 
 Attention is cut by heads, the feed-forward network by its inner channels, as tensor parallelism does (Megatron-LM,
 Shoeybi et al. 2019): the first projection by rows, the second by columns, and the pieces' results add up. A piece needs
-only its part of the weights and activations; a small model is one piece.
+only its share of the weights and activations; a small model is one piece.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from edgetune.model.lora import Lora
 BUNDLE_FORMAT = "edgetune-bundle"
 ADAPTER_FORMAT = "edgetune-adapter"
 MODEL_FORMAT = "edgetune-model"
-TARGET_FORMAT = "edgetune-target"
+SHIPPED_FORMAT = "edgetune-target"
 FORMAT_VERSION = 1
 
 

@@ -15,8 +15,8 @@ LAYER_PREFIX = "model.layers.{}."
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a graph's input is of a layer's parameter (out, in)."""
+class Slice:
+    """The rows or columns of a layer's parameter (out, in) that a graph's input takes."""
 
     parameter: str
     """Name in the checkpoint without `model.layers.N.`."""
@@ -56,8 +56,8 @@ def _divisor(count: int, least: float) -> int:
     return next((n for n in range(1, count + 1) if n >= least and count % n == 0), count)
 
 
-def attention_parts(architecture: Architecture, pieces: int) -> Iterator[dict[str, Part]]:
-    """The inputs of the attention graphs, piece by piece."""
+def attention_slices(architecture: Architecture, pieces: int) -> Iterator[dict[str, Slice]]:
+    """What the inputs of the attention graphs take, piece by piece."""
     a = architecture
     queries, keys = (heads * a.head_dim // pieces for heads in (a.num_attention_heads, a.num_key_value_heads))
     for piece in range(pieces):
@@ -66,33 +66,33 @@ def attention_parts(architecture: Architecture, pieces: int) -> Iterator[dict[st
             "k": (pieces * queries + piece * keys, keys),
             "v": (pieces * (queries + keys) + piece * keys, keys),
         }
-        parts = {"qkv_proj.lora_A.weight": Part("self_attn.qkv_proj.lora_A.weight")}
+        slices = {"qkv_proj.lora_A.weight": Slice("self_attn.qkv_proj.lora_A.weight")}
         for name, (start, size) in starts.items():
             rows = (start, start + size)
-            parts[f"{name}_proj.weight"] = Part("self_attn.qkv_proj.weight", rows)
-            parts[f"{name}_proj.lora_B.weight"] = Part("self_attn.qkv_proj.lora_B.weight", rows)
+            slices[f"{name}_proj.weight"] = Slice("self_attn.qkv_proj.weight", rows)
+            slices[f"{name}_proj.lora_B.weight"] = Slice("self_attn.qkv_proj.lora_B.weight", rows)
         columns = (piece * queries, (piece + 1) * queries)
-        yield parts | _second("self_attn.o_proj", columns) | {"norm.weight": Part("input_layernorm.weight")}
+        yield slices | _second("self_attn.o_proj", columns) | {"norm.weight": Slice("input_layernorm.weight")}
 
 
-def mlp_parts(architecture: Architecture, pieces: int) -> Iterator[dict[str, Part]]:
-    """The inputs of the feed-forward graphs, piece by piece."""
+def mlp_slices(architecture: Architecture, pieces: int) -> Iterator[dict[str, Slice]]:
+    """What the inputs of the feed-forward graphs take, piece by piece."""
     inner = architecture.intermediate_size
     size = inner // pieces
     for piece in range(pieces):
-        parts = {"gate_up_proj.lora_A.weight": Part("mlp.gate_up_proj.lora_A.weight")}
+        slices = {"gate_up_proj.lora_A.weight": Slice("mlp.gate_up_proj.lora_A.weight")}
         for name, start in (("gate", piece * size), ("up", inner + piece * size)):
             rows = (start, start + size)
-            parts[f"{name}_proj.weight"] = Part("mlp.gate_up_proj.weight", rows)
-            parts[f"{name}_proj.lora_B.weight"] = Part("mlp.gate_up_proj.lora_B.weight", rows)
+            slices[f"{name}_proj.weight"] = Slice("mlp.gate_up_proj.weight", rows)
+            slices[f"{name}_proj.lora_B.weight"] = Slice("mlp.gate_up_proj.lora_B.weight", rows)
         columns = (piece * size, (piece + 1) * size)
-        yield parts | _second("mlp.down_proj", columns) | {"norm.weight": Part("post_attention_layernorm.weight")}
+        yield slices | _second("mlp.down_proj", columns) | {"norm.weight": Slice("post_attention_layernorm.weight")}
 
 
-def _second(module: str, columns: Range) -> dict[str, Part]:
+def _second(module: str, columns: Range) -> dict[str, Slice]:
     name = module.partition(".")[2]
     return {
-        f"{name}.weight": Part(f"{module}.weight", columns=columns),
-        f"{name}.lora_A.weight": Part(f"{module}.lora_A.weight", columns=columns),
-        f"{name}.lora_B.weight": Part(f"{module}.lora_B.weight"),
+        f"{name}.weight": Slice(f"{module}.weight", columns=columns),
+        f"{name}.lora_A.weight": Slice(f"{module}.lora_A.weight", columns=columns),
+        f"{name}.lora_B.weight": Slice(f"{module}.lora_B.weight"),
     }

@@ -17,7 +17,7 @@ from edgetune.formats.bundle import Bundle
 from edgetune.machine.threads import computing_with
 from edgetune.planning.choice import Choice
 from edgetune.planning.cost_model import CostModel
-from edgetune.planning.timing import Calibration, calibrate
+from edgetune.planning.timing import Timing, time_steps
 from edgetune.planning.workload import Workload
 
 _OPERATIONS = 2
@@ -77,13 +77,13 @@ def predict_times(
     if here or profile is None:
         batches, layout = _typical(workload, model)
         with computing_with(threads):
-            measured = calibrate(bundle, choice, batches)
+            measured = time_steps(bundle, choice, batches)
         source = f"measured here in {measured.took:.1f} s"
     elif choice.on_accelerator:
         return Times(None, None, None, f"unknown: no figure says how fast the accelerator of {profile.name} is")
     elif (products := profile.hardware.products) is not None:
         share, some = _share(profile, threads)
-        measured, layout = Calibration(((1.0, _OPERATIONS / (share * products.value)),)), 0.0
+        measured, layout = Timing(((1.0, _OPERATIONS / (share * products.value)),)), 0.0
         source = f"an estimate: {some}{products.value / 1e9:g} GFLOP/s ({products.source})"
     else:
         return Times(None, None, None, f"unknown: the profile {profile.name} has no figure hardware.products")
@@ -117,7 +117,7 @@ def _share(profile: Profile, threads: int | None) -> tuple[float, str]:
     return threads / cores.value, f"{threads} of {cores.value} cores, all of which have "
 
 
-def _starts(measured: Calibration, choice: Choice, steps: Sequence[Sequence[BatchShape]]) -> list[float]:
+def _starts(measured: Timing, choice: Choice, steps: Sequence[Sequence[BatchShape]]) -> list[float]:
     """What each step takes more because a graph was not compiled for its shape, or not any more."""
     most = 1 if choice.footprint is None else choice.footprint.shapes
     held: deque[tuple[int, int]] = deque(maxlen=most)

@@ -121,7 +121,7 @@ def in_fixed_shapes(workload: Workload, profile: Profile | None, config: TrainCo
     asked, own = _asked_shapes(config), _own_shapes(profile, config)
     if profile is not None:
         _require_shapes(profile, asked, own)
-    return workload.within(asked or own or default_buckets(workload.room()))
+    return workload.within(asked or own or default_buckets(workload.capacity()))
 
 
 def _require_shapes(profile: Profile, asked: list[Bucket], own: list[Bucket]) -> None:

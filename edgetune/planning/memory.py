@@ -1,7 +1,7 @@
 """The peak memory of a layered plan: everything that a process holds at once, added up.
 
 Peak resident memory = the process itself + what its allocator does not give back + adapters with gradients and
-moments + hidden states between the sublayers + kept activations + weights in the form in which they are multiplied +
+moments + hidden states between the sublayers + kept activations + weights in the layout in which they are multiplied +
 memory of the graphs while they run + pages of the weights' file. The sizes come from the bundle's manifest; what can
 only be measured is the runtime's `Footprint`.
 """
@@ -88,7 +88,7 @@ class Sizes:
         kept = {name: kept_outputs(manifest, role) if layered else [] for name, role in roles.items()}
         self.kept = {name: sum(map(_channels, specs)) for name, specs in kept.items()}
         """Numbers per position that a piece keeps for the backward pass."""
-        self.stored = stored_bytes(manifest.base.weights)
+        self.stored = bytes_a_weight(manifest.base.weights)
         """Bytes per weight in the file."""
 
     @property
@@ -97,7 +97,7 @@ class Sizes:
         return self.vocabulary * self.hidden
 
 
-def stored_bytes(base: str) -> float:
+def bytes_a_weight(base: str) -> float:
     """Bytes per linear weight in the file, including its share of a scale."""
     if base in BITS:
         return BITS[base] / 8 + _FLOAT / BLOCK_SIZE
@@ -138,7 +138,7 @@ def _states(s: Sizes, f: Footprint, plan: ExecutionPlan) -> int:
 
 
 def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
-    """Bytes of the weights that are in memory at the same time, in the form in which they are multiplied."""
+    """Bytes of the weights that are in memory at the same time, in the layout in which they are multiplied."""
     if plan.resident:
         # The exact ones beside those of the backward pass.
         numbers = f.weight * s.layers + f.storage * plan.exact_layers

@@ -23,7 +23,7 @@ from edgetune.runtimes.contract import Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
 
 _AIM = 8.5
-"""Seconds after which nothing more is begun; a calibration takes 10 at most about."""
+"""Seconds after which nothing more is begun; timing takes 10 at most about."""
 _ALIKE = 1.1
 """Batches with less than so many times another's work tell the same."""
 _LEAST_RATE, _MOST_RATE = 0.6, 1.5
@@ -47,7 +47,7 @@ _RATE = 1e-6
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Timing:
     """What was measured, and how to predict from it; where nothing was, starting takes no time."""
 
     points: tuple[tuple[float, float], ...]
@@ -77,13 +77,13 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class _Timing:
+class _Times:
     first: float
     """What the first step took more than the others."""
     step: float
 
 
-def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calibration:
+def time_steps(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Timing:
     """Time a few steps.
 
     Args:
@@ -120,7 +120,7 @@ def calibrate(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Calib
     for batch, timing in timings:
         work = model.of(batch)
         points.append((work, (timing.step + added * (work - shallow_model.of(batch))) / passes))
-    return Calibration(
+    return Timing(
         points=tuple(sorted(points)),
         start=model.start,
         first_seconds=_first_seconds(choice, firsts, model.layers / depth),
@@ -167,14 +167,14 @@ class _Sample:
     Args:
         bundle: What is run.
         choice: How.
-        begin: When the calibration began.
+        begin: When timing began.
     """
 
     def __init__(self, bundle: Bundle, choice: Choice, begin: float) -> None:
         self._bundle, self._choice, self._begin = bundle, choice, begin
         self._model = CostModel(bundle, choice)
 
-    def measure(self, batches: Iterator[Batch], once: Sequence[Batch] = ()) -> list[tuple[Batch, _Timing]]:
+    def measure(self, batches: Iterator[Batch], once: Sequence[Batch] = ()) -> list[tuple[Batch, _Times]]:
         """Each batch and its times; instead of a batch that would take too long a shorter one, or none.
 
         Args:
@@ -205,7 +205,7 @@ class _Sample:
             seconds += [[_timed(session, batch), _timed(session, batch)] for batch in once]
         usual = [median(found[2:] or found[1:]) for found in seconds]
         firsts = (max(0.0, found[0] - each) for found, each in zip(seconds, usual, strict=True))
-        return [(batch, _Timing(*times)) for batch, times in zip(taken, zip(firsts, usual, strict=True), strict=True)]
+        return [(batch, _Times(*times)) for batch, times in zip(taken, zip(firsts, usual, strict=True), strict=True)]
 
     def _shortened(self, batch: Batch, rate: float) -> Batch | None:
         """The batch if there is time for it, or a row that there is time for."""
@@ -232,7 +232,7 @@ def _timed(session: Session, batch: Batch) -> float:
     return perf_counter() - begin
 
 
-def _depth(usual: _Timing, others: Sequence[_Timing], growth: float, layers: int, left: float) -> int:
+def _depth(usual: _Times, others: Sequence[_Times], growth: float, layers: int, left: float) -> int:
     """How many layers there is time for, two at least.
 
     Args:

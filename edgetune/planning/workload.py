@@ -11,7 +11,7 @@ from edgetune.data.batcher import Batcher, BatchShape
 from edgetune.data.batches import Batch, epoch_batches
 from edgetune.data.buckets import Bucket
 from edgetune.data.encode import Example
-from edgetune.data.packing import Room
+from edgetune.data.packing import Capacity
 from edgetune.formats.manifest import BundleManifest
 from edgetune.planning.memory import Work
 from edgetune.planning.schedule import schedule_steps
@@ -30,7 +30,7 @@ class Workload:
         config: How to train.
         buckets: The only shapes of batches, where graphs are compiled for each.
         pass_rows: As many of the longest rows, padded, a pass through the model has room for; the batch size without
-            it. A step has the same rows in more passes. Buckets have their own room.
+            it. A step has the same rows in more passes. Buckets have their own capacity.
 
     Raises:
         UsageError: Warm-up takes the whole run, or a row, of training or validation, fits into no bucket.
@@ -48,7 +48,7 @@ class Workload:
         self._manifest, self._rows, self._valid, self._config = manifest, rows, valid, config
         self.schedule = schedule_steps(len(rows), config)
         self.buckets = buckets
-        self._room_rows = config.batch_size if pass_rows is None else pass_rows
+        self._pass_rows = config.batch_size if pass_rows is None else pass_rows
         self._batcher = self._batches_of(rows, buckets)
         self._measurer = self._batches_of(valid, buckets) if valid else None
 
@@ -58,12 +58,12 @@ class Workload:
         Raises:
             UsageError: A row fits into none of them.
         """
-        return Workload(self._manifest, self._rows, self._valid, self._config, buckets, self._room_rows)
+        return Workload(self._manifest, self._rows, self._valid, self._config, buckets, self._pass_rows)
 
     @property
     def pass_rows(self) -> int | None:
         """For how many of the longest rows, padded, a pass has room; none where buckets say it."""
-        return None if self.buckets is not None else self._room_rows
+        return None if self.buckets is not None else self._pass_rows
 
     def in_passes(self, rows: int) -> Workload:
         """The same rows in passes with room for so many of the longest."""
@@ -102,10 +102,10 @@ class Workload:
         rows = sum(row.memory for row in (*self._rows, *self._valid))
         return Work(positions, scores, tuple(sizes[1:]), rows)
 
-    def room(self) -> Room:
+    def capacity(self) -> Capacity:
         """The largest pass of training and validation."""
-        rooms = [batcher.room for batcher in (self._batcher, self._measurer) if batcher is not None]
-        return max(rooms, key=lambda room: room.longest)
+        capacities = [batcher.capacity for batcher in (self._batcher, self._measurer) if batcher is not None]
+        return max(capacities, key=lambda capacity: capacity.longest)
 
     def longest(self) -> int:
         """Tokens of the longest row."""
@@ -125,4 +125,4 @@ class Workload:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _batches_of(self, rows: Sequence[Example], buckets: Sequence[Bucket] | None) -> Batcher:
-        return Batcher(self._manifest, rows, self._room_rows, packing=self._config.packing, buckets=buckets)
+        return Batcher(self._manifest, rows, self._pass_rows, packing=self._config.packing, buckets=buckets)

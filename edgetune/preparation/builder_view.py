@@ -1,8 +1,8 @@
-"""What model builders see of a checkpoint: its weights and its tokenizer, described in the form that they read.
+"""What model builders see of a checkpoint: its weights and its tokenizer, described in the layout that they read.
 
 Builders read descriptions that may name Python files in the folder (`auto_map`), and they are of transformers 4, while
 many checkpoints are saved with transformers 5. So they get a folder of links in the checkpoint's place, whose
-descriptions name no code and are in transformers 4's form.
+descriptions name no code and are in transformers 4's layout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TOKENIZER_KEYS = (
     "mask_token", "model_max_length", "pad_token", "padding_side", "sep_token", "sp_model_kwargs", "tokenizer_class",
     "unk_token", "use_default_system_prompt",
 )  # fmt: skip
-"""What transformers 4 reads of `tokenizer_config.json`. Others name code, or have a form that it stumbles over."""
+"""What transformers 4 reads of `tokenizer_config.json`. Others name code, or have a layout that it stumbles over."""
 
 
 def builder_view(checkpoint: Checkpoint, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The rotary embedding that a checkpoint's `config.json` describes, in the forms of transformers 4 and 5."""
+"""The rotary embedding that a checkpoint's `config.json` describes, in the layouts of transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LARGEST = 1e30
 
 
 def with_older_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """The same `config.json` with its rotary embedding in the keys of transformers 4, whichever form it came in.
+    """The same `config.json` with its rotary embedding in the keys of transformers 4, whichever layout it came in.
 
     The model builders and exporters read these alone, and would take `rope_parameters` for no description at all.
 
@@ -63,7 +63,7 @@ def with_older_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_from_config(config: dict[str, Any]) -> Rope:
-    """The rotary embedding that a Hugging Face `config.json` of a Phi-3 model describes, in either form.
+    """The rotary embedding that a Hugging Face `config.json` of a Phi-3 model describes, in either layout.
 
     Args:
         config: The parsed file; absent keys have `Phi3Config`'s defaults.

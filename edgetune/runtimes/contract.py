@@ -32,7 +32,7 @@ class StepResult:
     """What one optimizer step did."""
 
     loss: float
-    """Mean over the trained tokens of all micro-batches, before the update."""
+    """Mean over the trained tokens of all passes, before the update."""
     grad_norm: float
     """Global 2-norm of the gradient before clipping."""
     applied: bool
@@ -43,7 +43,7 @@ class Session(Protocol):
     """A model in training."""
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over micro-batches whose gradients are averaged by trained token."""
+        """One optimizer step over the batches of its passes, whose gradients are averaged by trained token."""
         ...
 
     def evaluate(self, batch: Batch) -> float:

@@ -41,7 +41,7 @@ class Footprint:
     cache: int
     """Most bytes on disk for compiled graphs."""
     weight: float
-    """Bytes per frozen weight of a sublayer in the form in which it is multiplied."""
+    """Bytes per frozen weight of a sublayer, laid out as it is multiplied."""
     forward: float
     """Share of the sublayer graphs' memory that is the forward pass's."""
     backward: int

@@ -271,6 +271,6 @@ class ForwardOnlySession:
         return signs(self._config.seed, self._steps_done + 1, query, place, math.prod(shape)).reshape(shape)
 
     def _loss(self, batches: Sequence[Batch]) -> float:
-        """Mean over all trained tokens of the micro-batches."""
+        """Mean over all trained tokens of the passes."""
         total = sum(batch.trained_tokens for batch in batches)
         return sum(batch.trained_tokens / total * self._forward.evaluate(batch) for batch in batches)

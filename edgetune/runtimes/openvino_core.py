@@ -21,7 +21,7 @@ DEVICE = "CPU"
 _CPU_INFO = Path("/proc/cpuinfo")
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "avx_ne_convert"})
 MOST_SHAPES = 6
-"""Compiled forms of one graph that are held at a time; a batch of another shape needs another."""
+"""Compilations of one graph that are held at a time; a batch of another shape needs another."""
 _KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 """How many kernels oneDNN keeps for the whole process; by default 1,024, some 12 MB for each shape of a batch."""
 

@@ -1,6 +1,6 @@
 """What an app ships to train on the device: portable graphs, weights in files that stores take, and a description.
 
-    TARGET/
+    SHIPPED/
       target.json       everything that a training loop has to know; every file with its size and SHA-256
       model/            step.onnx, loss.onnx, adamw.onnx, weights-00.bin, weights-01.bin, …
       adapter/          the LoRA parameters to start from, in PEFT's format, apart from the base
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune import __version__
-from edgetune.config import TargetConfig, TargetName, TrainConfig
+from edgetune.config import PlatformName, ShipConfig, TrainConfig
 from edgetune.data.encode import TEMPLATE_FILE, TOKENIZER_FILE
 from edgetune.errors import VerificationError
 from edgetune.formats.adapter import PREFIX, WEIGHTS, read_adapter, write_adapter
@@ -30,9 +30,9 @@ from edgetune.model import adamw
 from edgetune.model.lora import initial_parameters
 from edgetune.ship.budget import SizedFile, budgets, refuse_what_is_too_large, sizes
 from edgetune.ship.external_data import Span, external_spans, redirect
-from edgetune.ship.manifest import KINDS, Adapter, Optimizer, TargetFile, TargetManifest, Text, describe_graph
+from edgetune.ship.manifest import KINDS, Adapter, Optimizer, ShippedFile, ShippedManifest, Text, describe_graph
 from edgetune.ship.packs import ASSETS, MODEL_PACK, assign_packs, move_into_packs
-from edgetune.ship.platforms import PLATFORMS, Part, Platform
+from edgetune.ship.platforms import PLATFORMS, Content, Platform
 from edgetune.ship.shards import Shard, moved, plan_shards, write_shard
 from edgetune.text.byte_size import bytes_text
 
@@ -41,8 +41,8 @@ ROLES = ("step", "loss", "adamw")
 """The portable graphs."""
 
 _GRAPHS, _ADAPTER = "model", "adapter"
-"""Folders of a target; what lies beside them is text."""
-_PARTS: dict[str, Part] = {_GRAPHS: "graphs", _ADAPTER: "adapter"}
+"""Folders of a shipped folder; what lies beside them is text."""
+_CONTENTS: dict[str, Content] = {_GRAPHS: "graphs", _ADAPTER: "adapter"}
 _TEXT = set(SIDE_FILES) - {CONFIG}
 """Files that are copied from the bundle, where it has them."""
 _LARGEST_GRAPH = 256 << 20
@@ -50,26 +50,26 @@ _LARGEST_GRAPH = 256 << 20
 
 
 @dataclass(frozen=True)
-class Target:
-    """A target on the disk."""
+class ShippedFolder:
+    """What an app ships, on the disk."""
 
     path: Path
-    manifest: TargetManifest
+    manifest: ShippedManifest
 
 
 def lay_out(
     bundle: Bundle,
-    name: TargetName,
+    name: PlatformName,
     output: Path,
-    config: TargetConfig,
+    config: ShipConfig,
     say: Callable[[str], None],
     platform: Platform | None = None,
-) -> Target:
+) -> ShippedFolder:
     """Lay out what an app ships.
 
     Args:
         bundle: The verified bundle.
-        name: Where the app goes.
+        name: The platform that the app goes to.
         output: The folder to write.
         config: What to start from.
         say: Hears what happens, a line a stage.
@@ -79,7 +79,7 @@ def lay_out(
         UsageError: The output exists, or there is no adapter.
         IncompatibleError: The adapter is of another bundle.
         VerificationError: A graph refers to what the bundle does not have.
-        ResourceError: A file or the whole is larger than the target takes, or the disk has no room for it.
+        ResourceError: A file or the whole is larger than the platform takes, or the disk has no room for it.
     """
     platform = platform or PLATFORMS[name]
     graphs = {role: _read_graph(bundle, role) for role in ROLES}
@@ -104,7 +104,7 @@ def lay_out(
             move_into_packs(folder, files)
             write_file(folder / MODEL_PACK / ASSETS / MANIFEST, data)
         write_file(folder / MANIFEST, data)
-    return Target(output, read_manifest(data, TargetManifest, str(output / MANIFEST)))
+    return ShippedFolder(output, read_manifest(data, ShippedManifest, str(output / MANIFEST)))
 
 
 def _graph_file(folder: Path, role: str) -> Path:
@@ -131,14 +131,14 @@ def _weights(bundle: Bundle, graphs: Mapping[str, bytes]) -> dict[Span, str]:
         for tensor, span in references:
             weights[span] = tensor
             if not 0 <= span.offset <= span.end <= listed.get(span.file, -1):
-                place = f"bytes {span.offset:,} to {span.end:,} of {span.file!r:.80}"
-                problems.append(f"{bundle.file(role)}: {tensor!r:.80} lies in {place}, which are not the bundle's")
+                where = f"bytes {span.offset:,} to {span.end:,} of {span.file!r:.80}"
+                problems.append(f"{bundle.file(role)}: {tensor!r:.80} lies in {where}, which are not the bundle's")
     if problems:
         raise VerificationError("\n".join([*problems, "make the bundle anew"]))
     return weights
 
 
-def _write_adapter(bundle: Bundle, folder: Path, config: TargetConfig) -> None:
+def _write_adapter(bundle: Bundle, folder: Path, config: ShipConfig) -> None:
     """Write the parameters that the app starts from."""
     manifest = bundle.manifest
     if config.adapter is not None:
@@ -156,7 +156,7 @@ def _write_adapter(bundle: Bundle, folder: Path, config: TargetConfig) -> None:
     )
 
 
-def _write_text(bundle: Bundle, name: TargetName, folder: Path) -> None:
+def _write_text(bundle: Bundle, name: PlatformName, folder: Path) -> None:
     """Copy what turns text into token ids; a board also gets what to install."""
     for file in bundle.manifest.files:
         if file.path in _TEXT:
@@ -167,23 +167,23 @@ def _write_text(bundle: Bundle, name: TargetName, folder: Path) -> None:
 
 
 def _sized(folder: Path, shards: Iterable[Shard], platform: Platform) -> list[SizedFile]:
-    """Every file of the target, those that are written and the weights that are not yet."""
+    """Every file of the shipped folder, those that are written and the weights that are not yet."""
     files = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        part = _PARTS.get(name.partition("/")[0], "text")
-        files.append(SizedFile(name, path.stat().st_size, part))
+        content = _CONTENTS.get(name.partition("/")[0], "text")
+        files.append(SizedFile(name, path.stat().st_size, content))
     files += [SizedFile(f"{_GRAPHS}/{shard.name}", shard.size, "weights") for shard in shards]
     return assign_packs(files) if platform.packs else files
 
 
 def _describe(
-    bundle: Bundle, name: TargetName, platform: Platform, folder: Path, files: list[SizedFile]
-) -> TargetManifest:
+    bundle: Bundle, name: PlatformName, platform: Platform, folder: Path, files: list[SizedFile]
+) -> ShippedManifest:
     manifest, defaults = bundle.manifest, TrainConfig()
     packs = {file.path: file.pack for file in files}
-    return TargetManifest(
-        format=TargetManifest.FORMAT,
+    return ShippedManifest(
+        format=ShippedManifest.FORMAT,
         format_version=FORMAT_VERSION,
         target=name,
         base=manifest.base,
@@ -193,7 +193,7 @@ def _describe(
         max_length=manifest.max_length,
         kinds=KINDS,
         graphs=[describe_graph(manifest.graph(role), f"{_GRAPHS}/{role}.onnx", manifest.lora) for role in ROLES],
-        weights=[file.path for file in files if file.part == "weights"],
+        weights=[file.path for file in files if file.content == "weights"],
         optimizer=Optimizer(
             beta1=adamw.BETA1,
             beta2=adamw.BETA2,
@@ -207,7 +207,7 @@ def _describe(
         budgets=budgets(platform, files),
         provenance=manifest.provenance | {"edgetune": __version__},
         files=[
-            TargetFile(file.path, file.size, file.sha256, packs[file.path])
+            ShippedFile(file.path, file.size, file.sha256, packs[file.path])
             for file in list_files(folder, without=MANIFEST)
         ],
     )

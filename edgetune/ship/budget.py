@@ -1,4 +1,4 @@
-"""Sizes of a target against what its place lets through."""
+"""Sizes of a shipped folder against what its platform lets through."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edgetune.errors import ResourceError
 from edgetune.model.blocks import BLOCK_SIZE
 from edgetune.ship.external_data import Span
 from edgetune.ship.manifest import Budget
-from edgetune.ship.platforms import PARTS, Delivery, Part, Platform
+from edgetune.ship.platforms import CONTENTS, Content, Delivery, Platform
 from edgetune.text.byte_size import bytes_text
 
 _LINEAR = ".MatMul.weight"
@@ -20,11 +20,11 @@ _INT4_SHARE = (0.5 + 4 / BLOCK_SIZE) / 4
 
 @dataclass(frozen=True)
 class SizedFile:
-    """A file of the target before it is written."""
+    """A file of the shipped folder before it is written."""
 
     path: str
     size: int
-    part: Part
+    content: Content
     pack: str | None = None
     """Asset pack that it goes into."""
     delivery: Delivery | None = None
@@ -32,16 +32,16 @@ class SizedFile:
 
 
 def sizes(files: Sequence[SizedFile]) -> dict[str, int]:
-    """Bytes of every part."""
-    return {part: sum(file.size for file in files if file.part == part) for part in PARTS}
+    """Bytes of every kind of content."""
+    return {content: sum(file.size for file in files if file.content == content) for content in CONTENTS}
 
 
 def budgets(platform: Platform, files: Sequence[SizedFile]) -> list[Budget]:
-    """What the target takes of every limit of its place."""
+    """What the shipped folder takes of every limit of its platform."""
     return [
         Budget(
             limit.what,
-            sum(f.size for f in files if f.part in limit.parts and limit.delivery in (None, f.delivery)),
+            sum(f.size for f in files if f.content in limit.contents and limit.delivery in (None, f.delivery)),
             limit.bytes,
             limit.source,
         )
@@ -52,10 +52,10 @@ def budgets(platform: Platform, files: Sequence[SizedFile]) -> list[Budget]:
 def refuse_what_is_too_large(
     name: str, platform: Platform, files: Sequence[SizedFile], weights: Mapping[Span, str]
 ) -> None:
-    """Refuse a target that its place would not take.
+    """Refuse a shipped folder that its platform would not take.
 
     Args:
-        name: The target.
+        name: The platform.
         platform: Its limits.
         files: All that is to be written.
         weights: What the graphs take from the bundle's weights, with the tensors' names.
@@ -67,7 +67,7 @@ def refuse_what_is_too_large(
         f"{file.path} would have {bytes_text(file.size)}, at most {bytes_text(platform.largest_file)} are possible "
         f"({platform.largest_file_source})"
         for file in files
-        if file.part == "weights" and file.size > platform.largest_file
+        if file.content == "weights" and file.size > platform.largest_file
     ]
     if problems:
         largest = max(weights, key=lambda span: span.length)
@@ -78,10 +78,10 @@ def refuse_what_is_too_large(
     over = [budget for budget in budgets(platform, files) if budget.used > budget.limit]
     problems += [f"{b.what}: {bytes_text(b.used)}, at most {bytes_text(b.limit)} ({b.source})" for b in over]
     if over:
-        parts = ", ".join(f"{part} {bytes_text(size)}" for part, size in sizes(files).items())
-        problems.append(f"of that: {parts}; {_what_would_fit(over, weights)}")
+        listed = ", ".join(f"{content} {bytes_text(size)}" for content, size in sizes(files).items())
+        problems.append(f"of that: {listed}; {_what_would_fit(over, weights)}")
     if problems:
-        raise ResourceError("\n".join([f"the bundle is too large for the target {name}:", *problems]))
+        raise ResourceError("\n".join([f"the bundle is too large for the platform {name}:", *problems]))
 
 
 def _what_would_fit(over: Sequence[Budget], weights: Mapping[Span, str]) -> str:

@@ -34,7 +34,7 @@ class Span:
 
 
 def external_spans(graph: bytes) -> list[tuple[str, Span]]:
-    """Name and place of each initializer that is not in the graph itself.
+    """Name and bytes of each initializer that is not in the graph itself.
 
     Raises:
         ValueError: The file is not an ONNX model, or a reference has no offset or length.
@@ -43,22 +43,22 @@ def external_spans(graph: bytes) -> list[tuple[str, Span]]:
     return [(_name(tensor), span) for tensor in tensors if (span := _span(tensor)) is not None]
 
 
-def redirect(graph: bytes, place: Callable[[Span], Span]) -> bytes:
-    """The same graph, with every reference replaced by what `place` makes of it.
+def redirect(graph: bytes, move: Callable[[Span], Span]) -> bytes:
+    """The same graph, with every reference replaced by what `move` makes of it.
 
     Raises:
         ValueError: See `external_spans`.
     """
 
-    def move(tensor: bytes) -> bytes:
+    def redirected(tensor: bytes) -> bytes:
         span = _span(tensor)
         if span is None:
             return tensor
         # A repeated field is the list of all its occurrences, wherever they stand.
-        entries = b"".join(bytes_field(_EXTERNAL_DATA, entry) for entry in _entries(place(span)))
+        entries = b"".join(bytes_field(_EXTERNAL_DATA, entry) for entry in _entries(move(span)))
         return without(tensor, _EXTERNAL_DATA) + entries
 
-    return rewrite(graph, _INITIALIZERS, move)
+    return rewrite(graph, _INITIALIZERS, redirected)
 
 
 def _name(tensor: bytes) -> str:
@@ -67,7 +67,7 @@ def _name(tensor: bytes) -> str:
 
 def _span(tensor: bytes) -> Span | None:
     entries = [
-        [next(messages(entry, part), b"").decode("utf-8") for part in (_KEY, _VALUE)]
+        [next(messages(entry, number), b"").decode("utf-8") for number in (_KEY, _VALUE)]
         for entry in messages(tensor, _EXTERNAL_DATA)
     ]
     if not entries:

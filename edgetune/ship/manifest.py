@@ -1,11 +1,11 @@
-"""`target.json`: what an app needs to know of a target folder. Described in `artifacts/FORMAT.md`."""
+"""`target.json`: what an app needs to know of a shipped folder. Described in `artifacts/FORMAT.md`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from edgetune.formats.manifest import TARGET_FORMAT, BaseModel, Graph, TensorSpec
+from edgetune.formats.manifest import SHIPPED_FORMAT, BaseModel, Graph, TensorSpec
 from edgetune.model.architecture import Architecture
 from edgetune.model.lora import Lora
 
@@ -51,7 +51,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class TargetGraph:
+class ShippedGraph:
     """One ONNX file and its contract."""
 
     role: str
@@ -103,12 +103,12 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Budget:
-    """One limit of the place that the target is for."""
+    """One limit of the platform that the folder is shipped to."""
 
     what: str
     """What is counted."""
     used: int
-    """Bytes of this target."""
+    """Bytes of this folder."""
     limit: int
     """Bytes."""
     source: str
@@ -116,7 +116,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class TargetFile:
+class ShippedFile:
     """One file, with its size in bytes and its SHA-256."""
 
     path: str
@@ -128,14 +128,15 @@ class TargetFile:
 
 
 @dataclass(frozen=True)
-class TargetManifest:
+class ShippedManifest:
     """`target.json`."""
 
-    FORMAT: ClassVar[str] = TARGET_FORMAT
+    FORMAT: ClassVar[str] = SHIPPED_FORMAT
 
     format: str
     format_version: int
     target: str
+    """The platform; the key is older than this name for it."""
     base: BaseModel
     architecture: Architecture
     tokenizer: Text
@@ -143,7 +144,7 @@ class TargetManifest:
     max_length: int
     """Longest row, in tokens, that edgetune itself would train on."""
     kinds: dict[str, str]
-    graphs: list[TargetGraph]
+    graphs: list[ShippedGraph]
     weights: list[str]
     """Files that the graphs take their weights from; they name them without the folder."""
     optimizer: Optimizer
@@ -152,12 +153,12 @@ class TargetManifest:
     """Bytes of `graphs`, `weights`, `adapter` and `text`."""
     budgets: list[Budget]
     provenance: dict[str, str]
-    files: list[TargetFile]
+    files: list[ShippedFile]
     """All but this one."""
     manifest_sha256: str = ""
 
 
-def describe_graph(graph: Graph, file: str, lora: Lora) -> TargetGraph:
+def describe_graph(graph: Graph, file: str, lora: Lora) -> ShippedGraph:
     """The contract of a bundle's graph, with what each tensor is."""
     parameters = {}
     for name in lora.shapes():
@@ -171,4 +172,4 @@ def describe_graph(graph: Graph, file: str, lora: Lora) -> TargetGraph:
             raise ValueError(f"{graph.file} has a tensor {spec.name!r}")
         return Tensor(spec.name, spec.dtype, spec.shape, kind, parameter)
 
-    return TargetGraph(graph.role, file, [described(s) for s in graph.inputs], [described(s) for s in graph.outputs])
+    return ShippedGraph(graph.role, file, [described(s) for s in graph.inputs], [described(s) for s in graph.outputs])

@@ -24,7 +24,7 @@ def assign_packs(files: Sequence[SizedFile]) -> list[SizedFile]:
     small = sum(file.size for file in files) <= SMALL_PACK
     return [
         replace(file, pack=MODEL_PACK, delivery="install-time")
-        if small or file.part != "weights"
+        if small or file.content != "weights"
         else replace(file, pack="edgetune_" + PurePosixPath(file.path).stem.replace("-", "_"), delivery="fast-follow")
         for file in files
     ]
@@ -35,9 +35,9 @@ def move_into_packs(folder: Path, files: Iterable[SizedFile]) -> None:
     deliveries: dict[str, Delivery] = {}
     for file in files:
         if file.pack is not None and file.delivery is not None:
-            place = folder / file.pack / ASSETS / file.path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            (folder / file.path).rename(place)
+            path = folder / file.pack / ASSETS / file.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (folder / file.path).rename(path)
             deliveries[file.pack] = file.delivery
     for parent in {PurePosixPath(file.path).parts[0] for file in files if "/" in file.path}:
         (folder / parent).rmdir()

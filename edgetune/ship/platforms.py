@@ -1,4 +1,4 @@
-"""The places that an app with a model goes to, and what they let through. All sizes are in bytes."""
+"""The platforms that an app with a model goes to, and what they let through. All sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from edgetune.config import TargetName
+from edgetune.config import PlatformName
 
 GB = 10**9
 """Stores do not say whether their GB are 10⁹ or 2³⁰ bytes; the smaller is safe."""
@@ -18,8 +18,8 @@ _APP_STORE = "https://developer.apple.com/help/app-store-connect/reference/maxim
 _ORT_WEB = "https://onnxruntime.ai/docs/tutorials/web/large-models.html"
 
 Delivery = Literal["install-time", "fast-follow"]
-Part = Literal["graphs", "weights", "adapter", "text"]
-PARTS: tuple[Part, ...] = get_args(Part)
+Content = Literal["graphs", "weights", "adapter", "text"]
+CONTENTS: tuple[Content, ...] = get_args(Content)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Limit:
     """Who says so."""
     delivery: Delivery | None = None
     """Only packs that are delivered this way count; None: every file."""
-    parts: tuple[Part, ...] = PARTS
+    contents: tuple[Content, ...] = CONTENTS
     """What counts."""
 
 
@@ -51,7 +51,7 @@ class Platform:
     """Whether files lie in asset packs, one for each file of weights; otherwise in one folder."""
 
 
-PLATFORMS: Mapping[TargetName, Platform] = {
+PLATFORMS: Mapping[PlatformName, Platform] = {
     "android": Platform(
         shard=STORE_SHARD,
         largest_file=STORE_SHARD,
@@ -81,7 +81,7 @@ PLATFORMS: Mapping[TargetName, Platform] = {
                 "that a step computes",
                 (4 << 30) // 2,
                 _ORT_WEB,
-                parts=("weights",),
+                contents=("weights",),
             ),
         ),
     ),
@@ -94,6 +94,6 @@ PLATFORMS: Mapping[TargetName, Platform] = {
 }
 
 SMALL_PACK = 200_000_000
-"""Up to here an Android target is one install-time pack: above, Play asks before it downloads over a mobile network.
+"""Up to here a model for Android is one install-time pack: above, Play asks before it downloads over a mobile network.
 ONNX Runtime wants files; assets of an install-time pack lie inside the APK and have to be copied out once, those of a
 fast-follow pack are unpacked by Play (https://developer.android.com/guide/playcore/asset-delivery)."""

@@ -19,13 +19,13 @@ class Shard:
     """One file of weights."""
 
     name: str
-    places: Mapping[Span, int]
-    """Where each piece of the bundle's files begins in this one."""
+    starts: Mapping[Span, int]
+    """Where each span of the bundle's files begins in this one."""
 
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return max(start + span.length for span, start in self.places.items())
+        return max(start + span.length for span, start in self.starts.items())
 
 
 def plan_shards(spans: Iterable[Span], limit: int) -> list[Shard]:
@@ -33,47 +33,47 @@ def plan_shards(spans: Iterable[Span], limit: int) -> list[Shard]:
 
     Args:
         spans: What the graphs refer to; several may name the same bytes, or overlap.
-        limit: Bytes of a file; a single piece that is larger gets a file of its own.
+        limit: Bytes of a file; a single span that is larger gets a file of its own.
     """
     files: list[dict[Span, int]] = []
     end = 0
-    for piece in _joined(spans):
+    for span in _joined(spans):
         start = -(-end // ALIGNMENT) * ALIGNMENT
-        if not files or start + piece.length > limit:
+        if not files or start + span.length > limit:
             files.append({})
             start = 0
-        files[-1][piece] = start
-        end = start + piece.length
-    return [Shard(f"weights-{number:02}.bin", places) for number, places in enumerate(files)]
+        files[-1][span] = start
+        end = start + span.length
+    return [Shard(f"weights-{number:02}.bin", starts) for number, starts in enumerate(files)]
 
 
 def moved(span: Span, shards: Iterable[Shard]) -> Span:
     """Where the bytes of a span lie now."""
     for shard in shards:
-        for piece, start in shard.places.items():
-            if piece.file == span.file and piece.offset <= span.offset and span.end <= piece.end:
-                return Span(shard.name, start + span.offset - piece.offset, span.length)
+        for whole, start in shard.starts.items():
+            if whole.file == span.file and whole.offset <= span.offset and span.end <= whole.end:
+                return Span(shard.name, start + span.offset - whole.offset, span.length)
     raise ValueError(f"{span} is in no file of weights")
 
 
 def write_shard(shard: Shard, source: Path, path: Path) -> None:
-    """Copy the pieces of a shard from the files in `source`.
+    """Copy the spans of a shard from the files in `source`.
 
     Raises:
-        VerificationError: A piece leads out of its file.
+        VerificationError: A span leads out of its file.
     """
     with path.open("wb") as target:
-        for piece, start in shard.places.items():
+        for span, start in shard.starts.items():
             target.write(bytes(start - target.tell()))
-            with (source / piece.file).open("rb") as file:
-                file.seek(piece.offset)
-                left = piece.length
+            with (source / span.file).open("rb") as file:
+                file.seek(span.offset)
+                left = span.length
                 while left and (data := file.read(min(left, CHUNK))):
                     target.write(data)
                     left -= len(data)
             if left:
                 raise VerificationError(
-                    f"{source / piece.file}: a graph takes bytes {piece.offset:,} to {piece.end:,} from it, which it "
+                    f"{source / span.file}: a graph takes bytes {span.offset:,} to {span.end:,} from it, which it "
                     "does not have; make the bundle anew"
                 )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
+from onnx_ir.passes import common as rewrites
 
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
@@ -19,7 +19,7 @@ from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.layered_graphs import pieces_of
 from edgetune.formats.roles import LAYERS
 from edgetune.model.architecture import frozen_weights
-from edgetune.model.pieces import LAYER_PREFIX, Part, attention_parts, mlp_parts
+from edgetune.model.pieces import LAYER_PREFIX, Slice, attention_slices, mlp_slices
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 
 OPSET, IR_VERSION = 17, 8
@@ -39,7 +39,7 @@ class TrunkGraph:
     inputs: dict[str, str] = field(default_factory=dict)
     """Name of the activation that is multiplied, by the name of the product's result in the graph."""
     modules: dict[str, str] = field(default_factory=dict)
-    """Projection in the checkpoint that the product is part of, by the name of the product's result in the graph."""
+    """Projection in the checkpoint that the product belongs to, by the name of the product's result in the graph."""
 
 
 def build_trunk(bundle: Bundle, layers: int) -> TrunkGraph:
@@ -62,12 +62,12 @@ def build_trunk(bundle: Bundle, layers: int) -> TrunkGraph:
         )
     composer = _Composer(bundle)
     sublayers = (
-        ("attention", list(attention_parts(architecture, pieces.attention))),
-        ("mlp", list(mlp_parts(architecture, pieces.mlp))),
+        ("attention", list(attention_slices(architecture, pieces.attention))),
+        ("mlp", list(mlp_slices(architecture, pieces.mlp))),
     )
     for layer in range(layers):
-        for name, parts in sublayers:
-            composer.append(layer, name, parts)
+        for name, slices in sublayers:
+            composer.append(layer, name, slices)
     return composer.finished()
 
 
@@ -89,15 +89,15 @@ class _Composer:
     def _given(self) -> Iterator[ir.Value]:
         return iter(self._sources["attention"].graph.inputs)
 
-    def append(self, layer: int, name: str, pieces: list[dict[str, Part]]) -> None:
+    def append(self, layer: int, name: str, pieces: list[dict[str, Slice]]) -> None:
         """One sublayer, piece by piece."""
         residual = self._hidden
-        for index, parts in enumerate(pieces):
-            residual = self._append_piece(f"layers.{layer}.{name}.{index}", layer, name, parts, residual)
+        for index, slices in enumerate(pieces):
+            residual = self._append_piece(f"layers.{layer}.{name}.{index}", layer, name, slices, residual)
         self._hidden = residual
 
     def _append_piece(
-        self, prefix: str, layer: int, sublayer: str, parts: Mapping[str, Part], residual: ir.Value
+        self, prefix: str, layer: int, sublayer: str, slices: Mapping[str, Slice], residual: ir.Value
     ) -> ir.Value:
         source = self._sources[sublayer].graph
         values: dict[ir.Value, ir.Value] = {}
@@ -108,13 +108,13 @@ class _Composer:
             if ".lora_" in name:
                 adapters.add(value)
             elif name.endswith("_proj.weight"):
-                parameter = LAYER_PREFIX.format(layer) + parts[name].parameter
+                parameter = LAYER_PREFIX.format(layer) + slices[name].parameter
                 (transpose,) = value.consumers()
                 product = transpose.outputs[0]
-                values[product] = self._initializer(f"{prefix}.{name}", self._matrix(parameter, parts[name]))
+                values[product] = self._initializer(f"{prefix}.{name}", self._matrix(parameter, slices[name]))
                 modules[product] = parameter.removesuffix(".weight")
             elif name == "norm.weight":
-                plain = self._frozen.plain(LAYER_PREFIX.format(layer) + parts[name].parameter)
+                plain = self._frozen.plain(LAYER_PREFIX.format(layer) + slices[name].parameter)
                 values[value] = self._initializer(f"{prefix}.{name}", plain)
             else:
                 values[value] = {"hidden": self._hidden, "residual": residual, **self._tables}[name]
@@ -160,9 +160,9 @@ class _Composer:
             self._inputs[out.name] = str(inputs[0].name)
             self._modules[out.name] = modules[own[1]]
 
-    def _matrix(self, parameter: str, part: Part) -> np.ndarray:
+    def _matrix(self, parameter: str, slice_: Slice) -> np.ndarray:
         """A float32 weight as a product takes it, (in, out)."""
-        block = self._frozen.linear(parameter, part.rows, part.columns)
+        block = self._frozen.linear(parameter, slice_.rows, slice_.columns)
         return np.ascontiguousarray(self._backend.weight("", block, np.empty)[""].T)
 
     def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
@@ -181,7 +181,7 @@ class _Composer:
             opset_imports={"": OPSET},
         )  # fmt: skip
         model = ir.Model(graph, ir_version=IR_VERSION)
-        passes.RemoveUnusedNodesPass()(model)
+        rewrites.RemoveUnusedNodesPass()(model)
         used = {str(value.name) for node in model.graph for value in node.outputs}
         modules = {name: module for name, module in self._modules.items() if name in used}
         return TrunkGraph(model, {name: self._inputs[name] for name in modules}, modules)
@@ -205,8 +205,8 @@ def make_static(model: ir.Model, length: int) -> ir.Model:
             )  # fmt: skip
             copy.graph.register_initializer(value)
             node.replace_input_with(1, value)
-    passes.DeduplicateInitializersPass()(copy)
-    passes.RemoveUnusedNodesPass()(copy)
+    rewrites.DeduplicateInitializersPass()(copy)
+    rewrites.RemoveUnusedNodesPass()(copy)
     return copy
 
 

@@ -27,7 +27,7 @@ class TomlFile:
     lines: Mapping[tuple[str, ...], int]
     """Line of each key, by its path; of what stands in an inline table, the table's key."""
 
-    def place(self, *keys: str) -> str:
+    def line(self, *keys: str) -> str:
         """`file:line` of a key, or of the nearest one above it."""
         for end in range(len(keys), 0, -1):
             if keys[:end] in self.lines:
@@ -74,7 +74,7 @@ def _read(path: Path, called: str) -> str:
 
 
 def _located(path: Path, text: str, message: str) -> str:
-    """Put the place, which tomllib names at the end of its message, in front, where editors and people look for it."""
+    """Put the line, which tomllib names at the end of its message, in front, where editors and people look for it."""
     found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", message, re.DOTALL)
     if found is None:
         return f"{path}: {message}"
@@ -88,18 +88,18 @@ def _lines(text: str) -> dict[tuple[str, ...], int]:
     section: tuple[str, ...] = ()
     for number, line in enumerate(text.split("\n"), 1):
         if header := _HEADER.match(line):
-            section = _parts(header[2])
+            section = _names(header[2])
             if header[1] == "[[":
                 counts[section] = counts.get(section, -1) + 1
                 lines.setdefault(section, number)
                 section = (*section, str(counts[section]))
             lines.setdefault(section, number)
         elif key := _KEY.match(line):
-            parts = (*section, *_parts(key[1]))
-            for end in range(len(section) + 1, len(parts) + 1):
-                lines.setdefault(parts[:end], number)
+            names = (*section, *_names(key[1]))
+            for end in range(len(section) + 1, len(names) + 1):
+                lines.setdefault(names[:end], number)
     return lines
 
 
-def _parts(dotted: str) -> tuple[str, ...]:
-    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
+def _names(dotted: str) -> tuple[str, ...]:
+    return tuple(name.strip().strip("\"'") for name in dotted.split("."))

@@ -1,4 +1,4 @@
-// Train what `edgetune bundle --target android` laid out, with ONNX Runtime's Java API (com.microsoft.onnxruntime:
+// Train what `edgetune ship --target android` laid out, with ONNX Runtime's Java API (com.microsoft.onnxruntime:
 // onnxruntime-android): read target.json, run the step, feed its gradients to the optimizer, swap the states.
 //
 // NOT COMPILED HERE: there is no Android SDK where edgetune is tested. It does step by step what train.cpp does, which
@@ -34,16 +34,16 @@ class Floats(val shape: LongArray, val values: FloatArray) {
  * (AssetPackManager.getPackLocation(pack).assetsPath()) and give it back (removePack), one pack after the other.
  */
 class Trainer(private val folder: File) : AutoCloseable {
-    private val target = JSONObject(File(folder, "target.json").readText()).also {
+    private val shipped = JSONObject(File(folder, "target.json").readText()).also {
         require(it.getString("format") == "edgetune-target" && it.getInt("format_version") == 1) { "another format" }
     }
-    private val prefix = target.getJSONObject("adapter").getString("prefix")
+    private val prefix = shipped.getJSONObject("adapter").getString("prefix")
     private val environment = OrtEnvironment.getEnvironment()
     private val step = Graph("step")
     private val adamw = Graph("adamw")
 
     /** By graph input: every LoRA parameter and its two moments. */
-    private var state = readAdapter(File(folder, target.getJSONObject("adapter").getString("file"))).let { parameters ->
+    private var state = readAdapter(File(folder, shipped.getJSONObject("adapter").getString("file"))).let { parameters ->
         parameters + parameters.flatMap { (name, value) ->
             listOf("$name.exp_avg", "$name.exp_avg_sq").map { it to Floats(*value.shape) }
         }
@@ -53,7 +53,7 @@ class Trainer(private val folder: File) : AutoCloseable {
 
     /** One optimizer step on some rows; returns their loss before it. A step that is not finite changes nothing. */
     fun train(rows: List<Row>, learningRate: Float, weightDecay: Float = 0f): Float {
-        val optimizer = target.getJSONObject("optimizer")
+        val optimizer = shipped.getJSONObject("optimizer")
         val scalars = mapOf(
             "loss_scale" to 1f,
             "learning_rate" to learningRate,
@@ -98,7 +98,7 @@ class Trainer(private val folder: File) : AutoCloseable {
     }
 
     private inner class Graph(role: String) {
-        private val described = target.getJSONArray("graphs").objects().first { it.getString("role") == role }
+        private val described = shipped.getJSONArray("graphs").objects().first { it.getString("role") == role }
         private val inputs = described.getJSONArray("inputs").objects().map { it.getString("name") }
         val session: OrtSession =
             environment.createSession(File(folder, described.getString("file")).path, OrtSession.SessionOptions())
@@ -127,7 +127,7 @@ class Trainer(private val folder: File) : AutoCloseable {
     private fun tokens(rows: List<Row>): Map<String, Pair<LongArray, LongArray>> {
         val longest = rows.maxOf { it.ids.size }
         val shape = longArrayOf(rows.size.toLong(), longest.toLong())
-        val ids = LongArray(rows.size * longest) { target.getJSONObject("tokenizer").getLong("pad_token_id") }
+        val ids = LongArray(rows.size * longest) { shipped.getJSONObject("tokenizer").getLong("pad_token_id") }
         val labels = LongArray(rows.size * longest) { -100 }
         rows.forEachIndexed { index, row ->
             row.ids.copyInto(ids, index * longest)
@@ -137,7 +137,7 @@ class Trainer(private val folder: File) : AutoCloseable {
     }
 
     private fun tables(rows: List<Row>): Map<String, Floats> {
-        val architecture = target.getJSONObject("architecture")
+        val architecture = shipped.getJSONObject("architecture")
         val rope = architecture.getJSONObject("rope")
         val (size, longest, dim) = Triple(rows.size, rows.maxOf { it.ids.size }, rope.getInt("dim"))
         val window = if (architecture.isNull("sliding_window")) longest else architecture.getInt("sliding_window")
@@ -180,7 +180,7 @@ class Trainer(private val folder: File) : AutoCloseable {
 
 private fun JSONArray.objects(): List<JSONObject> = List(length()) { getJSONObject(it) }
 
-/** Three passes over rows that `edgetune preview --json` wrote. */
+/** Three epochs of rows that `edgetune preview --json` wrote. */
 fun personalise(folder: File, rows: File, adapter: File) {
     val read = rows.readLines().map { JSONObject(it) }.map { row ->
         fun longs(key: String) = row.getJSONArray(key).let { list -> LongArray(list.length()) { list.getLong(it) } }

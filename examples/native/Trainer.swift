@@ -1,14 +1,14 @@
-// Train what `edgetune bundle --target ios` laid out, with ONNX Runtime's Objective-C API (pod onnxruntime-objc, or the
+// Train what `edgetune ship --target ios` laid out, with ONNX Runtime's Objective-C API (pod onnxruntime-objc, or the
 // Swift package): read target.json, run the step, feed its gradients to the optimizer, swap the states.
 //
 // NOT COMPILED HERE: there is no Xcode where edgetune is tested. It does step by step what train.cpp does, which is
-// compiled and compared. Add the target's folder to the app as a folder reference and pass Bundle.main's URL of it; call
+// compiled and compared. Add the shipped folder to the app as a folder reference and pass Bundle.main's URL of it; call
 // it from a background task.
 
 import Foundation
 import onnxruntime_objc  // with the Swift package: OnnxRuntimeBindings
 
-struct Target: Decodable {
+struct Shipped: Decodable {
     struct Tensor: Decodable { let name, kind: String }
     struct Graph: Decodable { let role, file: String; let inputs, outputs: [Tensor] }
     struct Adapter: Decodable { let file, prefix: String }
@@ -46,11 +46,11 @@ struct Floats {
 }
 
 final class Graph {
-    private let described: Target.Graph
+    private let described: Shipped.Graph
     private let session: ORTSession
 
-    init(_ environment: ORTEnv, _ folder: URL, _ target: Target, _ role: String) throws {
-        described = target.graphs.first { $0.role == role }!
+    init(_ environment: ORTEnv, _ folder: URL, _ shipped: Shipped, _ role: String) throws {
+        described = shipped.graphs.first { $0.role == role }!
         let path = folder.appendingPathComponent(described.file).path
         session = try ORTSession(env: environment, modelPath: path, sessionOptions: nil)
     }
@@ -67,7 +67,7 @@ final class Graph {
 }
 
 final class Trainer {
-    private let target: Target
+    private let shipped: Shipped
     private let environment: ORTEnv
     private let step, adamw: Graph
     /// By graph input: every LoRA parameter and its two moments.
@@ -76,13 +76,13 @@ final class Trainer {
     private var stepsDone = 0
 
     init(folder: URL) throws {
-        target = try JSONDecoder().decode(
-            Target.self, from: Data(contentsOf: folder.appendingPathComponent("target.json")))
-        guard target.format == "edgetune-target", target.format_version == 1 else { throw TrainingError.anotherFormat }
+        shipped = try JSONDecoder().decode(
+            Shipped.self, from: Data(contentsOf: folder.appendingPathComponent("target.json")))
+        guard shipped.format == "edgetune-target", shipped.format_version == 1 else { throw TrainingError.anotherFormat }
         environment = try ORTEnv(loggingLevel: .warning)
-        step = try Graph(environment, folder, target, "step")
-        adamw = try Graph(environment, folder, target, "adamw")
-        state = try Trainer.readAdapter(folder.appendingPathComponent(target.adapter.file), target.adapter.prefix)
+        step = try Graph(environment, folder, shipped, "step")
+        adamw = try Graph(environment, folder, shipped, "adamw")
+        state = try Trainer.readAdapter(folder.appendingPathComponent(shipped.adapter.file), shipped.adapter.prefix)
         parameters = state.keys.sorted()
         for name in parameters {
             state[name + ".exp_avg"] = Floats(state[name]!.shape)
@@ -95,7 +95,7 @@ final class Trainer {
         var inputs = try tokens(rows)
         let scalars: [String: Float] = [
             "loss_scale": 1, "learning_rate": learningRate, "weight_decay": weightDecay,
-            "max_grad_norm": target.optimizer.max_grad_norm, "step": Float(stepsDone + 1),
+            "max_grad_norm": shipped.optimizer.max_grad_norm, "step": Float(stepsDone + 1),
         ]
         for (name, value) in scalars { inputs[name] = try tensor(Floats([1], [value])) }
         for (name, value) in state.merging(tables(rows), uniquingKeysWith: { _, new in new }) {
@@ -118,7 +118,7 @@ final class Trainer {
         for name in parameters {
             let value = state[name]!, start = bytes.count
             value.values.withUnsafeBytes { bytes.append(contentsOf: $0) }
-            header[target.adapter.prefix + name] = [
+            header[shipped.adapter.prefix + name] = [
                 "dtype": "F32", "shape": value.shape, "data_offsets": [start, bytes.count],
             ] as [String: Any]
         }
@@ -138,7 +138,7 @@ final class Trainer {
         var ids: [Int64] = [], labels: [Int64] = []
         for row in rows {
             let rest = longest - row.input_ids.count
-            ids += row.input_ids + [Int64](repeating: target.tokenizer.pad_token_id, count: rest)
+            ids += row.input_ids + [Int64](repeating: shipped.tokenizer.pad_token_id, count: rest)
             // The label of a position is the token that shall follow it.
             labels += row.labels.dropFirst() + [Int64](repeating: -100, count: rest + 1)
         }
@@ -150,8 +150,8 @@ final class Trainer {
     }
 
     private func tables(_ rows: [Row]) -> [String: Floats] {
-        let rope = target.architecture.rope, longest = rows.map(\.input_ids.count).max()!
-        let window = target.architecture.sliding_window ?? longest
+        let rope = shipped.architecture.rope, longest = rows.map(\.input_ids.count).max()!
+        let window = shipped.architecture.sliding_window ?? longest
         var bias = Floats([rows.count, 1, longest, longest])
         for i in bias.values.indices {
             let query = i / longest % longest, key = i % longest
@@ -184,7 +184,7 @@ final class Trainer {
     }
 }
 
-/// Three passes over rows that `edgetune preview --json` wrote.
+/// Three epochs of rows that `edgetune preview --json` wrote.
 func personalise(folder: URL, rows: URL, adapter: URL) throws {
     let lines = try String(contentsOf: rows, encoding: .utf8).split(separator: "\n")
     let read = try lines.map { try JSONDecoder().decode(Row.self, from: Data($0.utf8)) }

@@ -1,12 +1,12 @@
 // Train what `edgetune ship` laid out, with ONNX Runtime's C++ API: read target.json, run the step, feed its gradients
 // to the optimizer, swap the states. Compiled and compared with PyTorch by `make test-native`.
 //
-//   edgetune ship BUNDLE --target linux-arm64 --output target
+//   edgetune ship BUNDLE --target linux-arm64 --output shipped
 //   edgetune preview BUNDLE --data train.jsonl --json > rows.jsonl
 //   c++ -std=c++20 -O2 train.cpp -lonnxruntime -o train       # headers: onnxruntime_cxx_api.h, nlohmann/json.hpp
-//   ./train target rows.jsonl adapter_model.safetensors 200 8 3e-3 0
+//   ./train shipped rows.jsonl adapter_model.safetensors 200 8 3e-3 0
 //
-// The arguments: target folder, rows, adapter to write, steps, batch size, learning rate, weight decay.
+// The arguments: shipped folder, rows, adapter to write, steps, batch size, learning rate, weight decay.
 
 #include <onnxruntime_cxx_api.h>
 
@@ -109,16 +109,16 @@ void write_adapter(const fs::path& path, const std::string& prefix, const Tensor
 
 // --- Rows to tensors -------------------------------------------------------------------------------------------------
 
-Batch make_batch(const std::vector<Row>& rows, const json& target) {
-  const json& rope = target["architecture"]["rope"];
+Batch make_batch(const std::vector<Row>& rows, const json& shipped) {
+  const json& rope = shipped["architecture"]["rope"];
   const int64_t size = static_cast<int64_t>(rows.size()), dim = rope["dim"];
   int64_t longest = 0;
   for (const Row& row : rows) longest = std::max(longest, static_cast<int64_t>(row.ids.size()));
-  const json& sliding = target["architecture"]["sliding_window"];
+  const json& sliding = shipped["architecture"]["sliding_window"];
   const int64_t window = sliding.is_null() ? longest : sliding.get<int64_t>();
 
   Batch batch{{size, longest}, {}, {}, {}};
-  batch.ids.assign(size * longest, target["tokenizer"]["pad_token_id"].get<int64_t>());
+  batch.ids.assign(size * longest, shipped["tokenizer"]["pad_token_id"].get<int64_t>());
   batch.labels.assign(size * longest, -100);
   for (int64_t r = 0; r < size; ++r) {
     std::copy(rows[r].ids.begin(), rows[r].ids.end(), batch.ids.begin() + r * longest);
@@ -183,8 +183,8 @@ class Graph {
   Ort::Session session_;
 };
 
-const json& graph_of(const json& target, const std::string& role) {
-  for (const json& graph : target["graphs"])
+const json& graph_of(const json& shipped, const std::string& role) {
+  for (const json& graph : shipped["graphs"])
     if (graph["role"] == role) return graph;
   throw std::runtime_error("target.json has no graph " + role);
 }
@@ -193,15 +193,15 @@ const json& graph_of(const json& target, const std::string& role) {
 
 int train(const fs::path& folder, const fs::path& rows_file, const fs::path& output, int steps, size_t batch_size,
           float learning_rate, float weight_decay) {
-  const json target = json::parse(std::ifstream(folder / "target.json"));
-  if (target["format"] != "edgetune-target" || target["format_version"] != 1)
+  const json shipped = json::parse(std::ifstream(folder / "target.json"));
+  if (shipped["format"] != "edgetune-target" || shipped["format_version"] != 1)
     throw std::runtime_error("target.json is of another format");
   const std::vector<Row> rows = read_rows(rows_file);
-  const std::string prefix = target["adapter"]["prefix"];
-  Tensors parameters = read_adapter(folder / target["adapter"]["file"].get<std::string>(), prefix);
+  const std::string prefix = shipped["adapter"]["prefix"];
+  Tensors parameters = read_adapter(folder / shipped["adapter"]["file"].get<std::string>(), prefix);
 
   Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "edgetune");
-  Graph step(env, folder, graph_of(target, "step")), adamw(env, folder, graph_of(target, "adamw"));
+  Graph step(env, folder, graph_of(shipped, "step")), adamw(env, folder, graph_of(shipped, "adamw"));
 
   // The state by graph input; the optimizer writes a second set, and the two change places after a good step.
   Tensors state = parameters, gradients;
@@ -214,14 +214,14 @@ int train(const fs::path& folder, const fs::path& rows_file, const fs::path& out
   Tensors scalars;
   for (const auto& [name, value] : std::map<std::string, float>{
            {"loss_scale", 1}, {"learning_rate", learning_rate}, {"weight_decay", weight_decay}, {"step", 0},
-           {"max_grad_norm", target["optimizer"]["max_grad_norm"]}, {"loss", 0}, {"grad_norm", 0}})
+           {"max_grad_norm", shipped["optimizer"]["max_grad_norm"]}, {"loss", 0}, {"grad_norm", 0}})
     scalars[name] = {{1}, {value}};
   auto array = [&](Tensors& from, const std::string& name) { return view(from.at(name).values, from.at(name).shape); };
 
   size_t first = 0;
   for (int number = 1; number <= steps; ++number) {
     const size_t last = std::min(first + batch_size, rows.size());
-    Batch batch = make_batch({rows.begin() + first, rows.begin() + last}, target);
+    Batch batch = make_batch({rows.begin() + first, rows.begin() + last}, shipped);
     first = last % rows.size();
 
     step.run(
@@ -263,7 +263,7 @@ int train(const fs::path& folder, const fs::path& rows_file, const fs::path& out
 
 int main(int count, char** arguments) {
   if (count != 8) {
-    std::fprintf(stderr, "usage: train TARGET ROWS ADAPTER STEPS BATCH_SIZE LEARNING_RATE WEIGHT_DECAY\n");
+    std::fprintf(stderr, "usage: train FOLDER ROWS ADAPTER STEPS BATCH_SIZE LEARNING_RATE WEIGHT_DECAY\n");
     return 2;
   }
   try {

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.numpy import load_file
 
-from edgetune.config import PlanName, TargetConfig, TrainConfig
+from edgetune.config import PlanName, ShipConfig, TrainConfig
 from edgetune.formats.bundle import open_bundle
 from edgetune.ship import lay_out
 from edgetune.ship.platforms import PLATFORMS
@@ -92,11 +92,11 @@ def test_it_measures_and_answers_as_pytorch_does(board: Board) -> None:
     assert (said.code, said.out.strip()) == (0, answer["text"]), said
 
 
-def test_a_target_trains_there_with_onnxruntime_and_numpy_alone(board: Board, tmp_path: Path) -> None:
-    """Step and optimizer of a target in several files of weights, once, bit for bit as they are in the bundle."""
+def test_a_shipped_folder_trains_there_with_onnxruntime_and_numpy_alone(board: Board, tmp_path: Path) -> None:
+    """Step and optimizer of a shipped folder in several files of weights, once, bit for bit as they are in a bundle."""
     small = replace(PLATFORMS["linux-arm64"], shard=20_000)
-    target = lay_out(open_bundle(BUNDLE), "linux-arm64", tmp_path / "t", TargetConfig(), lambda text: None, small)
-    assert len(target.manifest.weights) > 3
+    shipped = lay_out(open_bundle(BUNDLE), "linux-arm64", tmp_path / "t", ShipConfig(), lambda text: None, small)
+    assert len(shipped.manifest.weights) > 3
     program = """
 import sys, numpy as np, onnxruntime as ort
 for role in ("step", "adamw"):

@@ -30,7 +30,7 @@ from edgetune.cli import VERBS, main
 from edgetune.cli.interruption import termination_interrupts
 from edgetune.cli.output import notices, printable
 from edgetune.cli.progress import BarObserver, LineObserver, duration_text
-from edgetune.config import ExportConfig, GenerateConfig, PrepareConfig, SplitConfig, TargetConfig, TrainConfig
+from edgetune.config import ExportConfig, GenerateConfig, PrepareConfig, ShipConfig, SplitConfig, TrainConfig
 from edgetune.doctor import Finding
 from edgetune.errors import (
     DataError,
@@ -195,7 +195,7 @@ def test_the_examples_in_the_help_can_be_parsed(name: str) -> None:
         ("train", TrainConfig()),
         ("export", ExportConfig()),
         ("generate", GenerateConfig()),
-        ("ship", TargetConfig()),
+        ("ship", ShipConfig()),
     ],
 )
 def test_every_field_of_a_config_is_an_option_with_its_default(name: str, config: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
-from edgetune.data.packing import Room
+from edgetune.data.packing import Capacity
 from edgetune.errors import UsageError
 from support.random_rows import rows_of
 from support.tiny_phi3 import bundle
@@ -62,11 +62,11 @@ def test_a_row_that_fits_no_bucket_is_refused_before_anything_is_compiled() -> N
         batches_of("4x32", LENGTHS, packing=True)
 
 
-@pytest.mark.parametrize("room", [Room(4, 48, 128), Room(1, 8, 8), Room(3, 256, 256)])
-def test_the_default_is_few_shapes_that_take_the_longest_row(room: Room) -> None:
-    found = default_buckets(room)
+@pytest.mark.parametrize("capacity", [Capacity(4, 48, 128), Capacity(1, 8, 8), Capacity(3, 256, 256)])
+def test_the_default_is_few_shapes_that_take_the_longest_row(capacity: Capacity) -> None:
+    found = default_buckets(capacity)
     assert len(found) <= 4
-    assert max(bucket.length for bucket in found) == room.longest
+    assert max(bucket.length for bucket in found) == capacity.longest
     for bucket in found:
-        assert bucket.batch * bucket.length <= room.positions
-        assert bucket.batch * bucket.length**2 <= room.scores
+        assert bucket.batch * bucket.length <= capacity.positions
+        assert bucket.batch * bucket.length**2 <= capacity.scores

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgetune.data.packing import MULTIPLE, Pass, Room, attention_share, pack, pad, round_up
+from edgetune.data.packing import MULTIPLE, Capacity, Pass, attention_share, pack, pad, round_up
 from edgetune.model.architecture import Architecture
 from edgetune.model.rope import Rope
 
@@ -16,8 +16,8 @@ ATTENTION = 1e-3
 lengths_of_rows = st.lists(st.integers(1, 600), min_size=1, max_size=60)
 
 
-def room_for(lengths: Sequence[int], batch_size: int, max_length: int = 700) -> Room:
-    return Room(batch_size, round_up(max(lengths), max_length), round_up(max_length, max_length))
+def capacity_for(lengths: Sequence[int], batch_size: int, max_length: int = 700) -> Capacity:
+    return Capacity(batch_size, round_up(max(lengths), max_length), round_up(max_length, max_length))
 
 
 def positions(passes: list[Pass]) -> int:
@@ -36,32 +36,32 @@ def test_lengths_are_few_and_not_much_longer() -> None:
     assert (round_up(500, 500), round_up(490, 500), round_up(470, 500), round_up(3, 500)) == (504, 496, 480, 8)
 
 
-@pytest.mark.parametrize("lay", [lambda lengths, room: pack(lengths, room, ATTENTION), pad])
+@pytest.mark.parametrize("lay", [lambda lengths, capacity: pack(lengths, capacity, ATTENTION), pad])
 @settings(deadline=None)
 @given(lengths=lengths_of_rows, batch_size=st.integers(1, 20), max_length=st.integers(600, 1500))
 def test_every_row_has_one_place_within_the_room(
-    lay: Callable[[Sequence[int], Room], list[Pass]], lengths: list[int], batch_size: int, max_length: int
+    lay: Callable[[Sequence[int], Capacity], list[Pass]], lengths: list[int], batch_size: int, max_length: int
 ) -> None:
-    room = room_for(lengths, batch_size, max_length)
-    passes = lay(lengths, room)
+    capacity = capacity_for(lengths, batch_size, max_length)
+    passes = lay(lengths, capacity)
     rows = [row for item in passes for rows in item.packs for row in rows]
     assert sorted(rows) == list(range(len(lengths)))
-    worst = batch_size * room.longest
+    worst = batch_size * capacity.longest
     for item in passes:
         assert all(0 < sum(lengths[row] for row in rows) <= item.length for rows in item.packs)
         assert item.packs
-        assert item.length <= room.limit
+        assert item.length <= capacity.limit
         assert len(item.packs) * item.length <= worst
-        assert len(item.packs) * item.length**2 <= worst * room.longest
-    assert passes == lay(lengths, room)
+        assert len(item.packs) * item.length**2 <= worst * capacity.longest
+    assert passes == lay(lengths, capacity)
 
 
 @settings(deadline=None)
 @given(lengths=lengths_of_rows, batch_size=st.integers(1, 20))
 def test_packing_never_computes_more_than_one_padded_batch(lengths: list[int], batch_size: int) -> None:
     lengths = lengths[:batch_size]
-    room = room_for(lengths, batch_size)
-    packed, padded = pack(lengths, room, ATTENTION), pad(lengths, room)
+    capacity = capacity_for(lengths, batch_size)
+    packed, padded = pack(lengths, capacity, ATTENTION), pad(lengths, capacity)
     assert len(padded) == 1
     work = [sum(len(p.packs) * p.length * (1 + ATTENTION * p.length) for p in passes) for passes in (packed, padded)]
     assert work[0] <= work[1]
@@ -69,32 +69,32 @@ def test_packing_never_computes_more_than_one_padded_batch(lengths: list[int], b
 
 def test_rows_that_fill_each_other_are_found() -> None:
     lengths = [300, 100, 256, 212, 256, 412]
-    (found,) = pack(lengths, Room(4, 512, 512), ATTENTION)
+    (found,) = pack(lengths, Capacity(4, 512, 512), ATTENTION)
     assert found.length == 512
     assert sorted(sorted(lengths[row] for row in rows) for rows in found.packs) == [[100, 412], [212, 300], [256, 256]]
 
 
 def test_long_sequences_are_avoided_where_attention_is_dear() -> None:
-    lengths, room = [100, 60, 60, 60], Room(8, 104, 512)
-    assert [(item.length, len(item.packs)) for item in pack(lengths, room, 0.0)] == [(288, 1)]
-    assert [(item.length, len(item.packs)) for item in pack(lengths, room, 1.0)] == [(120, 3)]
+    lengths, capacity = [100, 60, 60, 60], Capacity(8, 104, 512)
+    assert [(item.length, len(item.packs)) for item in pack(lengths, capacity, 0.0)] == [(288, 1)]
+    assert [(item.length, len(item.packs)) for item in pack(lengths, capacity, 1.0)] == [(120, 3)]
 
 
 def test_chat_rows_fill_what_is_computed() -> None:
     lengths = [41, 57, 66, 80, 93, 101, 118, 125, 140, 155, 171, 190, 220, 260, 330, 500]
-    room = Room(16, 512, 1024)
-    packed, padded = pack(lengths, room, 1e-4), pad(lengths, room)
+    capacity = Capacity(16, 512, 1024)
+    packed, padded = pack(lengths, capacity, 1e-4), pad(lengths, capacity)
     assert sum(lengths) / positions(packed) > 0.95
     assert positions(padded) / positions(packed) > 2.5
 
 
 def test_many_rows_make_as_few_passes_as_fit() -> None:
-    passes = pack([100] * 40, Room(2, 512, 512), 0.0)
+    passes = pack([100] * 40, Capacity(2, 512, 512), 0.0)
     assert [sum(map(len, item.packs)) for item in passes] == [10] * 4
 
 
 def test_padded_rows_of_similar_length_share_a_pass() -> None:
-    assert pad([10, 200, 12, 190], Room(2, 208, 512)) == [Pass(200, [[1], [3]]), Pass(16, [[2], [0]])]
+    assert pad([10, 200, 12, 190], Capacity(2, 208, 512)) == [Pass(200, [[1], [3]]), Pass(16, [[2], [0]])]
 
 
 def test_attention_is_weighed_by_the_model_s_sizes() -> None:

@@ -1,4 +1,4 @@
-// {examples, target} in, the tensors of their batch out.
+// {examples, shipped} in, the tensors of their batch out.
 
 import { text } from "node:stream/consumers";
 
@@ -10,5 +10,5 @@ class Tensor {
   }
 }
 
-const { examples, target } = JSON.parse(await text(process.stdin));
-console.log(JSON.stringify(makeBatch(Tensor, examples, target)));
+const { examples, shipped } = JSON.parse(await text(process.stdin));
+console.log(JSON.stringify(makeBatch(Tensor, examples, shipped)));

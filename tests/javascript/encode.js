@@ -6,8 +6,8 @@ import { Template } from "../../examples/javascript/node_modules/@huggingface/ji
 import { Encoder } from "../../examples/javascript/training/encoder.js";
 import { TokenPlaces } from "../../examples/javascript/training/tokens.js";
 
-const { tokenizer, template, target, rows, prompts } = JSON.parse(await text(process.stdin));
-const encoder = new Encoder(target, new TokenPlaces(tokenizer), new Template(template));
+const { tokenizer, template, shipped, rows, prompts } = JSON.parse(await text(process.stdin));
+const encoder = new Encoder(shipped, new TokenPlaces(tokenizer), new Template(template));
 
 function attempt(make) {
   try {

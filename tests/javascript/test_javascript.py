@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 
-from edgetune.config import Base, TargetConfig
+from edgetune.config import Base, ShipConfig
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Encoder, Example
 from edgetune.data.rows import ChatRow, CompletionRow, Message, Row, TextRow
@@ -131,7 +131,7 @@ def test_tokens_and_labels_are_those_of_python(kind: str, name: str) -> None:
         request={
             "tokenizer": json.loads(tokenizer.to_str()),
             "template": template,
-            "target": {"tokenizer": described, "max_length": 10_000},
+            "shipped": {"tokenizer": described, "max_length": 10_000},
             "rows": rows,
             "prompts": prompts,
         },
@@ -157,7 +157,7 @@ def test_text_that_javascript_reads_otherwise_is_refused(text: str) -> None:
     request = {
         "tokenizer": json.loads(KINDS["golden"]().to_str()),
         "template": "",
-        "target": {"tokenizer": described, "max_length": 100},
+        "shipped": {"tokenizer": described, "max_length": 100},
         "rows": [{"text": text}, {"text": "lamp"}, {"text": "lamp " * 200}],
         "prompts": [],
     }
@@ -173,12 +173,12 @@ def test_text_that_javascript_reads_otherwise_is_refused(text: str) -> None:
 def test_batches_are_those_of_python(lengths: tuple[int, ...], window: int | None) -> None:
     rope = Rope(8, 10000.0, 1.19, [1.0, 1.1, 1.3, 2.0], [1.5, 2.5, 4.0, 30.0], 10)
     examples = [Example(1, list(range(3, 3 + length)), [-100, *range(4, 3 + length)]) for length in lengths]
-    target = {
+    shipped = {
         "tokenizer": {"pad_token_id": 2},
         "architecture": {"sliding_window": window, "rope": {**rope.__dict__}},
     }
     given = [{"inputIds": example.input_ids, "labels": example.labels} for example in examples]
-    found = ask_node("batch.js", request={"examples": given, "target": target})
+    found = ask_node("batch.js", request={"examples": given, "shipped": shipped})
     expected = make_batch(examples, rope, 2, multiple_of=1, sliding_window=window)
     real = expected.rows >= 0  # what padding looks at is of no account
     for name, tensor in expected.tensors().items():
@@ -189,12 +189,12 @@ def test_batches_are_those_of_python(lengths: tuple[int, ...], window: int | Non
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lay_out_golden(tmp_path_factory.mktemp("node") / "target")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lay_out_golden(tmp_path_factory.mktemp("node") / "shipped")
 
 
-def train_in_node(target: Path, data: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return node(EXAMPLES / "node" / "train.js", target, "--data", data, "--output", output, *options)
+def train_in_node(shipped: Path, data: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return node(EXAMPLES / "node" / "train.js", shipped, "--data", data, "--output", output, *options)
 
 
 def losses_of(done: subprocess.CompletedProcess[str]) -> list[float]:
@@ -210,15 +210,15 @@ def test_every_variant_loses_what_it_loses_in_python(
     prepared: Prepared, tmp_path: Path, variant: str, base: Base
 ) -> None:
     bundle = prepared(variant, base)
-    target = lay_out_for_web(bundle, tmp_path / "target", TargetConfig())
-    done = train_in_node(target, GOLDEN / "train.jsonl", tmp_path / "node", *OPTIONS.split())
-    expected = train_in_python(0.01, tmp_path / "python", bundle.path, target / "adapter")
+    shipped = lay_out_for_web(bundle, tmp_path / "shipped", ShipConfig())
+    done = train_in_node(shipped, GOLDEN / "train.jsonl", tmp_path / "node", *OPTIONS.split())
+    expected = train_in_python(0.01, tmp_path / "python", bundle.path, shipped / "adapter")
     np.testing.assert_allclose(losses_of(done), expected, rtol=0, atol=TOLERANCE)
     assert expected[-1] < expected[0]
 
 
-def test_node_loses_what_python_and_pytorch_lose(target: Path, tmp_path: Path) -> None:
-    done = train_in_node(target, GOLDEN / "train.jsonl", tmp_path / "node", *OPTIONS.split())
+def test_node_loses_what_python_and_pytorch_lose(shipped: Path, tmp_path: Path) -> None:
+    done = train_in_node(shipped, GOLDEN / "train.jsonl", tmp_path / "node", *OPTIONS.split())
     losses = losses_of(done)
     np.testing.assert_allclose(losses, train_in_python(0.01, tmp_path / "python"), rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(losses, EXPECTED["losses"], rtol=TOLERANCE)
@@ -233,28 +233,28 @@ def test_node_loses_what_python_and_pytorch_lose(target: Path, tmp_path: Path) -
     assert evaluation.loss == pytest.approx(EXPECTED["validation_loss"]["last"], rel=TOLERANCE)
 
 
-def test_node_answers_what_pytorch_answers(target: Path) -> None:
+def test_node_answers_what_pytorch_answers(shipped: Path) -> None:
     prompts = [answer["prompt_ids"] for answer in EXPECTED["answers"]]
-    assert ask_node("answers.js", target, request=prompts) == [answer["answer_ids"] for answer in EXPECTED["answers"]]
+    assert ask_node("answers.js", shipped, request=prompts) == [answer["answer_ids"] for answer in EXPECTED["answers"]]
 
 
-def test_bad_rows_and_options_are_named(target: Path, tmp_path: Path) -> None:
+def test_bad_rows_and_options_are_named(shipped: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "lamp"}\n{"txt": "lamp"}\n{"text": \n')
-    done = train_in_node(target, rows, tmp_path / "adapter")
+    done = train_in_node(shipped, rows, tmp_path / "adapter")
     assert done.returncode == 1
     assert re.match(r"line 2: a row has .*; found txt\nline 3: .*JSON", done.stderr)
-    done = train_in_node(target, GOLDEN / "train.jsonl", tmp_path / "adapter", "--steps", "many")
+    done = train_in_node(shipped, GOLDEN / "train.jsonl", tmp_path / "adapter", "--steps", "many")
     assert (done.returncode, done.stderr) == (1, "--steps is many, expected a number from 1 on\n")
-    done = train_in_node(target, GOLDEN / "train.jsonl", rows)
+    done = train_in_node(shipped, GOLDEN / "train.jsonl", rows)
     assert (done.returncode, done.stderr) == (1, f"{rows} is already there; choose another name\n")
     assert list(tmp_path.iterdir()) == [rows]
 
 
 @pytest.mark.parametrize("name", ["target.json", "model/weights-00.bin", "model/step.onnx", "tokenizer.json"])
-def test_a_changed_bit_is_found(target: Path, tmp_path: Path, name: str) -> None:
-    folder = tmp_path / "target"
-    shutil.copytree(target, folder)
+def test_a_changed_bit_is_found(shipped: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "shipped"
+    shutil.copytree(shipped, folder)
     changed = bytearray((folder / name).read_bytes())
     changed[len(changed) // 2] ^= 1
     (folder / name).write_bytes(changed)

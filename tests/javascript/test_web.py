@@ -43,8 +43,8 @@ LEAST_CONTRAST = 4.5
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("web")
-    target = lay_out_golden(folder / "target")
-    done = node(EXAMPLES / "web" / "build.js", target, folder / "site", "--rows", GOLDEN / "train.jsonl")
+    shipped = lay_out_golden(folder / "shipped")
+    done = node(EXAMPLES / "web" / "build.js", shipped, folder / "site", "--rows", GOLDEN / "train.jsonl")
     assert done.returncode == 0, done.stderr
     return folder / "site"
 

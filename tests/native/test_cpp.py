@@ -1,4 +1,4 @@
-"""The C++ sample, compiled against ONNX Runtime's C++ API, trains a target as PyTorch trains its model."""
+"""The C++ sample, compiled against ONNX Runtime's C++ API, trains a shipped folder as PyTorch trains its model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from edgetune.config import TargetConfig, TrainConfig
+from edgetune.config import ShipConfig, TrainConfig
 from edgetune.formats.bundle import open_bundle
 from edgetune.preview import preview
 from edgetune.ship import lay_out
@@ -82,14 +82,14 @@ def rows_of(file: Path, path: Path) -> Path:
 
 
 def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: Path) -> None:
-    config = TargetConfig(adapter=ADAPTER)
+    config = ShipConfig(adapter=ADAPTER)
     small = replace(PLATFORMS["linux-arm64"], shard=20_000)
-    target = lay_out(open_bundle(BUNDLE), "linux-arm64", tmp_path / "target", config, print, small)
-    assert len(target.manifest.weights) > 3
+    shipped = lay_out(open_bundle(BUNDLE), "linux-arm64", tmp_path / "shipped", config, print, small)
+    assert len(shipped.manifest.weights) > 3
     rows = rows_of(TRAIN, tmp_path / "rows.jsonl")
     written = tmp_path / "adapter_model.safetensors"
     numbers = [OPTIONS[key] for key in ("steps", "batch_size", "learning_rate", "weight_decay")]
-    command = [str(program), str(tmp_path / "target"), str(rows), str(written), *map(str, numbers)]
+    command = [str(program), str(tmp_path / "shipped"), str(rows), str(written), *map(str, numbers)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = re.findall(r"step \d+ loss (\S+) gradient norm (\S+)", done.stdout)
@@ -108,11 +108,11 @@ def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: P
 
 
 def test_what_is_wrong_ends_the_sample_with_a_reason(program: Path, tmp_path: Path) -> None:
-    lay_out(open_bundle(BUNDLE), "ios", tmp_path / "target", TargetConfig(), print)
+    lay_out(open_bundle(BUNDLE), "ios", tmp_path / "shipped", ShipConfig(), print)
     rows = rows_of(TRAIN, tmp_path / "rows.jsonl")
     (tmp_path / "empty").touch()
-    for target, file in (("missing", rows), ("target", tmp_path / "empty")):
-        command = [str(program), str(tmp_path / target), str(file), str(tmp_path / "out"), "1", "2", "1e-3", "0"]
+    for name, file in (("missing", rows), ("shipped", tmp_path / "empty")):
+        command = [str(program), str(tmp_path / name), str(file), str(tmp_path / "out"), "1", "2", "1e-3", "0"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("error: ")

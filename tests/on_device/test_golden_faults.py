@@ -232,7 +232,7 @@ def test_an_output_that_is_there_stays(tmp_path: Path) -> None:
         assert (tmp_path / "out" / "precious").read_text() == "mine"
 
 
-def test_a_device_lays_out_a_target_without_the_host(tmp_path: Path, trained: Trained) -> None:
+def test_a_device_lays_out_a_shipped_folder_without_the_host(tmp_path: Path, trained: Trained) -> None:
     arguments = ("--target", "android", "--output", tmp_path / "out", "--adapter", trained.result.path, "--json")
     said = edgetune("ship", BUNDLE, *arguments)
     assert said.code == 0, said

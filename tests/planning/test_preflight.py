@@ -19,12 +19,12 @@ from edgetune.data.encode import Example
 from edgetune.devices.profile import load_profile
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
-from edgetune.planning import timing as calibration
+from edgetune.planning import timing
 from edgetune.planning.choice import choose
 from edgetune.planning.cost_model import CostModel
 from edgetune.planning.duration import _typical
 from edgetune.planning.limits import require_fit
-from edgetune.planning.timing import Calibration, calibrate
+from edgetune.planning.timing import Timing, time_steps
 from edgetune.planning.workload import Workload
 from edgetune.runtimes import RUNTIMES
 from edgetune.runtimes.contract import Session
@@ -321,7 +321,7 @@ def test_a_forward_only_step_is_its_passes(bundle: Bundle, plan: str, monkeypatc
         passes.append(batches)
         return measure(session, batches)
 
-    time = calibration._timed
+    time = timing._timed
 
     def timed(session: Session, batch: Batch) -> float:
         before = len(passes)
@@ -329,7 +329,7 @@ def test_a_forward_only_step_is_its_passes(bundle: Bundle, plan: str, monkeypatc
         return float(len(passes) - before)
 
     monkeypatch.setattr(ForwardOnlySession, "_loss", counted)
-    monkeypatch.setattr(calibration, "_timed", timed)
+    monkeypatch.setattr(timing, "_timed", timed)
     arguments = ("plan", bundle.path, "--data", GOLDEN / "train.jsonl", "--runtime", "onnxruntime", "--plan", plan)
     for queries in (8, 38):
         found = answer(*arguments, "--method", "forward-only", "--queries", queries)
@@ -397,7 +397,7 @@ def test_a_cut_model_tells_what_the_whole_one_takes(bundle: Bundle) -> None:
     choice = choose(bundle.manifest, TrainConfig("onnxruntime"), workload.work(), lambda text: None)
     model = CostModel(bundle, choice)
     batches, layout = _typical(workload, model)
-    found = calibrate(bundle, choice, batches)
+    found = time_steps(bundle, choice, batches)
     assert [work for work, _ in found.points] == [model.of(batch) for batch in batches]
     assert all(seconds > 0 for _, seconds in found.points) and layout >= 0
     assert found.took < 10
@@ -407,7 +407,7 @@ def test_every_layer_adds_its_work_for_every_shape(bundle: Bundle, monkeypatch: 
     """One shape is measured with more layers; the others follow it, by their own work."""
     workload = _workload(bundle, [8, 24, 60], batch_size=1, epochs=1)
     choice = choose(bundle.manifest, TrainConfig("onnxruntime"), workload.work(), lambda text: None)
-    cut = {layers: CostModel(*calibration._cut(bundle, choice, layers)) for layers in (1, 2)}
+    cut = {layers: CostModel(*timing._cut(bundle, choice, layers)) for layers in (1, 2)}
     parameters = len(bundle.manifest.lora.shapes()) // bundle.manifest.architecture.num_hidden_layers
     timed: list[tuple[int, int]] = []
 
@@ -416,9 +416,9 @@ def test_every_layer_adds_its_work_for_every_shape(bundle: Bundle, monkeypatch: 
         timed.append((layers, batch.input_ids.shape[1]))
         return 1e-3 + cut[layers].of(batch) / 1e9
 
-    monkeypatch.setattr(calibration, "_timed", work)
+    monkeypatch.setattr(timing, "_timed", work)
     batches = [batch for step in workload.steps() for batch in step]
-    found = calibrate(bundle, choice, batches)
+    found = time_steps(bundle, choice, batches)
     assert [seconds for _, seconds in found.points] == pytest.approx([1e-3 + work / 1e9 for work, _ in found.points])
     assert {length for layers, length in timed if layers == 1} == {8, 24, 64}
     assert {length for layers, length in timed if layers == 2} == {8}, "the one with the least work"
@@ -437,16 +437,16 @@ def test_noise_does_not_add_up_over_the_layers(
     deep = Bundle(bundle.path, manifest)
     workload = _workload(deep, [24], batch_size=1, epochs=1)
     choice = choose(deep.manifest, TrainConfig("onnxruntime"), workload.work(), lambda text: None)
-    shallow = CostModel(*calibration._cut(deep, choice, 1))
+    shallow = CostModel(*timing._cut(deep, choice, 1))
     parameters = len(lora.shapes()) // bundle.manifest.architecture.num_hidden_layers
 
     def timed(session: LayeredSession, batch: Batch) -> float:
         return shallow.of(batch) / 1e9 * (1 if len(session.gradients()) == parameters else noise)
 
-    monkeypatch.setattr(calibration, "_timed", timed)
-    monkeypatch.setattr(calibration, "_AIM", 0.0)
+    monkeypatch.setattr(timing, "_timed", timed)
+    monkeypatch.setattr(timing, "_AIM", 0.0)
     (batch,) = next(workload.steps())
-    found, below = calibrate(deep, choice, [batch]), shallow.of(batch)
+    found, below = time_steps(deep, choice, [batch]), shallow.of(batch)
     work = CostModel(deep, choice).of(batch)
     assert found.seconds(work) == pytest.approx((below + share * (work - below)) / 1e9)
 
@@ -459,39 +459,39 @@ def test_batches_that_are_alike_are_measured_once(bundle: Bundle) -> None:
     model = CostModel(bundle, choice)
     least, less, most = sorted(map(model.of, batches))
     assert least < 0.9 * less and 0.9 * most < less < most
-    assert [work for work, _ in calibrate(bundle, choice, batches).points] == [least, less]
+    assert [work for work, _ in time_steps(bundle, choice, batches).points] == [least, less]
 
 
 def test_as_many_layers_are_measured_as_there_is_time_for() -> None:
-    usual, other = calibration._Timing(first=0.2, step=0.1), calibration._Timing(first=0.3, step=0.2)
+    usual, other = timing._Times(first=0.2, step=0.1), timing._Times(first=0.3, step=0.2)
     # The first step's 0.2 s more, and four steps of 0.1 s; each further layer 0.05 s a step.
-    assert calibration._depth(usual, [], 0.5, layers=12, left=0.2 + 0.4 + 5 * 0.2 + 0.1) == 6
+    assert timing._depth(usual, [], 0.5, layers=12, left=0.2 + 0.4 + 5 * 0.2 + 0.1) == 6
     # And 0.3 s more, and two steps of 0.2 s; each further layer 0.1 s a step.
-    assert calibration._depth(usual, [other], 0.5, layers=12, left=0.5 + 0.8 + 3 * 0.4 + 0.1) == 4
-    assert calibration._depth(usual, [], 0.5, layers=12, left=60) == 12
-    assert calibration._depth(usual, [], 0.5, layers=12, left=-1) == 2
+    assert timing._depth(usual, [other], 0.5, layers=12, left=0.5 + 0.8 + 3 * 0.4 + 0.1) == 4
+    assert timing._depth(usual, [], 0.5, layers=12, left=60) == 12
+    assert timing._depth(usual, [], 0.5, layers=12, left=-1) == 2
 
 
 def test_a_short_row_tells_what_long_ones_take(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing else is affordable; what streamed weights cost is no position's."""
     workload = _workload(bundle, [64] * 16, batch_size=16, epochs=1)
     choice = choose(bundle.manifest, TrainConfig("onnxruntime", plan="stream"), workload.work(), lambda text: None)
-    monkeypatch.setattr(calibration, "_SLOW", 1.0)
-    monkeypatch.setattr(calibration, "_AIM", 0.0)
-    cut = {layers: CostModel(*calibration._cut(bundle, choice, layers)) for layers in (1, 2)}
+    monkeypatch.setattr(timing, "_SLOW", 1.0)
+    monkeypatch.setattr(timing, "_AIM", 0.0)
+    cut = {layers: CostModel(*timing._cut(bundle, choice, layers)) for layers in (1, 2)}
     parameters = len(bundle.manifest.lora.shapes()) // bundle.manifest.architecture.num_hidden_layers
 
     def timed(session: LayeredSession, batch: Batch) -> float:
         return cut[len(session.gradients()) // parameters].of(batch) / 1e6
 
-    monkeypatch.setattr(calibration, "_timed", timed)
+    monkeypatch.setattr(timing, "_timed", timed)
     (batch,) = next(workload.steps())
     work = CostModel(bundle, choice).of(batch)
-    assert calibrate(bundle, choice, [batch]).seconds(work) == pytest.approx(work / 1e6, rel=0.3)
+    assert time_steps(bundle, choice, [batch]).seconds(work) == pytest.approx(work / 1e6, rel=0.3)
 
 
 def test_between_measured_shapes_the_time_lies_on_a_line() -> None:
-    found = Calibration(((100.0, 1.0), (300.0, 2.0)), start=50.0)
+    found = Timing(((100.0, 1.0), (300.0, 2.0)), start=50.0)
     assert found.seconds(100) == 1 and found.seconds(300) == 2
     assert found.seconds(200) == pytest.approx(1.5)
     assert found.seconds(50) == pytest.approx(1 * 100 / 150)

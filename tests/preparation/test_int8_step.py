@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from edgetune.config import NpuForm
+from edgetune.config import NpuKind
 from edgetune.errors import DataError
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
@@ -37,7 +37,7 @@ TWO_TERMS = 3
 
 
 @pytest.fixture(scope="module", params=[("blocks", "grouped-query"), ("qdq", "grouped-query"), ("qdq", "longrope")])
-def int8_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[NpuForm, Bundle]:
+def int8_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[NpuKind, Bundle]:
     form, variant = request.param
     config = replace(CONFIG, npu=form)
     return form, prepare_tiny(variant, tmp_path_factory.mktemp("int8") / "bundle", config)
@@ -47,7 +47,7 @@ def cosines(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> li
     return [cosine(found[name], value) for name, value in expected.items()]
 
 
-def test_the_graphs_are_part_of_the_bundle(int8_bundle: tuple[NpuForm, Bundle]) -> None:
+def test_the_graphs_are_part_of_the_bundle(int8_bundle: tuple[NpuKind, Bundle]) -> None:
     form, bundle = int8_bundle
     manifest = open_bundle(bundle.path).manifest
     assert "int8.onnx.data" in {file.path for file in manifest.files}
@@ -68,7 +68,7 @@ def test_the_graphs_are_part_of_the_bundle(int8_bundle: tuple[NpuForm, Bundle]) 
         assert not [name for name in floats if "_proj" in name and "MatMul" in name], "no linear weight is left"
 
 
-def test_weights_are_what_the_bundle_stores(int8_bundle: tuple[NpuForm, Bundle]) -> None:
+def test_weights_are_what_the_bundle_stores(int8_bundle: tuple[NpuKind, Bundle]) -> None:
     _, bundle = int8_bundle
     frozen, expected = FrozenWeights(bundle.path, bundle.manifest.architecture), weights(bundle.path)
     np.testing.assert_allclose(
@@ -82,7 +82,7 @@ def test_weights_are_what_the_bundle_stores(int8_bundle: tuple[NpuForm, Bundle])
 
 @pytest.mark.own
 @pytest.mark.skipif(find_spec("onnxruntime_qnn") is None, reason="onnxruntime-qnn is not installed")
-def test_the_whole_step_is_one_node_with_good_gradients(int8_bundle: tuple[NpuForm, Bundle]) -> None:
+def test_the_whole_step_is_one_node_with_good_gradients(int8_bundle: tuple[NpuKind, Bundle]) -> None:
     form, bundle = int8_bundle
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(1, [17, 23]))

@@ -87,7 +87,7 @@ def test_loss_graph_predicts_as_pytorch(prepared: Prepared, variant: str, base: 
 def train_with(
     runtime: ModuleType, bundle: Bundle, parameters: dict[str, Array], variant: str
 ) -> tuple[list[StepResult], dict[str, Array]]:
-    """Every other step accumulates two micro-batches of different size."""
+    """Every other step has two passes of different size."""
     with runtime.open_session(bundle, parameters, OPTIMIZER) as session:
         results = []
         for step in range(STEPS):

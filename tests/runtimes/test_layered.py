@@ -66,7 +66,7 @@ def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base:
 @pytest.mark.own
 @each_bundle
 def test_steps_are_those_of_the_whole_graph(prepared: Prepared, variant: str, base: Base) -> None:
-    """Micro-batches, clipping, decay, and batches of changing shape."""
+    """Steps of several passes, clipping, decay, and batches of changing shape."""
     bundle = prepared(variant, base)
     parameters = adapter_of(bundle)
     learnt = {}

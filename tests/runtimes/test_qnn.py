@@ -94,7 +94,7 @@ def test_longrope_beyond_its_original_positions(prepared: Prepared) -> None:
 
 @pytest.mark.own
 @installed
-def test_micro_batches_are_averaged_by_token(prepared: Prepared) -> None:
+def test_passes_are_averaged_by_token(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "int4")
     parameters = adapter_of(bundle)
     batches = [batch_of(bundle, rows_of(seed, [length])) for seed, length in ((1, 8), (2, 15))]

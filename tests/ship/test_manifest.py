@@ -10,21 +10,21 @@ from typing import Any, get_args
 
 import pytest
 
-from edgetune.config import Base, TargetConfig, TargetName
+from edgetune.config import Base, PlatformName, ShipConfig
 from edgetune.errors import IncompatibleError, VerificationError
 from edgetune.formats import manifest
 from edgetune.formats.bundle import open_bundle
 from edgetune.formats.manifest_json import read_manifest
 from edgetune.model import lora, rope
 from edgetune.ship import MANIFEST, ROLES, lay_out
-from edgetune.ship import manifest as target_manifest
-from edgetune.ship.manifest import TargetManifest
+from edgetune.ship import manifest as shipped_manifest
+from edgetune.ship.manifest import ShippedManifest
 from support.repository import ROOT
 
 ARTIFACTS = ROOT / "artifacts"
 SCHEMA: dict[str, Any] = json.loads((ARTIFACTS / "target.schema.json").read_text(encoding="utf-8"))
 CLASSES = {
-    name: next(getattr(module, name) for module in (target_manifest, manifest, lora, rope) if hasattr(module, name))
+    name: next(getattr(module, name) for module in (shipped_manifest, manifest, lora, rope) if hasattr(module, name))
     for name in SCHEMA["$defs"]
     if name[0].isupper()
 }
@@ -37,8 +37,8 @@ _NOTES = {"$ref", "$schema", "$defs", "title", "description"}
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    folder = tmp_path_factory.mktemp("target") / "web"
-    lay_out(open_bundle(ARTIFACTS / "golden" / "bundle"), "web", folder, TargetConfig(), lambda text: None)
+    folder = tmp_path_factory.mktemp("shipped") / "web"
+    lay_out(open_bundle(ARTIFACTS / "golden" / "bundle"), "web", folder, ShipConfig(), lambda text: None)
     return (folder / MANIFEST).read_bytes()
 
 
@@ -87,16 +87,16 @@ def test_the_schema_has_the_keys_of_the_classes_in_their_order(name: str) -> Non
 
 
 def test_no_class_is_missing() -> None:
-    named = {kind.__name__ for kind in vars(target_manifest).values() if hasattr(kind, "__dataclass_fields__")}
+    named = {kind.__name__ for kind in vars(shipped_manifest).values() if hasattr(kind, "__dataclass_fields__")}
     assert named - {"Graph", "TensorSpec"} <= CLASSES.keys()
     assert len(CLASSES) == 13
 
 
 def test_choices_are_those_of_the_code() -> None:
     definitions = SCHEMA["$defs"]
-    assert definitions["TargetManifest"]["properties"]["target"]["enum"] == list(get_args(TargetName))
+    assert definitions["ShippedManifest"]["properties"]["target"]["enum"] == list(get_args(PlatformName))
     assert definitions["BaseModel"]["properties"]["weights"]["enum"] == list(get_args(Base))
-    assert definitions["TargetGraph"]["properties"]["role"]["enum"] == list(ROLES)
+    assert definitions["ShippedGraph"]["properties"]["role"]["enum"] == list(ROLES)
 
 
 def test_what_is_written_fits_the_schema(written: bytes) -> None:
@@ -128,9 +128,9 @@ def test_what_is_wrong_does_not_fit(written: bytes, path: tuple[Any, ...], value
 
 
 def test_reading_it_finds_what_was_changed(written: bytes) -> None:
-    assert read_manifest(written, TargetManifest, MANIFEST).target == "web"
+    assert read_manifest(written, ShippedManifest, MANIFEST).target == "web"
     for wrong in (written.replace(b'"web"', b'"ios"'), written[:-2], written.replace(b"1e-08", b"1e-07")):
         with pytest.raises(VerificationError, match=r"target\.json"):
-            read_manifest(wrong, TargetManifest, MANIFEST)
+            read_manifest(wrong, ShippedManifest, MANIFEST)
     with pytest.raises(IncompatibleError, match="format version 7"):
-        read_manifest(written.replace(b'"format_version": 1', b'"format_version": 7'), TargetManifest, MANIFEST)
+        read_manifest(written.replace(b'"format_version": 1', b'"format_version": 7'), ShippedManifest, MANIFEST)

@@ -21,12 +21,12 @@ from safetensors.numpy import load_file
 
 from edgetune import ship as stage
 from edgetune.cli import main
-from edgetune.config import Base, TargetConfig, TargetName
+from edgetune.config import Base, PlatformName, ShipConfig
 from edgetune.errors import IncompatibleError, ResourceError, UsageError, VerificationError
 from edgetune.formats.adapter import read_adapter
 from edgetune.formats.bundle import Bundle, list_files, open_bundle, seal_bundle
 from edgetune.formats.manifest import TensorSpec
-from edgetune.ship import MANIFEST, ROLES, Target, lay_out, packs
+from edgetune.ship import MANIFEST, ROLES, ShippedFolder, lay_out, packs
 from edgetune.ship.budget import SizedFile, refuse_what_is_too_large
 from edgetune.ship.external_data import Span, external_spans, redirect
 from edgetune.ship.platforms import GB, PLATFORMS, STORE_SHARD, Limit, Platform
@@ -40,15 +40,15 @@ SMALL = 20_000
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def small(name: TargetName = "web") -> Platform:
+def small(name: PlatformName = "web") -> Platform:
     return replace(PLATFORMS[name], shard=SMALL)
 
 
 def silent(text: str) -> None: ...
 
 
-def made(bundle: Bundle, output: Path, name: TargetName = "web", platform: Platform | None = None) -> Target:
-    return lay_out(bundle, name, output, TargetConfig(), silent, platform)
+def made(bundle: Bundle, output: Path, name: PlatformName = "web", platform: Platform | None = None) -> ShippedFolder:
+    return lay_out(bundle, name, output, ShipConfig(), silent, platform)
 
 
 @pytest.fixture(scope="module")
@@ -94,36 +94,36 @@ def assert_computes_the_same(bundle: Bundle, folder: Path) -> None:
 
 
 @pytest.mark.own
-def test_the_golden_target_computes_what_the_bundle_does(golden: Bundle, tmp_path: Path) -> None:
-    target = made(golden, tmp_path / "web", platform=small())
-    assert len(target.manifest.weights) >= 4
+def test_the_golden_folder_computes_what_the_bundle_does(golden: Bundle, tmp_path: Path) -> None:
+    shipped = made(golden, tmp_path / "web", platform=small())
+    assert len(shipped.manifest.weights) >= 4
     assert_computes_the_same(golden, tmp_path / "web")
 
 
 @pytest.mark.own
 @pytest.mark.parametrize(("variant", "base"), [("grouped-query", "int4"), ("multi-head", "fp32"), ("partial", "int4")])
-def test_other_targets_compute_what_their_bundles_do(
+def test_other_shipped_folders_compute_what_their_bundles_do(
     prepared: Prepared, tmp_path: Path, variant: str, base: Base
 ) -> None:
     bundle = prepared(variant, base)
-    target = made(bundle, tmp_path / "web", platform=small())
-    assert len(target.manifest.weights) >= 3
+    shipped = made(bundle, tmp_path / "web", platform=small())
+    assert len(shipped.manifest.weights) >= 3
     assert_computes_the_same(bundle, tmp_path / "web")
 
 
 def test_files_of_weights_keep_to_their_size(golden: Bundle, tmp_path: Path) -> None:
-    target = made(golden, tmp_path / "web", platform=small())
+    shipped = made(golden, tmp_path / "web", platform=small())
     spans = dict(external_spans(golden.file("step").read_bytes()))
     largest = max(span.length for span in spans.values())
-    found = [(tmp_path / "web" / name).stat().st_size for name in target.manifest.weights]
+    found = [(tmp_path / "web" / name).stat().st_size for name in shipped.manifest.weights]
     assert largest > SMALL
     assert sorted(found)[-1] == largest
     assert all(size <= SMALL for size in found if size != largest)
     assert sum(found) < sum(span.length for span in set(spans.values())) + 64 * len(spans)
 
 
-def test_a_target_says_what_is_in_it(golden: Bundle, tmp_path: Path) -> None:
-    target = made(golden, tmp_path / "web")
+def test_a_shipped_folder_says_what_is_in_it(golden: Bundle, tmp_path: Path) -> None:
+    shipped = made(golden, tmp_path / "web")
     folder, said = tmp_path / "web", json.loads((tmp_path / "web" / MANIFEST).read_text())
     assert (said["format"], said["format_version"], said["target"]) == ("edgetune-target", 1, "web")
     files = {file["path"]: file for file in said["files"]}
@@ -133,7 +133,7 @@ def test_a_target_says_what_is_in_it(golden: Bundle, tmp_path: Path) -> None:
         assert (file["size"], file["sha256"], file["pack"]) == (len(data), hashlib.sha256(data).hexdigest(), None)
     assert sum(said["sizes"].values()) == sum(file["size"] for file in said["files"])
     assert said["tokenizer"]["stop_token_ids"] == [402, 405]
-    assert target.manifest.manifest_sha256 == said["manifest_sha256"] != ""
+    assert shipped.manifest.manifest_sha256 == said["manifest_sha256"] != ""
 
 
 def test_every_tensor_is_described_as_the_graph_has_it(golden: Bundle, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_the_first_adapter_changes_nothing_and_another_can_be_given(golden: Bund
         name: value.shape for name, value in fresh.items()
     }
     assert all(value.any() == (".lora_A." in name) for name, value in fresh.items())
-    config = TargetConfig(adapter=GOLDEN / "initial_adapter")
+    config = ShipConfig(adapter=GOLDEN / "initial_adapter")
     lay_out(golden, "ios", tmp_path / "given", config, silent)
     bundle = golden.manifest
     given, wanted = (
@@ -172,22 +172,22 @@ def test_the_first_adapter_changes_nothing_and_another_can_be_given(golden: Bund
 
 
 def test_an_adapter_of_another_bundle_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    config = TargetConfig(adapter=GOLDEN / "initial_adapter")
+    config = ShipConfig(adapter=GOLDEN / "initial_adapter")
     with pytest.raises(IncompatibleError, match="initial_adapter"):
         lay_out(prepared("grouped-query", "int4"), "web", tmp_path / "web", config, silent)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_small_android_target_is_one_pack(golden: Bundle, tmp_path: Path) -> None:
-    target = made(golden, tmp_path / "android", "android", small("android"))
-    assert {file.pack for file in target.manifest.files} == {"edgetune_model"}
+def test_a_small_android_app_is_one_pack(golden: Bundle, tmp_path: Path) -> None:
+    shipped = made(golden, tmp_path / "android", "android", small("android"))
+    assert {file.pack for file in shipped.manifest.files} == {"edgetune_model"}
     pack = tmp_path / "android" / "edgetune_model"
     assert 'deliveryType.set("install-time")' in (pack / "build.gradle.kts").read_text()
     assert (pack / "src/main/assets" / MANIFEST).read_bytes() == (tmp_path / "android" / MANIFEST).read_bytes()
     assert_computes_the_same(golden, pack / "src/main/assets")
 
 
-def test_a_large_android_target_follows_in_packs(
+def test_a_large_android_app_follows_in_packs(
     golden: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packs, "SMALL_PACK", 100_000)
@@ -267,7 +267,7 @@ def test_int4_is_proposed_where_it_would_fit(prepared: Prepared, golden: Bundle,
         made(golden, tmp_path / "out", platform=replace(platform, limits=limits))
 
 
-def test_a_failure_leaves_nothing_or_the_target_that_was_there(
+def test_a_failure_leaves_nothing_or_the_folder_that_was_there(
     golden: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made(golden, tmp_path / "old")
@@ -280,7 +280,7 @@ def test_a_failure_leaves_nothing_or_the_target_that_was_there(
     with pytest.raises(ResourceError, match="the disk is full"):
         made(golden, tmp_path / "new")
     with pytest.raises(ResourceError, match="the disk is full"):
-        lay_out(golden, "web", tmp_path / "old", TargetConfig(force=True), silent)
+        lay_out(golden, "web", tmp_path / "old", ShipConfig(force=True), silent)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     with pytest.raises(UsageError, match="already exists"):
         made(golden, tmp_path / "old")
@@ -381,8 +381,8 @@ def test_the_command_prints_sizes_and_limits(tmp_path: Path) -> None:
 def test_the_command_refuses_with_the_exit_code_of_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PLATFORMS, "ios", replace(PLATFORMS["ios"], largest_file=SMALL))  # type: ignore[arg-type]
     arguments = ["bundle", str(GOLDEN / "bundle"), "--output", str(tmp_path / "out"), "--target"]
-    for target, code in (("ios", 6), ("windows-phone", 2)):
-        done = CliRunner().invoke(main, [*arguments, target, "--json"])
+    for platform, code in (("ios", 6), ("windows-phone", 2)):
+        done = CliRunner().invoke(main, [*arguments, platform, "--json"])
         assert done.exit_code == code, done.output
     assert not (tmp_path / "out").exists()
     adapter = ["--adapter", str(tmp_path / "missing")]

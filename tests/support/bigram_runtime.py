@@ -41,7 +41,7 @@ class BigramSession:
         self.parameters = {name: value.copy() for name, value in parameters.items()}
         self.first = {name: value.copy() for name, value in parameters.items()}
         self.optimizer = optimizer
-        self.micro_batches: list[int] = []
+        self.passes: list[int] = []
         self.rows: list[tuple[int, ...]] = []
         self.rates: list[float] = []
 
@@ -58,7 +58,7 @@ class BigramSession:
         grad_a, grad_b = LORA.scaling * (gradient @ b).T, LORA.scaling * (gradient.T @ a.T)
         a -= learning_rate * grad_a
         b -= learning_rate * grad_b
-        self.micro_batches.append(len(batches))
+        self.passes.append(len(batches))
         self.rates.append(learning_rate)
         self.rows += [tuple(row.tolist()) for batch in batches for row in batch.input_ids]
         norm = float(np.sqrt((grad_a**2).sum() + (grad_b**2).sum()))

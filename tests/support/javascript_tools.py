@@ -1,4 +1,4 @@
-"""Node, the npm packages of the JavaScript examples, and a target folder; tests are skipped where they lack."""
+"""Node, the npm packages of the JavaScript examples, and a shipped folder; tests are skipped where they lack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edgetune.config import TargetConfig
+from edgetune.config import ShipConfig
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.ship import lay_out
 from support.golden import GOLDEN
@@ -53,12 +53,12 @@ def ask_node(script: str, *arguments: str | Path, request: Any = None) -> Any:
 
 
 def lay_out_golden(folder: Path) -> Path:
-    """The golden bundle as a web target that starts from the golden adapter."""
-    config = TargetConfig(adapter=GOLDEN / "initial_adapter")
+    """The golden bundle as a shipped folder for the web that starts from the golden adapter."""
+    config = ShipConfig(adapter=GOLDEN / "initial_adapter")
     return lay_out_for_web(open_bundle(GOLDEN / "bundle"), folder, config)
 
 
-def lay_out_for_web(bundle: Bundle, folder: Path, config: TargetConfig) -> Path:
+def lay_out_for_web(bundle: Bundle, folder: Path, config: ShipConfig) -> Path:
     return lay_out(bundle, "web", folder, config, lambda line: None).path
 
 

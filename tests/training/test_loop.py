@@ -150,7 +150,7 @@ def test_the_start_says_what_is_trained(bundle: Bundle, data: Path, tmp_path: Pa
 def test_every_row_is_taken_once_an_epoch(bundle: Bundle, data: Path) -> None:
     run(bundle, data, TrainConfig(batch_size=2, gradient_accumulation_steps=2, epochs=2))
     session = BigramSession.opened
-    assert session.micro_batches == [2, 2, 1, 2, 2, 1]
+    assert session.passes == [2, 2, 1, 2, 2, 1]
     unpadded = [tuple(token for token in row if token) for row in session.rows]
     first, second = unpadded[:10], unpadded[10:]
     assert Counter(first) == Counter(second)
@@ -159,7 +159,7 @@ def test_every_row_is_taken_once_an_epoch(bundle: Bundle, data: Path) -> None:
 
 
 @pytest.mark.own
-def test_accumulated_micro_batches_are_one_batch(bundle: Bundle, tmp_path: Path) -> None:
+def test_accumulated_batches_are_one_batch(bundle: Bundle, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "train.jsonl", some_rows(8))
     whole, _ = run(bundle, data, TrainConfig(batch_size=4, shuffle=False, learning_rate=0.5), output="whole")
     split = TrainConfig(batch_size=1, gradient_accumulation_steps=4, shuffle=False, learning_rate=0.5)
@@ -179,9 +179,9 @@ def test_packed_rows_train_as_padded_ones(bundle: Bundle, tmp_path: Path) -> Non
     valid = write_rows(tmp_path / "valid.jsonl", some_rows(9, seed=1))
     config = TrainConfig(batch_size=8, gradient_accumulation_steps=2, learning_rate=0.5, epochs=2)
     packed, _ = run(bundle, data, config, valid=valid, output="packed")
-    passes = BigramSession.opened.micro_batches
+    passes = BigramSession.opened.passes
     padded, _ = run(bundle, data, replace(config, packing=False), valid=valid, output="padded")
-    assert sum(passes) < sum(BigramSession.opened.micro_batches)
+    assert sum(passes) < sum(BigramSession.opened.passes)
     assert json.loads(options_of(packed.path)["options"])["packing"] is True
     for name, value in read(bundle, packed.path).items():
         np.testing.assert_allclose(value, read(bundle, padded.path)[name], rtol=1e-5, atol=1e-7)

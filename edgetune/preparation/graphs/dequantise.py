@@ -21,7 +21,7 @@ def build_dequantise(bits: int) -> ir.Model:
     return _model(op, inputs, _dequantised(op, inputs, bits), ("out", "in"), "dequantise")
 
 
-def build_requantise(form: str, bits: int) -> ir.Model:
+def build_requantise(layout: str, bits: int) -> ir.Model:
     """The graph that turns blocks into int8: output `weight` (out, in), or (in, out) for the forward pass.
 
     The scales are those of the blocks divided by those of int8.
@@ -31,11 +31,11 @@ def build_requantise(form: str, bits: int) -> ir.Model:
     unit, zero = (op.constant(np.array(value, dtype=dtype)) for value, dtype in ((1, np.float32), (0, np.int8)))
     weight = op.op("QuantizeLinear", [_dequantised(op, inputs, bits), unit, zero])
     weight.dtype = ir.DataType.INT8
-    if form != FORWARD:
-        return _model(op, inputs, weight, ("out", "in"), form)
+    if layout != FORWARD:
+        return _model(op, inputs, weight, ("out", "in"), layout)
     turned = op.op("Transpose", [weight], attributes={"perm": [1, 0]})
     turned.dtype = ir.DataType.INT8
-    return _model(op, inputs, turned, ("in", "out"), form)
+    return _model(op, inputs, turned, ("in", "out"), layout)
 
 
 def _inputs() -> list[ir.Value]:
@@ -47,8 +47,8 @@ def _inputs() -> list[ir.Value]:
 
 
 def _dequantised(op: Operators, inputs: list[ir.Value], bits: int) -> ir.Value:
-    layout = {"bits": bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
-    weight = op.op("GatherBlockQuantized", inputs, attributes=layout, domain=CONTRIB)
+    attributes = {"bits": bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
+    weight = op.op("GatherBlockQuantized", inputs, attributes=attributes, domain=CONTRIB)
     weight.dtype = ir.DataType.FLOAT
     return weight
 

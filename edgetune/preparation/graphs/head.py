@@ -1,8 +1,8 @@
 """The end of the layered form: final norm, logits and the loss of trained rows, a piece of the vocabulary at a time.
 
 With z = norm(hidden)·Wᵀ the loss of a row is logsumexp(z) − z[label], and its gradient (softmax(z) − onehot(label))·W =
-softmax(z)·W − W[label]. Pieces of the vocabulary need two passes: `head` gives every piece's logsumexp, which add up;
-`head_grad` takes the sum. `head_step` does all in one pass where the piece is the whole vocabulary.
+softmax(z)·W − W[label]. Pieces of the vocabulary need two graphs: `head` gives every piece's logsumexp, which add up;
+`head_grad` takes the sum. `head_step` does all at once where the piece is the whole vocabulary.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The two sublayers of a decoder layer, attention and feed-forward network ("mlp"), exported one by one.
 
 A sublayer computes output = residual + f(norm(hidden)); of several pieces (edgetune.formats.layered_graphs) each adds
-its own. All layers share the graphs: the weights are inputs. Packed projections are computed part by part, so that
-nothing has to be split or joined; LoRA's alpha / rank scales the few columns that A gives.
+its own. All layers share the graphs: the weights are inputs. Queries, keys and values, and gate and up, which a packed
+projection has together, are computed one by one, so that nothing has to be split or joined; LoRA's alpha / rank scales
+the few columns that A gives.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, apply_rotary_pos
 
 from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
 from edgetune.model.architecture import Architecture
-from edgetune.model.pieces import Part, Pieces, attention_parts, mlp_parts
+from edgetune.model.pieces import Pieces, Slice, attention_slices, mlp_slices
 from edgetune.preparation.graphs.skeleton import (
     EXAMPLE_BATCH,
     EXAMPLE_SEQUENCE,
@@ -75,8 +76,9 @@ def export_sublayer(
     """
     model_config = Phi3Config.from_pretrained(checkpoint)
     attention = sublayer.name == "attention"
-    parts = next(attention_parts(architecture, pieces.attention) if attention else mlp_parts(architecture, pieces.mlp))
-    shapes = {name: shape for name, part in parts.items() if (shape := _shape(part, architecture, config)) is not None}
+    cut = attention_slices(architecture, pieces.attention) if attention else mlp_slices(architecture, pieces.mlp)
+    found = {name: _shape(slice_, architecture, config) for name, slice_ in next(cut).items()}
+    shapes = {name: shape for name, shape in found.items() if shape is not None}
     parameters = Parameters(tuple(shapes), tuple(shapes.values()), ())
     states = torch.ones(EXAMPLE_BATCH, EXAMPLE_SEQUENCE, architecture.hidden_size)
     arguments = {
@@ -97,8 +99,8 @@ def export_sublayer(
     return [name for name in parameters.names if ".lora_" in name]
 
 
-def _shape(part: Part, architecture: Architecture, config: PrepareConfig) -> tuple[int, ...] | None:
-    """Shape of a part; None for a LoRA parameter of a projection without a slot."""
+def _shape(slice_: Slice, architecture: Architecture, config: PrepareConfig) -> tuple[int, ...] | None:
+    """Shape of a slice; None for a LoRA parameter of a projection without a slot."""
     a = architecture
     queries = a.num_attention_heads * a.head_dim
     features = {
@@ -107,9 +109,9 @@ def _shape(part: Part, architecture: Architecture, config: PrepareConfig) -> tup
         "gate_up_proj": (2 * a.intermediate_size, a.hidden_size),
         "down_proj": (a.hidden_size, a.intermediate_size),
     }
-    if part.parameter.endswith("layernorm.weight"):
+    if slice_.parameter.endswith("layernorm.weight"):
         return (a.hidden_size,)
-    _, module, *kind = part.parameter.split(".")
+    _, module, *kind = slice_.parameter.split(".")
     rows, columns = features[module]
     if kind[0] != "weight" and module not in MODULES_OF_TARGETS[config.targets]:
         return None
@@ -117,7 +119,7 @@ def _shape(part: Part, architecture: Architecture, config: PrepareConfig) -> tup
         rows = config.rank
     if kind[0] == "lora_B":
         columns = config.rank
-    return tuple(stop - start for start, stop in (part.rows or (0, rows), part.columns or (0, columns)))
+    return tuple(stop - start for start, stop in (slice_.rows or (0, rows), slice_.columns or (0, columns)))
 
 
 class _Piece(torch.nn.Module):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
+from onnx_ir.passes import common as rewrites
 
 from edgetune.config import Base
 from edgetune.errors import VerificationError
@@ -73,7 +73,7 @@ _LINEAR = ".MatMul.weight"
 
 
 def _stored_names(name: str, architecture: Architecture) -> list[str]:
-    """The GenAI model's names for the checkpoint's tensor `name`, or for its parts, which are stacked by rows."""
+    """The GenAI model's names for the checkpoint's tensor `name`, or for what is stacked in it by rows."""
     module = name.removesuffix(".weight")
     if module == "model.norm":
         return [f"model.layers.{architecture.num_hidden_layers}.final_norm_layernorm.weight"]
@@ -98,11 +98,11 @@ def index_weights(folder: Path, architecture: Architecture, base: Base) -> Froze
     """
     stored = ir.load(folder / MODEL).graph.initializers
     names = {**tensor_shapes(architecture), "lm_head.weight": ()}
-    tensors = {name: [_piece(stored, part, base) for part in _stored_names(name, architecture)] for name in names}
+    tensors = {name: [_location(stored, own, base) for own in _stored_names(name, architecture)] for name in names}
     return FrozenIndex(WEIGHTS, tensors)
 
 
-def _piece(stored: Mapping[str, ir.Value], name: str, base: Base) -> Stored:
+def _location(stored: Mapping[str, ir.Value], name: str, base: Base) -> Stored:
     if not name.endswith(_LINEAR):
         tensor = _external(stored, name)
         return Stored("plain", list(tensor.shape.numpy()), tensor.offset or 0)
@@ -224,7 +224,7 @@ def absorb_transposes(model: ir.Model) -> None:
                 user.op_type, user.domain = "FusedMatMul", CONTRIB
                 user.attributes["transB"] = ir.AttrInt64("transB", 1 - flipped)
                 user.replace_input_with(1, node.inputs[0])
-    passes.RemoveUnusedNodesPass()(model)
+    rewrites.RemoveUnusedNodesPass()(model)
 
 
 def _swaps_matrix(node: ir.Node) -> bool:

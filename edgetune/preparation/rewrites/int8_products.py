@@ -33,7 +33,7 @@ def build_int8(sublayers: Mapping[str, ir.Model], bits: int) -> dict[str, ir.Mod
         bits: Bits per weight where weights are stored in blocks.
     """
     graphs = {name: quantise_products(ir.from_proto(ir.to_proto(graph))) for name, graph in sublayers.items()}
-    graphs |= {form: build_requantise(form, bits) for form in (FORWARD, BACKWARD)}
+    graphs |= {layout: build_requantise(layout, bits) for layout in (FORWARD, BACKWARD)}
     return {f"{INT8}/{name}": graph for name, graph in graphs.items()}
 
 
@@ -51,12 +51,12 @@ def quantise_products(model: ir.Model) -> ir.Model:
         found = frozen_product(node)
         if found is None:
             continue
-        x, weight, form = found
+        x, weight, layout = found
         op = Operators()
         if x not in activations:
             activations[x] = _quantised_rows(op, x)
         quantised, row_scales = activations[x]
-        matrix, scales = _operand(graph, weight, form)
+        matrix, scales = _operand(graph, weight, layout)
         product = op.op(
             "MatMulIntegerToFloat",
             [quantised, matrix, _scalar(op, 1, np.float32), scales, _scalar(op, _ZERO_POINT, np.uint8)],
@@ -72,15 +72,15 @@ def quantise_products(model: ir.Model) -> ir.Model:
 
 
 def frozen_product(node: ir.Node) -> tuple[ir.Value, ir.Value, str] | None:
-    """The other factor, the weight and its form of a product with a frozen linear weight; None for any other node."""
+    """The other factor, the weight and its layout in a product with a frozen linear weight; None for any other node."""
     if node.op_type != "MatMul" or node.inputs[0] is None or node.inputs[1] is None:
         return None
-    weight, form = node.inputs[1], BACKWARD
+    weight, layout = node.inputs[1], BACKWARD
     producer = weight.producer()
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
-        weight, form = producer.inputs[0], FORWARD
+        weight, layout = producer.inputs[0], FORWARD
     frozen = weight.is_graph_input() and str(weight.name).endswith(_LINEAR)
-    return (node.inputs[0], weight, form) if frozen else None
+    return (node.inputs[0], weight, layout) if frozen else None
 
 
 def _quantised_rows(op: Operators, x: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -98,17 +98,17 @@ def _scalar(op: Operators, value: int, dtype: type[np.generic]) -> ir.Value:
     return op.constant(np.array(value, dtype=dtype))
 
 
-def _operand(graph: ir.Graph, weight: ir.Value, form: str) -> tuple[ir.Value, ir.Value]:
+def _operand(graph: ir.Graph, weight: ir.Value, layout: str) -> tuple[ir.Value, ir.Value]:
     """The inputs that take the place of a weight: its int8 matrix, and the scales of the matrix's columns."""
     out, wide = dimensions(weight)
     shapes = {FORWARD: ((wide, out), out), BACKWARD: ((out, wide), wide)}
-    matrix_shape, columns = shapes[form]
+    matrix_shape, columns = shapes[layout]
     inputs = {str(value.name): value for value in graph.inputs}
     found = []
     for suffix, shape, dtype in (
         ("", matrix_shape, ir.DataType.INT8), (SCALES, (columns,), ir.DataType.FLOAT)
     ):  # fmt: skip
-        name = f"{weight.name}.{form}{suffix}"
+        name = f"{weight.name}.{layout}{suffix}"
         if name not in inputs:
             value = ir.val(name, dtype=dtype, shape=shape)
             graph.inputs.append(value)

@@ -1,6 +1,6 @@
 """The whole step with int8 frozen weights, for NPUs: half the weights of float16, and integer products.
 
-Two forms. `qdq`: factor and result of each product are rounded to 16 bits over ranges that were measured, weights to 8
+Two kinds. `qdq`: factor and result of each product are rounded to 16 bits over ranges that were measured, weights to 8
 bits with a scale for each column of the product; compilers recognise the pattern of QuantizeLinear and
 DequantizeLinear around MatMul and multiply integers. `blocks`: ONNX Runtime's `MatMulNBits` with 8 bits, a scale for 32
 neighbours along the sum, activations as they are. Each product has a matrix of its own, so that its scales are those of
@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgetune.config import Base, NpuForm
+from edgetune.config import Base, NpuKind
 from edgetune.errors import IncompatibleError
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.roles import FORWARD
@@ -54,7 +54,7 @@ def write_int8_graphs(
     folder: Path,
     architecture: Architecture,
     base: Base,
-    form: NpuForm,
+    kind: NpuKind,
     ranges: Mapping[str, Range],
 ) -> list[str]:
     """Write `step_int8.onnx`, `loss_int8.onnx` and their weights.
@@ -64,7 +64,7 @@ def write_int8_graphs(
         folder: The folder of the bundle that is being built; it holds the GenAI model and the layered form already.
         architecture: Sizes of the model.
         base: How the GenAI model stores linear layers.
-        form: `qdq` or `blocks`.
+        kind: `qdq` or `blocks`.
         ranges: The ranges that `calibrate` measured.
 
     Returns:
@@ -73,7 +73,7 @@ def write_int8_graphs(
     with (folder / DATA).open("wb") as file:
         weights = _Int8Weights(file, folder, architecture)
         for name, model in graphs.items():
-            quantise_frozen(model, form, weights, ranges)
+            quantise_frozen(model, kind, weights, ranges)
             attach_weights(model, folder, architecture, base)
             ir.save(model, folder / f"{name}_int8.onnx")
     return [f"{name}_int8" for name in graphs]
@@ -139,8 +139,8 @@ class _Int8Weights:
         )  # fmt: skip
 
 
-def quantise_frozen(model: ir.Model, form: NpuForm, weights: _Int8Weights, ranges: Mapping[str, Range]) -> None:
-    """Replace every product with a frozen weight by its int8 form.
+def quantise_frozen(model: ir.Model, kind: NpuKind, weights: _Int8Weights, ranges: Mapping[str, Range]) -> None:
+    """Replace every product with a frozen weight by an int8 product.
 
     Precondition: frozen weights (out, in) are inputs, used by MatMul as they are or through a Transpose.
     Postcondition: the weights of linear layers are not inputs any more.
@@ -154,7 +154,7 @@ def quantise_frozen(model: ir.Model, form: NpuForm, weights: _Int8Weights, range
         x, weight, direction = found
         name = str(weight.name)
         op = Operators()
-        if form == "qdq":
+        if kind == "qdq":
             result = _rounded_product(op, graph, x, node.outputs[0], weights.columns(name, direction), ranges)
         elif dimensions(weight)[1 if direction == FORWARD else 0] % BLOCK_SIZE:
             raise IncompatibleError(f"{name} does not consist of blocks of {BLOCK_SIZE}; use --npu qdq")
@@ -162,7 +162,7 @@ def quantise_frozen(model: ir.Model, form: NpuForm, weights: _Int8Weights, range
             result = _block_product(op, graph, x, weights.blocks(name, direction))
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         op.replace(graph, node, {node.outputs[0]: result})
-    if form == "blocks":
+    if kind == "blocks":
         model.opset_imports[CONTRIB] = 1
     remove_unused(model)
 

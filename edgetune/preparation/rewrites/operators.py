@@ -1,4 +1,4 @@
-"""What the passes share: operators written onto a tape, a node replaced by them, and the removal of what is unused."""
+"""What the graph rewrites share: operators written onto a tape, a node replaced by them, and unused ones removed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
-from onnx_ir.passes import common as passes
+from onnx_ir.passes import common as rewrites
 
 OPSET, IR_VERSION = 21, 10
 """Of every graph: the oldest opset with int4 blocks, and the newest IR that ONNX Runtime Training 1.19.2 reads."""
@@ -50,7 +50,7 @@ class Operators(tape.Tape):
 
 def remove_unused(model: ir.Model) -> None:
     """Remove nodes, initializers and graph inputs that nothing uses."""
-    passes.RemoveUnusedNodesPass()(model)
+    rewrites.RemoveUnusedNodesPass()(model)
     for value in list(model.graph.inputs):
         if not value.uses():
             model.graph.inputs.remove(value)

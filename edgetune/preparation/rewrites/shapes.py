@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
+from onnx_ir.passes import common as rewrites
 from onnxscript import optimizer
 
 from edgetune.errors import IncompatibleError
@@ -78,12 +78,12 @@ def fold(model: ir.Model) -> None:
         model, onnx_shape_inference=True, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
     )
     ir.passes.Sequential(
-        passes.IdentityEliminationPass(),
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.DeduplicateInitializersPass(),
-        passes.CommonSubexpressionEliminationPass(),
-        passes.RemoveUnusedNodesPass(),
-        passes.NameFixPass(),
+        rewrites.IdentityEliminationPass(),
+        rewrites.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        rewrites.DeduplicateInitializersPass(),
+        rewrites.CommonSubexpressionEliminationPass(),
+        rewrites.RemoveUnusedNodesPass(),
+        rewrites.NameFixPass(),
     )(model)
 
 

@@ -64,11 +64,11 @@ class Backend(Protocol):
         """
         ...
 
-    def weight(self, form: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
+    def weight(self, layout: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
         """What graphs take of a linear weight W (out, in).
 
         Args:
-            form: Empty for an input `W`; what follows the dot for an input such as `W.forward`.
+            layout: Empty for an input `W`; what follows the dot for an input such as `W.forward`.
             block: The weight as it is stored.
             allocate: Makes the arrays.
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgetune.formats.layered_graphs import pieces_of
 from edgetune.formats.manifest import BundleManifest
 from edgetune.model.blocks import BLOCK_SIZE, Block
-from edgetune.model.pieces import Part
+from edgetune.model.pieces import Slice
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Channels:
         """Hidden channels of the checkpoint in this order."""
         return values if self._groups is None else evens_first(values, axis, self._groups.hidden)
 
-    def block(self, part: Part, block: Block) -> Block:
-        """A part of a frozen weight with its rows in this order, and the groups in which its columns are to be."""
+    def block(self, slice_: Slice, block: Block) -> Block:
+        """A slice of a frozen weight with its rows in this order, and the groups in which its columns are to be."""
         if self._groups is None:
             return block
-        module = _module(part.parameter)
-        first = part.rows[0] if part.rows is not None else 0
+        module = _module(slice_.parameter)
+        first = slice_.rows[0] if slice_.rows is not None else 0
         values, scales = block.values, block.scales
         if module in self._rows and not (module == "qkv_proj" and first < self._groups.rotated):
             values = evens_first(values, 0, self._rows[module])
@@ -119,4 +119,4 @@ def _regrouped(values: NDArray[Any], axis: int, outer: int, inner: int) -> NDArr
 
 def _module(parameter: str) -> str:
     """`qkv_proj` of `model.layers.0.self_attn.qkv_proj.lora_A.weight`."""
-    return next(part for part in parameter.split(".") if part == "lm_head" or part.endswith("_proj"))
+    return next(name for name in parameter.split(".") if name == "lm_head" or name.endswith("_proj"))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import HEAD, FrozenWeights
 from edgetune.formats.roles import LAYERS
-from edgetune.model.pieces import Part
+from edgetune.model.pieces import Slice
 from edgetune.runtimes.execution import ExecutionPlan
 from edgetune.runtimes.layered.backend import Backend, LayeredGraph
 from edgetune.runtimes.layered.weights import LinearWeights
@@ -25,8 +25,8 @@ Labels = NDArray[np.int64]
 class Head:
     """Final norm, logits and cross entropy.
 
-    With the whole vocabulary at a time one pass gives losses and gradient. With pieces of it there are two: the first
-    adds up logsumexp, the second the gradient.
+    With the whole vocabulary at a time one run of the graph gives losses and gradient. With pieces of it there
+    are two runs for each: the first adds up logsumexp, the second the gradient.
 
     Args:
         bundle: Holds the graphs `head`, `head_grad` and `head_step`; the latter two are loaded when they are needed.
@@ -78,16 +78,16 @@ class Head:
         if self._tokens >= self._vocabulary:
             losses, gradient = np.empty((len(hidden), 1), dtype=np.float32), np.empty_like(hidden)
             shared = {NORM: self._norm, WEIGHT: self._weight(0, self._vocabulary), "scale": scales}
-            for part in self._parts(len(hidden)):
-                inputs = {**shared, "hidden": hidden[part], "label_weights": label_weights[part]}
-                self._whole.run(inputs, {"losses": losses[part], "hidden.grad": gradient[part]})
+            for rows in self._row_slices(len(hidden)):
+                inputs = {**shared, "hidden": hidden[rows], "label_weights": label_weights[rows]}
+                self._whole.run(inputs, {"losses": losses[rows], "hidden.grad": gradient[rows]})
             return losses[:count, 0], gradient[:count]
         logsumexp, target = self._logsumexp(hidden, label_weights)
         gradient = np.zeros_like(hidden)
-        for part, inputs in self._pieces(hidden, label_weights):
-            piece = np.empty_like(hidden[part])
-            self._gradient.run({**inputs, "logsumexp": logsumexp[part], "scale": scales}, {"hidden.grad": piece})
-            gradient[part] += piece
+        for rows, inputs in self._pieces(hidden, label_weights):
+            piece = np.empty_like(hidden[rows])
+            self._gradient.run({**inputs, "logsumexp": logsumexp[rows], "scale": scales}, {"hidden.grad": piece})
+            gradient[rows] += piece
         return (logsumexp - target)[:count, 0], gradient[:count]
 
     def _padded(self, hidden: Floats, label_weights: Floats) -> tuple[Floats, Floats]:
@@ -103,29 +103,28 @@ class Head:
         """(rows, 1) logsumexp over the vocabulary, and the label's logit."""
         logsumexp = np.full((len(hidden), 1), -np.inf, dtype=np.float32)
         target = np.zeros((len(hidden), 1), dtype=np.float32)
-        for part, inputs in self._pieces(hidden, label_weights):
+        for rows, inputs in self._pieces(hidden, label_weights):
             piece, picked = np.empty((2, len(inputs["hidden"]), 1), dtype=np.float32)
             self._forward.run(inputs, {"logsumexp": piece, "target": picked})
-            logsumexp[part] = np.logaddexp(logsumexp[part], piece)
-            target[part] += picked
+            logsumexp[rows] = np.logaddexp(logsumexp[rows], piece)
+            target[rows] += picked
         return logsumexp, target
 
     def _pieces(self, hidden: Floats, label_weights: Floats) -> Iterator[tuple[slice, dict[str, NDArray[Any]]]]:
-        """Pieces of the vocabulary, and within each pieces of the rows."""
+        """Pieces of the vocabulary, and within each slices of the rows."""
         nothing = np.zeros_like(label_weights[: self._rows])
         for first in range(0, self._vocabulary, self._tokens):
             shared = {NORM: self._norm, WEIGHT: self._weight(first, min(self._vocabulary, first + self._tokens))}
-            for part in self._parts(len(hidden)):
-                rows = hidden[part]
+            for rows in self._row_slices(len(hidden)):
                 # Labels count with the first piece, wherever they are.
-                labels = nothing[: len(rows)] if first else label_weights[part]
-                yield part, {**shared, "hidden": rows, "label_weights": labels}
+                labels = nothing[: rows.stop - rows.start] if first else label_weights[rows]
+                yield rows, {**shared, "hidden": hidden[rows], "label_weights": labels}
 
     def _label_weights(self, labels: Labels) -> Floats:
         return self._channels.put(self._frozen.rows(WEIGHT, labels), 1)
 
     def _weight(self, first: int, last: int) -> NDArray[Any]:
-        return self._linear.take({WEIGHT: Part(WEIGHT, (first, last))})[WEIGHT]
+        return self._linear.take({WEIGHT: Slice(WEIGHT, (first, last))})[WEIGHT]
 
-    def _parts(self, count: int) -> list[slice]:
+    def _row_slices(self, count: int) -> list[slice]:
         return [slice(start, min(count, start + self._rows)) for start in range(0, count, self._rows)]

@@ -14,10 +14,10 @@ from edgetune.errors import VerificationError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.layered_graphs import kept_outputs, pieces_of
 from edgetune.formats.roles import SCALES, sublayer_role
-from edgetune.model.pieces import LAYER_PREFIX, Part, attention_parts, mlp_parts
+from edgetune.model.pieces import LAYER_PREFIX, Slice, attention_slices, mlp_slices
 from edgetune.runtimes.layered.backend import Arrays, Backend, LayeredGraph
 from edgetune.runtimes.layered.parameters import Array, FlatParameters
-from edgetune.runtimes.layered.weights import LinearWeights, weight_and_form
+from edgetune.runtimes.layered.weights import LinearWeights, weight_and_layout
 from edgetune.runtimes.layered.workspace import Workspace
 
 AnyArray = NDArray[Any]
@@ -29,23 +29,23 @@ _FLOAT = np.dtype(np.float32)
 
 @dataclass(frozen=True)
 class _PieceGraph:
-    """A graph, and what it takes of a layer's parameters: for each piece its inputs' parts."""
+    """A graph, and what it takes of a layer's parameters: for each piece its inputs' slices."""
 
     run: Callable[[Arrays, Arrays, Hashable], None]
     outputs: tuple[str, ...]
-    linear: list[dict[str, Part]]
-    trained: list[dict[str, Part]]
-    of_layers: dict[tuple[int, int], tuple[dict[str, Part], dict[str, Array]]] = field(default_factory=dict)
+    linear: list[dict[str, Slice]]
+    trained: list[dict[str, Slice]]
+    of_layers: dict[tuple[int, int], tuple[dict[str, Slice], dict[str, Array]]] = field(default_factory=dict)
     """The same by layer and piece, once they were needed: the checkpoint's names, and views of the LoRA parameters."""
 
 
-def _piece_graph(graph: LayeredGraph, pieces: Sequence[Mapping[str, Part]]) -> _PieceGraph:
+def _piece_graph(graph: LayeredGraph, pieces: Sequence[Mapping[str, Slice]]) -> _PieceGraph:
     linear, trained = [], []
-    for parts in pieces:
-        taken = {name: parts[weight] for name in graph.inputs if (weight := weight_and_form(name)[0]) in parts}
-        trained.append({name: part for name, part in taken.items() if ".lora_" in name})
+    for slices in pieces:
+        taken = {name: slices[weight] for name in graph.inputs if (weight := weight_and_layout(name)[0]) in slices}
+        trained.append({name: slice_ for name, slice_ in taken.items() if ".lora_" in name})
         given = (_NORM, *trained[-1])
-        linear.append({n: part for n, part in taken.items() if n not in given and not n.endswith(SCALES)})
+        linear.append({n: slice_ for n, slice_ in taken.items() if n not in given and not n.endswith(SCALES)})
     return _PieceGraph(graph.run, graph.outputs, linear, trained)
 
 
@@ -71,7 +71,7 @@ class SublayerRunner:
         bundle: Bundle,
         name: str,
         role: str,
-        pieces: Sequence[dict[str, Part]],
+        pieces: Sequence[dict[str, Slice]],
         backend: Backend,
         linear: LinearWeights,
         parameters: FlatParameters,
@@ -133,13 +133,13 @@ class SublayerRunner:
         graph = self._again if kept is None else self._from_kept
         other = self._workspace.like("sum", d_hidden) if len(self._pieces) > 1 else d_hidden
         carry = d_output
-        for index, parts in enumerate(self._pieces):
+        for index, slices in enumerate(self._pieces):
             target = d_hidden if (len(self._pieces) - index) % 2 else other
             states = {**tables, "hidden": hidden, "output.grad": d_output, "carry": carry}
             if kept is not None:
                 states |= self._kept_arrays(kept, index, hidden)
             sums = {
-                name: _part(gradient, parts[name.removesuffix(".grad")], layer)
+                name: _view(gradient, slices[name.removesuffix(".grad")], layer)
                 for name in graph.outputs
                 if name != "hidden.grad"
             }
@@ -166,7 +166,7 @@ class SublayerRunner:
             prefix = LAYER_PREFIX.format(layer)
             graph.of_layers[layer, index] = (
                 {name: replace(p, parameter=prefix + p.parameter) for name, p in graph.linear[index].items()},
-                {name: _part(self._lora.parameter, part, layer) for name, part in graph.trained[index].items()},
+                {name: _view(self._lora.parameter, slice_, layer) for name, slice_ in graph.trained[index].items()},
             )
         linear, views = graph.of_layers[layer, index]
         # Columns of a matrix have to be copied.
@@ -209,20 +209,20 @@ def sublayer_runners(
         parameters: The LoRA parameters.
         workspace: Gives arrays for what lies between graphs.
         backend: Runs the graphs.
-        linear: Gives frozen weights in the backend's form.
+        linear: Gives frozen weights in the backend's layout.
     """
     architecture, pieces = bundle.manifest.architecture, pieces_of(bundle.manifest, wide=wide)
 
-    def runner(name: str, parts: Iterator[dict[str, Part]]) -> SublayerRunner:
+    def runner(name: str, slices: Iterator[dict[str, Slice]]) -> SublayerRunner:
         role = sublayer_role(backend.sublayers, name, wide=wide)
-        return SublayerRunner(bundle, name, role, list(parts), backend, linear, parameters, workspace)
+        return SublayerRunner(bundle, name, role, list(slices), backend, linear, parameters, workspace)
 
     return (
-        runner("attention", attention_parts(architecture, pieces.attention)),
-        runner("mlp", mlp_parts(architecture, pieces.mlp)),
+        runner("attention", attention_slices(architecture, pieces.attention)),
+        runner("mlp", mlp_slices(architecture, pieces.mlp)),
     )
 
 
-def _part(of: Callable[[str], NDArray[np.float32]], part: Part, layer: int) -> NDArray[np.float32]:
-    array = of(LAYER_PREFIX.format(layer) + part.parameter)
-    return array[slice(*(part.rows or (None, None))), slice(*(part.columns or (None, None)))]
+def _view(of: Callable[[str], NDArray[np.float32]], slice_: Slice, layer: int) -> NDArray[np.float32]:
+    array = of(LAYER_PREFIX.format(layer) + slice_.parameter)
+    return array[slice(*(slice_.rows or (None, None))), slice(*(slice_.columns or (None, None)))]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.formats.frozen_weights import FrozenWeights
-from edgetune.model.pieces import Part
+from edgetune.model.pieces import Slice
 from edgetune.runtimes.layered.backend import Allocate, Backend
 
 _WEIGHT = ".weight"
@@ -31,38 +31,38 @@ class LinearWeights:
     def __init__(self, frozen: FrozenWeights, backend: Backend, resident: bool, memory: ReusedMemory) -> None:
         self.frozen, self.resident = frozen, resident
         self._backend = backend
-        self._made: dict[tuple[str, Part], dict[str, NDArray[Any]]] = {}
+        self._made: dict[tuple[str, Slice], dict[str, NDArray[Any]]] = {}
         self._memory = memory
 
-    def take(self, parts: Mapping[str, Part]) -> dict[str, NDArray[Any]]:
-        """The arrays of these inputs, valid until the next call; the parts have the checkpoint's names.
+    def take(self, slices: Mapping[str, Slice]) -> dict[str, NDArray[Any]]:
+        """The arrays of these inputs, valid until the next call; the slices are of the checkpoint's parameters.
 
         Scales come with the input whose scales they are.
         """
         self._memory.use_again()
         taken = {}
-        for name, part in parts.items():
-            for suffix, array in self._arrays(weight_and_form(name)[1], part).items():
+        for name, slice_ in slices.items():
+            for suffix, array in self._arrays(weight_and_layout(name)[1], slice_).items():
                 taken[name + suffix] = array
         return taken
 
-    def _arrays(self, form: str, part: Part) -> dict[str, NDArray[Any]]:
+    def _arrays(self, layout: str, slice_: Slice) -> dict[str, NDArray[Any]]:
         if not self.resident:
-            return self._make(form, part, self._memory.allocate)
-        if (form, part) not in self._made:
-            self._made[form, part] = self._make(form, part, np.empty)
-        return self._made[form, part]
+            return self._make(layout, slice_, self._memory.allocate)
+        if (layout, slice_) not in self._made:
+            self._made[layout, slice_] = self._make(layout, slice_, np.empty)
+        return self._made[layout, slice_]
 
-    def _make(self, form: str, part: Part, allocate: Allocate) -> dict[str, NDArray[Any]]:
-        block = self.frozen.linear(part.parameter, part.rows, part.columns)
-        ordered = self._backend.channels.block(part, block)
-        return self._backend.weight(form, ordered, allocate)
+    def _make(self, layout: str, slice_: Slice, allocate: Allocate) -> dict[str, NDArray[Any]]:
+        block = self.frozen.linear(slice_.parameter, slice_.rows, slice_.columns)
+        ordered = self._backend.channels.block(slice_, block)
+        return self._backend.weight(layout, ordered, allocate)
 
 
-def weight_and_form(name: str) -> tuple[str, str]:
-    """`q_proj.weight.forward` takes the weight `q_proj.weight` in the form `forward`; a weight itself has none."""
-    weight, _, form = name.partition(f"{_WEIGHT}.")
-    return (weight + _WEIGHT, form) if form else (name, "")
+def weight_and_layout(name: str) -> tuple[str, str]:
+    """`q_proj.weight.forward` takes the weight `q_proj.weight` in the layout `forward`; a weight itself has none."""
+    weight, _, layout = name.partition(f"{_WEIGHT}.")
+    return (weight + _WEIGHT, layout) if layout else (name, "")
 
 
 class ReusedMemory:

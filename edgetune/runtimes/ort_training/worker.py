@@ -2,7 +2,7 @@
 
 Usage: worker.py BUNDLE WEIGHT_DECAY MAX_GRAD_NORM THREADS
 
-Answers messages of `wire` on standard input and output: `parameters` sets them, `step` takes micro-batches and a
+Answers messages of `wire` on standard input and output: `parameters` sets them, `step` takes its passes' batches and a
 learning rate, `evaluate` a batch, `adapter` nothing. Imports nothing of edgetune, which is not installed there.
 """
 
@@ -54,7 +54,7 @@ class Trainer:
         return {}, {}
 
     def step(self, header: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """One optimizer step over micro-batches; `shares` are their parts of the trained tokens."""
+        """One optimizer step over its passes' batches; `shares` are theirs of the trained tokens."""
         self._module.train()
         loss = norm = 0.0
         for index, share in enumerate(header["shares"]):

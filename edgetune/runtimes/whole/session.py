@@ -1,7 +1,7 @@
 """Training on the portable graphs, the optimizer on stock ONNX Runtime.
 
 Parameters, gradients and optimizer state stay in buffers that the graphs read and write through I/O binding; none is
-copied, only gradients of further micro-batches are added up. The optimizer writes to a second set of buffers, and the
+copied, only gradients of further passes are added up. The optimizer writes to a second set of buffers, and the
 two sets change places when the step is good: a step that is not finite leaves everything as it was. Who computes the
 gradients is exchangeable: the CPU here, or an accelerator (`edgetune.runtimes.whole`).
 """
@@ -104,8 +104,8 @@ class PortableSession:
             }
             for _ in range(2)
         )
-        # The accumulated gradient, and where a micro-batch puts its own.
-        self._sums, self._micro_sums = (
+        # The accumulated gradient, and where a pass puts its own.
+        self._sums, self._pass_sums = (
             {f"{name}.grad": np.zeros_like(array) for name, array in parameters.items()} for _ in range(2)
         )
         self._gradients = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._sums.items()}
@@ -140,16 +140,16 @@ class PortableSession:
         return {name: self._state[name] for name in self._names}
 
     def _accumulate(self, batches: Sequence[Batch]) -> float:
-        """Fill the gradient of the mean loss over all trained tokens of the micro-batches; returns that loss."""
+        """Fill the gradient of the mean loss over all trained tokens of the passes; returns that loss."""
         total = sum(batch.trained_tokens for batch in batches)
         loss = 0.0
         for index, batch in enumerate(batches):
             share = batch.trained_tokens / total
-            sums = self._micro_sums if index else self._sums
+            sums = self._pass_sums if index else self._sums
             loss += share * self._graphs.gradients(batch, share, self._parameters(), sums)
             if index:
                 for name, array in self._sums.items():
-                    array += self._micro_sums[name]
+                    array += self._pass_sums[name]
         return loss
 
 

@@ -1,5 +1,5 @@
 /**
- * Train a target folder in Node. Run it without arguments to see its options.
+ * Train a shipped folder in Node. Run it without arguments to see its options.
  */
 
 import { mkdtemp, readFile, rename, stat, writeFile } from "node:fs/promises";
@@ -11,19 +11,19 @@ import { answer } from "../training/answer.js";
 import { openEncoder } from "../training/encoder.js";
 import { parseRows } from "../training/rows.js";
 import { batches, learningRate } from "../training/schedule.js";
-import { configFile } from "../training/target.js";
+import { configFile } from "../training/shipped.js";
 import { Trainer } from "../training/trainer.js";
-import { openGraphs, openTarget } from "./environment.js";
+import { openGraphs, openShipped } from "./environment.js";
 
-const USAGE = `usage: node node/train.js TARGET --data rows.jsonl --output adapter [options]
+const USAGE = `usage: node node/train.js FOLDER --data rows.jsonl --output adapter [options]
   --steps N             optimizer steps (default 100)
   --batch-size N        rows of a step (default 4)
-  --learning-rate X     default: the target's
+  --learning-rate X     default: the shipped folder's
   --schedule NAME       constant, linear or cosine (default cosine)
-  --weight-decay X      default: the target's
+  --weight-decay X      default: the shipped folder's
   --seed N              order of the rows (default 0)
   --no-shuffle          keep the order of the file
-  --init-adapter FILE   adapter_model.safetensors to start from (default: the target's)
+  --init-adapter FILE   adapter_model.safetensors to start from (default: the shipped folder's)
   --prompt TEXT         ask before and after`;
 const MAX_NEW_TOKENS = 64;
 
@@ -62,26 +62,26 @@ async function main() {
   if (await stat(values.output).catch(() => null))
     throw new Error(`${values.output} is already there; choose another name`);
 
-  const { target, read } = await openTarget(folder);
-  const encoder = await openEncoder(target, read);
+  const { shipped, read } = await openShipped(folder);
+  const encoder = await openEncoder(shipped, read);
   const examples = encoder.encodeAll(parseRows(await readFile(values.data, "utf-8")));
   const steps = number("steps", values.steps, 1);
-  const peak = number("learning-rate", values["learning-rate"] ?? target.optimizer.learning_rate, 0);
+  const peak = number("learning-rate", values["learning-rate"] ?? shipped.optimizer.learning_rate, 0);
   const seed = values["no-shuffle"] ? null : number("seed", values.seed, 0);
   const drawn = batches(examples, number("batch-size", values["batch-size"], 1), seed);
 
-  const graphs = await openGraphs(folder, target);
-  const first = await (values["init-adapter"] ? readFile(values["init-adapter"]) : read(target.adapter.file));
-  const trainer = new Trainer(graphs, target, readAdapter(graphs.Tensor, target, first), {
-    weightDecay: number("weight-decay", values["weight-decay"] ?? target.optimizer.weight_decay, 0),
-    maxGradNorm: target.optimizer.max_grad_norm,
+  const graphs = await openGraphs(folder, shipped);
+  const first = await (values["init-adapter"] ? readFile(values["init-adapter"]) : read(shipped.adapter.file));
+  const trainer = new Trainer(graphs, shipped, readAdapter(graphs.Tensor, shipped, first), {
+    weightDecay: number("weight-decay", values["weight-decay"] ?? shipped.optimizer.weight_decay, 0),
+    maxGradNorm: shipped.optimizer.max_grad_norm,
   });
 
   async function say() {
     if (values.prompt === undefined) return;
     const prompt = encoder.encodePrompt([{ role: "user", content: values.prompt }]);
     const tokens = [];
-    for await (const token of answer(graphs, target, trainer.parameters, prompt, MAX_NEW_TOKENS)) tokens.push(token);
+    for await (const token of answer(graphs, shipped, trainer.parameters, prompt, MAX_NEW_TOKENS)) tokens.push(token);
     console.log(`answer: ${encoder.tokenizer.decode(tokens)}`);
   }
 
@@ -94,8 +94,8 @@ async function main() {
   await say();
 
   const partial = await mkdtemp(`${values.output}.`); // nobody shall find half an adapter
-  await writeFile(join(partial, "adapter_model.safetensors"), writeAdapter(target, trainer.parameters));
-  await writeFile(join(partial, "adapter_config.json"), await read(configFile(target)));
+  await writeFile(join(partial, "adapter_model.safetensors"), writeAdapter(shipped, trainer.parameters));
+  await writeFile(join(partial, "adapter_config.json"), await read(configFile(shipped)));
   await rename(partial, values.output);
 }
 

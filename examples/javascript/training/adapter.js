@@ -3,25 +3,25 @@
  */
 
 /** @import { TensorClass, Tensors } from "./graphs.js" */
-/** @import { Target } from "./target.js" */
+/** @import { Shipped } from "./shipped.js" */
 
 /**
- * Read the parameters of a target.
+ * Read the parameters of a shipped folder.
  *
  * @param {TensorClass} Tensor
- * @param {Target} target
- * @param {Uint8Array} bytes An `adapter_model.safetensors`: the target's own, or one that was trained from it.
+ * @param {Shipped} shipped
+ * @param {Uint8Array} bytes An `adapter_model.safetensors`: the shipped folder's own, or one that was trained from it.
  * @returns {Tensors} Under the graphs' names.
  * @throws {Error} Naming a parameter that is missing or of another type or shape.
  */
-export function readAdapter(Tensor, target, bytes) {
+export function readAdapter(Tensor, shipped, bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const begin = 8 + Number(view.getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(bytes.subarray(8, begin)));
   /** @type {Tensors} */
   const parameters = {};
-  for (const [name, shape] of shapes(target)) {
-    const entry = header[target.adapter.prefix + name];
+  for (const [name, shape] of shapes(shipped)) {
+    const entry = header[shipped.adapter.prefix + name];
     if (entry?.dtype !== "F32" || String(entry.shape) !== String(shape)) {
       throw new Error(`the adapter does not fit: ${name} is ${JSON.stringify(entry)}, expected F32 [${shape}]`);
     }
@@ -34,21 +34,21 @@ export function readAdapter(Tensor, target, bytes) {
 }
 
 /**
- * The bytes of `adapter_model.safetensors`. With the target's own `adapter_config.json` beside it, PEFT and edgetune
+ * The bytes of `adapter_model.safetensors`. With the shipped folder's `adapter_config.json` beside it, PEFT and edgetune
  * read it.
  *
- * @param {Target} target
+ * @param {Shipped} shipped
  * @param {Tensors} parameters
  * @returns {Uint8Array<ArrayBuffer>}
  */
-export function writeAdapter(target, parameters) {
+export function writeAdapter(shipped, parameters) {
   /** @type {Record<string, any>} */
   const header = { __metadata__: { format: "pt" } };
   let length = 0;
-  const names = shapes(target).map(([name]) => name);
+  const names = shapes(shipped).map(([name]) => name);
   for (const name of names) {
     const { dims, size } = parameters[name];
-    header[target.adapter.prefix + name] = { dtype: "F32", shape: dims, data_offsets: [length, length + 4 * size] };
+    header[shipped.adapter.prefix + name] = { dtype: "F32", shape: dims, data_offsets: [length, length + 4 * size] };
     length += 4 * size;
   }
   const text = JSON.stringify(header);
@@ -68,7 +68,7 @@ export function writeAdapter(target, parameters) {
 /**
  * Names and shapes of all parameters, in the graphs' order.
  *
- * @param {Target} target
+ * @param {Shipped} shipped
  * @returns {[string, number[]][]}
  */
 function shapes({ lora }) {

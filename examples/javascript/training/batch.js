@@ -4,7 +4,7 @@
 
 /** @import { Tensors, TensorClass } from "./graphs.js" */
 /** @import { Example } from "./encoder.js" */
-/** @import { Rope, Target } from "./target.js" */
+/** @import { Rope, Shipped } from "./shipped.js" */
 
 /** Label of a position where nothing is trained. */
 export const IGNORED = -100;
@@ -16,23 +16,23 @@ const MASKED = -10000;
  *
  * @param {TensorClass} Tensor
  * @param {Example[]} examples B rows, at least one.
- * @param {Target} target
+ * @param {Shipped} shipped
  * @returns {Tensors} `input_ids`, `labels` (B, T); `attn_bias` (B, 1, T, T); `rope_cos`, `rope_sin` (B, T, R).
  */
-export function makeBatch(Tensor, examples, target) {
+export function makeBatch(Tensor, examples, shipped) {
   const batch = examples.length;
   const lengths = examples.map((example) => example.inputIds.length);
   const positions = Math.max(...lengths);
-  const inputIds = new BigInt64Array(batch * positions).fill(BigInt(target.tokenizer.pad_token_id));
+  const inputIds = new BigInt64Array(batch * positions).fill(BigInt(shipped.tokenizer.pad_token_id));
   const labels = new BigInt64Array(batch * positions).fill(BigInt(IGNORED));
   examples.forEach((example, row) => {
     inputIds.set(example.inputIds.map(BigInt), row * positions);
     // The label of a position is the token that shall follow it.
     labels.set(example.labels.slice(1).map(BigInt), row * positions);
   });
-  const bias = attentionBias(positions, target.architecture.sliding_window);
-  const { cos, sin } = ropeTables(target.architecture.rope, positions);
-  const rotated = [batch, positions, target.architecture.rope.dim];
+  const bias = attentionBias(positions, shipped.architecture.sliding_window);
+  const { cos, sin } = ropeTables(shipped.architecture.rope, positions);
+  const rotated = [batch, positions, shipped.architecture.rope.dim];
   return {
     input_ids: new Tensor("int64", inputIds, [batch, positions]),
     labels: new Tensor("int64", labels, [batch, positions]),

@@ -9,7 +9,7 @@ import { refuseEmpty } from "./rows.js";
 import { TokenPlaces } from "./tokens.js";
 
 /** @import { Message, Row } from "./rows.js" */
-/** @import { Target } from "./target.js" */
+/** @import { Shipped } from "./shipped.js" */
 /** @import { Token } from "./tokens.js" */
 
 /** Unicode keeps it for programs: no text has it. */
@@ -18,16 +18,16 @@ const MARK = "\ufde0";
 /** @typedef {{inputIds: number[], labels: number[]}} Example A label is the token itself, or −100: not trained. */
 
 /**
- * The encoder of a target.
+ * The encoder of a shipped folder.
  *
- * @param {Target} target
- * @param {(path: string) => Promise<Uint8Array>} read Gives a file of the target, verified.
+ * @param {Shipped} shipped
+ * @param {(path: string) => Promise<Uint8Array>} read Gives a file of the shipped folder, verified.
  */
-export async function openEncoder(target, read) {
-  const { file, chat_template } = target.tokenizer;
+export async function openEncoder(shipped, read) {
+  const { file, chat_template } = shipped.tokenizer;
   const text = async (/** @type {string} */ path) => new TextDecoder().decode(await read(path));
   const template = chat_template === null ? null : new Template(await text(chat_template));
-  return new Encoder(target, new TokenPlaces(JSON.parse(await text(file))), template);
+  return new Encoder(shipped, new TokenPlaces(JSON.parse(await text(file))), template);
 }
 
 /** Turns rows into token ids and labels. */
@@ -38,7 +38,7 @@ export class Encoder {
   #maxLength;
 
   /**
-   * @param {Target} target
+   * @param {Shipped} shipped
    * @param {TokenPlaces} tokenizer
    * @param {Template | null} template The model's chat template.
    */

@@ -8,7 +8,7 @@
 /** @typedef {Record<string, Tensor>} Tensors Tensors by the graphs' names. */
 
 /**
- * The environment's ONNX Runtime, with the three graphs of a target open.
+ * The environment's ONNX Runtime, with the three graphs of a shipped folder open.
  *
  * @typedef {object} Graphs
  * @property {TensorClass} Tensor

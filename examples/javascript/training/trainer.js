@@ -7,7 +7,7 @@ import { numberOf, scalar } from "./graphs.js";
 
 /** @import { Graphs, Tensors } from "./graphs.js" */
 /** @import { Example } from "./encoder.js" */
-/** @import { Target } from "./target.js" */
+/** @import { Shipped } from "./shipped.js" */
 
 /** The two moments that AdamW keeps of every parameter. */
 const MOMENTS = ["exp_avg", "exp_avg_sq"];
@@ -26,13 +26,13 @@ export class Trainer {
 
   /**
    * @param {Graphs} graphs
-   * @param {Target} target
+   * @param {Shipped} shipped
    * @param {Tensors} parameters First values of every LoRA parameter.
    * @param {Optimizer} optimizer
    */
-  constructor(graphs, target, parameters, optimizer) {
+  constructor(graphs, shipped, parameters, optimizer) {
     this.graphs = graphs;
-    this.target = target;
+    this.shipped = shipped;
     /** Values after the last step. */
     this.parameters = parameters;
     this.optimizer = optimizer;
@@ -53,7 +53,7 @@ export class Trainer {
    */
   async step(examples, learningRate) {
     const { Tensor, step, adamw } = this.graphs;
-    const batch = makeBatch(Tensor, examples, this.target);
+    const batch = makeBatch(Tensor, examples, this.shipped);
     const { loss, ...gradients } = await step.run({ ...batch, ...this.parameters, loss_scale: scalar(Tensor, 1) });
     const updated = await adamw.run({
       ...this.parameters,

@@ -1,9 +1,9 @@
 /**
  * Put a page together that any static server can serve:
  *
- *     node web/build.js TARGET SITE [--rows rows.jsonl]
+ *     node web/build.js FOLDER SITE [--rows rows.jsonl]
  *
- * SITE gets the page, its scripts in two files, ONNX Runtime's module from the npm package, and the target folder.
+ * SITE gets the page, its scripts in two files, ONNX Runtime's module from the npm package, and the shipped folder.
  */
 
 import { copyFile, cp, mkdir } from "node:fs/promises";
@@ -18,9 +18,9 @@ const PAGE = ["index.html", "style.css", "icon.svg", "offline.js"];
 const RUNTIME = ["ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"];
 
 const { positionals, values } = parseArgs({ allowPositionals: true, options: { rows: { type: "string" } } });
-const [target, site] = positionals;
+const [folder, site] = positionals;
 if (positionals.length !== 2) {
-  console.error("usage: node web/build.js TARGET SITE [--rows rows.jsonl]");
+  console.error("usage: node web/build.js FOLDER SITE [--rows rows.jsonl]");
   process.exit(1);
 }
 
@@ -41,5 +41,6 @@ for (const name of PAGE) await copyFile(join(WEB, name), join(site, name));
 for (const name of RUNTIME) {
   await copyFile(fileURLToPath(import.meta.resolve(`onnxruntime-web/${name}`)), join(site, name));
 }
-await cp(target, join(site, "target"), { recursive: true });
+// The name is part of the addresses that a page kept for its next visit.
+await cp(folder, join(site, "target"), { recursive: true });
 if (values.rows) await copyFile(values.rows, join(site, "rows.jsonl"));

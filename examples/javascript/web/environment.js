@@ -1,13 +1,14 @@
 /**
- * How a browser opens a target: files are fetched from the page's own server, verified, and given to `onnxruntime-web`.
+ * How a browser opens a shipped folder: files are fetched from the page's own server, verified, and given to
+ * `onnxruntime-web`.
  */
 
 import { InferenceSession, Tensor, env } from "onnxruntime-web/wasm";
 
-import { fileOf, graphFile, readTarget, verified } from "../training/target.js";
+import { fileOf, graphFile, readShipped, verified } from "../training/shipped.js";
 
 /** @import { Graphs } from "../training/graphs.js" */
-/** @import { Target } from "../training/target.js" */
+/** @import { Shipped } from "../training/shipped.js" */
 
 /**
  * Up to so many bytes of weights, int4 is turned into float when a graph is opened, which takes eight times the memory
@@ -23,20 +24,20 @@ env.wasm.wasmPaths = new URL("./", self.location.href).href;
 /**
  * Fetch `target.json` and every file that training needs.
  *
- * @param {string} base Where the target lies, with a slash at the end.
+ * @param {string} base Where the shipped folder lies, with a slash at the end.
  * @param {OnFile} onFile
- * @returns {Promise<{target: Target, read: (path: string) => Promise<Uint8Array>}>}
+ * @returns {Promise<{shipped: Shipped, read: (path: string) => Promise<Uint8Array>}>}
  */
-export async function fetchTarget(base, onFile) {
-  const target = await readTarget(new Uint8Array(await (await get(`${base}target.json`)).arrayBuffer()));
+export async function fetchShipped(base, onFile) {
+  const shipped = await readShipped(new Uint8Array(await (await get(`${base}target.json`)).arrayBuffer()));
   return {
-    target,
+    shipped,
     async read(path) {
-      const { size, sha256 } = fileOf(target, path);
+      const { size, sha256 } = fileOf(shipped, path);
       // The hash in the address lets offline.js keep the file as long as it is this one.
       const response = await get(`${base}${path}?sha256=${sha256}`);
       const bytes = await receive(response, size, (received) => onFile(path, received, size));
-      return verified(target, path, bytes);
+      return verified(shipped, path, bytes);
     },
   };
 }
@@ -44,17 +45,17 @@ export async function fetchTarget(base, onFile) {
 /**
  * Open the three graphs. Their weights are handed over by name, because a browser has no folder to look into.
  *
- * @param {Target} target
+ * @param {Shipped} shipped
  * @param {(path: string) => Promise<Uint8Array>} read
  * @returns {Promise<Graphs>}
  */
-export async function openGraphs(target, read) {
+export async function openGraphs(shipped, read) {
   /** @type {{path: string, data: Uint8Array}[]} */
   const weights = [];
-  for (const path of target.weights) weights.push({ path: nameOf(path), data: await read(path) });
+  for (const path of shipped.weights) weights.push({ path: nameOf(path), data: await read(path) });
   const size = weights.reduce((sum, { data }) => sum + data.length, 0);
   const open = async (/** @type {string} */ role) =>
-    InferenceSession.create(await read(graphFile(target, role)), {
+    InferenceSession.create(await read(graphFile(shipped, role)), {
       executionProviders: ["wasm"],
       externalData: role === "adamw" ? [] : weights,
       // Without quantisation to keep, ONNX Runtime folds the constants.

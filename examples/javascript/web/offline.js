@@ -40,13 +40,13 @@ async function answer(request) {
 }
 
 /**
- * Forget files of another target.
+ * Forget files of another shipped folder.
  *
  * @param {Cache} kept
- * @param {{files: {sha256: string}[]}} target
+ * @param {{files: {sha256: string}[]}} shipped
  */
-async function dropOthers(kept, target) {
-  const current = new Set(target.files.map((file) => file.sha256));
+async function dropOthers(kept, shipped) {
+  const current = new Set(shipped.files.map((file) => file.sha256));
   for (const { url } of await kept.keys()) {
     const hash = new URL(url).searchParams.get("sha256");
     if (hash !== null && !current.has(hash)) await kept.delete(url);

@@ -7,16 +7,16 @@ import { answer } from "../training/answer.js";
 import { IGNORED } from "../training/batch.js";
 import { openEncoder } from "../training/encoder.js";
 import { batches, learningRate } from "../training/schedule.js";
-import { configFile } from "../training/target.js";
+import { configFile } from "../training/shipped.js";
 import { Trainer } from "../training/trainer.js";
 import { answerCalls } from "./channel.js";
-import { fetchTarget, openGraphs, threads } from "./environment.js";
+import { fetchShipped, openGraphs, threads } from "./environment.js";
 import { forget, keep, readKept } from "./kept.js";
 
 /** @import { Encoder } from "../training/encoder.js" */
 /** @import { Graphs, Tensors } from "../training/graphs.js" */
 /** @import { Row } from "../training/rows.js" */
-/** @import { Target } from "../training/target.js" */
+/** @import { Shipped } from "../training/shipped.js" */
 /** @import { Progress } from "./channel.js" */
 
 /**
@@ -33,8 +33,8 @@ const SEED = 0;
 /** How often the question is asked while training goes on. */
 const ANSWERS_ON_THE_WAY = 6;
 
-/** @type {Target} */
-let target;
+/** @type {Shipped} */
+let shipped;
 /** @type {(path: string) => Promise<Uint8Array>} */
 let read;
 /** @type {Graphs} */
@@ -47,22 +47,22 @@ let isStopped = false;
 
 /** @param {Progress} progress */
 async function open(progress) {
-  ({ target, read } = await fetchTarget(new URL("./target/", self.location.href).href, (path, received, size) =>
+  ({ shipped, read } = await fetchShipped(new URL("./target/", self.location.href).href, (path, received, size) =>
     progress({ path, received, size }),
   ));
-  progress({ files: [...target.weights, ...target.graphs.map((graph) => graph.file)] });
-  encoder = await openEncoder(target, read);
-  const first = await read(target.adapter.file);
-  graphs = await openGraphs(target, read);
-  const base = readAdapter(graphs.Tensor, target, first);
-  const kept = await readKept(target);
-  parameters = { base, learnt: kept ? readAdapter(graphs.Tensor, target, kept) : base };
+  progress({ files: [...shipped.weights, ...shipped.graphs.map((graph) => graph.file)] });
+  encoder = await openEncoder(shipped, read);
+  const first = await read(shipped.adapter.file);
+  graphs = await openGraphs(shipped, read);
+  const base = readAdapter(graphs.Tensor, shipped, first);
+  const kept = await readKept(shipped);
+  parameters = { base, learnt: kept ? readAdapter(graphs.Tensor, shipped, kept) : base };
   return {
-    name: target.base.name,
-    weights: target.base.weights,
-    bytes: target.files.reduce((sum, file) => sum + file.size, 0),
+    name: shipped.base.name,
+    weights: shipped.base.weights,
+    bytes: shipped.files.reduce((sum, file) => sum + file.size, 0),
     trainable: Object.values(base).reduce((sum, tensor) => sum + tensor.size, 0),
-    learningRate: target.optimizer.learning_rate,
+    learningRate: shipped.optimizer.learning_rate,
     hasLearnt: kept !== null,
     threads: threads(),
   };
@@ -106,7 +106,7 @@ async function answerTo(question, values, progress) {
   const prompt = encoder.encodePrompt([{ role: "user", content: question }]);
   /** @type {number[]} */
   const ids = [];
-  for await (const id of answer(graphs, target, values, prompt, MAX_NEW_TOKENS)) {
+  for await (const id of answer(graphs, shipped, values, prompt, MAX_NEW_TOKENS)) {
     ids.push(id);
     progress(encoder.tokenizer.decode(ids));
   }
@@ -121,9 +121,9 @@ async function answerTo(question, values, progress) {
 async function train({ rows, question, settings }, progress) {
   const { steps, batchSize } = settings;
   const examples = encoder.encodeAll(rows);
-  const trainer = new Trainer(graphs, target, parameters.learnt, {
-    weightDecay: target.optimizer.weight_decay,
-    maxGradNorm: target.optimizer.max_grad_norm,
+  const trainer = new Trainer(graphs, shipped, parameters.learnt, {
+    weightDecay: shipped.optimizer.weight_decay,
+    maxGradNorm: shipped.optimizer.max_grad_norm,
   });
   const drawn = batches(examples, batchSize, settings.shuffle ? SEED : null);
   const every = Math.max(1, Math.ceil(steps / ANSWERS_ON_THE_WAY));
@@ -141,7 +141,7 @@ async function train({ rows, question, settings }, progress) {
   } finally {
     isStopped = false; // a call of stop holds for one training, even when it comes before the first step
   }
-  return keep(target, writeAdapter(target, parameters.learnt));
+  return keep(shipped, writeAdapter(shipped, parameters.learnt));
 }
 
 answerCalls({
@@ -154,9 +154,9 @@ answerCalls({
   },
   async forget() {
     parameters.learnt = parameters.base;
-    await forget(target);
+    await forget(shipped);
   },
   async adapter() {
-    return { weights: writeAdapter(target, parameters.learnt), config: await read(configFile(target)) };
+    return { weights: writeAdapter(shipped, parameters.learnt), config: await read(configFile(shipped)) };
   },
 });

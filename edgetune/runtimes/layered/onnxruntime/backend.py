@@ -72,8 +72,10 @@ class OrtBackend:
         self.sublayers = f"{LAYERS}/{INT8}" if products == "int8" else LAYERS
         self._most_positions = self._most_scores = 0
         self._dequantise = self.load(bundle.file(f"{LAYERS}/dequantise"))
-        forms = (FORWARD, BACKWARD) if products == "int8" else ()
-        self._requantiser = Requantiser({form: self.load(bundle.file(f"{LAYERS}/{INT8}/{form}")) for form in forms})
+        layouts = (FORWARD, BACKWARD) if products == "int8" else ()
+        self._requantiser = Requantiser(
+            {layout: self.load(bundle.file(f"{LAYERS}/{INT8}/{layout}")) for layout in layouts}
+        )
 
     def exact(self) -> OrtBackend:
         """See `Backend.exact`."""
@@ -100,10 +102,10 @@ class OrtBackend:
         }
         self._dequantise.run_and_release(block)
 
-    def weight(self, form: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
+    def weight(self, layout: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
         """See `Backend.weight`."""
-        if form:
-            return self._requantiser.weight(form, block, allocate)
+        if layout:
+            return self._requantiser.weight(layout, block, allocate)
         out = allocate(block.shape, self.storage)
         if block.scales is None:
             out[...] = block.values

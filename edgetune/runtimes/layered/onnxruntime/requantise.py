@@ -32,21 +32,21 @@ class Requantiser:
     def __init__(self, graphs: dict[str, LayeredGraph]) -> None:
         self._graphs = graphs
 
-    def weight(self, form: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
+    def weight(self, layout: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
         """`W.forward`, int8 (in, out), with scales (out); or `W.backward`, int8 (out, in), with scales (in)."""
-        shape, axis = (block.shape[::-1], 1) if form == FORWARD else (block.shape, 0)
+        shape, axis = (block.shape[::-1], 1) if layout == FORWARD else (block.shape, 0)
         weight, scales = allocate(shape, _INT8), allocate(shape[1:], _FLOAT)
         largest = np.abs(block.values if block.scales is None else block.scales).max(axis, keepdims=True)
         if block.scales is None:
             steps = np.maximum(largest.astype(np.float32) / LARGEST_INT8, SMALLEST)
             rounded = np.rint(block.values / steps)
-            weight[...] = rounded.T if form == FORWARD else rounded
+            weight[...] = rounded.T if layout == FORWARD else rounded
         else:
             # A weight in blocks is never larger than its zero point times its scale.
             steps = np.maximum(largest * (block.zero_point / LARGEST_INT8), SMALLEST)
             rows = np.arange(len(block.values), dtype=np.int64)
             inputs = {"packed": np.ascontiguousarray(block.values), "rows": rows, "scales": block.scales / steps}
-            self._graphs[form].run(inputs, {"weight": weight})
-        per_column = form == BACKWARD and block.scales is not None
+            self._graphs[layout].run(inputs, {"weight": weight})
+        per_column = layout == BACKWARD and block.scales is not None
         scales[...] = np.repeat(steps, BLOCK_SIZE) if per_column else steps.ravel()
         return {"": weight, SCALES: scales}

@@ -149,9 +149,9 @@ class OpenVinoBackend:
     def begin(self, positions: int, scores: int) -> None:
         """See `Backend.begin`: graphs have memory of their own for each shape."""
 
-    def weight(self, form: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
+    def weight(self, layout: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
         """See `Backend.weight`."""
-        return self._weights.int8(block, allocate) if form == INT8 else {"": self._weights.exact(block, allocate)}
+        return self._weights.int8(block, allocate) if layout == INT8 else {"": self._weights.exact(block, allocate)}
 
     def store(self, values: NDArray[np.float32], out: NDArray[Any]) -> None:
         """See `Backend.store`."""

@@ -80,7 +80,7 @@ def _unpack_model(bits: int, rows: int, columns: int, group: int, dtype: np.dtyp
     """(q − zero point) · scale: bytes (rows, columns · bits / 8), scales (rows, columns / 32) to (rows, columns).
 
     Of int4 the evens come first. With h = ⌊byte / 16⌋ the nibbles are byte − 16h and h: byte · (1, 0) + h · (−16, 1),
-    both in one pass over memory. Weights that are to be int8 are divided by the second output, one step for each row.
+    both in one go over memory. Weights that are to be int8 are divided by the second output, one step for each row.
     """
     groups, blocks = columns // group, group // BLOCK_SIZE
     packed = op.parameter([rows, columns * bits // 8], ov.Type.u8)

@@ -1,5 +1,5 @@
 /**
- * What `edgetune bundle` wrote: `target.json`, and the files that it lists. Nothing is used before its hash is right.
+ * What `edgetune ship` wrote: `target.json`, and the files that it lists. Nothing is used before its hash is right.
  */
 
 /** @typedef {{dim: number, theta: number, attention_factor: number, short_factor: number[] | null,
@@ -11,7 +11,7 @@
 /**
  * The part of `target.json` that a training loop needs; artifacts/FORMAT.md has the whole.
  *
- * @typedef {object} Target
+ * @typedef {object} Shipped
  * @property {string} format
  * @property {number} format_version
  * @property {string} target
@@ -37,38 +37,38 @@ const FORMAT_VERSION = 1;
  * Read `target.json`.
  *
  * @param {Uint8Array} bytes
- * @returns {Promise<Target>}
+ * @returns {Promise<Shipped>}
  * @throws {Error} It is something else, or was changed.
  */
-export async function readTarget(bytes) {
+export async function readShipped(bytes) {
   const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
-  const target = /** @type {Target} */ (JSON.parse(text));
-  if (target.format !== FORMAT || target.format_version !== FORMAT_VERSION) {
+  const shipped = /** @type {Shipped} */ (JSON.parse(text));
+  if (shipped.format !== FORMAT || shipped.format_version !== FORMAT_VERSION) {
     throw new Error(
-      `target.json is of format ${target.format} ${target.format_version}, expected ${FORMAT} ${FORMAT_VERSION}`,
+      `target.json is of format ${shipped.format} ${shipped.format_version}, expected ${FORMAT} ${FORMAT_VERSION}`,
     );
   }
   // The seal is the hash of the file's own bytes without the seal's.
-  const unsealed = text.replace(`"manifest_sha256": "${target.manifest_sha256}"`, '"manifest_sha256": ""');
-  if ((await sha256(new TextEncoder().encode(unsealed))) !== target.manifest_sha256) {
-    throw new Error("target.json was changed; copy the target again");
+  const unsealed = text.replace(`"manifest_sha256": "${shipped.manifest_sha256}"`, '"manifest_sha256": ""');
+  if ((await sha256(new TextEncoder().encode(unsealed))) !== shipped.manifest_sha256) {
+    throw new Error("target.json was changed; copy the shipped folder again");
   }
-  const astray = target.files.filter(({ path }) => path.split(/[\\/]/).some((part) => ["", ".", ".."].includes(part)));
+  const astray = shipped.files.filter(({ path }) => path.split(/[\\/]/).some((part) => ["", ".", ".."].includes(part)));
   if (astray.length) throw new Error(`target.json lists ${astray[0].path}, which is outside of its folder`);
-  return target;
+  return shipped;
 }
 
 /**
  * A file's bytes, if they are those that `target.json` lists.
  *
- * @param {Target} target
+ * @param {Shipped} shipped
  * @param {string} path
  * @param {Uint8Array} bytes
  * @returns {Promise<Uint8Array>}
  * @throws {Error} They are others.
  */
-export async function verified(target, path, bytes) {
-  const file = fileOf(target, path);
+export async function verified(shipped, path, bytes) {
+  const file = fileOf(shipped, path);
   if (bytes.length !== file.size || (await sha256(bytes)) !== file.sha256) {
     throw new Error(`${path} is not what target.json says (${bytes.length} of ${file.size} bytes); copy it again`);
   }
@@ -76,23 +76,23 @@ export async function verified(target, path, bytes) {
 }
 
 /**
- * @param {Target} target
+ * @param {Shipped} shipped
  * @param {string} path
  * @returns {File}
  */
-export function fileOf(target, path) {
-  const file = target.files.find((candidate) => candidate.path === path);
+export function fileOf(shipped, path) {
+  const file = shipped.files.find((candidate) => candidate.path === path);
   if (!file) throw new Error(`target.json does not list ${path}`);
   return file;
 }
 
 /**
- * @param {Target} target
+ * @param {Shipped} shipped
  * @param {string} role `step`, `loss` or `adamw`.
  * @returns {string}
  */
-export function graphFile(target, role) {
-  const graph = target.graphs.find((candidate) => candidate.role === role);
+export function graphFile(shipped, role) {
+  const graph = shipped.graphs.find((candidate) => candidate.role === role);
   if (!graph) throw new Error(`target.json has no graph ${role}`);
   return graph.file;
 }
@@ -100,10 +100,10 @@ export function graphFile(target, role) {
 /**
  * PEFT's description of the adapter, beside it. It holds for what is trained from the adapter, too.
  *
- * @param {Target} target
+ * @param {Shipped} shipped
  */
-export function configFile(target) {
-  return target.adapter.file.replace(/[^/]*$/, "adapter_config.json");
+export function configFile(shipped) {
+  return shipped.adapter.file.replace(/[^/]*$/, "adapter_config.json");
 }
 
 /**
