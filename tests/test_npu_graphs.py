@@ -25,7 +25,7 @@ from edgetune.formats.roles import INT8_STEP
 from edgetune.preparation import prepare
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes import qnn
-from edgetune.runtimes.execution import WHOLE_STEP, Accelerator
+from edgetune.runtimes.execution import Accelerator, WholePlan
 
 MEAN_COSINE, LOSS = {"blocks": 0.9999, "qdq": 0.9993}, {"blocks": 5e-3, "qdq": 1e-2}
 """Blocks of int4 are taken over as they are, so that the forward pass loses nothing."""
@@ -84,10 +84,10 @@ def test_the_whole_step_is_one_node_with_good_gradients(int8_bundle: tuple[NpuFo
     form, bundle = int8_bundle
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(1, [17, 23]))
-    with stock.open_session(bundle, parameters, OPTIMIZER) as exact:
+    with stock.open_session(bundle, parameters, OPTIMIZER, WholePlan()) as exact:
         expected = exact.step([batch], LEARNING_RATE)
         gradients = dict(exact.gradients())  # type: ignore[attr-defined]
-    plan = replace(WHOLE_STEP, products="int8", accelerator=Accelerator(require=True))
+    plan = WholePlan(precision="int8", accelerator=Accelerator(require=True))
     with qnn.open_session(bundle, parameters, OPTIMIZER, plan) as session:
         result = session.step([batch], LEARNING_RATE)
         found = dict(session.gradients())  # type: ignore[attr-defined]

@@ -26,11 +26,12 @@ from test_qnn import copy_of
 from tiny_phi3 import VARIANTS
 
 from edgetune.config import TrainConfig
+from edgetune.devices.place import Place
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.formats.adapter import read_adapter
-from edgetune.planning.options import resolve_config
+from edgetune.planning.options import resolve
 from edgetune.runtimes import openvino_ep
-from edgetune.runtimes.execution import Accelerator, ExecutionPlan
+from edgetune.runtimes.execution import Accelerator, ExecutionPlan, LayeredPlan
 from edgetune.runtimes.whole import plugin_runtime
 
 ROOT = Path(__file__).parents[1]
@@ -142,11 +143,11 @@ def test_without_a_device_of_intels_it_says_so(prepared: Prepared, monkeypatch: 
 
 def test_it_takes_no_layered_plan_and_its_cpu_is_no_npu(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "int4")
-    plan = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16)
+    plan = LayeredPlan(kept_layers=0, resident=False, head_rows=16)
     with (
         pytest.raises(UsageError, match="the openvino-ep runtime takes no plan but `whole`"),
         openvino_ep.open_session(bundle, adapter_of(bundle), OPTIMIZER, plan),
     ):
         pass
     with pytest.raises(UsageError, match="--require-npu means nothing on OpenVINO's CPU; give --device-type NPU"):
-        resolve_config(TrainConfig(runtime="openvino-ep", require_npu=True), None, pytest.fail)
+        resolve(TrainConfig(runtime="openvino-ep", require_npu=True), Place())

@@ -28,7 +28,7 @@ from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.runtimes import find_runtime, qnn
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.contract import Placed, Session
-from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.runtimes.execution import Accelerator, LayeredPlan, WholePlan
 from edgetune.runtimes.placement import Node, Partition
 from edgetune.runtimes.whole import plugin_runtime
 from edgetune.runtimes.whole.contexts import Context
@@ -39,7 +39,7 @@ from edgetune.training.observer import StartInfo, StepMetrics
 installed = pytest.mark.skipif(
     find_spec("onnxruntime_qnn") is None, reason="onnxruntime-qnn is not installed (x86-64 Linux has its emulator)"
 )
-NPU_ONLY = replace(WHOLE_STEP, accelerator=Accelerator(require=True))
+NPU_ONLY = WholePlan(accelerator=Accelerator(require=True))
 LOSS, WORST_COSINE, NORM = 5e-3, 0.999, 0.01
 STEPS, FOLLOWS = 100, 0.02
 
@@ -64,7 +64,7 @@ def test_the_whole_step_is_one_node_and_follows_the_cpu(prepared: Prepared, vari
     bundle = prepared(variant, base)
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(1, [17, 23]))
-    with stock.open_session(bundle, parameters, OPTIMIZER) as exact:
+    with stock.open_session(bundle, parameters, OPTIMIZER, WholePlan()) as exact:
         expected = exact.step([batch], LEARNING_RATE)
         gradients = exact.gradients()  # type: ignore[attr-defined]
     with qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
@@ -87,7 +87,7 @@ def test_longrope_beyond_its_original_positions(prepared: Prepared) -> None:
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(1, [70]))
     with (
-        stock.open_session(bundle, parameters, OPTIMIZER) as exact,
+        stock.open_session(bundle, parameters, OPTIMIZER, WholePlan()) as exact,
         qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session,
     ):
         assert session.evaluate(batch) == pytest.approx(exact.evaluate(batch), abs=LOSS)
@@ -99,7 +99,7 @@ def test_micro_batches_are_averaged_by_token(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "int4")
     parameters = adapter_of(bundle)
     batches = [batch_of(bundle, rows_of(seed, [length])) for seed, length in ((1, 8), (2, 15))]
-    with stock.open_session(bundle, parameters, OPTIMIZER) as exact:
+    with stock.open_session(bundle, parameters, OPTIMIZER, WholePlan()) as exact:
         expected = exact.step(batches, LEARNING_RATE)
         gradients = exact.gradients()  # type: ignore[attr-defined]
     with qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
@@ -215,7 +215,7 @@ def test_what_falls_back_is_told_and_can_be_refused(
     asked_for = plugin_of_qnn()
     monkeypatch.setattr(qnn.RUNTIME, "plugin", lambda *asked: replace(asked_for, session={}))
     batch = batch_of(bundle, rows_of(0, [7]))
-    with qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, replace(WHOLE_STEP, accelerator=Accelerator())) as s:
+    with qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan(accelerator=Accelerator())) as s:
         assert s.step([batch], LEARNING_RATE).applied
         placement = placements(s)["step"]
     assert {node.operator for node in placement.fallen_back} == {"DequantizeLinear"}
@@ -243,9 +243,7 @@ def test_a_provider_that_takes_nothing_does_not_train_on_the_cpu_in_silence(
     monkeypatch.setattr(qnn.RUNTIME, "plugin", lambda *asked: broken)
     with (
         pytest.raises(IncompatibleError, match=r"QNNExecutionProvider (takes none|cannot compile).*--runtime onnx"),
-        qnn.open_session(
-            bundle, adapter_of(bundle), OPTIMIZER, replace(WHOLE_STEP, accelerator=Accelerator())
-        ) as session,
+        qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan(accelerator=Accelerator())) as session,
     ):
         session.step([batch_of(bundle, rows_of(0, [7]))], LEARNING_RATE)
 
@@ -368,7 +366,7 @@ def test_it_takes_no_layered_plan(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "int4")
     with (
         pytest.raises(UsageError, match="takes no plan but `whole`"),
-        qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, ExecutionPlan("layered")),
+        qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, LayeredPlan()),
     ):
         pass
 
@@ -386,7 +384,7 @@ def test_without_an_npu_and_an_emulator_both_are_named(prepared: Prepared, monke
     bundle = prepared("multi-head", "int4")
     with (
         pytest.raises(IncompatibleError, match=r"finds no NPU and no emulator here; .*--runtime onnxruntime"),
-        qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER),
+        qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()),
     ):
         pass
 
@@ -469,6 +467,6 @@ def test_options_that_it_does_not_take(option: dict[str, Any], message: str, tmp
 def test_int8_needs_a_bundle_that_has_it(prepared: Prepared, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "is it on?", "completion": "it is"}) + "\n")
-    config = TrainConfig(runtime="qnn", plan="int8", steps=1)
+    config = TrainConfig(runtime="qnn", precision="int8", steps=1)
     with pytest.raises(IncompatibleError, match=r"no graph 'step_int8'.*--npu blocks"):
         train(prepared("multi-head", "int4").path, rows, None, tmp_path / "adapter", config, Recorder())
