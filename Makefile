@@ -31,7 +31,7 @@ lint: setup
 test: lint test-device test-arm test-native test-host
 
 test-device: .venv-device/installed
-	.venv-device/bin/pytest --confcutdir tests/device tests/device
+	.venv-device/bin/pytest --confcutdir tests/on_device tests/on_device
 
 test-arm: setup
 	.venv/bin/pytest tests/arm
@@ -43,7 +43,7 @@ test-host: setup compiler web-tools
 	.venv/bin/pytest -n 2
 
 test-web: setup web-tools
-	.venv/bin/pytest tests/test_javascript.py tests/test_web.py
+	.venv/bin/pytest tests/javascript
 
 # The C simulation of FPGA cores; where there is no g++ and no way to get it, its tests are skipped and say so.
 compiler:
@@ -51,7 +51,7 @@ compiler:
 
 # Node's packages and a browser for the JavaScript examples.
 web-tools:
-	tests/web_tools.sh
+	tests/javascript/web_tools.sh
 
 demo: setup
 	$(HOST) examples/demo.py

@@ -211,7 +211,7 @@ def _oracle() -> Any:
     """The oracle of the tests: PyTorch + PEFT on the weights that the int4 blocks stand for."""
     if (tests := str(ROOT / "tests")) not in sys.path:
         sys.path.append(tests)
-    return import_module("oracle")
+    return import_module("support.oracle")
 
 
 def expectations(golden: Path, bundle: Bundle) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from default_signals import take_ignored_signals
 from filelock import FileLock
-from prepared_bundles import InPieces, Prepared, prepare_in_pieces, prepare_standard
 
 from edgetune.config import Base
 from edgetune.formats.bundle import Bundle, open_bundle
+from support.default_signals import take_ignored_signals
+from support.prepared_bundles import InPieces, Prepared, prepare_in_pieces, prepare_standard
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from board import Board, NoBoardError
+
+from support.arm_board import Board, NoBoardError
+from support.repository import ROOT
 
 _table: list[str] = []
 """Lines that the tests found worth telling."""
@@ -14,7 +14,7 @@ _table: list[str] = []
 @pytest.fixture(scope="session")
 def board() -> Board:
     """The emulated board."""
-    board = Board(Path(__file__).parents[2] / ".venv-arm64")
+    board = Board(ROOT / ".venv-arm64")
     try:
         board.make()
     except NoBoardError as error:

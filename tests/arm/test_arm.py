@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from board import PINS, Board, pip_for_arm
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.numpy import load_file
@@ -21,23 +20,14 @@ from edgetune.formats.bundle import open_bundle
 from edgetune.ship import lay_out
 from edgetune.ship.platforms import PLATFORMS
 from edgetune.training import train
+from support.arm_board import PINS, Board, pip_for_arm
+from support.golden import ADAPTER, BUNDLE, GOLDEN, TRAIN, VALID
+from support.recorder import Recorder
 
-GOLDEN = Path(__file__).parents[2] / "artifacts" / "golden"
-BUNDLE, ADAPTER = GOLDEN / "bundle", GOLDEN / "initial_adapter"
-TRAIN, VALID = GOLDEN / "train.jsonl", GOLDEN / "valid.jsonl"
 EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
 CLOSE = 1e-4
 """Two processors may differ by this much in a loss, in nats."""
 VERSIONS = ("3.11", "3.12", "3.13")
-
-
-class Silent:
-    """An observer that does not listen."""
-
-    def on_start(self, info: object) -> None: ...
-    def on_step(self, metrics: object) -> None: ...
-    def on_validation(self, step: int, loss: float) -> None: ...
-    def on_notice(self, text: str) -> None: ...
 
 
 def flags() -> list[str]:
@@ -75,7 +65,7 @@ def test_it_is_an_arm_processor_with_the_verified_wheels(board: Board, table: li
 def test_every_loss_is_that_of_x86(board: Board, tmp_path: Path, table: list[str], plan: PlanName) -> None:
     assert plan in get_args(PlanName)
     options = TrainConfig(**EXPECTED["options"], runtime="onnxruntime", plan=plan, init_adapter=ADAPTER)
-    train(BUNDLE, TRAIN, None, tmp_path / "x86", options, Silent())
+    train(BUNDLE, TRAIN, None, tmp_path / "x86", options, Recorder())
     said = board.run("-m", "edgetune", "train", BUNDLE, *flags(), "--plan", plan, "--output", tmp_path / "arm")
     assert said.code == 0, said
     x86, arm = losses(tmp_path / "x86"), losses(tmp_path / "arm")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from debian_packages import NoPackagesError, download, unpack
 from safetensors.numpy import load_file
 
 from edgetune.config import TargetConfig, TrainConfig
@@ -21,9 +20,11 @@ from edgetune.preview import preview
 from edgetune.ship import lay_out
 from edgetune.ship.platforms import PLATFORMS
 from edgetune.training import train
+from support.debian_packages import NoPackagesError, download, unpack
+from support.golden import ADAPTER, BUNDLE, GOLDEN, TRAIN
+from support.recorder import Recorder
+from support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "artifacts" / "golden"
 SAMPLE = ROOT / "examples" / "native" / "train.cpp"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
 OPTIONS = EXPECTED["options"]
@@ -75,17 +76,17 @@ def program(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Path:
 
 def rows_of(file: Path, path: Path) -> Path:
     """What `edgetune preview --json` prints of some rows."""
-    rows = preview(GOLDEN / "bundle", file)
+    rows = preview(BUNDLE, file)
     path.write_text("".join(json.dumps({"input_ids": row.input_ids, "labels": row.labels}) + "\n" for row in rows))
     return path
 
 
 def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: Path) -> None:
-    config = TargetConfig(adapter=GOLDEN / "initial_adapter")
+    config = TargetConfig(adapter=ADAPTER)
     small = replace(PLATFORMS["linux-arm64"], shard=20_000)
-    target = lay_out(open_bundle(GOLDEN / "bundle"), "linux-arm64", tmp_path / "target", config, print, small)
+    target = lay_out(open_bundle(BUNDLE), "linux-arm64", tmp_path / "target", config, print, small)
     assert len(target.manifest.weights) > 3
-    rows = rows_of(GOLDEN / "train.jsonl", tmp_path / "rows.jsonl")
+    rows = rows_of(TRAIN, tmp_path / "rows.jsonl")
     written = tmp_path / "adapter_model.safetensors"
     numbers = [OPTIONS[key] for key in ("steps", "batch_size", "learning_rate", "weight_decay")]
     command = [str(program), str(tmp_path / "target"), str(rows), str(written), *map(str, numbers)]
@@ -96,8 +97,8 @@ def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: P
     np.testing.assert_allclose(losses, EXPECTED["losses"], rtol=0, atol=CLOSE)
     np.testing.assert_allclose(norms, EXPECTED["grad_norms"], rtol=10 * CLOSE)
     train(
-        GOLDEN / "bundle", GOLDEN / "train.jsonl", None, tmp_path / "python",
-        TrainConfig(**OPTIONS, runtime="onnxruntime", plan="whole", init_adapter=GOLDEN / "initial_adapter"), Silent(),
+        BUNDLE, TRAIN, None, tmp_path / "python",
+        TrainConfig(**OPTIONS, runtime="onnxruntime", plan="whole", init_adapter=ADAPTER), Recorder(),
     )  # fmt: skip
     ours, theirs = load_file(tmp_path / "python" / "adapter_model.safetensors"), load_file(written)
     assert ours.keys() == theirs.keys()
@@ -107,8 +108,8 @@ def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: P
 
 
 def test_what_is_wrong_ends_the_sample_with_a_reason(program: Path, tmp_path: Path) -> None:
-    lay_out(open_bundle(GOLDEN / "bundle"), "ios", tmp_path / "target", TargetConfig(), print)
-    rows = rows_of(GOLDEN / "train.jsonl", tmp_path / "rows.jsonl")
+    lay_out(open_bundle(BUNDLE), "ios", tmp_path / "target", TargetConfig(), print)
+    rows = rows_of(TRAIN, tmp_path / "rows.jsonl")
     (tmp_path / "empty").touch()
     for target, file in (("missing", rows), ("target", tmp_path / "empty")):
         command = [str(program), str(tmp_path / target), str(file), str(tmp_path / "out"), "1", "2", "1e-3", "0"]
@@ -116,12 +117,3 @@ def test_what_is_wrong_ends_the_sample_with_a_reason(program: Path, tmp_path: Pa
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("error: ")
     assert not (tmp_path / "out").exists()
-
-
-class Silent:
-    """An observer that does not listen."""
-
-    def on_start(self, info: object) -> None: ...
-    def on_step(self, metrics: object) -> None: ...
-    def on_validation(self, step: int, loss: float) -> None: ...
-    def on_notice(self, text: str) -> None: ...

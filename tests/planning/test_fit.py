@@ -1,0 +1,173 @@
+"""In how many passes a step goes through the model: as few as memory allows, and the same step in any number."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from edgetune.config import Method, TrainConfig
+from edgetune.data.batcher import BatchShape
+from edgetune.data.encode import Example
+from edgetune.errors import ResourceError
+from edgetune.formats.bundle import Bundle
+from edgetune.planning.cost import CostModel
+from edgetune.planning.fit import Fit, Fitting
+from edgetune.training import train
+from support.fake_runtime import FOOTPRINT, FakeRuntime, runtimes
+from support.prepared_bundles import Prepared
+from support.recorder import Recorder
+from support.run_requests import request_of
+
+
+@pytest.fixture
+def bundle(prepared: Prepared) -> Bundle:
+    return prepared("grouped-query", "int4")
+
+
+def fit(bundle: Bundle, lengths: Sequence[int], budget: int | None, **options: Any) -> Fit:
+    """Of a batch of rows that are not packed, in the order of the file."""
+    given: dict[str, Any] = {"runtime": "onnxruntime", "batch_size": len(lengths), **options}
+    config = TrainConfig(**given, memory_budget=f"{budget}B" if budget else None, packing=False, epochs=1)
+    rows = [Example(line, [1] * length, [1] * length) for line, length in enumerate(lengths, 1)]
+    return Fitting(bundle, rows, [], request_of(config)).fit()
+
+
+def peak(fit: Fit) -> int:
+    found = fit.choice.predicted_peak_bytes
+    assert found is not None
+    return found
+
+
+def sequences(fit: Fit) -> list[int]:
+    """Of each pass of a step."""
+    return [shape.sequences for step in fit.workload.step_shapes for shape in step]
+
+
+@pytest.mark.parametrize("method", ["backpropagation", "forward-only"])
+@pytest.mark.parametrize("count", [8, 6])
+def test_a_batch_is_divided_as_little_as_memory_allows(bundle: Bundle, count: int, method: Method) -> None:
+    lengths = [96] * count
+    whole, single = (fit(bundle, lengths, None, method=method, batch_size=size) for size in (count, 1))
+    assert sequences(whole) == [count] and whole.workload.pass_rows == count
+    found = []
+    for share in (0.1, 0.25, 0.5, 0.75, 0.95):
+        budget = int(1.05 * (peak(single) + share * (peak(whole) - peak(single)))) + 2
+        divided = fit(bundle, lengths, budget, method=method)
+        assert 1.05 * peak(divided) <= budget
+        rows = divided.workload.pass_rows
+        assert rows is not None and max(sequences(divided)) == rows < count and sum(sequences(divided)) == count
+        # Nothing is computed or unpacked twice, as it would be if more rows went through at a time.
+        assert replace(divided.choice.plan, head_rows=0) == replace(whole.choice.plan, head_rows=0)
+        next_larger = {1: 2, 2: count // 2 if count == 6 else 4, 3: 6, 4: 8}[rows]
+        assert 1.05 * peak(fit(bundle, [96] * next_larger, None, method=method)) > budget
+        found.append(rows)
+    assert found == sorted(found) and found[0] < found[-1]
+
+
+def test_what_no_division_makes_fit_is_refused_with_what_would(bundle: Bundle) -> None:
+    with pytest.raises(ResourceError, match=r"the smallest plan .* needs --memory-budget (\d+)MB") as refused:
+        fit(bundle, [96] * 8, 10**6)
+    assert "what would fit: nothing of this bundle" in str(refused.value)
+    advice = needed(refused.value)
+    assert fit(bundle, [96] * 8, advice).workload.pass_rows == 1
+    with pytest.raises(ResourceError) as refused:
+        fit(bundle, [96] * 8, advice - 10**6)
+    found = re.search(r"what would fit: rows of at most (\d+) tokens \(fp32", str(refused.value))
+    assert found is not None
+    longest = int(found[1])
+    assert fit(bundle, [longest] * 8, advice - 10**6).workload.pass_rows == 1
+    with pytest.raises(ResourceError):
+        fit(bundle, [longest + 1] * 8, advice - 10**6)
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="needs OpenVINO")
+def test_where_shapes_have_a_price_fewer_passes_can_be_the_smallest(bundle: Bundle) -> None:
+    lengths = [32, 64, 96, 128]
+    with pytest.raises(ResourceError) as refused:
+        fit(bundle, lengths, 10**6, runtime="openvino")
+    with pytest.raises(ResourceError) as in_four_shapes:
+        fit(bundle, lengths, 10**6, runtime="openvino", batch_size=1)
+    assert needed(refused.value) < needed(in_four_shapes.value)
+    assert len(set(sequences(fit(bundle, lengths, needed(refused.value), runtime="openvino")))) == 1
+
+
+def test_free_memory_divides_a_batch_as_a_budget_does(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, single = (fit(bundle, [96] * 8, None, batch_size=size) for size in (8, 1))
+    free = int((peak(whole) + peak(single)) / 2 / 0.85)
+    monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: free)
+    assert max(sequences(fit(bundle, [96] * 8, None))) < 8
+    monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: 1_000_000)
+    tried = fit(bundle, [96] * 8, None)
+    assert not tried.choice.fits and tried.workload.pass_rows == 1
+    assert any(note.endswith("it is tried") for note in tried.notes)
+
+
+def test_the_fastest_runtime_divides_a_batch_before_a_slower_one_is_taken(bundle: Bundle) -> None:
+    slower = replace(FOOTPRINT, base=FOOTPRINT.base - 5_000_000)
+    with runtimes(fast=FakeRuntime(), onnxruntime=FakeRuntime(exact=slower)):
+        whole, single = (fit(bundle, [96] * 8, None, runtime="fast", batch_size=size) for size in (8, 1))
+        budget = int(1.05 * (peak(whole) + peak(single)) / 2)
+        assert fit(bundle, [96] * 8, budget, runtime="onnxruntime").choice.name == "onnxruntime"
+        found = fit(bundle, [96] * 8, budget, runtime="auto")
+        assert found.choice.name == "fast" and found.workload.pass_rows in (1, 2, 4)
+        alone = fit(bundle, [96] * 8, int(1.05 * peak(single)) - 100_000, runtime="auto", plan="keep")
+        assert alone.choice.name == "onnxruntime"
+
+
+def test_the_work_of_passes_counts_what_each_of_them_repeats(bundle: Bundle) -> None:
+    streamed = fit(bundle, [96] * 8, None, plan="stream")
+    model = CostModel(bundle.manifest, streamed.choice.plan, streamed.choice.footprint)
+    together, apart = ([BatchShape(8 // count, 96, 0)] * count for count in (1, 4))
+    repeated = model.of_passes(apart) - model.of_passes(together)
+    assert repeated == pytest.approx(3 * (model.start + model.work(0, 0, 0)), rel=1e-9)
+    assert model.start > 0 and model.work(0, 0, 0) > 0
+
+
+def needed(refused: ResourceError) -> int:
+    """The budget that the message advises, in bytes."""
+    return int(str(refused).split("--memory-budget ")[1].split("MB")[0]) * 10**6
+
+
+@pytest.mark.own
+def test_a_step_is_the_same_in_any_number_of_passes(bundle: Bundle, tmp_path: Path) -> None:
+    """Rows of different lengths, packed; validation as well."""
+    data = tmp_path / "rows.jsonl"
+    words = ["lamp", "on", "off", "the", "in", "kitchen"]
+    counts = (4, 20, 8, 16, 30, 4, 12, 25, 6, 22, 15, 10)
+    lines = [{"prompt": "set", "completion": " ".join(words[i % 6] for i in range(count))} for count in counts]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = TrainConfig("onnxruntime", batch_size=8, steps=4, learning_rate=1e-2, schedule="constant")
+
+    def run(name: str, budget: str | None) -> Recorder:
+        observer = Recorder()
+        train(bundle.path, data, data, tmp_path / name, replace(config, memory_budget=budget), observer)
+        return observer
+
+    whole = run("whole", None)
+    with pytest.raises(ResourceError) as refused:
+        run("divided", "1MB")
+    divided = run("divided", f"{needed(refused.value)}B")
+    assert (divided.starts[0].pass_rows, whole.starts[0].pass_rows) == (1, 8)
+    for figure, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        found, expected = ([getattr(metrics, figure) for metrics in seen.steps] for seen in (divided, whole))
+        assert len(expected) == 4
+        np.testing.assert_allclose(found, expected, rtol=tolerance)
+    assert len(whole.validations) == 3
+    np.testing.assert_allclose(divided.validations, whole.validations, rtol=1e-5)
+    left, right = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("divided", "whole"))
+    assert left.keys() == right.keys()
+    for name, values in right.items():
+        # A hundredth of a step: AdamW's first steps are of one length, however small a gradient and its rounding are.
+        np.testing.assert_allclose(left[name], values, rtol=0, atol=1e-4, err_msg=name)
+    provenance = json.loads((tmp_path / "divided" / "edgetune.json").read_text())["provenance"]
+    assert provenance["pass_rows"] == "1"
+    assert json.loads(provenance["options"])["batch_size"] == 8

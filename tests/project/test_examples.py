@@ -1,0 +1,41 @@
+"""The examples: rows that train, and a loop with nothing but onnxruntime and numpy that does train."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from edgetune.data.rows import ChatRow, Problems, read_rows
+from edgetune.evaluation import evaluate
+from edgetune.preview import preview
+from support.golden import GOLDEN
+from support.repository import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+
+def test_the_device_assistant_has_enough_rows_and_holds_ten_out() -> None:
+    paths = [EXAMPLES / "device_assistant" / f"{name}.jsonl" for name in ("train", "valid")]
+    train, valid = (list(read_rows(path, Problems(path))) for path in paths)
+    questions = [row.messages[0].content for row in (*train, *valid) if isinstance(row, ChatRow)]
+    assert len(train) >= 60
+    assert len(valid) == 10
+    assert len(set(questions)) == len(questions) == len(train) + len(valid)
+
+
+def test_the_portable_loop_learns_and_writes_an_adapter(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"input_ids": row.input_ids, "labels": row.labels}) + "\n"
+            for row in preview(GOLDEN / "bundle", GOLDEN / "train.jsonl")
+        )
+    )
+    loop = [sys.executable, str(EXAMPLES / "portable_loop.py"), str(GOLDEN / "bundle"), str(rows), "adapter"]
+    done = subprocess.run(loop, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before = evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl", None).loss
+    after = evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl", tmp_path / "adapter").loss
+    assert after < before / 2

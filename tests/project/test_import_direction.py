@@ -1,0 +1,150 @@
+"""Imports go one way, from room to room: what stands below knows nothing of what stands above."""
+
+from __future__ import annotations
+
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from support.imports import imports_in
+from support.repository import ROOT
+
+PACKAGE = ROOT / "edgetune"
+
+FLOORS: list[set[str]] = [
+    {"errors"},
+    {"text", "machine"},
+    {"config", "model"},
+    {"formats"},
+    {"data", "side_environment"},
+    {"host"},
+    {"runtimes"},
+    {"devices"},
+    {"planning"},
+    {
+        "preparation", "split", "training", "evaluation", "preview", "exporting", "generation", "ship", "describe",
+        "doctor",
+    },
+    {"cli"},
+    {"__main__"},
+]  # fmt: skip
+"""The rooms, and the modules that have none, from the ground up. Those of one floor do not know each other."""
+LEAST_MODULES = 30
+"""Fewer would mean that the walk below misses some."""
+MOST_WITHOUT_A_ROOM = 12
+
+RUFF = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
+BANNED = set(RUFF["flake8-tidy-imports"]["banned-api"])
+HOST_PATTERNS = [pattern for pattern, rules in RUFF["per-file-ignores"].items() if "TID251" in rules]
+
+
+def unit_of(module: str) -> str:
+    """`edgetune.data.rows` → `data`; `edgetune` → nothing."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def floor(unit: str) -> int:
+    (number,) = (number for number, units in enumerate(FLOORS) if unit in units)
+    return number
+
+
+def wrong_direction(importer: str, imported: str) -> bool:
+    """Whether a unit of the package imports one that it must not. The package's own `__init__` is everybody's."""
+    if importer == imported or not imported:
+        return False
+    return floor(imported) >= floor(importer)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_host(file: str) -> bool:
+    return any(fnmatch(file, pattern) for pattern in HOST_PATTERNS)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+KNOWN = {module_name(path) for path in FILES}
+IMPORTS = {path: list(imports_in(path.read_text(), path.relative_to(ROOT).as_posix(), KNOWN)) for path in FILES}
+
+
+def test_every_module_is_looked_at() -> None:
+    assert len(FILES) >= LEAST_MODULES
+    assert any(len(path.relative_to(PACKAGE).parts) > 1 for path in FILES)
+
+
+def test_every_room_has_a_floor_and_few_modules_have_no_room() -> None:
+    units = {unit_of(name) for name in KNOWN} - {""}
+    assert units == set().union(*FLOORS)
+    assert sum(map(len, FLOORS)) == len(units), "a room is on two floors"
+    assert len(list(PACKAGE.glob("*.py"))) <= MOST_WITHOUT_A_ROOM
+
+
+def test_imports_go_downwards_and_those_of_one_floor_do_not_know_each_other() -> None:
+    wrong = [
+        str(entry)
+        for path, entries in IMPORTS.items()
+        for entry in entries
+        if entry.top == "edgetune" and wrong_direction(unit_of(module_name(path)), unit_of(entry.module))
+    ]
+    assert wrong == []
+
+
+def test_device_code_never_imports_what_a_device_does_not_have() -> None:
+    wrong = [
+        str(entry)
+        for entries in IMPORTS.values()
+        for entry in entries
+        if entry.top in BANNED and not is_host(entry.file)
+    ]
+    assert wrong == []
+
+
+def test_the_host_packages_are_the_banned_ones() -> None:
+    assert {"torch", "transformers", "optimum", "olive", "peft", "onnx"} <= BANNED
+    assert is_host("edgetune/preparation/graphs/forward.py")
+    assert not is_host("edgetune/training/loop.py")
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "wrong"),
+    [
+        ("cli", "training", False),
+        ("training", "cli", True),
+        ("training", "evaluation", True),
+        ("training", "runtimes", False),
+        ("runtimes", "training", True),
+        ("runtimes", "data", False),
+        ("formats", "runtimes", True),
+        ("formats", "model", False),
+        ("model", "config", True),
+        ("runtimes", "devices", True),
+        ("errors", "config", True),
+        ("training", "training", False),
+        ("errors", "", False),
+    ],
+)
+def test_the_rule_itself(importer: str, imported: str, wrong: bool) -> None:
+    assert wrong_direction(importer, imported) is wrong
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch.nn",
+        "def f():\n    from torch import nn",
+        "from importlib import import_module\nimport_module('torch')",
+        "import importlib\nimportlib.import_module('torch.nn')",
+        "if TYPE_CHECKING:\n    import torch",
+    ],
+)
+def test_imports_are_found_wherever_they_hide(source: str) -> None:
+    assert "torch" in {entry.top for entry in imports_in(source, "example.py", set())}
+
+
+def test_importing_a_child_of_the_package_names_the_child() -> None:
+    found = imports_in("from edgetune.formats import manifest", "example.py", {"edgetune.formats.manifest"})
+    assert [entry.module for entry in found] == ["edgetune.formats.manifest"]

@@ -1,0 +1,9 @@
+"""The golden folder: a tiny bundle, its rows, and what PyTorch and PEFT say of them."""
+
+from __future__ import annotations
+
+from support.repository import ROOT
+
+GOLDEN = ROOT / "artifacts" / "golden"
+BUNDLE, ADAPTER = GOLDEN / "bundle", GOLDEN / "initial_adapter"
+TRAIN, VALID = GOLDEN / "train.jsonl", GOLDEN / "valid.jsonl"
