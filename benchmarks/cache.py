@@ -38,7 +38,7 @@ class Cache:
 
     def demo_bundle(self, contestant: Edgetune) -> Path:
         """The bundle of the demo's base model that a contestant trains."""
-        return self.root / "demo" / (f"{contestant.base}-split" if contestant.plan == "split" else contestant.base)
+        return self.root / "demo" / (f"{contestant.base}-split" if contestant.trunk else contestant.base)
 
     def make_checkpoint(self, model: Model, say: Say) -> None:
         """Make a model's checkpoint unless it is there."""
@@ -60,7 +60,7 @@ class Cache:
     def make_demo_bundle(self, contestant: Edgetune, say: Say) -> None:
         """Train the demo's base model, prepare it as the demo does, and split it if need be, unless that was done."""
         checkpoint = self.root / "demo" / "checkpoint"
-        bundle, folder = self.demo_bundle(replace(contestant, plan=None)), self.demo_bundle(contestant)
+        bundle, folder = self.demo_bundle(replace(contestant, trunk=False)), self.demo_bundle(contestant)
         if not checkpoint.is_dir():
             say("Training the demo's base model …")
             partial = _partial(checkpoint)

@@ -98,12 +98,12 @@ STOCK = Edgetune("onnxruntime")
 STOCK_FP32 = Edgetune("onnxruntime", base="fp32")
 STOCK_RECOMPUTED = Edgetune("onnxruntime", plan="recompute")
 STOCK_STREAMED = Edgetune("onnxruntime", plan="stream")
-STOCK_INT8 = Edgetune("onnxruntime", plan="int8")
+STOCK_INT8 = Edgetune("onnxruntime", precision="int8")
 STOCK_IN_LITTLE = Edgetune("onnxruntime", memory_budget="660MB")
-STOCK_SPLIT = Edgetune("onnxruntime", plan="split")
+STOCK_SPLIT = Edgetune("onnxruntime", trunk=True)
 OPENVINO = Edgetune("openvino")
 OPENVINO_STREAMED = Edgetune("openvino", plan="stream")
-OPENVINO_INT8 = Edgetune("openvino", plan="int8")
+OPENVINO_INT8 = Edgetune("openvino", precision="int8")
 OPENVINO_FP32_BASE = Edgetune("openvino", base="fp32")
 ORT_TRAINING = Edgetune("ort-training", base="fp32")
 
@@ -126,7 +126,7 @@ def _full(workload: Workload, *contestants: Edgetune | PyTorch) -> tuple[Trainin
 
 def _within(budget: str) -> tuple[Edgetune, ...]:
     """OpenVINO in both precisions, as fast as it can be in so much memory."""
-    return tuple(Edgetune("openvino", plan=plan, memory_budget=budget) for plan in (None, "int8"))
+    return tuple(Edgetune("openvino", precision=precision, memory_budget=budget) for precision in ("auto", "int8"))
 
 
 _MULTIPLIERS: tuple[tuple[GemmLibrary, Dtype], ...] = (
@@ -203,7 +203,7 @@ CASES = (
     Case(
         "full-streaming",
         "3.8 B, weights streamed, stock onnxruntime, 512 tokens",
-        ours=_full(FULL_512, STOCK_STREAMED, Edgetune("onnxruntime", plan="int8", memory_budget="980MB")),
+        ours=_full(FULL_512, STOCK_STREAMED, Edgetune("onnxruntime", precision="int8", memory_budget="980MB")),
         goals=(Goal("tokens_per_second", "≥", 10.0), Goal("peak_anonymous", "≤", 0.75e9)),
     ),
     Case(

@@ -69,7 +69,8 @@ def measure_demo_loss(experiment: DemoLoss, cache: Cache, seed: int) -> dict[str
 
 
 def _train_command(contestant: Edgetune, bundle: Path, data: Path, output: Path) -> list[str | Path]:
-    plan = ["--plan", contestant.plan] if contestant.plan else []
+    plan = ["--plan", contestant.plan, "--precision", contestant.precision]
+    plan += ["--trunk"] if contestant.trunk else []
     budget = ["--memory-budget", contestant.memory_budget] if contestant.memory_budget else []
     paths: list[str | Path] = [EDGETUNE, "train", bundle, "--data", data, "--output", output]
     return [*paths, "--runtime", contestant.runtime, *plan, *budget]

@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 from benchmarks.experiments import Edgetune, GradientCosine, Training, Workload
 from benchmarks.rows import random_rows
 from benchmarks.training_steps import LEARNING_RATE, MAX_GRAD_NORM, time_steps
-from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
+from edgetune.config import Method, RuntimeName, TrainConfig
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
+from edgetune.devices.place import Place
 from edgetune.formats.bundle import Bundle, open_bundle
 from edgetune.model.lora import Parameters, initial_parameters
 from edgetune.planning.choice import Choice
 from edgetune.planning.fit import Fit, Fitting
+from edgetune.planning.options import resolve
 from edgetune.runtimes import find_runtime
 from edgetune.runtimes.contract import OptimizerConfig, Session
 from edgetune.runtimes.execution import ExecutionPlan
@@ -51,7 +53,9 @@ def fit(
     """
     config = TrainConfig(
         runtime=cast(RuntimeName, contestant.runtime),
-        plan=cast(PlanName, contestant.plan or "auto"),
+        plan=contestant.plan,
+        precision=contestant.precision,
+        trunk=contestant.trunk,
         method=method,
         memory_budget=contestant.memory_budget,
         batch_size=batch_size,
@@ -59,8 +63,10 @@ def fit(
         shuffle=False,
         epochs=1,
     )
-    fitting = Fitting(bundle, rows, [], profile=None, here=True)
-    return fitting.fit(config, lambda notice: print(notice, file=sys.stderr))
+    found = Fitting(bundle, rows, [], resolve(config, Place()).request).fit()
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    return found
 
 
 def open_session(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.models import Model
-from edgetune.config import Base
+from edgetune.config import Base, PlanName, TrainingPrecision
 
 Dtype = Literal["fp32", "bf16", "int8"]
 GemmLibrary = Literal["torch", "onnxruntime", "openvino"]
@@ -17,8 +17,10 @@ class Edgetune:
     """edgetune with a runtime and a plan."""
 
     runtime: str
-    plan: str | None = None
-    """Name of an execution plan; none leaves the choice to edgetune."""
+    plan: PlanName = "auto"
+    precision: TrainingPrecision = "auto"
+    trunk: bool = False
+    """Whether the bundle's trunk computes the lowest layers."""
     memory_budget: str | None = None
     """What the planner may use, such as `2.5GB`."""
     base: Base = "int4"
@@ -27,7 +29,9 @@ class Edgetune:
     def __str__(self) -> str:
         """As tables call it."""
         budget = f"within {self.memory_budget}" if self.memory_budget else None
-        return ", ".join(filter(None, (f"edgetune {self.runtime}", self.plan, budget, f"{self.base} base")))
+        chosen = [choice for choice in (self.plan, self.precision) if choice != "auto"]
+        words = [f"edgetune {self.runtime}", *chosen, "split" if self.trunk else None, budget, f"{self.base} base"]
+        return ", ".join(filter(None, words))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Find the constants of a runtime's `Footprint`: `python -m benchmarks.footprints RUNTIME CACHE [--products int8]`.
+"""Find the constants of a runtime's `Footprint`: `python -m benchmarks.footprints RUNTIME CACHE [--precision int8]`.
 
 Steps of several shapes and plans run in fresh processes; the constants are those with which `edgetune.planning.memory`
 comes closest to their high-water marks, relative to each. Printed beside them: every measurement, predicted and found.
@@ -28,7 +28,7 @@ from edgetune.formats.bundle import open_bundle
 from edgetune.formats.manifest import BundleManifest
 from edgetune.planning.memory import Sizes, Work, peak_memory
 from edgetune.runtimes import find_runtime
-from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.footprint import Footprint
 
 CONSTANTS = (
@@ -39,11 +39,11 @@ CONSTANTS = (
 _LARGE = ("base", "shape")
 """Those that are whole megabytes."""
 WIDE = with_layers(FULL, 4)
-_STREAM = ExecutionPlan("layered", resident=False, head_rows=1024)
+_STREAM = LayeredPlan(resident=False, head_rows=1024)
 _PIECES = replace(_STREAM, head_rows=256, head_tokens=3072)
 _LEAN = replace(_STREAM, lean=True)
 _RESIDENT = replace(_STREAM, resident=True)
-GRID: tuple[tuple[Workload, ExecutionPlan], ...] = (
+GRID: tuple[tuple[Workload, LayeredPlan], ...] = (
     (Workload(SMALL, 1, 128), _STREAM),
     (Workload(SMALL, 1, 512), _STREAM),
     (Workload(SMALL, 1, 1024), _STREAM),
@@ -83,7 +83,7 @@ class Sample:
 
     manifest: BundleManifest
     work: Work
-    plan: ExecutionPlan
+    plan: LayeredPlan
     peak: int
 
     @cached_property
@@ -97,7 +97,7 @@ class Sample:
 
 
 def measure(
-    runtime: str, cache: Cache, workload: Workload, plan: ExecutionPlan, others: Sequence[tuple[int, int]]
+    runtime: str, cache: Cache, workload: Workload, plan: LayeredPlan, others: Sequence[tuple[int, int]]
 ) -> Sample:
     """Run a step of each other shape and then the workload's, in a process of its own."""
     cache.make_bundle(workload.model, "int4", print)
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runtime", nargs="?", default="onnxruntime")
     parser.add_argument("cache", nargs="?", type=Path, default=Path("benchmarks/.cache"))
-    parser.add_argument("--products", choices=("exact", "int8"), default="exact")
+    parser.add_argument("--precision", choices=("exact", "int8"), default="exact")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.task:
@@ -165,15 +165,15 @@ def main() -> None:
         experiment = cast(Training, read_experiment(training))
         largest = experiment.workload
         workloads = [*(replace(largest, rows=rows, length=length) for rows, length in others), largest]
-        steps_once(cast(Edgetune, experiment.contestant), workloads, Path(folder), ExecutionPlan(**plan))
+        steps_once(cast(Edgetune, experiment.contestant), workloads, Path(folder), LayeredPlan(**plan))
         return
     abilities = find_runtime(asked.runtime).abilities()
-    start = abilities.int8 if asked.products == "int8" else abilities.exact
+    start = abilities.int8 if asked.precision == "int8" else abilities.exact
     if start is None:
-        sys.exit(f"{asked.runtime} does not execute the layered form with {asked.products} products")
+        sys.exit(f"{asked.runtime} does not execute the layered form in precision {asked.precision}")
     cache = Cache(asked.cache)
     samples = [
-        measure(asked.runtime, cache, workload, replace(plan, products=start.products), others)
+        measure(asked.runtime, cache, workload, replace(plan, precision=start.precision), others)
         for workload, plan in GRID
         for others in ((), OTHERS)
     ]

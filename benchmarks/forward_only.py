@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +28,6 @@ from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.formats.bundle import open_bundle
 from edgetune.model.lora import initial_parameters
-from edgetune.runtimes.contract import ForwardRuntime
 from edgetune.runtimes.forward_only import passes_a_step
 
 GOAL = 0.8
@@ -102,7 +101,9 @@ def measure(asked: Namespace) -> None:
     contestant = Edgetune(runtime, plan)
     fitted = fit(contestant, bundle, rows.examples, asked.batch_size, packing=True, method="forward-only")
     parameters = initial_parameters(manifest.lora, seed=0)
-    with cast(ForwardRuntime, fitted.choice.runtime).open_forward(bundle, parameters, fitted.choice.plan) as forward:
+    open_forward = fitted.choice.runtime.open_forward
+    assert open_forward is not None, "planning chose it for forward-only training"
+    with open_forward(bundle, parameters, fitted.choice.plan) as forward:
         for batches in fitted.workload.steps():
             for batch in batches:
                 forward.evaluate(batch)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import click
 import numpy as np
@@ -23,7 +22,7 @@ from edgetune.data.examples import load_examples
 from edgetune.errors import EdgetuneError
 from edgetune.formats.bundle import open_bundle
 from edgetune.model.lora import initial_parameters
-from edgetune.runtimes.contract import ForwardRuntime, OptimizerConfig
+from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
 
 _NO_CHANGE = OptimizerConfig(weight_decay=0.0, max_grad_norm=0.0)
@@ -82,8 +81,9 @@ def measure_estimate(
     # A backward pass takes more memory: where a batch is divided for it, the estimate has room as well.
     batches = next(exact.workload.steps())
     parameters = initial_parameters(manifest.lora, config.seed)
-    runtime = cast(ForwardRuntime, estimating.choice.runtime)
-    with runtime.open_forward(bundle, parameters, estimating.choice.plan) as forward:
+    open_forward = estimating.choice.runtime.open_forward
+    assert open_forward is not None, "planning chose it for forward-only training"
+    with open_forward(bundle, parameters, estimating.choice.plan) as forward:
         estimate = ForwardOnlySession(forward, parameters, _NO_CHANGE, config).gradient(batches)
     gradients = gradients_at(parameters, exact.choice, bundle, batches)
     found, wanted = (

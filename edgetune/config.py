@@ -8,9 +8,10 @@ from typing import Literal
 
 Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "int8", "fp16", "fp32"]
-Precision = Literal["int4", "fp32"]
+MergedPrecision = Literal["int4", "fp32"]
 RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn", "openvino-ep", "fpga-hls"]
-PlanName = Literal["auto", "whole", "keep", "recompute", "stream", "int8", "split"]
+PlanName = Literal["auto", "whole", "keep", "recompute", "stream"]
+TrainingPrecision = Literal["auto", "int8"]
 NpuKind = Literal["none", "qdq", "blocks"]
 DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
 Method = Literal["backpropagation", "forward-only"]
@@ -74,7 +75,11 @@ class TrainConfig:
     device: str | None = None
     """Name of a device profile, or the path of one: its memory, runtimes and limits hold."""
     plan: PlanName = "auto"
-    """What is kept in memory and what is computed again; `int8` also says in which precision, `split` where."""
+    """What is kept in memory and what is computed again."""
+    precision: TrainingPrecision = "auto"
+    """In which precision frozen weights are multiplied; `auto` is as exact as the processor does at full speed."""
+    trunk: bool = False
+    """Let the trunk of a split bundle compute the lowest layers, which are not trained then."""
     trunk_cache: str = "256MB"
     """How much of what the trunk of a split bundle computed is kept, so that it computes a row once."""
     vitisai_config: Path | None = None
@@ -144,7 +149,7 @@ class ExportConfig:
 
     merge: bool = True
     """Fold the adapter into the weights; otherwise keep it beside the base as an `.onnx_adapter`."""
-    precision: Precision = "fp32"
+    precision: MergedPrecision = "fp32"
     """Weights of a merged model. A merge into int4 can lose what was learnt: it is measured."""
     least_kept: float = 0.95
     """Share of what was learnt that a merged model must keep, by the answer losses; below it nothing is written. 0

@@ -11,7 +11,7 @@ from edgetune.cli.command import Command, Finite, json_option, quiet_option
 from edgetune.cli.inputs import PATH, adapter_at, bundle_at, row_sources
 from edgetune.cli.output import notices, print_json
 from edgetune.cli.run_options import threads_option
-from edgetune.config import ExportConfig, Precision
+from edgetune.config import ExportConfig, MergedPrecision
 from edgetune.text.byte_size import bytes_text
 
 DEFAULT = ExportConfig()
@@ -35,7 +35,7 @@ edgetune export bundle --adapter adapter --output model --keep-adapter
 )
 @click.option(
     "--precision",
-    type=click.Choice(get_args(Precision)),
+    type=click.Choice(get_args(MergedPrecision)),
     default=DEFAULT.precision,
     show_default=True,
     help="Weights of a merged model.",
@@ -65,7 +65,7 @@ def command(
     adapter: Path,
     output: Path,
     merge: bool,
-    precision: Precision,
+    precision: MergedPrecision,
     valid: Path | None,
     least_kept: float,
     unmeasured: bool,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,7 +17,7 @@ from edgetune.cli.run_options import device_type_option, soc_model_option
 from edgetune.config import DeviceType, TrainConfig
 from edgetune.errors import UsageError
 from edgetune.formats.roles import INT8_STEP
-from edgetune.runtimes.execution import ACCELERATING, WHOLE_STEP, Accelerator
+from edgetune.runtimes.execution import ACCELERATING, Accelerator, WholePlan
 from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
@@ -88,10 +88,9 @@ def command(
 def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Accelerator, *, as_json: bool) -> None:
     from edgetune.data.buckets import parse_buckets
     from edgetune.runtimes import find_runtime
-    from edgetune.runtimes.contract import PlacingRuntime
     from edgetune.runtimes.placement import placement_record
 
-    found, facts = cast(PlacingRuntime, find_runtime(runtime)), ACCELERATING[runtime]
+    place, facts = find_runtime(runtime).place, ACCELERATING[runtime]
     if not facts.takes(accelerator.device_type):
         devices = " or ".join(facts.device_types)
         raise UsageError(
@@ -103,18 +102,16 @@ def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Acceler
             "compile for; leave it away, or use --placement qnn"
         )
     shapes = parse_buckets(buckets) if buckets is not None else None
-    found.abilities()
+    find_runtime(runtime).abilities()
     bundle = bundle_at(folder)
     _check_shapes(shapes or [], bundle.manifest.max_length)
+    assert place is not None, "every runtime with an accelerator places"
     shapes = shapes or parse_buckets(f"1x{bundle.manifest.max_length}")
-    plans = [replace(WHOLE_STEP, accelerator=accelerator)]
-    if "int8" in facts.plans and any(graph.role == INT8_STEP for graph in bundle.manifest.graphs):
-        plans.append(replace(plans[0], products="int8"))
+    plans = [WholePlan(accelerator=accelerator)]
+    if "int8" in facts.precisions and any(graph.role == INT8_STEP for graph in bundle.manifest.graphs):
+        plans.append(WholePlan("int8", accelerator))
     placements = [
-        placement
-        for plan in plans
-        for shape in shapes
-        for placement in found.place(bundle, plan, shape.batch, shape.length)
+        placement for plan in plans for shape in shapes for placement in place(bundle, plan, shape.batch, shape.length)
     ]
     if as_json:
         print_json([placement_record(placement) for placement in placements])

@@ -106,11 +106,10 @@ def command(
         raise click.UsageError("--data and --length exclude each other; give one of them", ctx)
     row_sources({"--data": data, "--valid": valid})
     bundle_folder(bundle)
-    from edgetune.devices.presence import check
-    from edgetune.devices.profile import load_profile
+    from edgetune.devices.place import find_place
     from edgetune.planning.preflight import preflight
 
-    profile = None if device is None else load_profile(device)
+    place = find_place(device)
     config = TrainConfig(
         runtime=runtime,
         device=device,
@@ -131,15 +130,7 @@ def command(
         raw_prompts=raw_prompts,
         content_as_text=content_as_text,
     )
-    found = preflight(
-        bundle,
-        data,
-        valid,
-        config,
-        profile,
-        here=profile is None or check(profile).here,
-        length=length,
-    )
+    found = preflight(bundle, data, valid, config, place, length=length)
     if as_json:
         print_json(asdict(found))
     else:

@@ -10,12 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import cast
 
 from edgetune.devices.profile import Architecture, Profile, System
 from edgetune.errors import MissingDependencyError
 from edgetune.runtimes import RUNTIMES, find_runtime
-from edgetune.runtimes.contract import ChoosingRuntime
 from edgetune.runtimes.execution import ACCELERATING
 
 _ARCHITECTURES: dict[str, Architecture] = {
@@ -168,7 +166,6 @@ def _has_device(name: str, profile: Profile) -> bool:
     if name not in ACCELERATING or len(kinds := ACCELERATING[name].device_types) == 1:
         return False
     with suppress(MissingDependencyError):
-        return cast(ChoosingRuntime, find_runtime(name)).has_device(
-            profile.runtime.options.get("device_type", kinds[0])
-        )
+        has_device = find_runtime(name).has_device
+        return has_device is not None and has_device(profile.runtime.options.get("device_type", kinds[0]))
     return False

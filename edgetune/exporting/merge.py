@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.config import Precision
+from edgetune.config import MergedPrecision
 from edgetune.errors import IncompatibleError
 from edgetune.exporting.projections import Product, products_of
 from edgetune.exporting.quantise import generator_of, on_grid, scales_of
@@ -31,7 +31,7 @@ _Update = tuple[NDArray[np.float32], NDArray[np.float32]]
 """A (rank, in) and scaling · B (out, rank) of one weight."""
 
 
-def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters, precision: Precision) -> None:
+def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters, precision: MergedPrecision) -> None:
     """Write the GenAI graph and weights with the adapter folded in.
 
     Args:

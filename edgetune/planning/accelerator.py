@@ -1,19 +1,17 @@
-"""Whole steps of static shape on an accelerator: what of a configuration they take, and the plan that it means."""
+"""Whole steps of static shape on an accelerator: which configuration means one, and what a device adds to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
 from edgetune.config import DeviceType, PlanName, RuntimeName, TrainConfig
+from edgetune.devices.place import Place
 from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, MissingDependencyError
-from edgetune.formats.manifest import BundleManifest
-from edgetune.formats.roles import INT8_STEP
 from edgetune.runtimes import find_runtime
-from edgetune.runtimes.contract import ChoosingRuntime
-from edgetune.runtimes.execution import ACCELERATING, WHOLE_STEP, Accelerator, ExecutionPlan, Products
+from edgetune.runtimes.execution import ACCELERATING
 
 ACCELERATED = ", or ".join(
     f"--runtime {name}" + ("" if facts.alone else f" --plan {facts.plans[0]}") for name, facts in ACCELERATING.items()
@@ -27,41 +25,36 @@ def is_accelerated(runtime: str, plan: PlanName) -> bool:
     return facts is not None and (facts.alone or plan in facts.plans)
 
 
-def on_accelerator(runtime: str, plan: ExecutionPlan) -> bool:
-    """Whether something else than the CPU executes a plan, which is what OpenVINO takes where nothing is named."""
-    accelerator = plan.accelerator
-    return accelerator is not None and ACCELERATING[runtime].device(accelerator.device_type) != "CPU"
-
-
-def apply_profile(
-    profile: Profile, config: TrainConfig, notice: Callable[[str], None], *, elsewhere: bool = False
-) -> TrainConfig:
+def apply_profile(config: TrainConfig, place: Place) -> tuple[TrainConfig, tuple[str, ...]]:
     """The configuration with what a device's profile says of its accelerator and the configuration does not.
 
     Args:
-        profile: Of the device.
         config: How to train.
-        notice: Hears why the CPU computes instead of the accelerator.
-        elsewhere: The device is not this machine: what is installed here does not count, and it has what its profile
-            names.
+        place: Where; a device that is elsewhere has what its profile names.
+
+    Returns:
+        The configuration, and why the CPU computes instead of the accelerator, where it does.
 
     Raises:
         IncompatibleError: The accelerator is not here, and the configuration takes nothing else.
         MissingDependencyError: The package of the runtime that was asked for is not installed.
     """
+    profile = place.profile
+    if profile is None:
+        return config, ()
     absent = []
     for asked in [_with_runtime(profile, config, name) for name in _accelerator_runtimes(profile, config)]:
-        reason = "" if elsewhere else _why_absent(profile, config, asked)
+        reason = "" if not place.here else _why_absent(profile, config, asked)
         if not reason:
-            return asked
+            return asked, ()
         absent.append(reason)
     if absent:
         # Two runtimes may lack the same device.
         reasons = f"{profile.name}: {'; '.join(dict.fromkeys(absent))}"
         if config.require_npu or config.device_type != TrainConfig.device_type:
             raise IncompatibleError(f"{reasons}; leave out --require-npu and --device-type to train on the CPU")
-        notice(f"{reasons}; the CPU computes")
-    return config
+        return config, (f"{reasons}; the CPU computes",)
+    return config, ()
 
 
 def _accelerator_runtimes(profile: Profile, config: TrainConfig) -> Sequence[str]:
@@ -74,7 +67,8 @@ def _accelerator_runtimes(profile: Profile, config: TrainConfig) -> Sequence[str
     places = profile.placement
     place = places.forward_only if config.method == "forward-only" else places.whole_step
     # The other plans, and those that a budget chooses from, are layered, and run on the CPU.
-    whole = config.plan in ("auto", "whole") and config.memory_budget is None
+    layered = config.precision != "auto" or config.trunk or config.memory_budget is not None
+    whole = config.plan in ("auto", "whole") and not layered
     return names if whole and place == "accelerator" else []
 
 
@@ -98,24 +92,7 @@ def _why_absent(profile: Profile, config: TrainConfig, asked: TrainConfig) -> st
         if config.runtime == asked.runtime:
             raise
         return str(error)
-    several = len(ACCELERATING[asked.runtime].device_types) > 1
-    if several and not cast(ChoosingRuntime, find_runtime(asked.runtime)).has_device(asked.device_type):
+    has_device = find_runtime(asked.runtime).has_device
+    if has_device is not None and not has_device(asked.device_type):
         return f"OpenVINO finds no {asked.device_type} here ({profile.install.step})"
     return ""
-
-
-def accelerated_plan(manifest: BundleManifest, config: TrainConfig) -> ExecutionPlan:
-    """The plan of a configuration on a runtime with which it `is_accelerated`.
-
-    Raises:
-        IncompatibleError: The bundle lacks the graph.
-    """
-    int8 = config.plan == "int8"
-    if int8 and not any(graph.role == INT8_STEP for graph in manifest.graphs):
-        raise IncompatibleError(
-            f"the bundle has no graph {INT8_STEP!r}; prepare it again with --npu blocks, or leave --plan at auto"
-        )
-    accelerator = Accelerator(config.device_type, config.soc_model, config.require_npu)
-    products: Products = "int8" if int8 else WHOLE_STEP.products
-    forward_only = config.method == "forward-only"
-    return replace(WHOLE_STEP, products=products, accelerator=accelerator, forward_only=forward_only)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from edgetune.config import PlanName, TrainConfig
-from edgetune.devices.profile import Profile
+from edgetune.config import PlanName
 from edgetune.errors import IncompatibleError, ResourceError
 from edgetune.formats.manifest import BundleManifest
-from edgetune.formats.roles import INT8, LAYERS
+from edgetune.formats.roles import INT8, INT8_STEP, LAYERS
 from edgetune.machine.memory import free_memory_bytes
-from edgetune.planning.accelerator import accelerated_plan, is_accelerated, on_accelerator
-from edgetune.planning.candidates import STOCK, candidates, footprint_of
+from edgetune.planning.candidates import STOCK, candidates, footprint_of, layered_footprint
 from edgetune.planning.memory import Work
 from edgetune.planning.planner import Planner, Prediction
+from edgetune.planning.run import RunRequest
 from edgetune.runtimes import find_runtime
 from edgetune.runtimes.contract import Runtime
-from edgetune.runtimes.execution import LAYERED, WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.execution import ACCELERATING, ExecutionPlan, LayeredPlan, TrunkUse, WholePlan
 from edgetune.runtimes.footprint import Footprint
-from edgetune.text.byte_size import bytes_text, parse_bytes
+from edgetune.text.byte_size import bytes_text
 
 _SHARE = 0.85
 """Of the memory that is free, or that a device has, which others need as well, that a plan may take."""
@@ -55,17 +54,21 @@ class Choice:
     """The runtime's; none for the whole step."""
     least_bytes: int | None = None
     """What the whole step takes more than on a device that was named; none where the memory is predicted."""
-    place: int = 0
+    rank: int = 0
     """Of the runtime among those that may do it, the fastest first."""
     free: bool = True
     """Whether with more memory the choice would be no other."""
     fits: bool = True
     """Otherwise it is the smallest there is, and more than the machine has free."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of it."""
 
     @property
     def on_accelerator(self) -> bool:
         """Whether something else than the CPU executes the steps."""
-        return on_accelerator(self.name, self.plan)
+        accelerator = self.plan.accelerator if isinstance(self.plan, WholePlan) else None
+        # OpenVINO takes the CPU where nothing is named.
+        return accelerator is not None and ACCELERATING[self.name].device(accelerator.device_type) != "CPU"
 
     @property
     def compiles(self) -> bool:
@@ -78,63 +81,68 @@ class Choice:
         return self.runtime.abilities().emulation
 
 
-def choose(
-    manifest: BundleManifest,
-    config: TrainConfig,
-    work: Work,
-    notice: Callable[[str], None],
-    profile: Profile | None = None,
-    trunk: ExecutionPlan | None = None,
-    *,
-    elsewhere: bool = False,
-) -> Choice:
-    """The fastest runtime and plan that the configuration, the device and the bundle allow.
+def choose(manifest: BundleManifest, request: RunRequest, work: Work, trunk: TrunkUse | None = None) -> Choice:
+    """The fastest runtime and plan that the request, its place and the bundle allow.
 
     Args:
         manifest: The bundle's.
-        config: How to train.
+        request: What the run asks for.
         work: The largest pass of training and of validation.
-        notice: Hears when the machine has too little free memory, or edgetune not the device's runtime.
-        profile: The device's, where one was given.
-        trunk: What `plan_of_trunk` says.
-        elsewhere: The device is not this machine: what is free here, and what this processor is good at, do not count.
+        trunk: What the bundle's trunk does in the run; none where the request has none.
 
     Raises:
         IncompatibleError: The bundle does not have the form that was asked for, or the device not the runtime.
         TooLargeError: No plan fits into the memory budget, or into the device.
         UsageError: No runtime executes the plan.
     """
-    plan = config.plan if is_accelerated(config.runtime, config.plan) else _layered_plan(manifest, config)
-    forward_only = config.method == "forward-only"
-    given = replace(trunk or LAYERED, forward_only=forward_only)
+    plan = request.plan if request.accelerator is not None else _plan_of_bundle(manifest, request)
+    given = LayeredPlan(trunk=trunk, forward_only=request.forward_only)
+    names, notes = candidates(request, plan)
     planned = []
-    for name in candidates(config, plan, profile, notice, elsewhere=elsewhere):
+    for name in names:
         runtime = find_runtime(name)
-        if is_accelerated(name, plan):
-            return _whole(name, runtime, accelerated_plan(manifest, config), profile, manifest, work)
-        footprint = footprint_of(name, plan, config.method)
+        if request.accelerator is not None:
+            choice = _whole(name, runtime, _accelerated(manifest, request), request, manifest, work)
+            return replace(choice, notes=tuple(notes))
+        footprint = footprint_of(name, request, plan)
         if footprint is None:
-            whole = replace(WHOLE_STEP, forward_only=forward_only)
-            return _whole(name, runtime, whole, profile, manifest, work)
+            whole = WholePlan(forward_only=request.forward_only)
+            return replace(_whole(name, runtime, whole, request, manifest, work), notes=tuple(notes))
         planned.append(_Planned(name, runtime, Planner(manifest, footprint, work, given), footprint))
-    return _fitting(planned, config, notice, profile, elsewhere=elsewhere)
+    choice = _fitting(planned, request)
+    return replace(choice, notes=(*notes, *choice.notes))
 
 
-def _layered_plan(manifest: BundleManifest, config: TrainConfig) -> PlanName:
-    """The configuration's plan, or the whole step of a bundle that has no other form.
+def _plan_of_bundle(manifest: BundleManifest, request: RunRequest) -> PlanName:
+    """The plan of the request, or the whole step of a bundle that has no other form.
 
     Raises:
         IncompatibleError: Another form was asked for.
     """
-    folder = f"{LAYERS}/{INT8}/" if config.plan == "int8" else f"{LAYERS}/"
+    folder = f"{LAYERS}/{INT8}/" if request.precision == "int8" else f"{LAYERS}/"
     if any(graph.role.startswith(folder) for graph in manifest.graphs):
-        return config.plan
-    if config.plan not in ("auto", "whole") or config.memory_budget or config.runtime == "openvino":
+        return request.plan
+    layered = request.plan not in ("auto", "whole") or request.precision != "auto" or request.trunk is not None
+    if layered or request.memory_budget_bytes is not None or request.runtime == "openvino":
         raise IncompatibleError(
-            f"the bundle has no graphs under {folder}; prepare it again, or leave --runtime and --plan at auto and "
-            "give no --memory-budget"
+            f"the bundle has no graphs under {folder}; prepare it again, or leave --runtime, --plan and --precision at "
+            "auto and give no --memory-budget"
         )
     return "whole"
+
+
+def _accelerated(manifest: BundleManifest, request: RunRequest) -> WholePlan:
+    """The whole step on the accelerator that the request means.
+
+    Raises:
+        IncompatibleError: The bundle lacks the graph.
+    """
+    int8 = request.precision == "int8"
+    if int8 and not any(graph.role == INT8_STEP for graph in manifest.graphs):
+        raise IncompatibleError(
+            f"the bundle has no graph {INT8_STEP!r}; prepare it again with --npu blocks, or leave --precision at auto"
+        )
+    return WholePlan("int8" if int8 else "fp32", request.accelerator, request.forward_only)
 
 
 @dataclass(frozen=True)
@@ -151,79 +159,82 @@ class _Planned:
         return self.choice(self.planner.smallest(plan))
 
 
-def _fitting(
-    planned: Sequence[_Planned],
-    config: TrainConfig,
-    notice: Callable[[str], None],
-    profile: Profile | None,
-    *,
-    elsewhere: bool,
-) -> Choice:
+def _fitting(planned: Sequence[_Planned], request: RunRequest) -> Choice:
     """Of the fastest runtime that has a plan which fits, the fastest such plan."""
-    limits = list(_limits(config, profile))
-    free = None if elsewhere else free_memory_bytes()
-    soft = [] if limits and profile is None else [int(_SHARE * free)] if free is not None else []
-    limit = min([size for size, _ in limits] + soft, default=None)
-    for place, each in enumerate(planned):
-        if prediction := each.planner.choose(config.plan, limit):
-            free = not place and prediction == each.planner.choose(config.plan, None)
-            return replace(each.choice(prediction), place=place, free=free)
-    smallest = min((each.smallest(config.plan) for each in planned), key=_peak)
-    hard = min(limits, key=lambda each: each[0], default=None)
-    if hard is None or _peak(smallest) <= hard[0]:
-        notice(
+    limits = list(_limits(request))
+    free = free_memory_bytes() if request.place.here else None
+    soft = [] if limits and request.place.profile is None else [int(_SHARE * free)] if free is not None else []
+    limit = min([limit.size for limit in limits] + soft, default=None)
+    for rank, each in enumerate(planned):
+        if prediction := each.planner.choose(request.plan, limit):
+            unlimited = not rank and prediction == each.planner.choose(request.plan, None)
+            return replace(each.choice(prediction), rank=rank, free=unlimited)
+    smallest = min((each.smallest(request.plan) for each in planned), key=_peak)
+    hard = min(limits, key=lambda each: each.size, default=None)
+    if hard is None or _peak(smallest) <= hard.size:
+        note = (
             f"this machine has {bytes_text(free or 0)} of memory free; the smallest plan is expected to need "
             f"{bytes_text(_peak(smallest))}; it is tried"
         )
-        return replace(smallest, free=False, fits=False)
+        return replace(smallest, free=False, fits=False, notes=(note,))
     streamed = min((each.smallest("stream") for each in planned), key=_peak)
     less = _budget(streamed) != _budget(smallest)
     shorter = "have shorter rows (prepare --max-length, train --truncate)"
-    if hard[1] is None:
+    if hard.device is None:
         hint = f", or --plan stream and {_budget(streamed)}" if less else ""
         raise TooLargeError(
             _peak(smallest),
-            f"a memory budget of {config.memory_budget} is too small: the smallest plan for this bundle and these rows "
-            f"needs --memory-budget {_budget(smallest)}; give that{hint}, or {shorter}",
+            f"a memory budget of {bytes_text(request.memory_budget_bytes or 0)} is too small: the smallest plan for "
+            f"this bundle and these rows needs --memory-budget {_budget(smallest)}; give that{hint}, or {shorter}",
         )
-    hint = f"use --plan stream, which needs {bytes_text(_peak(streamed))}, or " if _peak(streamed) <= hard[0] else ""
+    hint = f"use --plan stream, which needs {bytes_text(_peak(streamed))}, or " if _peak(streamed) <= hard.size else ""
     raise TooLargeError(
         _peak(smallest),
-        f"{hard[1]} is too small: a run may take {bytes_text(hard[0])}, {_SHARE:.0%} of its memory, and the smallest "
-        f"plan for this bundle and these rows needs {bytes_text(_peak(smallest))}; {hint}{shorter}",
+        f"{hard.device} is too small: a run may take {bytes_text(hard.size)}, {_SHARE:.0%} of its memory, and the "
+        f"smallest plan for this bundle and these rows needs {bytes_text(_peak(smallest))}; {hint}{shorter}",
     )
 
 
 def _whole(
-    name: str, runtime: Runtime, whole: ExecutionPlan, profile: Profile | None, manifest: BundleManifest, work: Work
+    name: str, runtime: Runtime, whole: WholePlan, request: RunRequest, manifest: BundleManifest, work: Work
 ) -> Choice:
     """A whole step, whose memory is not predicted: it is more than that of the smallest layered plan.
 
     Raises:
         ResourceError: Not even that plan would fit into the device.
     """
-    footprint = None if profile is None else footprint_of(STOCK, "auto", "backpropagation")
-    if profile is None or footprint is None:
+    place = request.place
+    footprint = None if place.profile is None else layered_footprint(find_runtime(STOCK), "auto")
+    if footprint is None:
         return Choice(name, runtime, whole, None)
-    given = replace(LAYERED, forward_only=whole.forward_only)
+    given = LayeredPlan(forward_only=whole.forward_only)
     least = Planner(manifest, footprint, work, given).smallest("stream").peak_memory_bytes
-    memory = profile.hardware.memory
-    if memory is not None and least > (most := int(_SHARE * memory.value)):
+    memory = place.memory_limit()
+    if memory is not None and least > (most := int(_SHARE * memory)):
         raise TooLargeError(
             least,
-            f"{profile.name} is too small: a run may take {bytes_text(most)}, {_SHARE:.0%} of its memory, and the "
+            f"{place.name} is too small: a run may take {bytes_text(most)}, {_SHARE:.0%} of its memory, and the "
             f"whole step needs more than the {bytes_text(least)} that training layer by layer does; use a smaller "
             "model, or shorter rows (prepare --max-length, train --truncate)",
         )
     return Choice(name, runtime, whole, None, least_bytes=least)
 
 
-def _limits(config: TrainConfig, profile: Profile | None) -> Iterator[tuple[int, str | None]]:
-    """Most memory that a run may take, in bytes, and the device that has no more; none where it is the budget."""
-    if config.memory_budget is not None:
-        yield int(parse_bytes(config.memory_budget) / _MARGIN), None
-    if profile is not None and (memory := profile.hardware.memory) is not None:
-        yield int(_SHARE * memory.value), profile.name
+@dataclass(frozen=True)
+class _Limit:
+    """Most memory that a run may take."""
+
+    size: int
+    """Bytes."""
+    device: str | None
+    """That has no more; none where it is the budget."""
+
+
+def _limits(request: RunRequest) -> Iterator[_Limit]:
+    if request.memory_budget_bytes is not None:
+        yield _Limit(int(request.memory_budget_bytes / _MARGIN), None)
+    if (memory := request.place.memory_limit()) is not None:
+        yield _Limit(int(_SHARE * memory), request.place.name)
 
 
 def _peak(choice: Choice) -> int:

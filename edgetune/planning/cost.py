@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from edgetune.data.batcher import BatchShape
+from edgetune.data.batches import Batch
 from edgetune.data.packing import ATTENTION_COST, PASS_COST
+from edgetune.formats.manifest import BundleManifest
 from edgetune.planning.memory import SUBLAYERS, Sizes, Work, head_tokens
-from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.execution import ExecutionPlan, LayeredPlan
+from edgetune.runtimes.footprint import Footprint
 
 _PIECE = 1500
 """What every piece after a sublayer's first repeats and adds up, in products per hidden number: the 6 ms a piece
@@ -22,30 +28,31 @@ def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, 
         trained: Positions whose logits are computed; all when it is not given.
     """
     s, positions = sizes, work.positions
+    layered = plan if isinstance(plan, LayeredPlan) else None
     logits = positions if trained is None else trained
-    further_pieces = sum(s.pieces.values()) - len(SUBLAYERS) if plan.form == "layered" else 0
+    further_pieces = sum(s.pieces.values()) - len(SUBLAYERS) if layered else 0
     repeated = _PIECE * s.layers * further_pieces * s.hidden * positions
     attention = ATTENTION_COST * 2 * s.queries * s.pieces["attention"] * work.scores
     if plan.forward_only:
         weights = s.layers * sum(s.weights.values())
-        dequantised = dequantise * (weights + s.head) if plan.form == "layered" and not plan.resident else 0.0
+        dequantised = dequantise * (weights + s.head) if layered and not layered.resident else 0.0
         return weights * positions + repeated + attention * s.layers + s.head * logits + dequantised
-    kept = s.layers if plan.form == "whole" else plan.kept_layers
+    kept = layered.kept_layers if layered else s.layers
     again = s.layers - kept
     # Forward and backward; of what is computed again, the last product of a sublayer is not needed.
     products = 2.0 * s.layers * sum(s.weights.values())
     products += again * sum(s.weights[name] - s.hidden * width for name, width in _last_products(s).items())
     # Attention multiplies queries with keys and scores with values: forward, twice in the backward pass, and again.
     passes_of_attention = 3 * s.layers + again
-    if plan.lean:
+    if layered and layered.lean:
         products += s.weights["attention"] * again
         passes_of_attention += again
-    passes = 2 if plan.form == "whole" or head_tokens(s, plan) == s.vocabulary else 3
+    passes = 2 if layered is None or head_tokens(s, layered) == s.vocabulary else 3
     cost = products * positions + 2 * repeated + attention * passes_of_attention
     cost += passes * s.head * logits
-    if plan.form == "layered" and not plan.resident:
+    if layered and not layered.resident:
         read = 2 * s.layers * sum(s.weights.values()) + (passes - 1) * s.head
-        read += s.weights["attention"] * again if plan.lean else 0
+        read += s.weights["attention"] * again if layered.lean else 0
         cost += dequantise * read
     return cost
 
@@ -60,6 +67,37 @@ def start_cost(sizes: Sizes, dequantise: float, plan: ExecutionPlan) -> float:
     """
     none, one = (step_cost(sizes, dequantise, Work(positions, 0), plan, 0) for positions in (0, 1))
     return PASS_COST * (one - none)
+
+
+class CostModel:
+    """Work of a pass by the manifest's sizes: through the layers that the plan runs itself.
+
+    Args:
+        manifest: Of the bundle that is trained.
+        plan: By which it is.
+        footprint: The runtime's; none for the whole step.
+    """
+
+    def __init__(self, manifest: BundleManifest, plan: ExecutionPlan, footprint: Footprint | None) -> None:
+        self._sizes = Sizes(manifest, plan if isinstance(plan, LayeredPlan) else None)
+        self._plan = plan
+        self._dequantise = 0.0 if footprint is None else footprint.dequantise
+        self.layers = self._sizes.layers
+        self.start = start_cost(self._sizes, self._dequantise, self._plan)
+        """Work of a pass without positions."""
+
+    def work(self, positions: int, scores: int, trained: int) -> float:
+        """Work of a pass; see `step_cost`."""
+        return step_cost(self._sizes, self._dequantise, Work(positions, scores), self._plan, trained)
+
+    def of_passes(self, shapes: Iterable[BatchShape]) -> float:
+        """Work of passes of these shapes, with what each costs beside its positions."""
+        return sum(self.start + self.work(each.positions, each.scores, each.trained_tokens) for each in shapes)
+
+    def of(self, batch: Batch) -> float:
+        """Work of a batch."""
+        sequences, length = batch.input_ids.shape
+        return self.work(sequences * length, sequences * length**2, batch.trained_tokens)
 
 
 def _last_products(s: Sizes) -> dict[str, int]:

@@ -11,14 +11,16 @@ from time import perf_counter
 
 from edgetune.data.batcher import BatchShape
 from edgetune.data.batches import Batch
-from edgetune.devices.profile import Profile
+from edgetune.devices.place import Place
 from edgetune.errors import UsageError
 from edgetune.formats.bundle import Bundle
 from edgetune.machine.threads import computing_with
 from edgetune.planning.choice import Choice
-from edgetune.planning.cost_model import CostModel
+from edgetune.planning.cost import CostModel
+from edgetune.planning.run import RunRequest
 from edgetune.planning.timing import Timing, time_steps
 from edgetune.planning.workload import Workload
+from edgetune.runtimes.forward_only import passes_a_step
 
 _OPERATIONS = 2
 """Floating-point operations of a product: a multiplication and an addition."""
@@ -42,47 +44,36 @@ class Times:
     """Where they come from, or why there are none."""
 
 
-def predict_times(
-    bundle: Bundle,
-    workload: Workload,
-    choice: Choice,
-    profile: Profile | None,
-    passes: int,
-    threads: int | None,
-    *,
-    here: bool,
-) -> Times:
+def predict_times(bundle: Bundle, workload: Workload, choice: Choice, request: RunRequest) -> Times:
     """Predict how long steps and the run take.
 
     Args:
         bundle: What would be trained.
         workload: The run.
         choice: Its runtime and plan.
-        profile: Of the device; none where it is this machine.
-        passes: Through the model for each batch of a step.
-        threads: That compute; without a number as many as may.
-        here: The device is this machine: a few steps are timed.
+        request: What the run asks for; on this machine a few steps are timed.
 
     Raises:
         UsageError: The device does not have so many cores.
     """
-    if here and choice.emulated:
+    place, profile = request.place, request.place.profile
+    if place.here and choice.emulated:
         return Times(None, None, None, f"unknown: {choice.name} simulates hardware, at a speed that says nothing of it")
     steps, validation = workload.step_shapes, workload.validation_shapes
-    model = CostModel(bundle, choice)
+    model = CostModel(bundle.manifest, choice.plan, choice.footprint)
 
     def work(shape: BatchShape) -> float:
         return model.work(shape.positions, shape.scores, shape.trained_tokens)
 
-    if here or profile is None:
+    if place.here or profile is None:
         batches, layout = _typical(workload, model)
-        with computing_with(threads):
+        with computing_with(request.threads):
             measured = time_steps(bundle, choice, batches)
         source = f"measured here in {measured.took:.1f} s"
     elif choice.on_accelerator:
         return Times(None, None, None, f"unknown: no figure says how fast the accelerator of {profile.name} is")
     elif (products := profile.hardware.products) is not None:
-        share, some = _share(profile, threads)
+        share, some = _share(place, request.threads)
         measured, layout = Timing(((1.0, _OPERATIONS / (share * products.value)),)), 0.0
         source = f"an estimate: {some}{products.value / 1e9:g} GFLOP/s ({products.source})"
     else:
@@ -90,6 +81,7 @@ def predict_times(
     seconds, starts = measured.seconds, _starts(measured, choice, steps)
     # All matrices but one that the first step moves alone, and others do not.
     probes = len(bundle.manifest.lora.from_layer(choice.plan.trunk_layers).slots) - 1
+    passes = 1 if request.queries is None else passes_a_step(request.queries.queries)
     if choice.plan.forward_only:
         starts[0] += probes * sum(seconds(work(shape)) for shape in steps[0])
     spent = [
@@ -103,18 +95,18 @@ def predict_times(
     return Times(median(spent), sum(starts), run, source)
 
 
-def _share(profile: Profile, threads: int | None) -> tuple[float, str]:
+def _share(place: Place, threads: int | None) -> tuple[float, str]:
     """Which part of a device's speed so many threads have, and how that is said; all of it without a number.
 
     Raises:
         UsageError: The device does not have so many cores.
     """
-    cores = profile.hardware.cores
+    cores = place.cores()
     if threads is None or cores is None:
         return 1.0, ""
-    if not 1 <= threads <= cores.value:
-        raise UsageError(f"--threads is {threads}, and {profile.name} has {cores.value} cores; give 1 to {cores.value}")
-    return threads / cores.value, f"{threads} of {cores.value} cores, all of which have "
+    if not 1 <= threads <= cores:
+        raise UsageError(f"--threads is {threads}, and {place.name} has {cores} cores; give 1 to {cores}")
+    return threads / cores, f"{threads} of {cores} cores, all of which have "
 
 
 def _starts(measured: Timing, choice: Choice, steps: Sequence[Sequence[BatchShape]]) -> list[float]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
-from edgetune.devices.profile import Profile
 from edgetune.errors import IncompatibleError, ResourceError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.trunk import read_trunk_info
 from edgetune.planning.choice import Choice, TooLargeError, choose
-from edgetune.planning.cost_model import CostModel
-from edgetune.planning.limits import in_fixed_shapes, require_fit, require_place
+from edgetune.planning.cost import CostModel
+from edgetune.planning.limits import in_fixed_shapes, require_fit, require_form
 from edgetune.planning.memory import Work
+from edgetune.planning.run import RunRequest
 from edgetune.planning.workload import Workload
-from edgetune.runtimes.execution import ExecutionPlan
-from edgetune.text.byte_size import bytes_text, parse_bytes
+from edgetune.runtimes.execution import TrunkUse
+from edgetune.text.byte_size import bytes_text
 
 _FLOAT = 4
 
@@ -40,24 +39,17 @@ class Fitting:
         bundle: What would be trained.
         rows: To train on.
         valid: To measure on.
-        profile: Of the device; without one it is this machine.
-        here: The device is this machine.
+        request: What the run asks for.
     """
 
-    def __init__(
-        self, bundle: Bundle, rows: Sequence[Example], valid: Sequence[Example], profile: Profile | None, *, here: bool
-    ) -> None:
-        self._bundle, self._rows, self._valid, self._profile, self._here = bundle, rows, valid, profile, here
+    def __init__(self, bundle: Bundle, rows: Sequence[Example], valid: Sequence[Example], request: RunRequest) -> None:
+        self._bundle, self._rows, self._valid, self._request = bundle, rows, valid, request
 
-    def fit(self, config: TrainConfig, notice: Callable[[str], None]) -> Fit:
-        """The run by that configuration: on the fastest runtime that fits, with the least work.
+    def fit(self) -> Fit:
+        """The run as it fits: on the fastest runtime that fits, with the least work.
 
         In several passes a batch takes less memory than in one, and weights are read more often; activations that are
         computed again have their price, too. The plan and the number of passes are chosen together.
-
-        Args:
-            config: How to train.
-            notice: Hears what is to be said of the choice.
 
         Raises:
             IncompatibleError: The device does not run what was asked for, or the bundle lacks it.
@@ -66,35 +58,30 @@ class Fitting:
             UsageError: Warm-up takes the whole run, or a row fits into none of the shapes that were asked for.
         """
         try:
-            fit = self._fastest(config)
+            fit = self._fastest()
         except ResourceError as error:
-            raise ResourceError(f"{error}\nwhat would fit: {self._advice(config)}") from error
-        for note in fit.notes:
-            notice(note)
-        require_place(self._profile, fit.choice, notice)
-        return fit
+            raise ResourceError(f"{error}\nwhat would fit: {self._advice()}") from error
+        return replace(fit, notes=(*fit.notes, *require_form(self._request, fit.choice)))
 
-    def _fastest(self, config: TrainConfig) -> Fit:
+    def _fastest(self) -> Fit:
         """As `fit`, wherever the device's profile says that it runs, and without advice where nothing fits."""
-        workload = Workload(self._bundle.manifest, self._rows, self._valid, config)
-        require_fit(self._profile, config, workload.longest())
-        trunk = plan_of_trunk(self._bundle, config, [*self._rows, *self._valid])
+        request = self._request
+        workload = Workload(self._bundle.manifest, self._rows, self._valid, request)
+        require_fit(request, workload.longest())
+        trunk = trunk_use(self._bundle, request, [*self._rows, *self._valid])
         found: dict[Work, Fit] = {}
         refused: list[TooLargeError] = []
-        for rows in self._pass_rows(config):
-            divided = in_fixed_shapes(workload.in_passes(rows), self._profile, config)
+        for rows in self._pass_rows():
+            divided = in_fixed_shapes(workload.in_passes(rows), request)
             work = divided.work()
             if work in found:
                 continue
-            notes: list[str] = []
             try:
-                choice = choose(
-                    self._bundle.manifest, config, work, notes.append, self._profile, trunk, elsewhere=not self._here
-                )
+                choice = choose(self._bundle.manifest, request, work, trunk)
             except TooLargeError as error:
                 refused.append(error)
                 continue
-            found[work] = Fit(divided, choice, tuple(notes))
+            found[work] = Fit(divided, choice, choice.notes)
             if choice.free:
                 break
         if not found:
@@ -110,26 +97,27 @@ class Fitting:
         if not choice.fits:
             return True, 0, choice.predicted_peak_bytes or 0
         steps = fit.workload.step_shapes
-        return False, choice.place, CostModel(self._bundle, choice).of_passes(each for step in steps for each in step)
+        model = CostModel(self._bundle.manifest, choice.plan, choice.footprint)
+        return False, choice.rank, model.of_passes(each for step in steps for each in step)
 
-    def _pass_rows(self, config: TrainConfig) -> Iterator[int]:
+    def _pass_rows(self) -> Iterator[int]:
         """For how many rows a pass may have room: a batch, or what the device takes of it, half of that, and so on."""
-        limit = None if self._profile is None else self._profile.limits.largest_batch
-        rows = config.batch_size if limit is None else min(config.batch_size, limit.value)
+        limit, rows = self._request.place.largest_batch(), self._request.batching.batch_size
+        rows = rows if limit is None else min(rows, limit)
         yield rows
         rows = min(rows, max(len(self._rows), len(self._valid)))
         while rows > 1:
             rows = -(-rows // 2)
             yield rows
 
-    def _advice(self, config: TrainConfig) -> str:
+    def _advice(self) -> str:
         """The longest rows that fit."""
         fits, too_long = 0, max(len(row.input_ids) for row in (*self._rows, *self._valid))
         found = None
         while too_long - fits > 1:
             length = (fits + too_long) // 2
             try:
-                found, fits = self._choose_length(config, length), length
+                found, fits = self._choose_length(length), length
             except ResourceError:
                 too_long = length
         if found is None:
@@ -138,28 +126,28 @@ class Fitting:
         memory = "" if peak is None else f", about {bytes_text(peak)}"
         return f"rows of at most {fits:,} tokens ({found.plan}{memory})"
 
-    def _choose_length(self, config: TrainConfig, length: int) -> Choice:
+    def _choose_length(self, length: int) -> Choice:
         """With rows that are cut to that length."""
         cut, valid = (
             [replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length]) for row in rows]
             for rows in (self._rows, self._valid)
         )
-        return Fitting(self._bundle, cut, valid, self._profile, here=self._here)._fastest(config).choice
+        return Fitting(self._bundle, cut, valid, self._request)._fastest().choice
 
 
-def plan_of_trunk(bundle: Bundle, config: TrainConfig, examples: Sequence[Example]) -> ExecutionPlan | None:
-    """What the plan says of the trunk; none where it wants no trunk.
+def trunk_use(bundle: Bundle, request: RunRequest, examples: Sequence[Example]) -> TrunkUse | None:
+    """What the bundle's trunk does in a run; none where all layers are trained.
 
     Args:
-        bundle: It was split, if the plan is `split`.
-        config: How to train.
+        bundle: It was split, if the request has a trunk.
+        request: What the run asks for.
         examples: All rows that will come.
 
     Raises:
         IncompatibleError: The bundle has no trunk, or a row does not fit it.
         VerificationError: The trunk's description is broken.
     """
-    if config.plan != "split":
+    if request.trunk is None:
         return None
     info = read_trunk_info(bundle)
     longest = max(len(example.input_ids) for example in examples)
@@ -170,9 +158,4 @@ def plan_of_trunk(bundle: Bundle, config: TrainConfig, examples: Sequence[Exampl
         )
     tokens = sum(len(example.input_ids) for example in examples)
     states = _FLOAT * tokens * bundle.manifest.architecture.hidden_size
-    return ExecutionPlan(
-        "layered",
-        trunk_layers=info.layers,
-        trunk_cache_bytes=min(parse_bytes(config.trunk_cache), states),
-        vitisai_config=config.vitisai_config,
-    )
+    return TrunkUse(info.layers, min(request.trunk.cache_bytes, states), request.trunk.vitisai_config)

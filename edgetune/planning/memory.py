@@ -18,7 +18,7 @@ from edgetune.formats.trunk import FOLDER
 from edgetune.model.architecture import frozen_weights
 from edgetune.model.blocks import BITS, BLOCK_SIZE
 from edgetune.model.pieces import cut
-from edgetune.runtimes.execution import LAYERED, ExecutionPlan
+from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.footprint import Footprint
 
 SUBLAYERS = ("attention", "mlp")
@@ -63,10 +63,12 @@ class Sizes:
 
     Args:
         manifest: The manifest of the bundle; without the layered form, what pieces keep is unknown and counts as 0.
-        plan: Says how many of the lowest layers a trunk computes, and how wide the pieces of the others are.
+        plan: Says how many of the lowest layers a trunk computes, and how wide the pieces of the others are; none where
+            the whole step is one graph.
     """
 
-    def __init__(self, manifest: BundleManifest, plan: ExecutionPlan = LAYERED) -> None:
+    def __init__(self, manifest: BundleManifest, plan: LayeredPlan | None = None) -> None:
+        plan = plan or LayeredPlan()
         a = manifest.architecture
         layered = any(graph.role.startswith(f"{LAYERS}/") for graph in manifest.graphs)
         pieces = pieces_of(manifest, wide=plan.wide) if layered else cut(a)
@@ -104,7 +106,7 @@ def bytes_a_weight(base: str) -> float:
     return _HALF if base == "fp16" else _FLOAT
 
 
-def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionPlan) -> int:
+def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: LayeredPlan) -> int:
     """Peak resident memory of a run in bytes, file pages included."""
     s, f = sizes, footprint
     positions = work.positions
@@ -117,7 +119,8 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: ExecutionP
     copies = _FORWARD_COPIES if plan.forward_only else _ADAPTER_COPIES
     held = copies * _FLOAT * s.adapter + positions * s.hidden * _states(s, f, plan)
     held += f.storage * positions * (plan.kept_layers * layer + shared)
-    held += s.trunk + plan.trunk_cache_bytes + _MASK * work.scores
+    cache = 0 if plan.trunk is None else plan.trunk.cache_bytes
+    held += s.trunk + cache + _MASK * work.scores
     base = f.base - (f.backward if plan.forward_only else 0)
     return int(base + work.rows + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
 
@@ -127,7 +130,7 @@ def trunk_bytes(manifest: BundleManifest) -> int:
     return 2 * sum(file.size for file in manifest.files if file.path.startswith(f"{FOLDER}/"))
 
 
-def _states(s: Sizes, f: Footprint, plan: ExecutionPlan) -> int:
+def _states(s: Sizes, f: Footprint, plan: LayeredPlan) -> int:
     """Bytes of all hidden states, per position and channel."""
     if plan.forward_only:
         return f.storage * (_TURNS + _BETWEEN_FORWARD)
@@ -137,7 +140,7 @@ def _states(s: Sizes, f: Footprint, plan: ExecutionPlan) -> int:
     return _HALF * (s.layers + 1 + plan.kept_layers) + f.storage * (_TURNS + _BETWEEN_GRAPHS)
 
 
-def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
+def _weights(s: Sizes, f: Footprint, plan: LayeredPlan) -> float:
     """Bytes of the weights that are in memory at the same time, in the layout in which they are multiplied."""
     if plan.resident:
         # The exact ones beside those of the backward pass.
@@ -151,7 +154,7 @@ def _weights(s: Sizes, f: Footprint, plan: ExecutionPlan) -> float:
     return weight * rest + f.storage * head_tokens(s, plan) * s.hidden
 
 
-def _graphs(s: Sizes, f: Footprint, work: Work, plan: ExecutionPlan) -> float:
+def _graphs(s: Sizes, f: Footprint, work: Work, plan: LayeredPlan) -> float:
     """Bytes that the graphs hold while they run."""
     rows, tokens = min(plan.head_rows, work.positions), head_tokens(s, plan)
     head = rows * (f.logits * tokens + f.hidden_states * s.hidden)
@@ -185,7 +188,7 @@ def _pages(s: Sizes) -> float:
     return s.stored * max(*s.weights.values(), s.head)
 
 
-def head_tokens(sizes: Sizes, plan: ExecutionPlan) -> int:
+def head_tokens(sizes: Sizes, plan: LayeredPlan) -> int:
     """Number of vocabulary tokens whose weights the head takes at a time."""
     return min(plan.head_tokens or sizes.vocabulary, sizes.vocabulary)
 

@@ -1,4 +1,4 @@
-"""Which options of a run go together, whatever the bundle and the rows."""
+"""Which options of a run can be meant, and go together, whatever the bundle and the rows."""
 
 from __future__ import annotations
 
@@ -6,18 +6,42 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from edgetune.config import TrainConfig
-from edgetune.data.buckets import parse_buckets
-from edgetune.devices.profile import Profile
+from edgetune.devices.place import Place
 from edgetune.errors import UsageError
 from edgetune.machine.threads import check_threads
 from edgetune.planning.accelerator import ACCELERATED, apply_profile, is_accelerated
-from edgetune.planning.candidates import footprint_of
-from edgetune.planning.schedule import check_options
-from edgetune.runtimes import find_runtime
+from edgetune.planning.candidates import require_runtime
+from edgetune.planning.run import RunRequest, run_request
 from edgetune.runtimes.execution import ACCELERATING
-from edgetune.text.byte_size import parse_bytes
 
+_MANY = 10**9
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "steps": (1, _MANY),
+    "batch_size": (1, 10**6),
+    "gradient_accumulation_steps": (1, 10**6),
+    "queries": (2, 10**6),
+    "warmup_steps": (0, _MANY),
+    "seed": (0, 2**63 - 1),
+    "epochs": (1e-9, 10**6),
+    "learning_rate": (1e-30, 1000),
+    "perturbation_size": (1e-9, 1000),
+    "weight_decay": (0, 1000),
+    "max_grad_norm": (0, 1e30),
+}
+"""Least and most of each. Queries are compared with each other. Larger rates would soon leave float32."""
 _OF_BACKWARD = ("keep", "recompute")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run's options as they hold at a place."""
+
+    config: TrainConfig
+    """With what the device's profile says of its accelerator; for the record of the run."""
+    request: RunRequest
+    """The same, parsed."""
+    notes: tuple[str, ...]
+    """Why the CPU computes instead of the device's accelerator, where it does."""
 
 
 @dataclass(frozen=True)
@@ -28,79 +52,76 @@ class _Requirement:
     """Fields of `TrainConfig`."""
     needed: str
     """As people ask for it."""
-    holds: Callable[[TrainConfig], bool]
+    holds: Callable[[TrainConfig, bool], bool]
+    """Whether it is given, in the configuration; the boolean says whether the whole step runs in static shapes."""
 
 
 _REQUIREMENTS = (
     _Requirement(
         ("require_npu", "buckets", "device_type"),
         f"a runtime that compiles the whole step, {ACCELERATED}",
-        lambda config: is_accelerated(config.runtime, config.plan),
+        lambda _, accelerated: accelerated,
     ),
-    _Requirement(("soc_model",), "--runtime qnn", lambda config: config.runtime == "qnn"),
-    _Requirement(("trunk_cache",), "--plan split", lambda config: config.plan == "split"),
+    _Requirement(("soc_model",), "--runtime qnn", lambda config, _: config.runtime == "qnn"),
+    _Requirement(("trunk_cache",), "--trunk", lambda config, _: config.trunk),
     _Requirement(
         ("vitisai_config",),
-        "--plan split on another runtime than fpga-hls",
-        lambda config: config.plan == "split" and config.runtime != "fpga-hls",
+        "--trunk on another runtime than fpga-hls",
+        lambda config, _: config.trunk and config.runtime != "fpga-hls",
     ),
     _Requirement(
         ("queries", "perturbation_size"),
         "--method forward-only",
-        lambda config: config.method == "forward-only",
+        lambda config, _: config.method == "forward-only",
     ),
 )
 
 
-def resolve_config(
-    config: TrainConfig, profile: Profile | None, notice: Callable[[str], None], *, elsewhere: bool = False
-) -> TrainConfig:
-    """The configuration as it holds on a device. What is wrong whatever the bundle is refused.
+def resolve(config: TrainConfig, place: Place) -> Resolved:
+    """What a run asks for at a place. What is wrong whatever the bundle is refused.
 
     Args:
         config: How to train.
-        profile: The device's, where one was given.
-        notice: Hears why the CPU computes instead of the device's accelerator.
-        elsewhere: The device is not this machine: what is installed here does not count.
+        place: Where.
 
     Raises:
         IncompatibleError: The device's accelerator is not here, and the configuration takes nothing else.
         MissingDependencyError: The package of the runtime that was asked for is not installed.
         UsageError: Options that cannot be meant, or not together; a runtime that does not execute the plan.
     """
-    check_options(config)
-    if profile is not None:
-        # The name alone: a path of this machine is nobody else's business.
-        config = replace(apply_profile(profile, config, notice, elsewhere=elsewhere), device=profile.name)
-    check_plan(config)
-    if not elsewhere:
+    _check_values(config)
+    applied, notes = apply_profile(config, place)
+    # The name alone: a path of this machine is nobody else's business.
+    config = replace(applied, device=place.name)
+    accelerated = is_accelerated(config.runtime, config.plan)
+    request = run_request(config, place, accelerated=accelerated)
+    if problems := [*_without_effect(config, accelerated), *_contradictions(config, accelerated)]:
+        raise UsageError("\n".join(problems))
+    if place.here:
         if config.threads is not None:
             check_threads(config.threads)
-        _check_runtime(config)
-    return config
+        require_runtime(request)
+    return Resolved(config, request, notes)
 
 
-def check_plan(config: TrainConfig) -> None:
-    """Refuse options that do not go together, whatever is installed.
-
-    Raises:
-        UsageError: Naming each of them, and what to do; a size or a list of shapes that is none.
-    """
-    parse_bytes(config.trunk_cache)
-    if config.memory_budget is not None:
-        parse_bytes(config.memory_budget)
-    if config.buckets is not None:
-        parse_buckets(config.buckets)
-    problems = [*_without_effect(config), *_contradictions(config)]
+def _check_values(config: TrainConfig) -> None:
+    """Refuse values that cannot be meant, each with what is expected."""
+    problems = []
+    if config.steps is not None and config.epochs is not None:
+        problems.append(f"steps ({config.steps}) and epochs ({config.epochs:g}) exclude each other; give one of them")
+    for name, (least, most) in _BOUNDS.items():
+        # NaN compares as false.
+        if (value := getattr(config, name)) is not None and not least <= value <= most:
+            problems.append(f"{name} is {value}, expected {least:,} to {most:,}")
     if problems:
         raise UsageError("\n".join(problems))
 
 
-def _without_effect(config: TrainConfig) -> Iterator[str]:
+def _without_effect(config: TrainConfig, accelerated: bool) -> Iterator[str]:
     """Options that were given without what they belong to."""
     default = TrainConfig()
     for requirement in _REQUIREMENTS:
-        if requirement.holds(config):
+        if requirement.holds(config, accelerated):
             continue
         for option in requirement.options:
             if (value := getattr(config, option)) != getattr(default, option):
@@ -109,15 +130,22 @@ def _without_effect(config: TrainConfig) -> Iterator[str]:
                 yield f"{given} means nothing without {requirement.needed}; give that as well, or leave {flag} out"
 
 
-def _contradictions(config: TrainConfig) -> Iterator[str]:
+def _contradictions(config: TrainConfig, accelerated: bool) -> Iterator[str]:
     """Options that exclude each other."""
     name, facts = config.runtime, ACCELERATING.get(config.runtime)
-    accelerated = is_accelerated(name, config.plan)
     if facts is not None and not facts.takes(config.device_type):
         devices = " or ".join(facts.device_types)
         yield f"--runtime {name} trains on an {devices}, not on --device-type {config.device_type}; leave that out"
     if facts is not None and facts.alone and config.plan not in facts.plans:
         yield f"--runtime {name} does not execute --plan {config.plan}, only {', '.join(facts.plans)}"
+    if config.plan == "whole" and not accelerated and config.precision != "auto":
+        yield f"--precision {config.precision} is for training layer by layer; leave --plan whole out, or the precision"
+    if facts is not None and accelerated and config.precision not in facts.precisions:
+        yield f"--runtime {name} does not execute the whole step in --precision {config.precision}; leave that out"
+    if config.trunk and (accelerated or config.plan == "whole"):
+        yield "--trunk trains the layers above the trunk layer by layer, not as one graph; leave --plan at auto"
+    if config.trunk and config.precision != "auto":
+        yield f"--trunk trains the layers above the trunk exactly; leave --precision {config.precision} out"
     if facts is not None and accelerated and config.require_npu and facts.device(config.device_type) != "NPU":
         device = facts.device(config.device_type)
         yield f"--require-npu means nothing on OpenVINO's {device}; give --device-type NPU as well, or leave it out"
@@ -129,13 +157,5 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
     if config.method == "forward-only" and config.plan in _OF_BACKWARD:
         yield (
             f"--plan {config.plan} says what a backward pass needs, and --method forward-only has none; "
-            "use --plan auto, whole, stream or int8"
+            "use --plan auto, whole or stream"
         )
-
-
-def _check_runtime(config: TrainConfig) -> None:
-    """Refuse a runtime that is not here, or does not execute the plan."""
-    if is_accelerated(config.runtime, config.plan):
-        find_runtime(config.runtime).abilities()
-    elif config.runtime != "auto":
-        footprint_of(config.runtime, config.plan, config.method)

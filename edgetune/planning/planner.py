@@ -11,7 +11,7 @@ from edgetune.formats.layered_graphs import widths
 from edgetune.formats.manifest import BundleManifest
 from edgetune.planning.cost import step_cost
 from edgetune.planning.memory import SUBLAYERS, Sizes, Work, peak_memory
-from edgetune.runtimes.execution import LAYERED, ExecutionPlan
+from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.footprint import Footprint
 
 _HEAD_LOGITS = 8 << 20
@@ -31,7 +31,7 @@ _INT8_LAYERS, _EXACT_EVERY = 12, 3
 class Prediction:
     """What a plan will need."""
 
-    plan: ExecutionPlan
+    plan: LayeredPlan
     peak_memory_bytes: int
     """Highest resident memory, file pages of the weights included."""
     cost: float
@@ -48,9 +48,7 @@ class Planner:
         given: What every plan has: the trunk, and whether it runs forward alone.
     """
 
-    def __init__(
-        self, manifest: BundleManifest, footprint: Footprint, work: Work, given: ExecutionPlan = LAYERED
-    ) -> None:
+    def __init__(self, manifest: BundleManifest, footprint: Footprint, work: Work, given: LayeredPlan) -> None:
         self._given = given
         self._sizes = {wide: Sizes(manifest, replace(given, wide=wide)) for wide in widths(manifest)}
         self._footprint = footprint
@@ -74,22 +72,22 @@ class Planner:
         """The plan that needs the least memory of those that `name` allows."""
         return min(map(self.predict, self._plans(name)), key=lambda prediction: prediction.peak_memory_bytes)
 
-    def predict(self, plan: ExecutionPlan) -> Prediction:
+    def predict(self, plan: LayeredPlan) -> Prediction:
         """Memory and work of a layered plan."""
         sizes = self._sizes[plan.wide]
         peak = peak_memory(sizes, self._footprint, self._work, plan)
         return Prediction(plan, peak, step_cost(sizes, self._footprint.dequantise, self._work, plan))
 
-    def _plans(self, name: PlanName) -> Iterator[ExecutionPlan]:
+    def _plans(self, name: PlanName) -> Iterator[LayeredPlan]:
         """In pieces of either width."""
         for wide in self._sizes:
             yield from self._plans_of(wide, name)
 
-    def _plans_of(self, wide: bool, name: PlanName) -> Iterator[ExecutionPlan]:
+    def _plans_of(self, wide: bool, name: PlanName) -> Iterator[LayeredPlan]:
         """With each number of kept layers, resident and streamed; the head's weight whole and in pieces."""
-        s, products = self._sizes[wide], self._footprint.products
-        exact = max(0, s.layers - _INT8_LAYERS) // _EXACT_EVERY if products == "int8" else 0
-        given = replace(self._given, products=products, exact_layers=exact, wide=wide)
+        s, precision = self._sizes[wide], self._footprint.precision
+        exact = max(0, s.layers - _INT8_LAYERS) // _EXACT_EVERY if precision == "int8" else 0
+        given = replace(self._given, precision=precision, exact_layers=exact, wide=wide)
         kept = {"keep": [s.layers], "recompute": [0], "stream": [0]}.get(name, range(s.layers + 1))
         kept = [0] if self._given.forward_only else kept
         for resident in {"keep": [True], "recompute": [True], "stream": [False]}.get(name, [True, False]):
@@ -104,11 +102,11 @@ class Planner:
                     yield replace(plan, kept_layers=count, lean=lean)
 
     def _lean(self, name: PlanName) -> list[bool]:
-        """Whether plans may be lean: those of `auto` only where 16 bits are what there is anyway."""
+        """Whether plans may be lean: those of `auto` only where 16 bits, or less, are what there is anyway."""
         if self._given.forward_only:
             return [False]
-        exact = self._footprint.storage == _HALF
-        return [False, True] if name in ("stream", "int8") or (name == "auto" and exact) else [False]
+        sixteen = self._footprint.storage == _HALF or self._footprint.precision == "int8"
+        return [False, True] if name == "stream" or (name == "auto" and sixteen) else [False]
 
 
 def _head_tokens(sizes: Sizes) -> list[int]:

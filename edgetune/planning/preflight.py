@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
-from edgetune.devices.profile import Profile
+from edgetune.devices.place import Place
 from edgetune.errors import ResourceError, UsageError
 from edgetune.formats.adapter import most_bytes
 from edgetune.formats.bundle import MANIFEST, Bundle, open_bundle
@@ -19,11 +19,12 @@ from edgetune.planning.choice import Choice
 from edgetune.planning.duration import predict_times
 from edgetune.planning.fit import Fitting
 from edgetune.planning.limits import longest_taken
-from edgetune.planning.options import resolve_config
+from edgetune.planning.options import resolve
 from edgetune.planning.rows import RowReader
+from edgetune.planning.run import RunRequest
 from edgetune.planning.workload import Workload
 from edgetune.runtimes import install
-from edgetune.runtimes.forward_only import passes_a_step
+from edgetune.runtimes.execution import WholePlan
 from edgetune.runtimes.whole.contexts import most_context_bytes
 from edgetune.text.byte_size import bytes_text
 
@@ -106,9 +107,8 @@ def preflight(
     data: Path | None,
     valid: Path | None,
     config: TrainConfig,
-    profile: Profile | None,
+    place: Place,
     *,
-    here: bool,
     length: int | None = None,
 ) -> Preflight:
     """Predict a run.
@@ -118,8 +118,7 @@ def preflight(
         data: JSONL rows; without them all rows are taken to be as long as `length` says.
         valid: JSONL rows that would be measured on.
         config: How to train.
-        profile: Of the device; without one it is this machine, as `train` takes it.
-        here: The device is this machine: a few steps are timed, and what is free counts.
+        place: Where; on this machine a few steps are timed, and what is free counts.
         length: Tokens of a row, at most the bundle's longest; when it is not given, the most that the device takes.
 
     Raises:
@@ -129,41 +128,51 @@ def preflight(
         MissingDependencyError: The runtime's package is not installed.
         ResourceError: Nothing fits; the message says what would.
     """
-    notes: list[str] = []
-    config = resolve_config(config, profile, notes.append, elsewhere=not here)
+    resolved = resolve(config, place)
+    request, notes = resolved.request, list(resolved.notes)
     opened = open_bundle(bundle)
-    reader = RowReader(opened, config, profile, notes.append)
-    rows = _made_up(opened, config, profile, length, notes) if data is None else reader.read(data).examples
-    measured = [] if valid is None else reader.read(valid).examples
-    fit = Fitting(opened, rows, measured, profile, here=here).fit(config, notes.append)
+    reader = RowReader(opened, request)
+    if data is None:
+        rows = _made_up(opened, request, length)
+        notes.append(f"no --data: rows of {len(rows[0].input_ids):,} tokens, all of them trained, {len(rows)} an epoch")
+    else:
+        read = reader.read(data)
+        rows = read.examples
+        notes += read.notices
+    measured: list[Example] = []
+    if valid is not None:
+        read = reader.read(valid)
+        measured = read.examples
+        notes += read.notices
+    fit = Fitting(opened, rows, measured, request).fit()
+    notes += fit.notes
     workload, choice = fit.workload, fit.choice
     flash = _flash(opened, choice, workload)
-    if profile is not None and (limit := profile.hardware.flash) is not None and flash.total > limit.value:
+    if (limit := place.flash_limit()) is not None and flash.total > limit:
         smaller = "" if opened.manifest.base.weights == "int4" else ", or prepare it with --base int4"
         raise ResourceError(
-            f"{profile.name} has {bytes_text(limit.value)} of flash, the run needs {bytes_text(flash.total)}: bundle "
+            f"{place.name} has {bytes_text(limit)} of flash, the run needs {bytes_text(flash.total)}: bundle "
             f"{bytes_text(flash.bundle)}, adapter {bytes_text(flash.adapter)}, cache {bytes_text(flash.cache)}; use a "
             f"smaller model{smaller}"
         )
-    if here or profile is None:
+    if place.here:
         install(choice.runtime, notes.append)
-    passes = passes_a_step(config.queries) if choice.plan.forward_only else 1
-    times = predict_times(opened, workload, choice, profile, passes, config.threads, here=here)
-    memory = None if profile is None else profile.hardware.memory
-    if memory is None and not here:
+    times = predict_times(opened, workload, choice, request)
+    memory = place.memory_limit()
+    if memory is None and not place.here:
         notes.append("the profile has no figure hardware.memory: that the run fits into the device is not said")
-    elif choice.predicted_peak_bytes is None and profile is not None:
+    elif choice.predicted_peak_bytes is None and place.profile is not None:
         notes.append("the memory of the whole step is not predicted: that the run fits into the device is not said")
     return Preflight(
-        device=None if profile is None else profile.name,
-        here=here,
+        device=place.name,
+        here=place.here,
         runtime=choice.name,
         plan=str(choice.plan),
-        threads=config.threads or _processors(profile, here=here),
+        threads=request.threads or (usable_processors() if place.here else place.cores()),
         on_accelerator=choice.on_accelerator,
-        emulated=here and choice.emulated,
-        batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        emulated=place.here and choice.emulated,
+        batch_size=request.batching.batch_size,
+        gradient_accumulation_steps=request.batching.gradient_accumulation_steps,
         pass_rows=workload.pass_rows,
         longest_row=workload.longest(),
         buckets=[str(bucket) for bucket in workload.buckets or ()],
@@ -171,7 +180,7 @@ def preflight(
         steps=workload.schedule.total_steps,
         peak_memory_bytes=choice.predicted_peak_bytes,
         least_memory_bytes=choice.least_bytes,
-        memory_bytes=None if memory is None else memory.value,
+        memory_bytes=memory,
         flash=flash,
         flash_bytes=flash.total,
         step_seconds=times.step,
@@ -182,31 +191,22 @@ def preflight(
     )
 
 
-def _processors(profile: Profile | None, *, here: bool) -> int | None:
-    if here or profile is None:
-        return usable_processors()
-    return None if profile.hardware.cores is None else profile.hardware.cores.value
-
-
-def _made_up(
-    bundle: Bundle, config: TrainConfig, profile: Profile | None, length: int | None, notes: list[str]
-) -> list[Example]:
+def _made_up(bundle: Bundle, request: RunRequest, length: int | None) -> list[Example]:
     """The rows of a step, all of one length and all of their tokens trained."""
-    manifest = bundle.manifest
-    tokens = length or longest_taken(profile, manifest, config)
+    manifest, batching = bundle.manifest, request.batching
+    tokens = length or longest_taken(request, manifest)
     if tokens > manifest.max_length:
         raise UsageError(
             f"--length is {tokens:,}, the bundle's rows have at most {manifest.max_length:,} tokens; give no more, "
             "or prepare it again with a larger --max-length"
         )
-    count = config.batch_size * config.gradient_accumulation_steps
+    count = batching.batch_size * batching.gradient_accumulation_steps
     if count > _MOST_ROWS:
         raise UsageError(
-            f"--batch-size {config.batch_size} and --gradient-accumulation-steps "
-            f"{config.gradient_accumulation_steps} are {count:,} rows a step, expected at most {_MOST_ROWS:,} "
+            f"--batch-size {batching.batch_size} and --gradient-accumulation-steps "
+            f"{batching.gradient_accumulation_steps} are {count:,} rows a step, expected at most {_MOST_ROWS:,} "
             "without --data; give fewer, or the rows"
         )
-    notes.append(f"no --data: rows of {tokens:,} tokens, all of them trained, {count} an epoch")
     ids = [number % manifest.architecture.vocab_size for number in range(tokens)]
     return [Example(line, ids, ids) for line in range(1, count + 1)]
 
@@ -216,7 +216,7 @@ def _flash(bundle: Bundle, choice: Choice, workload: Workload) -> Flash:
     files = sum(file.size for file in manifest.files) + (bundle.path / MANIFEST).stat().st_size
     adapter = sum(most_bytes(manifest.lora, steps).values())
     cache = 0 if choice.footprint is None else choice.footprint.cache
-    if choice.plan.accelerator is not None:
+    if isinstance(choice.plan, WholePlan) and choice.plan.accelerator is not None:
         weights = sum(math.prod(shape) for shape in tensor_shapes(manifest.architecture).values())
         training = {(shape.sequences, shape.length) for step in workload.step_shapes for shape in step}
         measuring = {(shape.sequences, shape.length) for shape in workload.validation_shapes}

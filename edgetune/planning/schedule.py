@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from edgetune.config import DEFAULT_EPOCHS, Schedule, TrainConfig
+from edgetune.config import DEFAULT_EPOCHS, Schedule
 from edgetune.errors import UsageError
+from edgetune.planning.run import RunRequest
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, total_steps: int, warmup_steps: int) -> float:
@@ -60,58 +61,25 @@ class StepSchedule:
         return self.total_steps >= 2 * self.steps_per_epoch
 
 
-def schedule_steps(rows: int, config: TrainConfig) -> StepSchedule:
+def schedule_steps(rows: int, request: RunRequest) -> StepSchedule:
     """Count the steps of a run over `rows` rows.
 
     Raises:
         UsageError: Warm-up takes the whole run, so that the learning rate never gets to its peak.
     """
-    batches = math.ceil(rows / config.batch_size)
-    steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-    epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
-    total = _steps_of(epochs, steps_per_epoch) if config.steps is None else config.steps
-    if config.warmup_steps >= total:
+    batching, length = request.batching, request.length
+    batches = math.ceil(rows / batching.batch_size)
+    steps_per_epoch = math.ceil(batches / batching.gradient_accumulation_steps)
+    epochs = DEFAULT_EPOCHS if length.epochs is None else length.epochs
+    total = _steps_of(epochs, steps_per_epoch) if length.steps is None else length.steps
+    if length.warmup_steps >= total:
         raise UsageError(
-            f"warmup_steps is {config.warmup_steps}, but the run has {total} steps in all; "
+            f"warmup_steps is {length.warmup_steps}, but the run has {total} steps in all; "
             f"use fewer than {total}, or more steps or epochs"
         )
-    return StepSchedule(batches, config.gradient_accumulation_steps, steps_per_epoch, total)
+    return StepSchedule(batches, batching.gradient_accumulation_steps, steps_per_epoch, total)
 
 
 def _steps_of(epochs: float, steps_per_epoch: int) -> int:
     """Steps that are not fewer than `epochs`, taken as it was written: as a float, 0.07 · 100 is more than 7."""
     return math.ceil(Fraction(str(epochs)) * steps_per_epoch)
-
-
-_MANY = 10**9
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "steps": (1, _MANY),
-    "batch_size": (1, 10**6),
-    "gradient_accumulation_steps": (1, 10**6),
-    "queries": (2, 10**6),
-    "warmup_steps": (0, _MANY),
-    "seed": (0, 2**63 - 1),
-    "epochs": (1e-9, 10**6),
-    "learning_rate": (1e-30, 1000),
-    "perturbation_size": (1e-9, 1000),
-    "weight_decay": (0, 1000),
-    "max_grad_norm": (0, 1e30),
-}
-"""Least and most of each. Queries are compared with each other. Larger rates would soon leave float32."""
-
-
-def check_options(config: TrainConfig) -> None:
-    """Refuse options that cannot be meant.
-
-    Raises:
-        UsageError: Naming each of them, its value and what is expected.
-    """
-    problems = []
-    if config.steps is not None and config.epochs is not None:
-        problems.append(f"steps ({config.steps}) and epochs ({config.epochs:g}) exclude each other; give one of them")
-    for name, (least, most) in _BOUNDS.items():
-        # NaN compares as false.
-        if (value := getattr(config, name)) is not None and not least <= value <= most:
-            problems.append(f"{name} is {value}, expected {least:,} to {most:,}")
-    if problems:
-        raise UsageError("\n".join(problems))

@@ -1,33 +1,32 @@
-"""The session that a choice of runtime and plan means, by the method of the configuration."""
+"""The session that a choice of runtime and plan means, by the method of the run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
-from edgetune.config import TrainConfig
 from edgetune.formats.bundle import Bundle
 from edgetune.model.lora import Parameters
 from edgetune.planning.choice import Choice
-from edgetune.runtimes.contract import ForwardRuntime, OptimizerConfig, Session
+from edgetune.runtimes.contract import OptimizerConfig, Session
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
 
 
 @contextmanager
-def open_trainer(bundle: Bundle, parameters: Parameters, config: TrainConfig, choice: Choice) -> Iterator[Session]:
+def open_trainer(
+    bundle: Bundle, parameters: Parameters, choice: Choice, optimizer: OptimizerConfig, queries: QueryConfig | None
+) -> Iterator[Session]:
     """Load what the choice runs, and start from `parameters`.
 
     Args:
         bundle: What is trained.
         parameters: First values of the LoRA parameters; the session has its own copies.
-        config: How to train.
         choice: Runtime and plan.
+        optimizer: Of the steps.
+        queries: How the gradient is estimated; none where a backward pass computes it.
     """
-    optimizer = OptimizerConfig(config.weight_decay, config.max_grad_norm)
-    if choice.plan.forward_only:
-        with cast(ForwardRuntime, choice.runtime).open_forward(bundle, parameters, choice.plan) as forward:
-            queries = QueryConfig(config.queries, config.perturbation_size, config.seed)
+    if queries is not None and (open_forward := choice.runtime.open_forward) is not None:
+        with open_forward(bundle, parameters, choice.plan) as forward:
             yield ForwardOnlySession(forward, parameters, optimizer, queries)
     else:
         with choice.runtime.open_session(bundle, parameters, optimizer, choice.plan) as session:

@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
 
-from edgetune.config import TrainConfig
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.formats.bundle import Bundle
 from edgetune.model.lora import initial_parameters
 from edgetune.planning.choice import Choice
-from edgetune.planning.cost_model import CostModel
+from edgetune.planning.cost import CostModel
 from edgetune.planning.session import open_trainer
-from edgetune.runtimes.contract import Session
-from edgetune.runtimes.forward_only import ForwardOnlySession
+from edgetune.runtimes.contract import OptimizerConfig, Session
+from edgetune.runtimes.execution import LayeredPlan
+from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
 
 _AIM = 8.5
 """Seconds after which nothing more is begun; timing takes 10 at most about."""
@@ -40,8 +40,10 @@ _LEAST_TURNS, _MOST_TURNS = 2, 30
 """Steps of each shape that count."""
 _STEPS, _STEPS_ONCE = 4, 2
 """That are made at least, and of a batch whose first step is of interest."""
-_QUERIES = 2
+_QUERIES = QueryConfig(queries=2, perturbation_size=1e-2, seed=0)
 """That are timed together where a step is made of such."""
+_OPTIMIZER = OptimizerConfig(weight_decay=0.0, max_grad_norm=1.0)
+"""Of the steps that are timed."""
 _RATE = 1e-6
 """Learning rate of the steps that are timed; nothing of them is kept."""
 
@@ -92,10 +94,10 @@ def time_steps(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Timi
         batches: Of the run, one of each shape that shall be measured.
     """
     begin = perf_counter()
-    model = CostModel(bundle, choice)
-    layered = choice.plan.form == "layered"
+    model = _cost_model(bundle, choice)
+    layered = isinstance(choice.plan, LayeredPlan)
     shallow = _cut(bundle, choice, 1) if layered else (bundle, choice)
-    shallow_model = CostModel(*shallow)
+    shallow_model = _cost_model(*shallow)
     if not choice.compiles:
         batches = _distinct(batches, model)
     timings = _Sample(*shallow, begin).measure(_affordable(bundle, shallow_model, batches))
@@ -106,17 +108,17 @@ def time_steps(bundle: Bundle, choice: Choice, batches: Sequence[Batch]) -> Timi
     depth, added = 1 if layered else model.layers, 0.0
     if layered and model.layers > 1:
         (usual, before), others = timings[0], timings[1:] if choice.compiles else []
-        growth = CostModel(*_cut(bundle, choice, 2)).of(usual) / shallow_model.of(usual) - 1
+        growth = _cost_model(*_cut(bundle, choice, 2)).of(usual) / shallow_model.of(usual) - 1
         depth = _depth(before, [timing for _, timing in others], growth, model.layers, _AIM - (perf_counter() - begin))
         deep = _cut(bundle, choice, depth)
         found = _Sample(*deep, begin).measure(iter([usual]), [batch for batch, _ in others])
         firsts = [timing.first for _, timing in found]
-        added = max(0.0, found[0][1].step - before.step) / (CostModel(*deep).of(usual) - shallow_model.of(usual))
+        added = max(0.0, found[0][1].step - before.step) / (_cost_model(*deep).of(usual) - shallow_model.of(usual))
         if depth < model.layers:
             rate = before.step / shallow_model.of(usual)
             added = min(max(added, _LEAST_RATE * rate), _MOST_RATE * rate)
     points = []
-    passes = _QUERIES if choice.plan.forward_only else 1
+    passes = _QUERIES.queries if choice.plan.forward_only else 1
     for batch, timing in timings:
         work = model.of(batch)
         points.append((work, (timing.step + added * (work - shallow_model.of(batch))) / passes))
@@ -172,7 +174,7 @@ class _Sample:
 
     def __init__(self, bundle: Bundle, choice: Choice, begin: float) -> None:
         self._bundle, self._choice, self._begin = bundle, choice, begin
-        self._model = CostModel(bundle, choice)
+        self._model = _cost_model(bundle, choice)
 
     def measure(self, batches: Iterator[Batch], once: Sequence[Batch] = ()) -> list[tuple[Batch, _Times]]:
         """Each batch and its times; instead of a batch that would take too long a shorter one, or none.
@@ -182,7 +184,8 @@ class _Sample:
             once: Of which what the first step takes more is of interest, and which follow the others.
         """
         parameters = initial_parameters(self._bundle.manifest.lora, 0)
-        with open_trainer(self._bundle, parameters, TrainConfig(queries=_QUERIES), self._choice) as session:
+        queries = _QUERIES if self._choice.plan.forward_only else None
+        with open_trainer(self._bundle, parameters, self._choice, _OPTIMIZER, queries) as session:
             taken: list[Batch] = []
             seconds: list[list[float]] = []
             rate = None
@@ -248,7 +251,9 @@ def _depth(usual: _Times, others: Sequence[_Times], growth: float, layers: int, 
 
 
 def _cut(bundle: Bundle, choice: Choice, layers: int) -> tuple[Bundle, Choice]:
-    """The bundle as if it had only so many layers above the trunk, and the plan in proportion."""
+    """The bundle as if it had only so many layers above the trunk, and a layered plan in proportion."""
+    if not isinstance(choice.plan, LayeredPlan):
+        return bundle, choice
     manifest, trunk = bundle.manifest, choice.plan.trunk_layers
     share = layers / (manifest.architecture.num_hidden_layers - trunk)
     cut = replace(
@@ -262,6 +267,10 @@ def _cut(bundle: Bundle, choice: Choice, layers: int) -> tuple[Bundle, Choice]:
         exact_layers=round(share * choice.plan.exact_layers),
     )
     return Bundle(bundle.path, cut), replace(choice, plan=plan)
+
+
+def _cost_model(bundle: Bundle, choice: Choice) -> CostModel:
+    return CostModel(bundle.manifest, choice.plan, choice.footprint)
 
 
 def _row(bundle: Bundle, length: int) -> Batch:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 
-from edgetune.config import TrainConfig
 from edgetune.data.batcher import Batcher, BatchShape
 from edgetune.data.batches import Batch, epoch_batches
 from edgetune.data.buckets import Bucket
@@ -14,6 +13,7 @@ from edgetune.data.encode import Example
 from edgetune.data.packing import Capacity
 from edgetune.formats.manifest import BundleManifest
 from edgetune.planning.memory import Work
+from edgetune.planning.run import RunRequest
 from edgetune.planning.schedule import schedule_steps
 
 _LOOKED_AT = 256
@@ -27,7 +27,7 @@ class Workload:
         manifest: The bundle's.
         rows: What is trained on, at least one row.
         valid: What is measured on; may be empty.
-        config: How to train.
+        request: What the run asks for.
         buckets: The only shapes of batches, where graphs are compiled for each.
         pass_rows: As many of the longest rows, padded, a pass through the model has room for; the batch size without
             it. A step has the same rows in more passes. Buckets have their own capacity.
@@ -41,14 +41,14 @@ class Workload:
         manifest: BundleManifest,
         rows: Sequence[Example],
         valid: Sequence[Example],
-        config: TrainConfig,
+        request: RunRequest,
         buckets: Sequence[Bucket] | None = None,
         pass_rows: int | None = None,
     ) -> None:
-        self._manifest, self._rows, self._valid, self._config = manifest, rows, valid, config
-        self.schedule = schedule_steps(len(rows), config)
+        self._manifest, self._rows, self._valid, self._request = manifest, rows, valid, request
+        self.schedule = schedule_steps(len(rows), request)
         self.buckets = buckets
-        self._pass_rows = config.batch_size if pass_rows is None else pass_rows
+        self._pass_rows = request.batching.batch_size if pass_rows is None else pass_rows
         self._batcher = self._batches_of(rows, buckets)
         self._measurer = self._batches_of(valid, buckets) if valid else None
 
@@ -58,7 +58,7 @@ class Workload:
         Raises:
             UsageError: A row fits into none of them.
         """
-        return Workload(self._manifest, self._rows, self._valid, self._config, buckets, self._pass_rows)
+        return Workload(self._manifest, self._rows, self._valid, self._request, buckets, self._pass_rows)
 
     @property
     def pass_rows(self) -> int | None:
@@ -67,7 +67,7 @@ class Workload:
 
     def in_passes(self, rows: int) -> Workload:
         """The same rows in passes with room for so many of the longest."""
-        return Workload(self._manifest, self._rows, self._valid, self._config, self.buckets, rows)
+        return Workload(self._manifest, self._rows, self._valid, self._request, self.buckets, rows)
 
     def steps(self) -> Iterator[list[Batch]]:
         """The batches of every step."""
@@ -113,16 +113,17 @@ class Workload:
 
     def _drawn(self) -> Iterator[list[list[Example]]]:
         """The rows of every step, in groups of the batch size."""
-        drawn = epoch_batches(self._rows, self._config.batch_size, self._config.seed, self._config.shuffle)
+        batching = self._request.batching
+        drawn = epoch_batches(self._rows, batching.batch_size, batching.seed, batching.shuffle)
         for step in range(self.schedule.total_steps):
             yield list(islice(drawn, self.schedule.batches(step)))
 
     def _longest_drawn(self) -> list[list[Example]]:
         """A step's worth of the longest rows, in groups of the batch size."""
-        size = self._config.batch_size
+        size = self._request.batching.batch_size
         rows = sorted(self._rows, key=lambda row: len(row.input_ids), reverse=True)
-        rows = rows[: size * self._config.gradient_accumulation_steps]
+        rows = rows[: size * self._request.batching.gradient_accumulation_steps]
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _batches_of(self, rows: Sequence[Example], buckets: Sequence[Bucket] | None) -> Batcher:
-        return Batcher(self._manifest, rows, self._pass_rows, packing=self._config.packing, buckets=buckets)
+        return Batcher(self._manifest, rows, self._pass_rows, packing=self._request.batching.packing, buckets=buckets)

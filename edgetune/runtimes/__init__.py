@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from importlib import import_module
-from typing import cast
 
 from edgetune.config import RuntimeName
 from edgetune.errors import MissingDependencyError, UsageError
-from edgetune.runtimes.contract import InstallingRuntime, Runtime
+from edgetune.runtimes.contract import Runtime
 
 RUNTIMES: dict[RuntimeName, str] = {
     "openvino": "edgetune.runtimes.openvino",
@@ -22,7 +21,7 @@ RUNTIMES: dict[RuntimeName, str] = {
     "openvino-ep": "edgetune.runtimes.openvino_ep",
     "fpga-hls": "edgetune.runtimes.fpga_hls.runtime",
 }
-"""Every runtime and the module that implements `Runtime`, the fastest first."""
+"""Every runtime and the module whose `RUNTIME` is its record, the fastest first."""
 
 
 def find_runtime(name: str) -> Runtime:
@@ -33,7 +32,9 @@ def find_runtime(name: str) -> Runtime:
     """
     if name not in RUNTIMES:
         raise UsageError(f"runtime {name!r} is unknown; choose auto, {', '.join(RUNTIMES)}")
-    return cast(Runtime, import_module(RUNTIMES[name]))
+    found = import_module(RUNTIMES[name]).RUNTIME
+    assert isinstance(found, Runtime)
+    return found
 
 
 def install(runtime: Runtime, notice: Callable[[str], None]) -> None:
@@ -42,7 +43,7 @@ def install(runtime: Runtime, notice: Callable[[str], None]) -> None:
     Raises:
         MissingDependencyError: It cannot be installed.
     """
-    if isinstance(runtime, InstallingRuntime):
+    if runtime.install is not None:
         runtime.install(notice)
 
 

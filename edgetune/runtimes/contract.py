@@ -1,4 +1,4 @@
-"""What a runtime is: the protocols and records that the loop and the planner know."""
+"""What a runtime is: the record of its functions, and the sessions that these open."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgetune.data.batches import Batch
 from edgetune.formats.bundle import Bundle
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.execution import ExecutionPlan, WholePlan
 from edgetune.runtimes.footprint import Footprint
 from edgetune.runtimes.placement import Placement
 
@@ -88,80 +88,28 @@ class Abilities:
     """The layered form with int8 products."""
     preferred: bool
     """Whether `auto` may take it here."""
-    forward: bool = False
-    """Whether it is a `ForwardRuntime`."""
     emulation: bool = False
     """Whether it simulates hardware for each product: nobody waits for the time that it takes."""
 
 
-class Runtime(Protocol):
-    """A module of this package."""
+@dataclass(frozen=True)
+class Runtime:
+    """What executes training steps: the functions of a module of this package. Those that it lacks are none."""
 
-    def abilities(self) -> Abilities:
-        """What it can execute.
-
-        Raises:
-            MissingDependencyError: Its package is not installed.
-        """
-        ...
-
-    def version(self) -> str:
-        """Package and version that execute the steps, such as `onnxruntime 1.31.1`."""
-        ...
-
-    def open_session(
-        self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
-    ) -> AbstractContextManager[Session]:
-        """Load the bundle's graphs and start from `parameters` with a fresh optimizer."""
-        ...
-
-
-class ForwardRuntime(Runtime, Protocol):
-    """A runtime whose abilities say `forward`."""
-
-    def open_forward(
-        self, bundle: Bundle, parameters: Parameters, plan: ExecutionPlan
-    ) -> AbstractContextManager[Forward]:
-        """Load the bundle's forward graphs alone, with these parameters."""
-        ...
-
-
-class PlacingRuntime(Runtime, Protocol):
-    """A runtime with an accelerator."""
-
-    def place(self, bundle: Bundle, plan: ExecutionPlan, batch: int, length: int) -> list[Placement]:
-        """Compile the graphs of a step for B sequences of T positions, and say where their nodes run.
-
-        Raises:
-            IncompatibleError: The accelerator does not take them, or not all of a graph where that was asked for.
-            MissingDependencyError: The runtime's package is not installed.
-        """
-        ...
-
-
-class ChoosingRuntime(PlacingRuntime, Protocol):
-    """A runtime with devices of several kinds."""
-
-    def has_device(self, kind: str) -> bool:
-        """Whether there is one of a kind here, such as `NPU`.
-
-        Raises:
-            MissingDependencyError: The runtime's package is not installed.
-        """
-        ...
-
-
-@runtime_checkable
-class InstallingRuntime(Runtime, Protocol):
-    """A runtime that installs something of its own on first use."""
-
-    def install(self, notice: Callable[[str], None]) -> None:
-        """See that it is there.
-
-        Args:
-            notice: Hears what is installed, and where.
-
-        Raises:
-            MissingDependencyError: It cannot be installed.
-        """
-        ...
+    abilities: Callable[[], Abilities]
+    """What it can execute. Raises MissingDependencyError where its package is not installed."""
+    version: Callable[[], str]
+    """Package and version that execute the steps, such as `onnxruntime 1.31.1`."""
+    open_session: Callable[[Bundle, Parameters, OptimizerConfig, ExecutionPlan], AbstractContextManager[Session]]
+    """Loads the bundle's graphs and starts from these parameters with a fresh optimizer."""
+    open_forward: Callable[[Bundle, Parameters, ExecutionPlan], AbstractContextManager[Forward]] | None = None
+    """Loads the bundle's forward graphs alone, with these parameters."""
+    place: Callable[[Bundle, WholePlan, int, int], list[Placement]] | None = None
+    """Compiles the graphs of a step for so many sequences of so many positions, and says where their nodes run. Raises
+    IncompatibleError where the accelerator does not take them, or not all of a graph where that was asked for."""
+    has_device: Callable[[str], bool] | None = None
+    """Of a runtime with devices of several kinds: whether there is one of a kind here, such as `NPU`. Raises
+    MissingDependencyError where its package is not installed."""
+    install: Callable[[Callable[[str], None]], None] | None = None
+    """Sees that what it installs on first use is there; the function that it is given is called with a line of text
+    that says what is installed, and where. Raises MissingDependencyError where it cannot be installed."""

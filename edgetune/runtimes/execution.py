@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgetune.config import DeviceType, PlanName, TrainConfig
+from edgetune.config import DeviceType, PlanName, TrainConfig, TrainingPrecision
 
-Products = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "bf16", "int8"]
+"""In which products are computed."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Accelerating:
 
     plans: tuple[PlanName, ...]
     """With which it compiles the whole step for static shapes."""
+    precisions: tuple[TrainingPrecision, ...]
+    """In which the whole step's frozen weights can be."""
     alone: bool
     """Whether it executes no other plan."""
     device_types: tuple[DeviceType, ...]
@@ -47,21 +50,54 @@ class Accelerating:
 
 _INTEL: tuple[DeviceType, ...] = ("CPU", "GPU", "NPU")
 ACCELERATING: dict[str, Accelerating] = {
-    "qnn": Accelerating(plans=("auto", "whole", "int8"), alone=True, device_types=("NPU",), soc_model=True),
-    "openvino": Accelerating(plans=("whole",), alone=False, device_types=_INTEL, soc_model=False),
-    "openvino-ep": Accelerating(plans=("auto", "whole"), alone=True, device_types=_INTEL, soc_model=False),
+    "qnn": Accelerating(("auto", "whole"), ("auto", "int8"), alone=True, device_types=("NPU",), soc_model=True),
+    "openvino": Accelerating(("whole",), ("auto",), alone=False, device_types=_INTEL, soc_model=False),
+    "openvino-ep": Accelerating(("auto", "whole"), ("auto",), alone=True, device_types=_INTEL, soc_model=False),
 }
 """The runtimes with an accelerator, by name."""
 
 
 @dataclass(frozen=True)
-class ExecutionPlan:
-    """One way to execute the same step. Every plan gives the same gradients, but for the precision of its products."""
+class WholePlan:
+    """The step as one graph, with all activations in memory."""
 
-    form: Literal["whole", "layered"]
-    """`whole`: one graph, all activations in memory. `layered`: sublayer by sublayer."""
-    products: Products = "fp32"
-    """Precision of products with frozen weights; `int8` quantises activations and gradients as well."""
+    precision: Precision = "fp32"
+    """Of products with frozen weights; `int8` has the graph whose weights are int8."""
+    accelerator: Accelerator | None = None
+    """What executes it, one graph for each shape; none on a runtime that takes any shape."""
+    forward_only: bool = False
+    """Run forward alone, and keep nothing for a backward pass."""
+
+    @property
+    def trunk_layers(self) -> int:
+        """Lowest layers that are left to a trunk: none."""
+        return 0
+
+    def __str__(self) -> str:
+        """In a few words."""
+        whole = "whole forward pass" if self.forward_only else "whole step"
+        weights = ", int8 weights" if self.precision == "int8" else ""
+        return whole if self.accelerator is None else f"{whole} in static shapes{weights}"
+
+
+@dataclass(frozen=True)
+class TrunkUse:
+    """What a split bundle's trunk does in a run."""
+
+    layers: int
+    """The lowest ones, which it computes and which are not trained."""
+    cache_bytes: int
+    """How much to keep of what it computed."""
+    vitisai_config: Path | None = None
+    """`vaip_config.json` of the Vitis AI that runs it."""
+
+
+@dataclass(frozen=True)
+class LayeredPlan:
+    """The step sublayer by sublayer. Every plan gives the same gradients, but for its precision."""
+
+    precision: Precision = "fp32"
+    """Of products with frozen weights; `int8` quantises activations and gradients as well."""
     exact_layers: int = 0
     """Lowest layers whose forward products stay exact where the others' are int8."""
     kept_layers: int = 0
@@ -77,33 +113,26 @@ class ExecutionPlan:
     """Trained rows whose logits exist at the same time."""
     head_tokens: int | None = None
     """Tokens of the vocabulary whose logits exist at the same time; all when it is not given."""
-    accelerator: Accelerator | None = None
-    """Of a whole step whose shapes are static; none on a runtime that takes any shape."""
-    trunk_layers: int = 0
-    """Lowest layers that are left to the bundle's trunk and not trained."""
-    trunk_cache_bytes: int = 0
-    """How much to keep of what the trunk computed."""
-    vitisai_config: Path | None = None
-    """`vaip_config.json` of the Vitis AI that runs the trunk."""
+    trunk: TrunkUse | None = None
+    """What computes the lowest layers; none where all of them are trained."""
     forward_only: bool = False
     """Run forward alone, and keep nothing for a backward pass."""
 
+    @property
+    def trunk_layers(self) -> int:
+        """Lowest layers that are left to the trunk."""
+        return 0 if self.trunk is None else self.trunk.layers
+
     def __str__(self) -> str:
         """In a few words."""
-        if self.form == "whole":
-            whole = "whole forward pass" if self.forward_only else "whole step"
-            weights = ", int8 weights" if self.products == "int8" else ""
-            return whole if self.accelerator is None else f"{whole} in static shapes{weights}"
         kept = f"activations of {self.kept_layers} layers kept" if self.kept_layers else "activations computed again"
         kept = "forward only" if self.forward_only else kept
         weights = f"weights {'resident' if self.resident else 'streamed'}"
-        trunk = [f"split, {self.trunk_layers} layers in the trunk"] if self.trunk_layers else []
-        products = f"{self.products} above layer {self.exact_layers}" if self.exact_layers else self.products
+        trunk = [] if self.trunk is None else [f"split, {self.trunk.layers} layers in the trunk"]
+        precision = f"{self.precision} above layer {self.exact_layers}" if self.exact_layers else self.precision
         further = [word for word, given in (("lean", self.lean), ("wide pieces", self.wide)) if given]
-        return ", ".join([*trunk, products, kept, weights, *further])
+        return ", ".join([*trunk, precision, kept, weights, *further])
 
 
-WHOLE_STEP = ExecutionPlan("whole")
-"""The step as one graph."""
-LAYERED = ExecutionPlan("layered")
-"""Layer by layer, and nothing said of how."""
+ExecutionPlan = WholePlan | LayeredPlan
+"""One way to execute a step."""

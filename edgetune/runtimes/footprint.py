@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgetune.runtimes.execution import Products
+from edgetune.runtimes.execution import Precision
 
 
 @dataclass(frozen=True)
 class Footprint:
     """What a runtime needs for the layered form; measured by `python -m benchmarks.footprints`."""
 
-    products: Products
+    precision: Precision
+    """Of products with frozen weights."""
     storage: int
     """Bytes per number in hidden states, kept activations and the head's weights."""
     base: int

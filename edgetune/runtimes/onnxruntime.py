@@ -10,8 +10,8 @@ import onnxruntime as ort
 
 from edgetune.formats.bundle import Bundle
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.contract import Abilities, Forward, OptimizerConfig, Session
-from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.contract import Abilities, Forward, OptimizerConfig, Runtime, Session
+from edgetune.runtimes.execution import ExecutionPlan, WholePlan
 from edgetune.runtimes.footprint import Footprint
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.layered.parameters import FlatParameters
@@ -19,7 +19,7 @@ from edgetune.runtimes.layered.session import LayeredForward, LayeredSession
 from edgetune.runtimes.whole.session import CpuGraphs, PortableForward, PortableSession
 
 _FP32 = Footprint(
-    products="fp32",
+    precision="fp32",
     storage=4,
     base=95_000_000,
     attention_states=48.6,
@@ -39,34 +39,37 @@ _FP32 = Footprint(
     backward=14_000_000,
     dequantise=90.0,
 )
-_INT8 = replace(_FP32, products="int8", weight=2.0, dequantise=400.0)
+_INT8 = replace(_FP32, precision="int8", weight=2.0, dequantise=400.0)
 
 
 def abilities() -> Abilities:
-    """See `edgetune.runtimes.contract.Runtime.abilities`."""
-    return Abilities(whole=True, exact=_FP32, int8=_INT8, preferred=True, forward=True)
+    """See `edgetune.runtimes.contract.Runtime`."""
+    return Abilities(whole=True, exact=_FP32, int8=_INT8, preferred=True)
 
 
 def version() -> str:
-    """See `edgetune.runtimes.contract.Runtime.version`."""
+    """See `edgetune.runtimes.contract.Runtime`."""
     return f"onnxruntime {ort.__version__}"
 
 
 @contextmanager
 def open_session(
-    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
+    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan
 ) -> Iterator[Session]:
     """Load what the plan runs; see `edgetune.runtimes.contract.Runtime`."""
-    if plan.form == "whole":
+    if isinstance(plan, WholePlan):
         yield PortableSession(bundle, parameters, optimizer, CpuGraphs(bundle))
     else:
-        yield LayeredSession(bundle, parameters, optimizer, plan, OrtBackend(bundle, plan.products))
+        yield LayeredSession(bundle, parameters, optimizer, plan, OrtBackend(bundle, plan.precision))
 
 
 @contextmanager
 def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) -> Iterator[Forward]:
     """Load what the plan's forward pass runs; see `edgetune.runtimes.contract.Runtime`."""
-    if plan.form == "whole":
+    if isinstance(plan, WholePlan):
         yield PortableForward(parameters, CpuGraphs(bundle))
     else:
-        yield LayeredForward(bundle, FlatParameters(parameters), plan, OrtBackend(bundle, plan.products))
+        yield LayeredForward(bundle, FlatParameters(parameters), plan, OrtBackend(bundle, plan.precision))
+
+
+RUNTIME = Runtime(abilities, version, open_session, open_forward)

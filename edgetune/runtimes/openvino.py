@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from edgetune.errors import IncompatibleError
 from edgetune.formats.bundle import Bundle
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.contract import Abilities, Forward, OptimizerConfig, Session
-from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.runtimes.contract import Abilities, Forward, OptimizerConfig, Runtime, Session
+from edgetune.runtimes.execution import Accelerator, ExecutionPlan, LayeredPlan, WholePlan
 from edgetune.runtimes.footprint import Footprint
 from edgetune.runtimes.layered.channels import Channels, groups_of
 from edgetune.runtimes.openvino_core import DEVICE, MOST_SHAPES, core, has_bfloat16, require_package
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgetune.runtimes.whole.openvino_compiler import OpenVinoCompiler
 
 _BF16 = Footprint(
-    products="bf16",
+    precision="bf16",
     storage=2,
     base=127_000_000,
     attention_states=0.0,
@@ -48,7 +48,7 @@ _BF16 = Footprint(
 )
 _FP32 = replace(
     _BF16,
-    products="fp32",
+    precision="fp32",
     storage=4,
     attention_scores=15.2,
     kept_scores=12.2,
@@ -62,7 +62,7 @@ _FP32 = replace(
 """Twice the other's: not measured."""
 _INT8 = replace(
     _BF16,
-    products="int8",
+    precision="int8",
     base=128_400_000,
     attention_scores=7.9,
     kept_scores=5.9,
@@ -77,7 +77,7 @@ _INT8 = replace(
 
 
 def abilities() -> Abilities:
-    """See `edgetune.runtimes.contract.Runtime.abilities`.
+    """See `edgetune.runtimes.contract.Runtime`.
 
     Raises:
         MissingDependencyError: The package `openvino` is not installed.
@@ -86,17 +86,17 @@ def abilities() -> Abilities:
     short = has_bfloat16()
     # Without bfloat16 there is nothing in which it is ahead of stock ONNX Runtime.
     exact, int8 = (_BF16, _INT8) if short else (_FP32, None)
-    return Abilities(whole=False, exact=exact, int8=int8, preferred=short, forward=True)
+    return Abilities(whole=False, exact=exact, int8=int8, preferred=short)
 
 
 def version() -> str:
-    """See `edgetune.runtimes.contract.Runtime.version`."""
+    """See `edgetune.runtimes.contract.Runtime`."""
     return f"openvino {metadata.version('openvino')}"
 
 
 @contextmanager
 def open_session(
-    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
+    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan
 ) -> Iterator[Session]:
     """Load what the plan runs; see `edgetune.runtimes.contract.Runtime`.
 
@@ -104,7 +104,7 @@ def open_session(
         IncompatibleError: The device for the whole step is not there.
         MissingDependencyError: The package `openvino` is not installed.
     """
-    if plan.form == "whole":
+    if isinstance(plan, WholePlan):
         from edgetune.runtimes.whole.compiled import AcceleratorSession
 
         yield AcceleratorSession(bundle, parameters, optimizer, _graphs(bundle, plan))
@@ -123,7 +123,7 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
         IncompatibleError: The device for the whole pass is not there.
         MissingDependencyError: The package `openvino` is not installed.
     """
-    if plan.form == "whole":
+    if isinstance(plan, WholePlan):
         from edgetune.runtimes.whole.compiled import AcceleratorForward
 
         yield AcceleratorForward(parameters, _graphs(bundle, plan))
@@ -135,8 +135,8 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
         yield LayeredForward(bundle, FlatParameters(in_order_of(backend, parameters)), plan, backend)
 
 
-def place(bundle: Bundle, plan: ExecutionPlan, batch: int, length: int) -> list[Placement]:
-    """See `edgetune.runtimes.contract.PlacingRuntime.place`."""
+def place(bundle: Bundle, plan: WholePlan, batch: int, length: int) -> list[Placement]:
+    """See `edgetune.runtimes.contract.Runtime`."""
     compiler = _compiler(bundle, plan)
     return [compiler.compile(role, batch, length).placement for role in ("step", "loss")]
 
@@ -150,13 +150,13 @@ def has_device(kind: str) -> bool:
     return any(name == kind or name.startswith(f"{kind}.") for name in core().available_devices)
 
 
-def _graphs(bundle: Bundle, plan: ExecutionPlan) -> AcceleratorGraphs:
+def _graphs(bundle: Bundle, plan: WholePlan) -> AcceleratorGraphs:
     from edgetune.runtimes.whole.compiled import AcceleratorGraphs
 
     return AcceleratorGraphs(_compiler(bundle, plan))
 
 
-def _compiler(bundle: Bundle, plan: ExecutionPlan) -> OpenVinoCompiler:
+def _compiler(bundle: Bundle, plan: WholePlan) -> OpenVinoCompiler:
     accelerator = plan.accelerator or Accelerator()
     device = DEVICE if accelerator.device_type == "auto" else accelerator.device_type
     if not has_device(device):
@@ -172,7 +172,7 @@ def _compiler(bundle: Bundle, plan: ExecutionPlan) -> OpenVinoCompiler:
 
 
 @contextmanager
-def _backend(bundle: Bundle, plan: ExecutionPlan) -> Iterator[OpenVinoBackend]:
+def _backend(bundle: Bundle, plan: LayeredPlan) -> Iterator[OpenVinoBackend]:
     shared = core()
     # Imports `openvino`, now that it keeps to itself.
     from edgetune.runtimes.layered.openvino.backend import OpenVinoBackend
@@ -183,3 +183,6 @@ def _backend(bundle: Bundle, plan: ExecutionPlan) -> Iterator[OpenVinoBackend]:
     folder = bundle.path / CACHE / f"openvino-{metadata.version('openvino')}-{processor}"
     with VerifiedFolder(folder) as cache:
         yield OpenVinoBackend(shared, DEVICE, cache, plan, order)
+
+
+RUNTIME = Runtime(abilities, version, open_session, open_forward, place, has_device)

@@ -6,6 +6,7 @@ It brings an OpenVINO of its own, and finds Intel's devices alone, the processor
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgetune.errors import IncompatibleError
@@ -50,7 +51,7 @@ def has_device(kind: str) -> bool:
     Raises:
         MissingDependencyError: The package `onnxruntime-ep-openvino` is not installed.
     """
-    return bool(_devices(RUNTIME.imported_package(), kind))
+    return bool(_devices(PLUGIN.imported_package(), kind))
 
 
 def _devices(package: Any, kind: str) -> list[Any]:
@@ -61,6 +62,5 @@ def _devices(package: Any, kind: str) -> list[Any]:
     return [device for device in found if device.ep_metadata.get("ov_device", "").partition(".")[0] == kind]
 
 
-RUNTIME = _OpenVino("openvino-ep", "onnxruntime-ep-openvino")
-abilities, version = RUNTIME.abilities, RUNTIME.version
-open_session, open_forward, place = RUNTIME.open_session, RUNTIME.open_forward, RUNTIME.place
+PLUGIN = _OpenVino("openvino-ep", "onnxruntime-ep-openvino")
+RUNTIME = replace(PLUGIN.record(), has_device=has_device)

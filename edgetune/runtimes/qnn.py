@@ -46,6 +46,5 @@ class _Qnn(PluginRuntime):
         return Plugin(PROVIDER, version, (npus or devices)[0], device, options, UNPACKED)
 
 
-RUNTIME = _Qnn("qnn", "onnxruntime-qnn", emulation=_EMULATION)
-abilities, version = RUNTIME.abilities, RUNTIME.version
-open_session, open_forward, place = RUNTIME.open_session, RUNTIME.open_forward, RUNTIME.place
+PLUGIN = _Qnn("qnn", "onnxruntime-qnn", emulation=_EMULATION)
+RUNTIME = PLUGIN.record()

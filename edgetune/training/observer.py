@@ -8,19 +8,25 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class StartInfo:
-    """What is known once everything is checked and the model is loaded."""
+class Execution:
+    """How a run is executed, as planning chose."""
 
     runtime: str
-    """The runtime that executes the steps; what `auto` chose."""
+    """What executes the steps."""
     plan: str
     """How it executes them, in a few words."""
-    batch_size: int
-    """Rows of a batch."""
     pass_rows: int | None
     """See `Workload.pass_rows`."""
     predicted_peak_memory_bytes: int | None
     """Highest resident memory that is expected; none where it is not known."""
+
+
+@dataclass(frozen=True)
+class StartInfo(Execution):
+    """What is known once everything is checked and the model is loaded."""
+
+    batch_size: int
+    """Rows of a batch."""
     steps: int
     """Optimizer steps of the run."""
     steps_per_epoch: int
@@ -59,7 +65,7 @@ class StepMetrics:
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Execution):
     """What a run came to."""
 
     path: Path
@@ -73,14 +79,6 @@ class TrainResult:
     """After the last step."""
     seconds: float
     """Wall time of the steps and validations."""
-    runtime: str
-    """What executed the steps."""
-    plan: str
-    """How, in a few words."""
-    pass_rows: int | None
-    """See `Workload.pass_rows`."""
-    predicted_peak_memory_bytes: int | None
-    """Highest resident memory that was expected; none where it was not known."""
     peak_memory_bytes: int | None
     """Highest resident memory; none where the system does not tell."""
     placement: list[dict[str, Any]] = field(default_factory=list)

@@ -4,75 +4,47 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 import edgetune
-from edgetune.config import TrainConfig
 from edgetune.formats.adapter import VALIDATION_DATA, VALIDATION_GIVEN, VALIDATION_SHA256
 from edgetune.machine.threads import threads_used
-from edgetune.planning.choice import Choice
-from edgetune.runtimes.placement import Placement
+from edgetune.training.state import PlannedRun, RunState
 
 _PRIVATE = ("force", "init_adapter", "vitisai_config")
 """Neither how the folder came to its place nor a path of this machine belongs to what was learnt."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came out of a run."""
-
-    rows: int
-    """Trained on."""
-    steps: int
-    """That were applied."""
-    final_loss: float
-    validation_loss: float | None
-    """The last one; none where nothing was measured."""
-    placements: Sequence[Placement]
-    stopped: str
-    """Why the run ended early; empty when it did not."""
-
-
-def provenance_of(
-    bundle_sha256: str, config: TrainConfig, choice: Choice, pass_rows: int | None, outcome: Outcome
-) -> dict[str, str]:
-    """How a run was made and what came of it.
-
-    Args:
-        bundle_sha256: Of the bundle's manifest.
-        config: How it trained.
-        choice: What executed it.
-        pass_rows: See `Workload.pass_rows`.
-        outcome: What came out.
-    """
+def provenance_of(run: PlannedRun, state: RunState) -> dict[str, str]:
+    """How a run was made and what came of it."""
+    config, choice, execution = run.config, run.fit.choice, run.execution
     options = {key: value for key, value in asdict(config).items() if key not in _PRIVATE}
     provenance = {
         "edgetune": edgetune.__version__,
-        "runtime": choice.name,
+        "runtime": execution.runtime,
         "runtime_version": choice.runtime.version(),
-        "plan": str(choice.plan),
+        "plan": execution.plan,
         "threads": str(threads_used()),
         "numpy": np.__version__,
-        "bundle": bundle_sha256,
+        "bundle": run.bundle.manifest.manifest_sha256,
         "options": json.dumps(options, sort_keys=True),
-        "rows": str(outcome.rows),
-        "steps": str(outcome.steps),
-        "final_loss": repr(outcome.final_loss),
+        "rows": str(len(run.rows.train.examples)),
+        "steps": str(state.steps),
+        "final_loss": repr(state.final_loss),
     }
-    if pass_rows is not None:
-        provenance["pass_rows"] = str(pass_rows)
+    if execution.pass_rows is not None:
+        provenance["pass_rows"] = str(execution.pass_rows)
     if config.init_adapter is not None:
         provenance["init_adapter"] = config.init_adapter.resolve().name
-    if outcome.validation_loss is not None:
-        provenance["validation_loss"] = repr(outcome.validation_loss)
-    if outcome.placements:
-        provenance["placement"] = "; ".join(sorted({placement.place for placement in outcome.placements}))
-    if outcome.stopped:
-        provenance["stopped"] = outcome.stopped
+    if state.validation_losses:
+        provenance["validation_loss"] = repr(state.validation_losses[-1])
+    if state.placements:
+        provenance["placement"] = "; ".join(sorted({placement.place for placement in state.placements}))
+    if state.stopped:
+        provenance["stopped"] = state.stopped
     return provenance
 
 

@@ -596,7 +596,7 @@ def test_train_passes_every_option_on(bundle: Path, data: Path, trained: list[Tr
     assert trained == [
         TrainConfig(
             runtime="ort-training",
-            plan="int8",
+            precision="int8",
             memory_budget="2.5GiB",
             steps=7,
             batch_size=2,

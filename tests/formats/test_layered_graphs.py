@@ -15,7 +15,7 @@ from edgetune.model.lora import initial_parameters
 from edgetune.model.pieces import Pieces, cut
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.contract import OptimizerConfig
-from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.execution import LayeredPlan
 from support.golden import BUNDLE
 
 Shape = list[int | str]
@@ -106,7 +106,7 @@ def test_sizes_that_nobody_keeps_are_refused(golden: Bundle, shape: Shape) -> No
 def test_outputs_are_those_of_the_graph(golden: Bundle) -> None:
     manifest = with_specs(golden.manifest, "layers/mlp", outputs=[])
     parameters = initial_parameters(manifest.lora, 0)
-    plan = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16)
+    plan = LayeredPlan(kept_layers=0, resident=False, head_rows=16)
     with (
         pytest.raises(VerificationError, match=r"mlp\.onnx gives output, .* and the bundle's manifest names others"),
         stock.open_session(replace(golden, manifest=manifest), parameters, OptimizerConfig(0.0, 1.0), plan),

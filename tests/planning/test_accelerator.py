@@ -17,23 +17,25 @@ from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.data.buckets import Bucket
 from edgetune.data.encode import Example
-from edgetune.devices.profile import load_profile
+from edgetune.devices.place import Place
+from edgetune.devices.profile import Profile, load_profile
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.formats.bundle import open_bundle
-from edgetune.planning.accelerator import apply_profile, on_accelerator
-from edgetune.planning.choice import choose
-from edgetune.planning.limits import require_place
+from edgetune.planning.accelerator import apply_profile
+from edgetune.planning.choice import Choice, choose
+from edgetune.planning.limits import require_form
 from edgetune.planning.memory import Work
-from edgetune.planning.options import resolve_config
+from edgetune.planning.options import resolve
 from edgetune.planning.workload import Workload
-from edgetune.runtimes import openvino_core
-from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.runtimes import find_runtime, openvino_core
+from edgetune.runtimes.execution import Accelerator, ExecutionPlan, WholePlan
 from edgetune.runtimes.whole import plugin_runtime
 from edgetune.training import TrainResult, train
 from support.bundle_copy import copy_of_bundle
 from support.device_profile import PROFILE
 from support.golden import GOLDEN
 from support.recorder import Recorder
+from support.run_requests import request_of
 
 ROWS = ("--data", GOLDEN / "train.jsonl")
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
@@ -56,6 +58,10 @@ def npu(folder: Path) -> str:
     path = folder / "my-npu.toml"
     path.write_text(PROFILE)
     return str(path)
+
+
+def resolved(config: TrainConfig, profile: Profile, *, here: bool = True) -> TrainConfig:
+    return resolve(config, Place(profile, here)).config
 
 
 def call(*arguments: object) -> Result:
@@ -91,34 +97,34 @@ def test_a_chip_that_is_no_number_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "my-board.toml"
     path.write_text(PROFILE.replace('backend_type = "htp"', 'soc_model = "8 Elite"'))
     with pytest.raises(UsageError, match="soc_model is '8 Elite', expected a number such as 69"):
-        apply_profile(load_profile(str(path)), TrainConfig(), pytest.fail)
+        load_profile(str(path))
 
 
 @needs_openvino
 @pytest.mark.parametrize("config", [{"plan": "stream"}, {"runtime": "onnxruntime"}, {"memory_budget": "2GB"}])
 def test_what_is_asked_for_comes_first(config: dict[str, Any], tmp_path: Path) -> None:
     given = TrainConfig(**config)
-    assert apply_profile(load_profile(profile_on(tmp_path, "CPU")), given, pytest.fail) == given
+    assert apply_profile(given, Place(load_profile(profile_on(tmp_path, "CPU")))) == (given, ())
 
 
 @needs_qnn
 def test_the_chip_is_the_profiles_unless_another_is_asked_for() -> None:
     profile = load_profile("android-snapdragon-8-elite")
-    assert apply_profile(profile, TrainConfig(), pytest.fail).soc_model == 69
-    assert apply_profile(profile, TrainConfig(soc_model=43), pytest.fail).soc_model == 43
+    assert apply_profile(TrainConfig(), Place(profile))[0].soc_model == 69
+    assert apply_profile(TrainConfig(soc_model=43), Place(profile))[0].soc_model == 43
 
 
 @pytest.mark.parametrize("config", [{}, {"runtime": "openvino", "plan": "whole"}])
 def test_a_device_without_an_accelerator_changes_nothing(config: dict[str, Any]) -> None:
     given = TrainConfig(**config)
-    assert apply_profile(load_profile("generic-x86"), given, pytest.fail) == given
+    assert apply_profile(given, Place(load_profile("generic-x86"))) == (given, ())
 
 
 def test_a_device_that_openvino_does_not_have_is_refused(tmp_path: Path) -> None:
     for kind in ("auto", "TPU"):
         path = profile_on(tmp_path, kind)
         with pytest.raises(UsageError, match=f"device_type is '{kind}', expected CPU, GPU, NPU"):
-            apply_profile(load_profile(path), TrainConfig(), pytest.fail)
+            load_profile(path)
     done = call("train", GOLDEN / "bundle", *ROWS, "--output", tmp_path / "adapter", "--device", path)
     assert done.exit_code == 2
     assert not (tmp_path / "adapter").exists()
@@ -136,7 +142,7 @@ def test_options_of_accelerators_hold_where_the_profile_leads_to_one(tmp_path: P
 
 @needs_qnn
 def test_the_profiles_npu_may_be_required(tmp_path: Path) -> None:
-    settled = resolve_config(TrainConfig(require_npu=True), load_profile(npu(tmp_path)), pytest.fail)
+    settled = resolved(TrainConfig(require_npu=True), load_profile(npu(tmp_path)))
     assert (settled.runtime, settled.require_npu) == ("qnn", True)
 
 
@@ -146,14 +152,13 @@ def test_an_accelerator_that_is_wanted_and_not_found_is_an_error(option: dict[st
     profile = load_profile(profile_on(tmp_path, "NPU"))
     for config in (TrainConfig(**option), TrainConfig("openvino", plan="whole", **option)):
         with pytest.raises(IncompatibleError, match=r"OpenVINO finds no NPU here .*leave out --require-npu"):
-            resolve_config(config, profile, pytest.fail)
+            resolve(config, Place(profile))
 
 
 def test_what_several_runtimes_lack_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgetune.planning.accelerator._why_absent", lambda *given: "there is no NPU")
-    said: list[str] = []
-    apply_profile(load_profile("intel-core-ultra"), TrainConfig(), said.append)
-    assert said == ["intel-core-ultra: there is no NPU; the CPU computes"]
+    _, said = apply_profile(TrainConfig(), Place(load_profile("intel-core-ultra")))
+    assert said == ("intel-core-ultra: there is no NPU; the CPU computes",)
 
 
 def test_a_missing_package_is_said_and_the_cpu_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,14 +169,13 @@ def test_a_missing_package_is_said_and_the_cpu_computes(tmp_path: Path, monkeypa
     expected = 'my-board: onnxruntime-qnn is not installed; pip install "edgetune[qnn]"; the CPU computes'
     assert expected in seen.notices
     with pytest.raises(MissingDependencyError, match="onnxruntime-qnn is not installed"):
-        resolve_config(TrainConfig("qnn"), profile, pytest.fail)
+        resolve(TrainConfig("qnn"), Place(profile))
     openvino_core.core.cache_clear()
     monkeypatch.setattr(openvino_core, "find_spec", lambda name: None)
-    notices: list[str] = []
-    settled = resolve_config(TrainConfig(), load_profile(profile_on(tmp_path, "NPU")), notices.append)
+    settled = resolve(TrainConfig(), Place(load_profile(profile_on(tmp_path, "NPU"))))
     openvino_core.core.cache_clear()
-    assert settled.runtime == "auto"
-    assert notices == ['my-board: openvino is not installed; pip install "edgetune[openvino]"; the CPU computes']
+    assert settled.request.runtime == "auto"
+    assert settled.notes == ('my-board: openvino is not installed; pip install "edgetune[openvino]"; the CPU computes',)
 
 
 def test_a_memory_budget_leads_to_the_cpu_on_every_npu(tmp_path: Path) -> None:
@@ -183,11 +187,11 @@ def test_a_memory_budget_leads_to_the_cpu_on_every_npu(tmp_path: Path) -> None:
 def test_elsewhere_the_accelerator_is_the_one_that_the_profile_names() -> None:
     profile = load_profile("intel-core-ultra")
     for given in (TrainConfig(), TrainConfig("openvino", plan="whole")):
-        settled = resolve_config(given, profile, pytest.fail, elsewhere=True)
+        settled = resolved(given, profile, here=False)
         assert (settled.runtime, settled.plan, settled.device_type) == ("openvino", "whole", "NPU")
     phone = load_profile("android-snapdragon-8-elite")
     for given in (TrainConfig(), TrainConfig("qnn")):
-        settled = resolve_config(given, phone, pytest.fail, elsewhere=True)
+        settled = resolved(given, phone, here=False)
         assert (settled.runtime, settled.soc_model) == ("qnn", 69)
 
 
@@ -195,34 +199,31 @@ def test_on_the_device_plan_and_train_take_what_is_planned_elsewhere(monkeypatch
     monkeypatch.setattr("edgetune.planning.accelerator._why_absent", lambda *given: "")
     for name in ("intel-core-ultra", "windows-snapdragon-x", "amd-ryzen-ai", "raspberry-pi-5"):
         profile = load_profile(name)
-        there, elsewhere = (
-            apply_profile(profile, TrainConfig(), pytest.fail, elsewhere=elsewhere) for elsewhere in (False, True)
-        )
+        there, elsewhere = (apply_profile(TrainConfig(), Place(profile, here)) for here in (True, False))
         assert there == elsewhere
 
 
 @needs_openvino
 def test_a_whole_step_that_was_asked_for_runs_on_the_profiles_device(tmp_path: Path) -> None:
     asked = TrainConfig("openvino", plan="whole")
-    assert resolve_config(asked, load_profile(profile_on(tmp_path, "CPU")), pytest.fail).device_type == "CPU"
-    notices: list[str] = []
-    settled = resolve_config(asked, load_profile(profile_on(tmp_path, "NPU")), notices.append)
-    assert settled == replace(asked, device="my-board")
-    assert notices == ["my-board: OpenVINO finds no NPU here (pip install it); the CPU computes"]
+    assert resolved(asked, load_profile(profile_on(tmp_path, "CPU"))).device_type == "CPU"
+    settled = resolve(asked, Place(load_profile(profile_on(tmp_path, "NPU"))))
+    assert settled.config == replace(asked, device="my-board")
+    assert settled.notes == ("my-board: OpenVINO finds no NPU here (pip install it); the CPU computes",)
 
 
 @pytest.mark.parametrize(
     ("runtime", "plan", "expected"),
     [
-        ("qnn", replace(WHOLE_STEP, accelerator=Accelerator()), True),
-        ("openvino", replace(WHOLE_STEP, accelerator=Accelerator("NPU")), True),
-        ("openvino", replace(WHOLE_STEP, accelerator=Accelerator("CPU")), False),
-        ("openvino", replace(WHOLE_STEP, accelerator=Accelerator()), False),
-        ("onnxruntime", WHOLE_STEP, False),
+        ("qnn", WholePlan(accelerator=Accelerator()), True),
+        ("openvino", WholePlan(accelerator=Accelerator("NPU")), True),
+        ("openvino", WholePlan(accelerator=Accelerator("CPU")), False),
+        ("openvino", WholePlan(accelerator=Accelerator()), False),
+        ("onnxruntime", WholePlan(), False),
     ],
 )
 def test_what_openvino_executes_may_be_the_cpus(runtime: str, plan: ExecutionPlan, expected: bool) -> None:
-    assert on_accelerator(runtime, plan) is expected
+    assert Choice(runtime, find_runtime("onnxruntime"), plan, None).on_accelerator is expected
 
 
 @pytest.mark.parametrize("placement", [{"forward_only": "cpu"}, {"forward_only": "accelerator"}])
@@ -230,7 +231,7 @@ def test_what_openvino_executes_may_be_the_cpus(runtime: str, plan: ExecutionPla
 def test_forward_only_has_a_place_of_its_own(placement: dict[str, str], tmp_path: Path) -> None:
     path = Path(npu(tmp_path))
     path.write_text(PROFILE.replace('forward-only = "cpu"', f'forward-only = "{placement["forward_only"]}"'))
-    settled = resolve_config(TrainConfig(method="forward-only"), load_profile(str(path)), pytest.fail)
+    settled = resolved(TrainConfig(method="forward-only"), load_profile(str(path)))
     assert settled.runtime == ("auto" if placement["forward_only"] == "cpu" else "qnn")
 
 
@@ -252,7 +253,7 @@ def test_plan_lays_out_the_shapes_that_train_compiles(tmp_path: Path, architectu
 def test_validation_rows_that_fit_no_bucket_are_refused_with_the_others() -> None:
     manifest = open_bundle(GOLDEN / "bundle").manifest
     short, long = ([Example(1, [5] * count, [5] * count)] for count in (8, 20))
-    config = TrainConfig(batch_size=1)
+    config = request_of(TrainConfig(batch_size=1))
     Workload(manifest, short, short, config, [Bucket(8, 1)])
     with pytest.raises(UsageError, match="the longest row has 20 tokens"):
         Workload(manifest, short, long, config, [Bucket(8, 1)])
@@ -312,15 +313,17 @@ def test_what_runs_nowhere_on_a_device_is_refused_and_what_runs_beside_its_accel
 ) -> None:
     profile = load_profile("apple-silicon")
     work = Work(64, 64 * 64)
-    choice = choose(open_bundle(GOLDEN / "bundle").manifest, config, work, lambda text: None)
-    heard: list[str] = []
-    for place, said in (("cpu", 0), ("accelerator", 1)):
-        require_place(replace(profile, placement=replace(profile.placement, **{form: place})), choice, heard.append)
-        assert len(heard) == said
-    assert heard[0].startswith("apple-silicon: ") and heard[0].endswith("on onnxruntime; the CPU computes")
-    nowhere = replace(profile, placement=replace(profile.placement, **{form: "no"}))
+    choice = choose(open_bundle(GOLDEN / "bundle").manifest, request_of(config), work)
+
+    def required(where: str) -> list[str]:
+        changed = replace(profile, placement=replace(profile.placement, **{form: where}))
+        return require_form(replace(request_of(config), place=Place(changed)), choice)
+
+    assert required("cpu") == []
+    (note,) = required("accelerator")
+    assert note.startswith("apple-silicon: ") and note.endswith("on onnxruntime; the CPU computes")
     with pytest.raises(IncompatibleError, match=f"placement.{form.replace('_', '-')} is 'no'"):
-        require_place(nowhere, choice, heard.append)
+        required("no")
 
 
 def test_a_whole_step_is_refused_where_not_even_the_leanest_plan_fits(tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from edgetune.data.batcher import BatchShape
 from edgetune.data.encode import Example
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
-from edgetune.planning.cost_model import CostModel
+from edgetune.planning.cost import CostModel
 from edgetune.planning.fit import Fit, Fitting
 from edgetune.training import train
 from support.fake_runtime import FOOTPRINT, FakeRuntime, runtimes
 from support.prepared_bundles import Prepared
 from support.recorder import Recorder
+from support.run_requests import request_of
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def fit(bundle: Bundle, lengths: Sequence[int], budget: int | None, **options: A
     given: dict[str, Any] = {"runtime": "onnxruntime", "batch_size": len(lengths), **options}
     config = TrainConfig(**given, memory_budget=f"{budget}B" if budget else None, packing=False, epochs=1)
     rows = [Example(line, [1] * length, [1] * length) for line, length in enumerate(lengths, 1)]
-    return Fitting(bundle, rows, [], None, here=True).fit(config, lambda text: None)
+    return Fitting(bundle, rows, [], request_of(config)).fit()
 
 
 def peak(fit: Fit) -> int:
@@ -124,7 +125,7 @@ def test_the_fastest_runtime_divides_a_batch_before_a_slower_one_is_taken(bundle
 
 def test_the_work_of_passes_counts_what_each_of_them_repeats(bundle: Bundle) -> None:
     streamed = fit(bundle, [96] * 8, None, plan="stream")
-    model = CostModel(bundle, streamed.choice)
+    model = CostModel(bundle.manifest, streamed.choice.plan, streamed.choice.footprint)
     together, apart = ([BatchShape(8 // count, 96, 0)] * count for count in (1, 4))
     repeated = model.of_passes(apart) - model.of_passes(together)
     assert repeated == pytest.approx(3 * (model.start + model.work(0, 0, 0)), rel=1e-9)

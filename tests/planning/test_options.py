@@ -12,8 +12,13 @@ from click.testing import CliRunner, Result
 from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.errors import UsageError
-from edgetune.planning.options import check_plan
+from edgetune.planning.options import resolve
 from support.golden import GOLDEN
+from support.run_requests import ELSEWHERE
+
+
+def check(config: TrainConfig) -> None:
+    resolve(config, ELSEWHERE)
 
 
 def plan(*options: object) -> Result:
@@ -27,34 +32,34 @@ def plan(*options: object) -> Result:
         ({"buckets": "1x8"}, {"runtime": "openvino", "plan": "whole"}, "--buckets 1x8 means nothing without"),
         ({"device_type": "NPU"}, {"runtime": "qnn"}, "--device-type NPU means nothing without"),
         ({"soc_model": 69}, {"runtime": "qnn"}, "--soc-model 69 means nothing without --runtime qnn"),
-        ({"trunk_cache": "1MB"}, {"plan": "split"}, "--trunk-cache 1MB means nothing without --plan split"),
-        ({"vitisai_config": Path("v.json")}, {"plan": "split"}, "--vitisai-config v.json means nothing without"),
+        ({"trunk_cache": "1MB"}, {"trunk": True}, "--trunk-cache 1MB means nothing without --trunk"),
+        ({"vitisai_config": Path("v.json")}, {"trunk": True}, "--vitisai-config v.json means nothing without"),
         ({"queries": 4}, {"method": "forward-only"}, "--queries 4 means nothing without --method forward-only"),
         ({"perturbation_size": 0.1}, {"method": "forward-only"}, "--perturbation-size 0.1 means nothing without"),
     ],
 )
 def test_an_option_is_refused_away_from_home(option: dict[str, Any], home: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_plan(TrainConfig(**option))
-    check_plan(TrainConfig(**option, **home))
+        check(TrainConfig(**option))
+    check(TrainConfig(**option, **home))
 
 
 def test_an_emulated_fpga_takes_no_configuration_of_vitis() -> None:
-    config = TrainConfig("fpga-hls", plan="split", vitisai_config=Path("v.json"))
+    config = TrainConfig("fpga-hls", trunk=True, vitisai_config=Path("v.json"))
     with pytest.raises(UsageError, match="on another runtime than fpga-hls"):
-        check_plan(config)
+        check(config)
 
 
 def test_openvino_needs_to_be_told_which_npu_is_required() -> None:
     whole = TrainConfig("openvino", plan="whole", require_npu=True)
     with pytest.raises(UsageError, match="--require-npu means nothing on OpenVINO's CPU; give --device-type NPU"):
-        check_plan(whole)
-    check_plan(replace(whole, device_type="NPU"))
+        check(whole)
+    check(replace(whole, device_type="NPU"))
 
 
 def test_all_that_does_not_go_together_is_said_at_once() -> None:
     with pytest.raises(UsageError, match=r"(?s)--soc-model 69.*--trunk-cache 1MB.*takes no --memory-budget"):
-        check_plan(TrainConfig(plan="whole", soc_model=69, trunk_cache="1MB", memory_budget="1GB"))
+        check(TrainConfig(plan="whole", soc_model=69, trunk_cache="1MB", memory_budget="1GB"))
 
 
 @pytest.mark.parametrize("device", [(), ("--device", "raspberry-pi-5")], ids=["here", "elsewhere"])

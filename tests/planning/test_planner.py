@@ -11,15 +11,15 @@ from edgetune.config import PlanName, TrainConfig
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
 from edgetune.formats.manifest import BundleManifest, TensorSpec
 from edgetune.formats.roles import sublayer_role
-from edgetune.planning.choice import choose
+from edgetune.planning.choice import Choice, choose
 from edgetune.planning.memory import Sizes, Work, peak_memory
-from edgetune.planning.options import resolve_config
 from edgetune.planning.planner import Planner, Prediction
-from edgetune.runtimes.execution import LAYERED, WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.execution import ExecutionPlan, LayeredPlan, WholePlan
 from edgetune.runtimes.footprint import Footprint
 from edgetune.text.byte_size import parse_bytes
 from support.fake_runtime import FOOTPRINT, INT8, FakeRuntime, runtimes
 from support.prepared_bundles import Prepared
+from support.run_requests import request_of
 
 WORK = Work(positions=256, scores=256 * 64)
 
@@ -31,7 +31,7 @@ def manifest(prepared: Prepared) -> BundleManifest:
 
 @pytest.fixture
 def planner(manifest: BundleManifest) -> Planner:
-    return Planner(manifest, FOOTPRINT, WORK)
+    return Planner(manifest, FOOTPRINT, WORK, LayeredPlan())
 
 
 def best(planner: Planner, name: PlanName = "auto", budget: int | None = None) -> Prediction:
@@ -42,7 +42,7 @@ def best(planner: Planner, name: PlanName = "auto", budget: int | None = None) -
 
 def test_with_enough_memory_nothing_is_computed_twice(planner: Planner, manifest: BundleManifest) -> None:
     plan = best(planner).plan
-    assert (plan.form, plan.products, plan.resident) == ("layered", "fp32", True)
+    assert (plan.precision, plan.resident) == ("fp32", True)
     assert plan.kept_layers == manifest.architecture.num_hidden_layers
     assert plan == best(planner, "keep").plan
 
@@ -88,11 +88,11 @@ def in_two_widths(manifest: BundleManifest) -> BundleManifest:
 
 
 def test_wide_pieces_are_taken_where_there_is_room(manifest: BundleManifest) -> None:
-    planner = Planner(in_two_widths(manifest), FOOTPRINT, WORK)
+    planner = Planner(in_two_widths(manifest), FOOTPRINT, WORK, LayeredPlan())
     assert best(planner).plan.wide
     assert not planner.smallest("auto").plan.wide
     assert not best(planner, "stream").plan.wide
-    narrow, wide = (planner.predict(replace(LAYERED, resident=False, wide=wide)) for wide in (False, True))
+    narrow, wide = (planner.predict(LayeredPlan(resident=False, wide=wide)) for wide in (False, True))
     assert narrow.peak_memory_bytes < wide.peak_memory_bytes
     assert narrow.cost > wide.cost
     assert best(planner, "auto", wide.peak_memory_bytes - 1).cost > wide.cost
@@ -100,19 +100,19 @@ def test_wide_pieces_are_taken_where_there_is_room(manifest: BundleManifest) -> 
 
 def test_lean_plans_are_exact_where_16_bits_are_all_there_is(manifest: BundleManifest) -> None:
     def lean(footprint: Footprint, name: PlanName = "auto") -> set[bool]:
-        return {plan.lean for plan in Planner(manifest, footprint, WORK)._plans(name)}
+        return {plan.lean for plan in Planner(manifest, footprint, WORK, LayeredPlan())._plans(name)}
 
     assert lean(FOOTPRINT) == {False}
-    assert lean(replace(FOOTPRINT, storage=2)) == lean(INT8, "int8") == lean(FOOTPRINT, "stream") == {False, True}
+    assert lean(replace(FOOTPRINT, storage=2)) == lean(INT8) == lean(FOOTPRINT, "stream") == {False, True}
     deep = replace(manifest, architecture=replace(manifest.architecture, num_hidden_layers=32))
-    assert best(Planner(deep, FOOTPRINT, WORK), "stream").plan.lean
+    assert best(Planner(deep, FOOTPRINT, WORK, LayeredPlan()), "stream").plan.lean
 
 
 def test_every_term_counts(manifest: BundleManifest) -> None:
     """Differences between plans are the bytes of what they hold more."""
     sizes = Sizes(manifest)
     a = manifest.architecture
-    plan = best(Planner(manifest, FOOTPRINT, WORK), "recompute").plan
+    plan = best(Planner(manifest, FOOTPRINT, WORK, LayeredPlan()), "recompute").plan
 
     def peak(**changes: int | bool) -> int:
         return peak_memory(sizes, FOOTPRINT, WORK, replace(plan, **changes))
@@ -131,8 +131,8 @@ def test_every_term_counts(manifest: BundleManifest) -> None:
 @pytest.mark.parametrize(("layers", "exact"), [(2, 0), (12, 0), (15, 1), (32, 6), (40, 9)])
 def test_deep_models_have_exact_layers_below_int8_ones(manifest: BundleManifest, layers: int, exact: int) -> None:
     deep = replace(manifest, architecture=replace(manifest.architecture, num_hidden_layers=layers))
-    assert best(Planner(deep, FOOTPRINT, WORK)).plan.exact_layers == 0
-    plan = best(Planner(deep, INT8, WORK), "int8").plan
+    assert best(Planner(deep, FOOTPRINT, WORK, LayeredPlan())).plan.exact_layers == 0
+    plan = best(Planner(deep, INT8, WORK, LayeredPlan())).plan
     assert plan.exact_layers == exact
     assert ("above layer" in str(plan)) == bool(exact)
     sizes = Sizes(deep)
@@ -147,7 +147,7 @@ def test_where_exact_weights_are_streamed_they_count_if_nothing_later_needs_more
     manifest: BundleManifest, changes: dict[str, int | bool], larger: bool
 ) -> None:
     deep = replace(manifest, architecture=replace(manifest.architecture, num_hidden_layers=32))
-    plan = ExecutionPlan("layered", products="int8", resident=False, exact_layers=6, head_tokens=64)
+    plan = LayeredPlan(precision="int8", resident=False, exact_layers=6, head_tokens=64)
     with_exact = replace(plan, **changes)
     sizes, without = Sizes(deep), replace(with_exact, exact_layers=0)
     found = [peak_memory(sizes, INT8, WORK, each) for each in (with_exact, without)]
@@ -156,7 +156,7 @@ def test_where_exact_weights_are_streamed_they_count_if_nothing_later_needs_more
 
 def test_what_was_kept_saves_attention_scores(manifest: BundleManifest) -> None:
     """A layer that is computed again holds more of them than one that kept its activations, or a lean one."""
-    planner = Planner(manifest, replace(FOOTPRINT, attention_scores=800.0, kept_scores=500.0), WORK)
+    planner = Planner(manifest, replace(FOOTPRINT, attention_scores=800.0, kept_scores=500.0), WORK, LayeredPlan())
     recompute = best(planner, "recompute").plan
     more = replace(WORK, scores=WORK.scores + 1000)
     heads = Sizes(manifest).heads
@@ -173,19 +173,23 @@ def test_what_was_kept_saves_attention_scores(manifest: BundleManifest) -> None:
 
 
 def test_the_head_takes_rows_in_powers_of_two(manifest: BundleManifest) -> None:
-    rows = {plan.head_rows for plan in Planner(manifest, FOOTPRINT, WORK)._plans("auto")}
+    rows = {plan.head_rows for plan in Planner(manifest, FOOTPRINT, WORK, LayeredPlan())._plans("auto")}
     assert rows == {1 << (count.bit_length() - 1) for count in rows}
 
 
+def layered(choice: Choice) -> LayeredPlan:
+    assert isinstance(choice.plan, LayeredPlan)
+    return choice.plan
+
+
 STOCK = FakeRuntime(int8=INT8)
-LAYERED_ONLY = FakeRuntime(whole=False, exact=replace(FOOTPRINT, products="bf16", storage=2))
+LAYERED_ONLY = FakeRuntime(whole=False, exact=replace(FOOTPRINT, precision="bf16", storage=2))
 
 
 def chosen(manifest: BundleManifest, config: TrainConfig) -> tuple[str, str]:
-    config = resolve_config(config, None, pytest.fail)
-    choice = choose(manifest, config, WORK, lambda notice: None)
-    assert (choice.predicted_peak_bytes is None) == (choice.plan == WHOLE_STEP)
-    return choice.name, choice.plan.products
+    choice = choose(manifest, request_of(config), WORK)
+    assert (choice.predicted_peak_bytes is None) == (choice.plan == WholePlan())
+    return choice.name, choice.plan.precision
 
 
 @pytest.mark.parametrize(
@@ -194,13 +198,19 @@ def chosen(manifest: BundleManifest, config: TrainConfig) -> tuple[str, str]:
         ("auto", ("fast", "bf16")),
         ("stream", ("fast", "bf16")),
         ("whole", ("stock", "fp32")),
-        ("int8", ("stock", "int8")),
     ],
 )
 def test_auto_takes_the_first_runtime_that_can(manifest: BundleManifest, plan: str, expected: tuple[str, str]) -> None:
     others = {"absent": FakeRuntime(installed=False), "slow": FakeRuntime(preferred=False)}
     with runtimes(**others, fast=LAYERED_ONLY, stock=STOCK):
         assert chosen(manifest, TrainConfig(plan=plan)) == expected  # type: ignore[arg-type]
+
+
+def test_a_precision_is_what_the_first_runtime_with_it_multiplies_in(manifest: BundleManifest) -> None:
+    with runtimes(fast=LAYERED_ONLY, stock=STOCK):
+        assert chosen(manifest, TrainConfig(precision="int8")) == ("stock", "int8")
+        for plan in ("keep", "recompute", "stream"):
+            assert chosen(manifest, TrainConfig(plan=plan, precision="int8")) == ("stock", "int8")
 
 
 def test_a_bundle_without_layers_is_trained_as_a_whole(manifest: BundleManifest) -> None:
@@ -214,24 +224,25 @@ def test_a_bundle_without_layers_is_trained_as_a_whole(manifest: BundleManifest)
 
 def test_what_a_runtime_cannot_do_is_refused(manifest: BundleManifest) -> None:
     with runtimes(**{"openvino": LAYERED_ONLY, "onnxruntime": STOCK, "ort-training": FakeRuntime(exact=None)}):
-        for name, plan in (("openvino", "int8"), ("ort-training", "stream")):
-            with pytest.raises(UsageError, match=f"--runtime {name} does not execute --plan {plan}"):
-                resolve_config(TrainConfig(runtime=name, plan=plan), None, pytest.fail)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="--runtime openvino does not execute --precision int8"):
+            request_of(TrainConfig(runtime="openvino", precision="int8"))
+        with pytest.raises(UsageError, match="--runtime ort-training does not execute --plan stream"):
+            request_of(TrainConfig(runtime="ort-training", plan="stream"))
         assert chosen(manifest, TrainConfig(runtime="ort-training")) == ("ort-training", "fp32")
         for config in (TrainConfig(plan="whole"), TrainConfig(runtime="ort-training")):
             with pytest.raises(UsageError, match="takes no --memory-budget"):
-                resolve_config(replace(config, memory_budget="3GB"), None, pytest.fail)
+                request_of(replace(config, memory_budget="3GB"))
         with pytest.raises(UsageError, match="is no size"):
-            resolve_config(TrainConfig(memory_budget="much"), None, pytest.fail)
+            request_of(TrainConfig(memory_budget="much"))
 
 
 def test_a_budget_that_is_too_small_is_answered_with_one_that_works(manifest: BundleManifest) -> None:
     with runtimes(stock=STOCK):
-        with pytest.raises(ResourceError, match="a memory budget of 1MB is too small") as caught:
+        with pytest.raises(ResourceError, match=r"a memory budget of 1\.0 MB is too small") as caught:
             chosen(manifest, TrainConfig(memory_budget="1MB"))
         advice = re.search(r"--memory-budget (\S+MB);", str(caught.value))
         assert advice is not None
-        choice = choose(manifest, TrainConfig(memory_budget=advice[1]), WORK, pytest.fail)
+        choice = choose(manifest, request_of(TrainConfig(memory_budget=advice[1])), WORK)
         assert choice.predicted_peak_bytes is not None
         # Predictions are a few per cent off.
         assert choice.predicted_peak_bytes * 1.05 <= parse_bytes(advice[1])
@@ -240,7 +251,7 @@ def test_a_budget_that_is_too_small_is_answered_with_one_that_works(manifest: Bu
 
 
 def test_auto_goes_on_to_a_runtime_with_room(manifest: BundleManifest) -> None:
-    large = replace(LAYERED_ONLY, exact=replace(FOOTPRINT, products="bf16", storage=2, base=10**9))
+    large = replace(LAYERED_ONLY, exact=replace(FOOTPRINT, precision="bf16", storage=2, base=10**9))
     with runtimes(fast=large, stock=STOCK):
         assert chosen(manifest, TrainConfig(memory_budget="2GB"))[0] == "fast"
         assert chosen(manifest, TrainConfig(memory_budget="500MB"))[0] == "stock"
@@ -249,21 +260,21 @@ def test_auto_goes_on_to_a_runtime_with_room(manifest: BundleManifest) -> None:
 
 
 def test_without_a_budget_the_free_memory_decides(manifest: BundleManifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    notices: list[str] = []
     with runtimes(stock=STOCK):
         monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: 1_000_000)
-        tight = choose(manifest, TrainConfig(), WORK, notices.append)
-        assert not tight.plan.resident
-        assert "has 1.0 MB of memory free" in notices.pop()
+        tight = choose(manifest, request_of(TrainConfig()), WORK)
+        assert not layered(tight).resident
+        (note,) = tight.notes
+        assert "has 1.0 MB of memory free" in note
         monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: None)
-        assert choose(manifest, TrainConfig(), WORK, notices.append).plan.resident
-        assert not notices
+        ample = choose(manifest, request_of(TrainConfig()), WORK)
+        assert layered(ample).resident and not ample.notes
 
 
 @pytest.mark.parametrize("name", ["auto", "stream"])
 def test_forward_alone_takes_less_memory_and_work(manifest: BundleManifest, name: PlanName) -> None:
-    forward = best(Planner(manifest, FOOTPRINT, WORK, replace(LAYERED, forward_only=True)), name)
-    whole = best(Planner(manifest, FOOTPRINT, WORK), name)
+    forward = best(Planner(manifest, FOOTPRINT, WORK, LayeredPlan(forward_only=True)), name)
+    whole = best(Planner(manifest, FOOTPRINT, WORK, LayeredPlan()), name)
     assert forward.plan.forward_only
     assert (forward.plan.kept_layers, forward.plan.lean) == (0, False)
     assert forward.peak_memory_bytes < whole.peak_memory_bytes - 1_000_000
@@ -274,7 +285,7 @@ def test_graphs_for_other_shapes_count_as_far_as_they_are_held(manifest: BundleM
     footprint = replace(FOOTPRINT, together=True, shapes=3, shape=1_000_000, graph_weights=1.0)
     footprint = replace(footprint, kept_scores=footprint.attention_scores)
     sizes = Sizes(manifest)
-    again = replace(best(Planner(manifest, footprint, WORK), "keep").plan, kept_layers=0)
+    again = replace(best(Planner(manifest, footprint, WORK, LayeredPlan()), "keep").plan, kept_layers=0)
     keep = replace(again, kept_layers=sizes.layers)
 
     def added(plan: ExecutionPlan, *others: tuple[int, int]) -> int:

@@ -21,18 +21,19 @@ from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
 from edgetune.planning import timing
 from edgetune.planning.choice import choose
-from edgetune.planning.cost_model import CostModel
+from edgetune.planning.cost import CostModel
 from edgetune.planning.duration import _typical
 from edgetune.planning.limits import require_fit
 from edgetune.planning.timing import Timing, time_steps
 from edgetune.planning.workload import Workload
-from edgetune.runtimes import RUNTIMES
+from edgetune.runtimes import RUNTIMES, onnxruntime
 from edgetune.runtimes.contract import Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
 from edgetune.runtimes.layered.session import LayeredSession
 from support.device_profile import PROFILE
 from support.golden import GOLDEN
 from support.prepared_bundles import Prepared
+from support.run_requests import request_of
 
 CPU = (
     PROFILE.replace('class = "npu"', 'class = "cpu"')
@@ -186,7 +187,8 @@ def test_a_figure_of_the_cpu_says_nothing_of_the_accelerator(bundle: Bundle, tmp
 
 
 def test_what_a_runtime_installs_to_be_timed_is_a_note(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.runtimes.onnxruntime.install", lambda notice: notice("Installing …"), raising=False)
+    installing = replace(onnxruntime.RUNTIME, install=lambda notice: notice("Installing …"))
+    monkeypatch.setattr(onnxruntime, "RUNTIME", installing)
     asked = ("plan", bundle.path, "--runtime", "onnxruntime", "--length", "16", "--steps", "1")
     assert "Installing …" in answer(*asked)["notes"]
     assert "Installing …" not in answer(*asked, "--device", "raspberry-pi-5")["notes"]
@@ -293,10 +295,10 @@ def test_train_holds_to_the_device(bundle: Bundle, tmp_path: Path) -> None:
 def test_fixed_shapes_hold_where_the_accelerator_executes(tmp_path: Path) -> None:
     profile = load_profile(board(tmp_path, "2GB", PROFILE))
     # Rows that do not fit into one batch go through in several.
-    require_fit(profile, TrainConfig("qnn", batch_size=8), 128)
+    require_fit(request_of(TrainConfig("qnn", batch_size=8), profile, here=False), 128)
     with pytest.raises(ResourceError, match="rows of at most 128 tokens, the longest has 129"):
-        require_fit(profile, TrainConfig("qnn"), 129)
-    require_fit(profile, TrainConfig("onnxruntime"), 129)
+        require_fit(request_of(TrainConfig("qnn"), profile, here=False), 129)
+    require_fit(request_of(TrainConfig("onnxruntime"), profile, here=False), 129)
 
 
 @pytest.mark.parametrize("plan", ["keep", "stream", "whole"])
@@ -352,7 +354,7 @@ def test_text_says_what_json_says(bundle: Bundle) -> None:
 
 def _workload(bundle: Bundle, lengths: list[int], **options: Any) -> Workload:
     rows = [Example(line, list(range(3, 3 + n)), list(range(3, 3 + n))) for line, n in enumerate(lengths, 1)]
-    return Workload(bundle.manifest, rows, [], TrainConfig(**options))
+    return Workload(bundle.manifest, rows, [], request_of(TrainConfig(**options)))
 
 
 def test_the_workload_knows_every_shape_of_the_run(bundle: Bundle) -> None:
@@ -371,7 +373,7 @@ def test_the_workload_knows_every_shape_of_the_run(bundle: Bundle) -> None:
 def test_long_validation_rows_count_however_long_the_run_is(bundle: Bundle, steps: int) -> None:
     short, long = ([Example(1, [5] * count, [5] * count)] for count in (8, 40))
     config = TrainConfig(batch_size=1, steps=steps)
-    work = Workload(bundle.manifest, short, long, config).work()
+    work = Workload(bundle.manifest, short, long, request_of(config)).work()
     assert (work.positions, work.scores) == (40, 40**2)
 
 
@@ -394,8 +396,8 @@ def test_shapes_are_those_of_a_whole_epoch(bundle: Bundle, tmp_path: Path) -> No
 def test_a_cut_model_tells_what_the_whole_one_takes(bundle: Bundle) -> None:
     """The work that is extrapolated is the work of the layers that were left out."""
     workload = _workload(bundle, [32] * 4, batch_size=4, epochs=1)
-    choice = choose(bundle.manifest, TrainConfig("onnxruntime"), workload.work(), lambda text: None)
-    model = CostModel(bundle, choice)
+    choice = choose(bundle.manifest, request_of(TrainConfig("onnxruntime")), workload.work())
+    model = CostModel(bundle.manifest, choice.plan, choice.footprint)
     batches, layout = _typical(workload, model)
     found = time_steps(bundle, choice, batches)
     assert [work for work, _ in found.points] == [model.of(batch) for batch in batches]
@@ -406,8 +408,8 @@ def test_a_cut_model_tells_what_the_whole_one_takes(bundle: Bundle) -> None:
 def test_every_layer_adds_its_work_for_every_shape(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """One shape is measured with more layers; the others follow it, by their own work."""
     workload = _workload(bundle, [8, 24, 60], batch_size=1, epochs=1)
-    choice = choose(bundle.manifest, TrainConfig("onnxruntime"), workload.work(), lambda text: None)
-    cut = {layers: CostModel(*timing._cut(bundle, choice, layers)) for layers in (1, 2)}
+    choice = choose(bundle.manifest, request_of(TrainConfig("onnxruntime")), workload.work())
+    cut = {layers: timing._cost_model(*timing._cut(bundle, choice, layers)) for layers in (1, 2)}
     parameters = len(bundle.manifest.lora.shapes()) // bundle.manifest.architecture.num_hidden_layers
     timed: list[tuple[int, int]] = []
 
@@ -436,8 +438,8 @@ def test_noise_does_not_add_up_over_the_layers(
     manifest = replace(bundle.manifest, architecture=architecture, lora=replace(lora, slots=slots))
     deep = Bundle(bundle.path, manifest)
     workload = _workload(deep, [24], batch_size=1, epochs=1)
-    choice = choose(deep.manifest, TrainConfig("onnxruntime"), workload.work(), lambda text: None)
-    shallow = CostModel(*timing._cut(deep, choice, 1))
+    choice = choose(deep.manifest, request_of(TrainConfig("onnxruntime")), workload.work())
+    shallow = timing._cost_model(*timing._cut(deep, choice, 1))
     parameters = len(lora.shapes()) // bundle.manifest.architecture.num_hidden_layers
 
     def timed(session: LayeredSession, batch: Batch) -> float:
@@ -447,16 +449,16 @@ def test_noise_does_not_add_up_over_the_layers(
     monkeypatch.setattr(timing, "_AIM", 0.0)
     (batch,) = next(workload.steps())
     found, below = time_steps(deep, choice, [batch]), shallow.of(batch)
-    work = CostModel(deep, choice).of(batch)
+    work = CostModel(deep.manifest, choice.plan, choice.footprint).of(batch)
     assert found.seconds(work) == pytest.approx((below + share * (work - below)) / 1e9)
 
 
 def test_batches_that_are_alike_are_measured_once(bundle: Bundle) -> None:
     """Where no shape costs a compilation."""
     workload = _workload(bundle, [56, 55, 24], batch_size=1, epochs=1, shuffle=False)
-    choice = choose(bundle.manifest, TrainConfig("onnxruntime"), workload.work(), lambda text: None)
+    choice = choose(bundle.manifest, request_of(TrainConfig("onnxruntime")), workload.work())
     batches = [batch for step in workload.steps() for batch in step]
-    model = CostModel(bundle, choice)
+    model = CostModel(bundle.manifest, choice.plan, choice.footprint)
     least, less, most = sorted(map(model.of, batches))
     assert least < 0.9 * less and 0.9 * most < less < most
     assert [work for work, _ in time_steps(bundle, choice, batches).points] == [least, less]
@@ -475,10 +477,10 @@ def test_as_many_layers_are_measured_as_there_is_time_for() -> None:
 def test_a_short_row_tells_what_long_ones_take(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing else is affordable; what streamed weights cost is no position's."""
     workload = _workload(bundle, [64] * 16, batch_size=16, epochs=1)
-    choice = choose(bundle.manifest, TrainConfig("onnxruntime", plan="stream"), workload.work(), lambda text: None)
+    choice = choose(bundle.manifest, request_of(TrainConfig("onnxruntime", plan="stream")), workload.work())
     monkeypatch.setattr(timing, "_SLOW", 1.0)
     monkeypatch.setattr(timing, "_AIM", 0.0)
-    cut = {layers: CostModel(*timing._cut(bundle, choice, layers)) for layers in (1, 2)}
+    cut = {layers: timing._cost_model(*timing._cut(bundle, choice, layers)) for layers in (1, 2)}
     parameters = len(bundle.manifest.lora.shapes()) // bundle.manifest.architecture.num_hidden_layers
 
     def timed(session: LayeredSession, batch: Batch) -> float:
@@ -486,7 +488,7 @@ def test_a_short_row_tells_what_long_ones_take(bundle: Bundle, monkeypatch: pyte
 
     monkeypatch.setattr(timing, "_timed", timed)
     (batch,) = next(workload.steps())
-    work = CostModel(bundle, choice).of(batch)
+    work = CostModel(bundle.manifest, choice.plan, choice.footprint).of(batch)
     assert time_steps(bundle, choice, [batch]).seconds(work) == pytest.approx(work / 1e6, rel=0.3)
 
 

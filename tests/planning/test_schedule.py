@@ -8,7 +8,8 @@ import pytest
 
 from edgetune.config import Schedule, TrainConfig
 from edgetune.errors import UsageError
-from edgetune.planning.schedule import check_options, learning_rate, schedule_steps
+from edgetune.planning.schedule import learning_rate, schedule_steps
+from support.run_requests import request_of
 
 NAMES: dict[Schedule, str] = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -40,7 +41,7 @@ def test_rates_are_those_of_transformers(schedule: Schedule, warmup: int, total:
     ],
 )
 def test_steps_of_a_run(rows: int, config: TrainConfig, batches: int, epoch: int, total: int) -> None:
-    schedule = schedule_steps(rows, config)
+    schedule = schedule_steps(rows, request_of(config))
     assert (schedule.batches_per_epoch, schedule.steps_per_epoch, schedule.total_steps) == (batches, epoch, total)
     assert sum(schedule.batches(step) for step in range(epoch)) == batches
 
@@ -59,18 +60,19 @@ def test_steps_of_a_run(rows: int, config: TrainConfig, batches: int, epoch: int
     ],
 )
 def test_part_of_an_epoch_has_the_steps_of_the_number_that_was_written(written: str, epoch: int, total: int) -> None:
-    assert schedule_steps(epoch, TrainConfig(batch_size=1, epochs=float(written))).total_steps == total
+    assert schedule_steps(epoch, request_of(TrainConfig(batch_size=1, epochs=float(written)))).total_steps == total
 
 
 def test_every_hundredth_of_an_epoch_of_a_hundred_steps_is_a_step() -> None:
     hundredths = range(1, 1001)
-    found = [schedule_steps(100, TrainConfig(batch_size=1, epochs=float(f"{n / 100:.2f}"))) for n in hundredths]
+    asked = [request_of(TrainConfig(batch_size=1, epochs=float(f"{n / 100:.2f}"))) for n in hundredths]
+    found = [schedule_steps(100, request) for request in asked]
     assert [schedule.total_steps for schedule in found] == list(hundredths)
 
 
 def test_validation_is_due_at_the_end_and_after_each_of_several_epochs() -> None:
     def due(config: TrainConfig) -> list[int]:
-        schedule = schedule_steps(6, config)
+        schedule = schedule_steps(6, request_of(config))
         due = [step for step in range(1, schedule.total_steps + 1) if schedule.validates_after(step)]
         assert schedule.validations() == 1 + len(due)
         return due
@@ -82,9 +84,9 @@ def test_validation_is_due_at_the_end_and_after_each_of_several_epochs() -> None
 
 
 def test_warmup_must_end() -> None:
-    assert schedule_steps(4, TrainConfig(steps=5, warmup_steps=4)).total_steps == 5
+    assert schedule_steps(4, request_of(TrainConfig(steps=5, warmup_steps=4))).total_steps == 5
     with pytest.raises(UsageError, match="warmup_steps is 5, but the run has 5 steps"):
-        schedule_steps(4, TrainConfig(steps=5, warmup_steps=5))
+        schedule_steps(4, request_of(TrainConfig(steps=5, warmup_steps=5)))
 
 
 @pytest.mark.parametrize(
@@ -110,9 +112,9 @@ def test_warmup_must_end() -> None:
 )
 def test_impossible_options_are_refused(config: TrainConfig, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_options(config)
+        request_of(config)
 
 
 def test_all_impossible_options_are_named_at_once() -> None:
     with pytest.raises(UsageError, match=r"(?s)batch_size.*learning_rate"):
-        check_options(TrainConfig(batch_size=0, learning_rate=-1.0, init_adapter=Path("x")))
+        request_of(TrainConfig(batch_size=0, learning_rate=-1.0, init_adapter=Path("x")))

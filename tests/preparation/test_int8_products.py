@@ -15,15 +15,15 @@ from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.roles import BACKWARD, FORWARD, SCALES
 from edgetune.model.pieces import Pieces
 from edgetune.runtimes import onnxruntime as stock
-from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.execution import ExecutionPlan, LayeredPlan
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from support.oracle import cosine
 from support.prepared_bundles import InPieces, Prepared, each_bundle
 from support.random_rows import lengths_of, rows_of
 from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
-KEEP = ExecutionPlan("layered", products="int8", kept_layers=2, resident=True)
-STREAM = ExecutionPlan("layered", products="int8", kept_layers=1, resident=False, lean=True, head_tokens=100)
+KEEP = LayeredPlan(precision="int8", kept_layers=2, resident=True)
+STREAM = LayeredPlan(precision="int8", kept_layers=1, resident=False, lean=True, head_tokens=100)
 PROJECTION = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -47,7 +47,7 @@ def assert_near_float32(bundle: Bundle, variant: str, plan: ExecutionPlan) -> No
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(1, lengths_of(variant, 1)))
     losses, gradients = [], []
-    for chosen in (replace(plan, products="fp32"), plan):
+    for chosen in (replace(plan, precision="fp32"), plan):
         with stock.open_session(bundle, parameters, OPTIMIZER, chosen) as session:
             losses.append(session.step([batch], LEARNING_RATE).loss)
             gradients.append(session.gradients())
@@ -67,7 +67,7 @@ def test_the_lowest_layers_can_be_exact(prepared: Prepared, plan: ExecutionPlan)
     parameters, batch = adapter_of(bundle), batch_of(bundle, rows_of(1, [17, 23]))
     losses, worst = [], []
     exact: dict[str, np.ndarray] = {}
-    for chosen in (replace(plan, products="fp32"), *(replace(plan, exact_layers=count) for count in (2, 1, 0))):
+    for chosen in (replace(plan, precision="fp32"), *(replace(plan, exact_layers=count) for count in (2, 1, 0))):
         with stock.open_session(bundle, parameters, OPTIMIZER, chosen) as session:
             losses.append(session.step([batch], LEARNING_RATE).loss)
             found = {name: np.array(values) for name, values in session.gradients().items()}

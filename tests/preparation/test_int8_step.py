@@ -21,7 +21,7 @@ from edgetune.formats.roles import INT8_STEP
 from edgetune.preparation import prepare
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes import qnn
-from edgetune.runtimes.execution import WHOLE_STEP, Accelerator
+from edgetune.runtimes.execution import Accelerator, WholePlan
 from support.oracle import cosine
 from support.prepared_bundles import CONFIG, prepare_tiny
 from support.random_rows import rows_of
@@ -86,11 +86,11 @@ def test_the_whole_step_is_one_node_with_good_gradients(int8_bundle: tuple[NpuKi
     form, bundle = int8_bundle
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(1, [17, 23]))
-    with stock.open_session(bundle, parameters, OPTIMIZER) as exact:
+    with stock.open_session(bundle, parameters, OPTIMIZER, WholePlan()) as exact:
         expected = exact.step([batch], LEARNING_RATE)
         gradients = dict(exact.gradients())  # type: ignore[attr-defined]
-    plan = replace(WHOLE_STEP, products="int8", accelerator=Accelerator(require=True))
-    with qnn.open_session(bundle, parameters, OPTIMIZER, plan) as session:
+    plan = WholePlan(precision="int8", accelerator=Accelerator(require=True))
+    with qnn.RUNTIME.open_session(bundle, parameters, OPTIMIZER, plan) as session:
         result = session.step([batch], LEARNING_RATE)
         found = dict(session.gradients())  # type: ignore[attr-defined]
         (placement,) = session.placements()  # type: ignore[attr-defined]

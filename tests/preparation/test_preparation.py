@@ -23,6 +23,7 @@ from edgetune.model.lora import initial_parameters
 from edgetune.preparation import HOST_TOOLS, prepare
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.contract import OptimizerConfig, StepResult
+from edgetune.runtimes.execution import WholePlan
 from edgetune.runtimes.ort_training import runtime as ort_training
 from support import oracle, prepared_bundles
 from support.oracle import relative
@@ -87,8 +88,8 @@ def test_loss_graph_predicts_as_pytorch(prepared: Prepared, variant: str, base: 
 def train_with(
     runtime: ModuleType, bundle: Bundle, parameters: dict[str, Array], variant: str
 ) -> tuple[list[StepResult], dict[str, Array]]:
-    """Every other step has two passes of different size."""
-    with runtime.open_session(bundle, parameters, OPTIMIZER) as session:
+    """Every other step accumulates two batches of different size."""
+    with runtime.open_session(bundle, parameters, OPTIMIZER, WholePlan()) as session:
         results = []
         for step in range(STEPS):
             rows = rows_of(step, lengths_of(variant, step))

@@ -16,19 +16,19 @@ from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes import openvino
 from edgetune.runtimes.contract import OptimizerConfig
-from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.execution import ExecutionPlan, LayeredPlan
 from edgetune.runtimes.layered.bindings import Bindings
 from support.prepared_bundles import InPieces, Prepared
 from support.random_rows import rows_of
 from support.tiny_step import adapter_of, batch_of
 
 FIXED = OptimizerConfig(weight_decay=0.0, max_grad_norm=0.0)
-KEEP = ExecutionPlan("layered", kept_layers=2, resident=True, head_rows=1024)
+KEEP = LayeredPlan(kept_layers=2, resident=True, head_rows=1024)
 PLANS = {
     "keep": KEEP,
     "recompute": replace(KEEP, kept_layers=1),
     "lean": replace(KEEP, kept_layers=1, lean=True),
-    "int8 above an exact layer": replace(KEEP, products="int8", exact_layers=1),
+    "int8 above an exact layer": replace(KEEP, precision="int8", exact_layers=1),
     "stream": replace(KEEP, kept_layers=0, lean=True, resident=False, head_tokens=100),
 }
 RUNTIMES = [
@@ -109,7 +109,7 @@ def assert_batches_do_not_mix(bundle: Bundle, runtime: ModuleType, tolerance: fl
         session.step([one], 0.0)
         found = copies(session.gradients())
     tokens = [batch.trained_tokens for batch in (one, other)]
-    tolerance = INT8_TOLERANCE if plan.products == "int8" else tolerance
+    tolerance = INT8_TOLERANCE if plan.precision == "int8" else tolerance
     for name, values in both.items():
         mean = sum(count * gradient[name] for count, gradient in zip(tokens, alone, strict=True)) / sum(tokens)
         assert np.linalg.norm(values - mean) <= tolerance * np.linalg.norm(mean), name

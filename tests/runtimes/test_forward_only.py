@@ -19,7 +19,7 @@ from edgetune.formats.bundle import Bundle
 from edgetune.model.rope import Rope
 from edgetune.runtimes import find_runtime, openvino_core
 from edgetune.runtimes.contract import OptimizerConfig
-from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.execution import LayeredPlan, WholePlan
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig, signs
 from edgetune.training import TrainResult, train
 from support.bigram_runtime import BigramSession
@@ -384,9 +384,9 @@ def test_a_run_says_where_its_forward_graphs_run(runtime: Any, graphs: list[str]
 
 
 PLANS = {
-    "whole": WHOLE_STEP,
-    "resident": ExecutionPlan("layered", resident=True),
-    "streamed": ExecutionPlan("layered", resident=False, head_rows=16, head_tokens=100),
+    "whole": WholePlan(),
+    "resident": LayeredPlan(resident=True),
+    "streamed": LayeredPlan(resident=False, head_rows=16, head_tokens=100),
 }
 
 
@@ -410,7 +410,7 @@ def test_a_forward_pass_has_the_loss_of_a_session_with_the_same_parameters(
     if runtime == "openvino":
         exact = found.abilities().exact
         assert exact is not None
-        plan = replace(plan, products=exact.products)
+        plan = replace(plan, precision=exact.precision)
     with found.open_forward(bundle, others, plan) as forward:
         base = forward.evaluate(batch)
         for parameter, values in wanted.items():

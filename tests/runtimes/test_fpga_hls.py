@@ -228,7 +228,8 @@ def test_with_exact_products_adapters_and_gradients_are_the_cpus(prepared: Prepa
     layers = DecoderLayers(bundle, 1, exact_products(bundle))
     backend = OrtBackend(bundle, "fp32")
     found, expected = (
-        LayeredSession(bundle, adapter, OPTIMIZER, WHOLE, backend, emulated=emulated) for emulated in (layers, None)
+        LayeredSession(bundle, adapter, OPTIMIZER, WHOLE, backend, lowest=lowest)
+        for lowest in (layers.with_adapters, None)
     )
     assert found.evaluate(batch) == pytest.approx(expected.evaluate(batch), rel=1e-5)
     found.step([batch], 1e-3)

@@ -15,7 +15,7 @@ from edgetune.formats import layered_graphs as pieces
 from edgetune.formats.manifest import Graph
 from edgetune.model.pieces import Pieces
 from edgetune.runtimes import onnxruntime as stock
-from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.execution import LayeredPlan, WholePlan
 from edgetune.runtimes.layered.weights import ReusedMemory
 from support import oracle
 from support.oracle import relative
@@ -24,8 +24,8 @@ from support.random_rows import lengths_of, rows_of
 from support.tiny_phi3 import checkpoint
 from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
-RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)
-KEEP = ExecutionPlan("layered", kept_layers=2, resident=True, head_rows=1024)
+RECOMPUTE = LayeredPlan(kept_layers=0, resident=False, head_rows=16, head_tokens=100)
+KEEP = LayeredPlan(kept_layers=2, resident=True, head_rows=1024)
 LEAN = replace(RECOMPUTE, lean=True)
 PLANS = {
     "recompute": RECOMPUTE,
@@ -70,7 +70,7 @@ def test_steps_are_those_of_the_whole_graph(prepared: Prepared, variant: str, ba
     bundle = prepared(variant, base)
     parameters = adapter_of(bundle)
     learnt = {}
-    for plan in (WHOLE_STEP, RECOMPUTE, KEEP):
+    for plan in (WholePlan(), RECOMPUTE, KEEP):
         with stock.open_session(bundle, parameters, OPTIMIZER, plan) as session:
             results = []
             for step in range(6):
@@ -78,7 +78,7 @@ def test_steps_are_those_of_the_whole_graph(prepared: Prepared, variant: str, ba
                 groups = [rows[:1], rows[1:]] if step % 2 else [rows]
                 results.append(session.step([batch_of(bundle, group) for group in groups], LEARNING_RATE))
             learnt[plan] = results, session.adapter()
-    expected, adapter = learnt.pop(WHOLE_STEP)
+    expected, adapter = learnt.pop(WholePlan())
     for results, found in learnt.values():
         np.testing.assert_allclose([r.loss for r in results], [r.loss for r in expected], rtol=1e-5)
         np.testing.assert_allclose([r.grad_norm for r in results], [r.grad_norm for r in expected], rtol=1e-4)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes.execution import WholePlan
 from edgetune.runtimes.onnx_session import open_graph
 from edgetune.runtimes.placement import Placement
 from edgetune.runtimes.whole.compiled import AcceleratorGraphs, AcceleratorSession, Arrays
@@ -86,7 +87,7 @@ def test_an_overflow_is_computed_again_with_a_smaller_scale(prepared: Prepared, 
     bundle = prepared("multi-head", "fp32")
     batch = batch_of(bundle, rows_of(0, [9, 12]))
     parameters = adapter_of(bundle)
-    with stock.open_session(bundle, parameters, OPTIMIZER) as exact:
+    with stock.open_session(bundle, parameters, OPTIMIZER, WholePlan()) as exact:
         expected = exact.step([batch], LEARNING_RATE)
         gradients = exact.gradients()  # type: ignore[attr-defined]
     largest = max(float(np.abs(gradient).max()) for gradient in gradients.values())

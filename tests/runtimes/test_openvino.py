@@ -22,7 +22,7 @@ from edgetune.formats.roles import INT8, SCALES
 from edgetune.model.pieces import Pieces
 from edgetune.runtimes import find_runtime, openvino, openvino_core
 from edgetune.runtimes import onnxruntime as stock
-from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan, Products
+from edgetune.runtimes.execution import Accelerator, ExecutionPlan, LayeredPlan, Products, WholePlan
 from edgetune.runtimes.layered.channels import Channels, groups_of
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.openvino_core import core, has_bfloat16
@@ -37,13 +37,13 @@ from support.tiny_phi3 import checkpoint
 from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 installed = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
-RECOMPUTE = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16, head_tokens=100)
-KEEP = ExecutionPlan("layered", kept_layers=2, resident=True, head_rows=1024)
+RECOMPUTE = LayeredPlan(kept_layers=0, resident=False, head_rows=16, head_tokens=100)
+KEEP = LayeredPlan(kept_layers=2, resident=True, head_rows=1024)
 PLANS = {
     "recompute": RECOMPUTE,
     "keep": KEEP,
-    "int8 recompute": replace(RECOMPUTE, products="int8"),
-    "int8 keep": replace(KEEP, products="int8"),
+    "int8 recompute": replace(RECOMPUTE, precision="int8"),
+    "int8 keep": replace(KEEP, precision="int8"),
 }
 BF16_COSINE, BF16_LOSS, FP32_ERROR = 0.997, 2e-3, 1e-3
 INT8_COSINE, INT8_LOSS = 0.985, 5e-3
@@ -57,7 +57,7 @@ PROJECTION = "model.layers.1.mlp.down_proj.weight"
 def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base: Base, name: str) -> None:
     bundle = prepared(variant, base)
     plan = PLANS[name]
-    int8 = plan.products == "int8"
+    int8 = plan.precision == "int8"
     if int8 and openvino.abilities().int8 is None:
         pytest.skip("the processor has no bfloat16")
     precision = INT8_LOSS if int8 else BF16_LOSS
@@ -76,7 +76,7 @@ def test_loss_and_gradients_are_pytorchs(prepared: Prepared, variant: str, base:
     for name, parameter in oracle.trainable(model).items():
         assert parameter.grad is not None
         expected = parameter.grad.numpy()
-        if exact.products == "fp32":
+        if exact.precision == "fp32":
             assert relative(found[name], expected) <= FP32_ERROR, name
         else:
             assert oracle.cosine(found[name], expected) >= (INT8_COSINE if int8 else BF16_COSINE), name
@@ -93,9 +93,9 @@ def test_exact_layers_have_the_exact_plans_loss(prepared: Prepared, plan: Execut
         pytest.skip("the processor has no bfloat16")
     bundle = prepared("grouped-query", "int4")
     batch = batch_of(bundle, rows_of(1, [17, 23]))
-    int8 = replace(plan, products="int8")
+    int8 = replace(plan, precision="int8")
     losses = []
-    for chosen in (replace(plan, products=exact.products), replace(int8, exact_layers=2), int8):
+    for chosen in (replace(plan, precision=exact.precision), replace(int8, exact_layers=2), int8):
         with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, chosen) as session:
             losses.append(session.step([batch], LEARNING_RATE).loss)
     assert losses[1] == losses[0] != losses[2]
@@ -144,7 +144,7 @@ def test_weights_are_rounded_to_a_step(
         expected = expected[:, order]
     exact = OpenVinoBackend(shared, "CPU", None, KEEP, Channels())
     np.testing.assert_allclose(exact.restore(exact.weight("", block, np.empty)[""]), expected, rtol=2**-8)
-    int8 = OpenVinoBackend(shared, "CPU", None, replace(KEEP, products="int8"), Channels())
+    int8 = OpenVinoBackend(shared, "CPU", None, replace(KEEP, precision="int8"), Channels())
     found = int8.weight(INT8, block, np.empty)
     weight, scales = found[""], found[SCALES]
     assert (weight.dtype, weight.shape, scales.shape) == (np.int8, expected.shape, expected.shape[:1])
@@ -201,7 +201,7 @@ def test_a_compiled_whole_step_is_kept_and_verified(prepared: Prepared, tmp_path
     batch = batch_of(bundle, rows_of(0, [9]))
     placements, results = [], []
     for attempt in range(3):
-        with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP) as session:
+        with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()) as session:
             results.append(session.step([batch], LEARNING_RATE))
             placements += session.placements()  # type: ignore[attr-defined]
         if attempt == 1:
@@ -220,10 +220,10 @@ def test_a_compiled_whole_step_is_taken_without_reading_the_graph(prepared: Prep
     folder = copy_of_bundle(prepared("multi-head", "int4").path, tmp_path / "bundle")
     bundle = open_bundle(folder)
     batch = batch_of(bundle, rows_of(0, [9]))
-    with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP) as session:
+    with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()) as session:
         expected = session.step([batch], LEARNING_RATE)
     bundle.file("step").unlink()
-    with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP) as session:
+    with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()) as session:
         assert session.step([batch], LEARNING_RATE) == expected
 
 
@@ -232,11 +232,11 @@ def test_a_compiled_whole_step_that_no_longer_loads_is_compiled_again(prepared: 
     """Its hash is right, as when a driver has changed."""
     folder = copy_of_bundle(prepared("multi-head", "int4").path, tmp_path / "bundle")
     bundle = open_bundle(folder)
-    openvino.place(bundle, WHOLE_STEP, 1, 8)
+    openvino.place(bundle, WholePlan(), 1, 8)
     for path in folder.glob(".cache/contexts/*/record.json"):
         key = ContextKey(**json.loads(path.read_text())["key"])
         ContextStore(folder).save(key, b"of another driver", [])
-    found = [openvino.place(bundle, WHOLE_STEP, 1, 8) for _ in range(2)]
+    found = [openvino.place(bundle, WholePlan(), 1, 8) for _ in range(2)]
     assert [[placement.cached for placement in placements] for placements in found] == [[False] * 2, [True] * 2]
 
 
@@ -246,7 +246,7 @@ def test_the_shape_that_was_not_used_for_longest_makes_room(
 ) -> None:
     monkeypatch.setattr(graphs, "_MOST_GRAPHS", 2)
     bundle = prepared("multi-head", "int4")
-    with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WHOLE_STEP) as session:
+    with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()) as session:
         for length in (8, 16, 8, 24):
             session.evaluate(batch_of(bundle, rows_of(0, [length])))
         assert [length for _, _, length in session._graphs._graphs] == [8, 24]  # type: ignore[attr-defined]
@@ -260,10 +260,10 @@ def test_the_whole_step_follows_the_cpu(prepared: Prepared, variant: str, base: 
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(1, [17, 23]))
     exact = "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    with stock.open_session(bundle, parameters, OPTIMIZER) as reference:
+    with stock.open_session(bundle, parameters, OPTIMIZER, WholePlan()) as reference:
         expected = reference.step([batch], LEARNING_RATE)
         gradients = reference.gradients()  # type: ignore[attr-defined]
-    with openvino.open_session(bundle, parameters, OPTIMIZER, WHOLE_STEP) as session:
+    with openvino.open_session(bundle, parameters, OPTIMIZER, WholePlan()) as session:
         result = session.step([batch], LEARNING_RATE)
         found = session.gradients()  # type: ignore[attr-defined]
         (placement,) = session.placements()  # type: ignore[attr-defined]
@@ -280,7 +280,7 @@ def test_a_device_that_is_not_there_is_named(prepared: Prepared, device: DeviceT
     if any(name.startswith(device) for name in core().available_devices):
         pytest.skip(f"there is a {device} here")
     bundle = prepared("multi-head", "int4")
-    plan = replace(WHOLE_STEP, accelerator=Accelerator(device))
+    plan = WholePlan(accelerator=Accelerator(device))
     with (
         pytest.raises(IncompatibleError, match=f"finds no {device} here, only CPU"),
         openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, plan),
@@ -297,13 +297,13 @@ def test_a_refusal_without_words_is_named_by_its_kind(prepared: Prepared, monkey
 
     monkeypatch.setattr(OpenVinoCompiler, "_compile", refuse)
     with pytest.raises(IncompatibleError, match=r"cannot compile the graph 'step' \(RuntimeError\); train with"):
-        openvino.place(prepared("multi-head", "int4"), WHOLE_STEP, 1, 8)
+        openvino.place(prepared("multi-head", "int4"), WholePlan(), 1, 8)
 
 
 @installed
 def test_the_cpu_is_no_npu(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "int4")
-    plan = replace(WHOLE_STEP, accelerator=Accelerator(require=True))
+    plan = WholePlan(accelerator=Accelerator(require=True))
     with (
         pytest.raises(IncompatibleError, match="--require-npu asks for an NPU"),
         openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, plan),

@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 
 from edgetune.config import TrainConfig
+from edgetune.devices.place import Place
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.formats.adapter import read_adapter
-from edgetune.planning.options import resolve_config
+from edgetune.planning.options import resolve
 from edgetune.runtimes import openvino_ep
-from edgetune.runtimes.execution import Accelerator, ExecutionPlan
+from edgetune.runtimes.execution import Accelerator, ExecutionPlan, LayeredPlan
 from edgetune.runtimes.whole import plugin_runtime
 from support.bundle_copy import opened_copy
 from support.oracle import cosine
@@ -138,16 +139,16 @@ def test_without_a_device_of_intels_it_says_so(prepared: Prepared, monkeypatch: 
     for kind in ("CPU", "NPU"):
         plan = ExecutionPlan("whole", accelerator=Accelerator(kind))  # type: ignore[arg-type]
         with pytest.raises(IncompatibleError, match=f"finds no {kind} of Intel's here"):
-            openvino_ep.place(bundle, plan, 1, 8)
+            openvino_ep.RUNTIME.place(bundle, plan, 1, 8)
 
 
 def test_it_takes_no_layered_plan_and_its_cpu_is_no_npu(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "int4")
-    plan = ExecutionPlan("layered", kept_layers=0, resident=False, head_rows=16)
+    plan = LayeredPlan(kept_layers=0, resident=False, head_rows=16)
     with (
         pytest.raises(UsageError, match="the openvino-ep runtime takes no plan but `whole`"),
-        openvino_ep.open_session(bundle, adapter_of(bundle), OPTIMIZER, plan),
+        openvino_ep.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, plan),
     ):
         pass
     with pytest.raises(UsageError, match="--require-npu means nothing on OpenVINO's CPU; give --device-type NPU"):
-        resolve_config(TrainConfig(runtime="openvino-ep", require_npu=True), None, pytest.fail)
+        resolve(TrainConfig(runtime="openvino-ep", require_npu=True), Place())

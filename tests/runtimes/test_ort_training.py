@@ -9,6 +9,7 @@ import pytest
 from edgetune import side_environment
 from edgetune.errors import EdgetuneError, MissingDependencyError
 from edgetune.runtimes import find_runtime, install
+from edgetune.runtimes.execution import WholePlan
 from edgetune.runtimes.ort_training import runtime as ort_training
 from support.prepared_bundles import Prepared
 from support.random_rows import rows_of
@@ -36,7 +37,7 @@ def test_a_session_installs_nothing_and_says_nothing(
     capfd.readouterr()
     with (
         pytest.raises(MissingDependencyError, match="the side environment with ONNX Runtime Training is not there"),
-        ort_training.open_session(bundle, adapter_of(bundle), OPTIMIZER),
+        ort_training.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()),
     ):
         pass
     assert capfd.readouterr() == ("", "")
@@ -45,7 +46,7 @@ def test_a_session_installs_nothing_and_says_nothing(
 
 def test_no_process_and_no_pipe_is_left(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "fp32")
-    with ort_training.open_session(bundle, adapter_of(bundle), OPTIMIZER) as session:
+    with ort_training.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()) as session:
         assert session.step([batch_of(bundle, rows_of(0, [9]))], LEARNING_RATE).applied
     worker = session._worker
     assert worker.returncode is not None
@@ -57,7 +58,7 @@ def test_what_a_dead_worker_did_not_take_does_not_hide_why_it_died(prepared: Pre
     bundle = prepared("multi-head", "fp32")
     with (
         pytest.raises(EdgetuneError, match="worker ended"),
-        ort_training.open_session(bundle, adapter_of(bundle), OPTIMIZER) as session,
+        ort_training.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()) as session,
     ):
         session._worker.terminate()
         session._worker.wait()

@@ -22,7 +22,7 @@ from edgetune.formats.bundle import open_bundle
 from edgetune.runtimes import find_runtime, qnn
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.contract import Placed, Session
-from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.runtimes.execution import Accelerator, LayeredPlan, WholePlan
 from edgetune.runtimes.placement import Node, Partition
 from edgetune.runtimes.whole import plugin_runtime
 from edgetune.runtimes.whole.contexts import Context
@@ -40,7 +40,8 @@ from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 installed = pytest.mark.skipif(
     find_spec("onnxruntime_qnn") is None, reason="onnxruntime-qnn is not installed (x86-64 Linux has its emulator)"
 )
-NPU_ONLY = replace(WHOLE_STEP, accelerator=Accelerator(require=True))
+NPU_ONLY = WholePlan(accelerator=Accelerator(require=True))
+NPU_OR_CPU = WholePlan(accelerator=Accelerator())
 LOSS, WORST_COSINE, NORM = 5e-3, 0.999, 0.01
 STEPS, FOLLOWS = 100, 0.02
 
@@ -51,7 +52,7 @@ def placements(session: Session) -> dict[str, Any]:
 
 
 def plugin_of_qnn() -> Plugin:
-    return qnn.RUNTIME.plugin(qnn.RUNTIME.imported_package(), "onnxruntime-qnn", Accelerator())
+    return qnn.PLUGIN.plugin(qnn.RUNTIME.imported_package(), "onnxruntime-qnn", Accelerator())
 
 
 @pytest.mark.own
@@ -61,10 +62,10 @@ def test_the_whole_step_is_one_node_and_follows_the_cpu(prepared: Prepared, vari
     bundle = prepared(variant, base)
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(1, [17, 23]))
-    with stock.open_session(bundle, parameters, OPTIMIZER) as exact:
+    with stock.open_session(bundle, parameters, OPTIMIZER, WholePlan()) as exact:
         expected = exact.step([batch], LEARNING_RATE)
         gradients = exact.gradients()  # type: ignore[attr-defined]
-    with qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
+    with qnn.RUNTIME.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
         result = session.step([batch], LEARNING_RATE)
         found = session.gradients()  # type: ignore[attr-defined]
         placement = placements(session)["step"]
@@ -85,8 +86,8 @@ def test_longrope_beyond_its_original_positions(prepared: Prepared) -> None:
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(1, [70]))
     with (
-        stock.open_session(bundle, parameters, OPTIMIZER) as exact,
-        qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session,
+        stock.open_session(bundle, parameters, OPTIMIZER, WholePlan()) as exact,
+        qnn.RUNTIME.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session,
     ):
         assert session.evaluate(batch) == pytest.approx(exact.evaluate(batch), abs=LOSS)
         assert placements(session)["loss"].fallen_back == []
@@ -98,10 +99,10 @@ def test_passes_are_averaged_by_token(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "int4")
     parameters = adapter_of(bundle)
     batches = [batch_of(bundle, rows_of(seed, [length])) for seed, length in ((1, 8), (2, 15))]
-    with stock.open_session(bundle, parameters, OPTIMIZER) as exact:
+    with stock.open_session(bundle, parameters, OPTIMIZER, WholePlan()) as exact:
         expected = exact.step(batches, LEARNING_RATE)
         gradients = exact.gradients()  # type: ignore[attr-defined]
-    with qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
+    with qnn.RUNTIME.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
         result = session.step(batches, LEARNING_RATE)
         found = session.gradients()  # type: ignore[attr-defined]
     assert result.loss == pytest.approx(expected.loss, abs=LOSS)
@@ -117,7 +118,7 @@ def test_a_second_start_and_another_adapter_compile_nothing(
     bundle = opened_copy(prepared("grouped-query", "int4"), tmp_path / "bundle")
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(0, [7]))
-    with qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
+    with qnn.RUNTIME.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
         first = session.step([batch], LEARNING_RATE)
         assert not placements(session)["step"].cached
         session.step([batch], LEARNING_RATE)
@@ -125,7 +126,7 @@ def test_a_second_start_and_another_adapter_compile_nothing(
     builds = []
     monkeypatch.setattr(PluginCompiler, "_build", lambda *arguments, **options: builds.append(arguments))
     for other in (parameters, {name: 2 * value for name, value in parameters.items()}):
-        with qnn.open_session(bundle, other, OPTIMIZER, NPU_ONLY) as session:
+        with qnn.RUNTIME.open_session(bundle, other, OPTIMIZER, NPU_ONLY) as session:
             second = session.step([batch], LEARNING_RATE)
             assert placements(session)["step"].cached
             assert (second == first) is (other is parameters), "bit-identical, and another adapter is another step"
@@ -140,7 +141,7 @@ def test_a_damaged_context_is_compiled_again(prepared: Prepared, tmp_path: Path)
     batch = batch_of(bundle, rows_of(0, [7]))
     results = []
     for _ in range(2):
-        with qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
+        with qnn.RUNTIME.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
             results.append(session.step([batch], LEARNING_RATE))
             assert not placements(session)["step"].cached
         (compiled,) = (bundle.path / ".cache").rglob("compiled")
@@ -160,7 +161,7 @@ def test_a_context_that_names_another_file_is_refused(prepared: Prepared, tmp_pa
     bundle = opened_copy(prepared("grouped-query", "int4"), tmp_path / "bundle")
     parameters = adapter_of(bundle)
     batch = batch_of(bundle, rows_of(0, [7]))
-    with qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
+    with qnn.RUNTIME.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
         session.step([batch], LEARNING_RATE)
     (compiled,) = (bundle.path / ".cache").rglob("compiled")
     model = onnx.load(compiled)
@@ -175,7 +176,7 @@ def test_a_context_that_names_another_file_is_refused(prepared: Prepared, tmp_pa
     ContextStore(bundle.path).save(ContextKey(**record["key"]), model.SerializeToString(), partitions)
     with (
         pytest.raises(VerificationError, match=r"names the file '\.\./\.\./\.\./secret\.bin'"),
-        qnn.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session,
+        qnn.RUNTIME.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session,
     ):
         session.step([batch], LEARNING_RATE)
 
@@ -189,7 +190,7 @@ def test_a_context_that_no_longer_loads_is_compiled_again(prepared: Prepared, tm
 
     bundle = opened_copy(prepared("grouped-query", "int4"), tmp_path / "bundle")
     batch = batch_of(bundle, rows_of(0, [7]))
-    with qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
+    with qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
         expected = session.step([batch], LEARNING_RATE)
         partitions = placements(session)["step"].partitions
     (compiled,) = (bundle.path / ".cache").rglob("compiled")
@@ -200,7 +201,7 @@ def test_a_context_that_no_longer_loads_is_compiled_again(prepared: Prepared, tm
     record = json.loads((compiled.parent / "record.json").read_text())
     ContextStore(bundle.path).save(ContextKey(**record["key"]), model.SerializeToString(), partitions)
     for cached in (False, True):
-        with qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
+        with qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
             assert session.step([batch], LEARNING_RATE) == expected
             assert placements(session)["step"].cached is cached
 
@@ -212,9 +213,9 @@ def test_what_falls_back_is_told_and_can_be_refused(
     """Blocks of int4 weights, left as they are, are what the HTP does not take."""
     bundle = opened_copy(prepared("multi-head", "int4"), tmp_path / "bundle")
     asked_for = plugin_of_qnn()
-    monkeypatch.setattr(qnn.RUNTIME, "plugin", lambda *asked: replace(asked_for, session={}))
+    monkeypatch.setattr(qnn.PLUGIN, "plugin", lambda *asked: replace(asked_for, session={}))
     batch = batch_of(bundle, rows_of(0, [7]))
-    with qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, replace(WHOLE_STEP, accelerator=Accelerator())) as s:
+    with qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan(accelerator=Accelerator())) as s:
         assert s.step([batch], LEARNING_RATE).applied
         placement = placements(s)["step"]
     assert {node.operator for node in placement.fallen_back} == {"DequantizeLinear"}
@@ -227,7 +228,7 @@ def test_what_falls_back_is_told_and_can_be_refused(
         pytest.raises(
             IncompatibleError, match=r"nodes of the graph 'step' fall back.*--require-npu.*DequantizeLinear 17"
         ),
-        qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session,
+        qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session,
     ):
         session.step([batch], LEARNING_RATE)
 
@@ -239,12 +240,10 @@ def test_a_provider_that_takes_nothing_does_not_train_on_the_cpu_in_silence(
     bundle = opened_copy(prepared("multi-head", "fp32"), tmp_path / "bundle")
     asked_for = plugin_of_qnn()
     broken = replace(asked_for, options={**asked_for.options, "backend_path": "/nowhere/libQnnHtp.so"})
-    monkeypatch.setattr(qnn.RUNTIME, "plugin", lambda *asked: broken)
+    monkeypatch.setattr(qnn.PLUGIN, "plugin", lambda *asked: broken)
     with (
         pytest.raises(IncompatibleError, match=r"QNNExecutionProvider (takes none|cannot compile).*--runtime onnx"),
-        qnn.open_session(
-            bundle, adapter_of(bundle), OPTIMIZER, replace(WHOLE_STEP, accelerator=Accelerator())
-        ) as session,
+        qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_OR_CPU) as session,
     ):
         session.step([batch_of(bundle, rows_of(0, [7]))], LEARNING_RATE)
 
@@ -266,7 +265,7 @@ def test_a_failure_at_run_time_is_not_repeated_on_the_cpu(prepared: Prepared, mo
     from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 
     bundle = prepared("grouped-query", "int4")
-    with qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
+    with qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
         batch = batch_of(bundle, rows_of(0, [7]))
         session.step([batch], LEARNING_RATE)
         (graph,) = session._graphs._graphs.values()  # type: ignore[attr-defined]
@@ -350,7 +349,7 @@ def test_it_takes_no_layered_plan(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "int4")
     with (
         pytest.raises(UsageError, match="takes no plan but `whole`"),
-        qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER, ExecutionPlan("layered")),
+        qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, LayeredPlan()),
     ):
         pass
 
@@ -368,7 +367,7 @@ def test_without_an_npu_and_an_emulator_both_are_named(prepared: Prepared, monke
     bundle = prepared("multi-head", "int4")
     with (
         pytest.raises(IncompatibleError, match=r"finds no NPU and no emulator here; .*--runtime onnxruntime"),
-        qnn.open_session(bundle, adapter_of(bundle), OPTIMIZER),
+        qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()),
     ):
         pass
 
@@ -406,8 +405,8 @@ def test_inspect_shows_where_the_nodes_run(prepared: Prepared) -> None:
 def test_inspect_compiles_no_shape_that_nobody_trains(
     prepared: Prepared, buckets: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qnn, "abilities", lambda: None)
-    monkeypatch.setattr(qnn, "place", lambda *arguments: pytest.fail("it was compiled"))
+    watched = replace(qnn.RUNTIME, abilities=lambda: None, place=lambda *arguments: pytest.fail("it was compiled"))
+    monkeypatch.setattr(qnn, "RUNTIME", watched)
     bundle = prepared("grouped-query", "int4")
     assert bundle.manifest.max_length == 128
     refused = CliRunner().invoke(main, ["inspect", str(bundle.path), "--placement", "qnn", "--buckets", buckets])
@@ -421,7 +420,7 @@ def test_inspect_ends_with_4_where_a_node_falls_back(
 ) -> None:
     bundle = opened_copy(prepared("multi-head", "int4"), tmp_path / "bundle")
     asked_for = plugin_of_qnn()
-    monkeypatch.setattr(qnn.RUNTIME, "plugin", lambda *asked: replace(asked_for, session={}))
+    monkeypatch.setattr(qnn.PLUGIN, "plugin", lambda *asked: replace(asked_for, session={}))
     command = ["inspect", str(bundle.path), "--placement", "qnn", "--buckets", "1x8"]
     shown = CliRunner().invoke(main, command)
     assert shown.exit_code == 0, shown.output
@@ -451,6 +450,6 @@ def test_options_that_it_does_not_take(option: dict[str, Any], message: str, tmp
 def test_int8_needs_a_bundle_that_has_it(prepared: Prepared, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "is it on?", "completion": "it is"}) + "\n")
-    config = TrainConfig(runtime="qnn", plan="int8", steps=1)
+    config = TrainConfig(runtime="qnn", precision="int8", steps=1)
     with pytest.raises(IncompatibleError, match=r"no graph 'step_int8'.*--npu blocks"):
         train(prepared("multi-head", "int4").path, rows, None, tmp_path / "adapter", config, Recorder())

@@ -187,9 +187,7 @@ def test_a_small_android_app_is_one_pack(golden: Bundle, tmp_path: Path) -> None
     assert_computes_the_same(golden, pack / "src/main/assets")
 
 
-def test_a_large_android_app_follows_in_packs(
-    golden: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_android_app_follows_in_packs(golden: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packs, "SMALL_PACK", 100_000)
     platform = replace(PLATFORMS["android"], shard=80_000)
     manifest = made(golden, tmp_path / "android", "android", platform).manifest

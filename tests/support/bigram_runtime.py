@@ -10,7 +10,7 @@ import numpy as np
 from edgetune.data.batches import Batch
 from edgetune.formats.bundle import Bundle
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.contract import Abilities, OptimizerConfig, StepResult
+from edgetune.runtimes.contract import Abilities, OptimizerConfig, Runtime, StepResult
 from edgetune.runtimes.execution import ExecutionPlan
 from support.tiny_bundle import BASE_LOGITS, LORA, SLOT, VOCABULARY
 
@@ -75,7 +75,7 @@ class BigramSession:
 
 
 def abilities() -> Abilities:
-    return Abilities(whole=True, exact=None, int8=None, preferred=True, forward=True)
+    return Abilities(whole=True, exact=None, int8=None, preferred=True)
 
 
 def version() -> str:
@@ -97,3 +97,6 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
     """Follows `edgetune.runtimes.contract.Runtime`."""
     with open_session(bundle, parameters, OptimizerConfig(0.0, 0.0), plan) as session:
         yield session
+
+
+RUNTIME = Runtime(abilities, version, open_session, open_forward)

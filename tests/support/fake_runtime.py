@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
 from edgetune.errors import MissingDependencyError
-from edgetune.runtimes.contract import Abilities
+from edgetune.runtimes.contract import Abilities, Runtime
 from edgetune.runtimes.footprint import Footprint
 
 FOOTPRINT = Footprint(
-    products="fp32",
+    precision="fp32",
     storage=4,
     base=10_000_000,
     attention_states=40.0,
@@ -35,7 +35,7 @@ FOOTPRINT = Footprint(
     backward=1_000_000,
     dequantise=90.0,
 )
-INT8 = replace(FOOTPRINT, products="int8", weight=2.0)
+INT8 = replace(FOOTPRINT, precision="int8", weight=2.0)
 
 
 @dataclass
@@ -52,6 +52,10 @@ class FakeRuntime:
         if not self.installed:
             raise MissingDependencyError("it is not installed")
         return Abilities(self.whole, self.exact, self.int8, self.preferred)
+
+    @property
+    def RUNTIME(self) -> Runtime:  # noqa: N802, as a module of runtimes has it
+        return Runtime(self.abilities, lambda: "fake", cast(Any, None), open_forward=cast(Any, lambda: None))
 
 
 @contextmanager

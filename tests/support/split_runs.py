@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from edgetune.config import TrainConfig
 from edgetune.formats.bundle import Bundle
-from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.onnx_session import open_graph
 from edgetune.split.graph import build_trunk
 
 Floats = NDArray[np.float32]
-WHOLE = ExecutionPlan("layered", kept_layers=2)
+WHOLE = LayeredPlan(kept_layers=2)
 ROWS = [
     {"prompt": f"turn the lamp in the {room} {state}", "completion": f" the lamp is {state} now"}
     for room in ("kitchen", "hall", "office", "cellar")

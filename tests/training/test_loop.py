@@ -32,6 +32,7 @@ from edgetune.formats.storage import locked, sha256_of
 from edgetune.model.lora import Lora, initial_parameters
 from edgetune.training import StartInfo, StepMetrics, TrainResult, train
 from edgetune.training.record import RunRecord, peak_memory_bytes
+from support import bigram_runtime
 from support.bigram_runtime import BigramSession
 from support.recorder import Recorder, metrics
 from support.tiny_bundle import BASE, LORA, MAX_LENGTH, SLOT, make_bundle, some_rows, write_rows
@@ -74,7 +75,8 @@ def left_in(folder: Path) -> set[str]:
 
 
 def test_what_a_runtime_installs_is_a_notice(bundle: Bundle, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("support.bigram_runtime.install", lambda notice: notice("Installing …"), raising=False)
+    installing = replace(bigram_runtime.RUNTIME, install=lambda notice: notice("Installing …"))
+    monkeypatch.setattr(bigram_runtime, "RUNTIME", installing)
     _, seen = run(bundle, data, FAST)
     assert "Installing …" in seen.notices
 
@@ -336,7 +338,7 @@ def unloadable(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     def refuse(*_: object) -> None:
         raise AssertionError("the model was loaded before the input was refused")
 
-    monkeypatch.setattr("support.bigram_runtime.open_session", refuse)
+    monkeypatch.setattr(bigram_runtime, "RUNTIME", replace(bigram_runtime.RUNTIME, open_session=refuse))
     return bundle
 
 

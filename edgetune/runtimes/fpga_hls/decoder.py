@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,9 @@ from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.json_file import read_object
 from edgetune.model.pieces import LAYER_PREFIX
+from edgetune.runtimes.layered.backend import Arrays
+from edgetune.runtimes.layered.lower_layers import SublayerForward
+from edgetune.runtimes.layered.parameters import FlatParameters
 from edgetune.runtimes.placement import Placement
 
 Floats = NDArray[np.float32]
@@ -47,10 +52,14 @@ class DecoderLayers:
         self, bundle: Bundle, layers: int, products: Mapping[str, Product], placement: Placement | None = None
     ) -> None:
         self.layers, self.placement = layers, placement
-        self._architecture = bundle.manifest.architecture
+        self._architecture, self._scaling = bundle.manifest.architecture, bundle.manifest.lora.scaling
         self._frozen = FrozenWeights(bundle.path, self._architecture)
         self._products = products
         self._epsilon = _epsilon(bundle.path / "config.json")
+
+    def with_adapters(self, parameters: FlatParameters) -> AdaptedLayers:
+        """The same layers with adapters beside their products."""
+        return AdaptedLayers(self, parameters, np.float32(self._scaling))
 
     def forward(self, hidden: Floats, rope_cos: Floats, rope_sin: Floats) -> Floats:
         """See `TrunkLayers.forward`."""
@@ -112,6 +121,53 @@ class DecoderLayers:
         mean = np.mean(hidden * hidden, axis=-1, keepdims=True)
         normal: Floats = self._frozen.plain(weight) * (hidden / np.sqrt(mean + self._epsilon))
         return normal
+
+
+class AdaptedLayers:
+    """The lowest layers of a session, forward, each sublayer by itself; see `LowestLayers`.
+
+    Args:
+        decoder: Computes them.
+        parameters: LoRA parameters, as they are when a sublayer runs.
+        scaling: alpha / rank.
+    """
+
+    def __init__(self, decoder: DecoderLayers, parameters: FlatParameters, scaling: np.float32) -> None:
+        self.layers, self.placement = decoder.layers, decoder.placement
+        self._parameters, self._scaling = parameters, scaling
+        self.sublayers: tuple[SublayerForward, SublayerForward] = (
+            _Attention(decoder, self._update),
+            _Mlp(decoder, self._update),
+        )
+
+    def _update(self, module: str, states: Floats) -> Floats | float:
+        """What a projection's adapter adds (Hu et al. 2021)."""
+        a, b = (f"{module}.lora_{matrix}.weight" for matrix in "AB")
+        if a not in self._parameters:
+            return 0.0
+        small: Floats = states @ self._parameters.parameter(a).T * self._scaling
+        added: Floats = small @ self._parameters.parameter(b).T
+        return added
+
+
+@dataclass(frozen=True)
+class _Attention:
+    decoder: DecoderLayers
+    update: Update
+
+    def forward(self, layer: int, tables: Arrays, hidden: NDArray[Any], output: NDArray[Any], keep: str | None) -> None:
+        """See `SublayerForward`; nothing is kept."""
+        output[...] = self.decoder.attention(layer, hidden, **tables, update=self.update)
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    decoder: DecoderLayers
+    update: Update
+
+    def forward(self, layer: int, tables: Arrays, hidden: NDArray[Any], output: NDArray[Any], keep: str | None) -> None:
+        """See `SublayerForward`; nothing is kept."""
+        output[...] = self.decoder.mlp(layer, hidden, self.update)
 
 
 def _epsilon(path: Path) -> np.float32:

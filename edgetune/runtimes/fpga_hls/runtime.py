@@ -1,8 +1,8 @@
 """An FPGA emulation: the trunk's frozen projections in hls4ml's C simulation, everything else on the CPU.
 
-What an FPGA would compute, bit for bit, for models that are small enough for one. By the plan `split` the trunk's
-layers have no adapters, and each row goes through them once. By the others they have: adapters are added to the
-products on the CPU, which also has all gradients, and every step goes through the simulation.
+What an FPGA would compute, bit for bit, for models that are small enough for one. With `--trunk` the trunk's layers
+have no adapters, and each row goes through them once. Without it they have: adapters are added to the products on the
+CPU, which also has all gradients, and every step goes through the simulation.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from edgetune.errors import UsageError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import FOLDER, read_trunk_info
 from edgetune.model.lora import Parameters
 from edgetune.runtimes import onnxruntime as stock
-from edgetune.runtimes.contract import Abilities, OptimizerConfig, Session
-from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.contract import Abilities, OptimizerConfig, Runtime, Session
+from edgetune.runtimes.execution import ExecutionPlan, WholePlan
 from edgetune.runtimes.fpga_hls.core import require_compiler, require_hls4ml, simulate
 from edgetune.runtimes.fpga_hls.cores import trunk_cores
 from edgetune.runtimes.fpga_hls.decoder import DecoderLayers
@@ -37,16 +38,16 @@ _EMULATION = 25_000_000
 
 
 def abilities() -> Abilities:
-    """See `edgetune.runtimes.contract.Runtime.abilities`."""
+    """See `edgetune.runtimes.contract.Runtime`."""
     require_hls4ml()
     require_compiler()
     cpu = stock.abilities()
     exact = cpu.exact and replace(cpu.exact, base=cpu.exact.base + _EMULATION)
-    return replace(cpu, whole=False, exact=exact, int8=None, preferred=False, forward=False, emulation=True)
+    return replace(cpu, whole=False, exact=exact, int8=None, preferred=False, emulation=True)
 
 
 def version() -> str:
-    """See `edgetune.runtimes.contract.Runtime.version`."""
+    """See `edgetune.runtimes.contract.Runtime`."""
     import hls4ml
 
     return f"FPGA emulation (hls4ml {hls4ml.__version__} C simulation), {stock.version()}"
@@ -54,7 +55,7 @@ def version() -> str:
 
 @contextmanager
 def open_session(
-    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
+    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan
 ) -> Iterator[Session]:
     """Write and compile a simulation for each projection; see `edgetune.runtimes.contract.Runtime`.
 
@@ -62,7 +63,10 @@ def open_session(
         IncompatibleError: The bundle has no trunk, or an FPGA does not hold its weights.
         MissingDependencyError: hls4ml or g++ is not installed.
         EdgetuneError: The compiler gave up.
+        UsageError: The plan is the whole step, and only layers are simulated.
     """
+    if isinstance(plan, WholePlan):
+        raise UsageError(f"the {NAME} runtime takes no plan `whole`; leave --plan at auto")
     info = read_trunk_info(bundle)
     cores = trunk_cores(bundle, info, KV260)
     # Nothing that was compiled before is loaded: a library runs whatever it holds.
@@ -71,11 +75,11 @@ def open_session(
         products = {core.size.name: each.run for core, each in zip(cores, simulations, strict=True)}
         layers = DecoderLayers(bundle, info.layers, products, emulation([core.size for core in cores], KV260))
         backend = OrtBackend(bundle, "fp32")
-        if plan.trunk_layers:
-            trunk = Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), layers, plan.trunk_cache_bytes)
+        if plan.trunk is not None:
+            trunk = Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), layers, plan.trunk.cache_bytes)
             yield LayeredSession(bundle, parameters, optimizer, plan, backend, trunk)
         else:
-            yield LayeredSession(bundle, parameters, optimizer, plan, backend, emulated=layers)
+            yield LayeredSession(bundle, parameters, optimizer, plan, backend, lowest=layers.with_adapters)
 
 
 def emulation(cores: Sequence[CoreSize], fpga: Fpga) -> Placement:
@@ -95,3 +99,6 @@ def emulation(cores: Sequence[CoreSize], fpga: Fpga) -> Placement:
     others = [Node(operator, module, reason) for module in modules for operator in _ON_CPU[module.rpartition(".")[2]]]
     partitions = [Partition(NAME, [Node("Dense", core.name)]) for core in cores]
     return Placement(FOLDER, 1, 1, NAME, device, [*partitions, Partition(CPU, others)], cached=False)
+
+
+RUNTIME = Runtime(abilities, version, open_session)

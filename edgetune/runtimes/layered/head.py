@@ -13,7 +13,7 @@ from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import HEAD, FrozenWeights
 from edgetune.formats.roles import LAYERS
 from edgetune.model.pieces import Slice
-from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.layered.backend import Backend, LayeredGraph
 from edgetune.runtimes.layered.weights import LinearWeights
 
@@ -37,7 +37,7 @@ class Head:
     """
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, frozen: FrozenWeights, linear: LinearWeights, plan: ExecutionPlan
+        self, bundle: Bundle, backend: Backend, frozen: FrozenWeights, linear: LinearWeights, plan: LayeredPlan
     ) -> None:
         self._bundle, self._backend = bundle, backend
         self._forward = self._load("head")

@@ -20,7 +20,8 @@ from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import EMBEDDING, FrozenWeights
 from edgetune.formats.trunk import GRAPH, TrunkInfo, read_trunk_info
-from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.execution import LayeredPlan
+from edgetune.runtimes.layered.backend import Arrays
 from edgetune.runtimes.onnx_session import open_graph, partitions_of
 from edgetune.runtimes.placement import Partition, Placement
 from edgetune.runtimes.verified_cache import CACHE
@@ -46,6 +47,25 @@ class TrunkLayers(Protocol):
             rope_sin: The same.
         """
         ...
+
+
+class SublayerForward(Protocol):
+    """The forward pass of one sublayer of every layer; `SublayerRunner` has it."""
+
+    def forward(self, layer: int, tables: Arrays, hidden: NDArray[Any], output: NDArray[Any], keep: str | None) -> None:
+        """Write a layer's output; see `SublayerRunner.forward`."""
+        ...
+
+
+class LowestLayers(Protocol):
+    """The lowest layers as another device computes them forward, with their adapters."""
+
+    layers: int
+    """How many."""
+    placement: Placement | None
+    """Where they run, if it is known."""
+    sublayers: tuple[SublayerForward, SublayerForward]
+    """Attention and the feed-forward network."""
 
 
 class Trunk:
@@ -197,9 +217,9 @@ def vitisai_options(bundle: Path, sha256: str, config: Path | None) -> dict[str,
     return options
 
 
-def open_trunk(bundle: Bundle, plan: ExecutionPlan) -> Trunk | None:
+def open_trunk(bundle: Bundle, plan: LayeredPlan) -> Trunk | None:
     """The trunk that a plan wants; none where it runs all layers itself."""
-    if not plan.trunk_layers:
+    if plan.trunk is None:
         return None
-    layers = QuantisedLayers(bundle, plan.vitisai_config)
-    return Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), layers, plan.trunk_cache_bytes)
+    layers = QuantisedLayers(bundle, plan.trunk.vitisai_config)
+    return Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), layers, plan.trunk.cache_bytes)

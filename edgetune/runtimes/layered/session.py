@@ -15,14 +15,13 @@ from edgetune.formats.frozen_weights import EMBEDDING, FrozenWeights
 from edgetune.formats.roles import LAYERS
 from edgetune.model.lora import Parameters
 from edgetune.runtimes.contract import OptimizerConfig, StepResult
-from edgetune.runtimes.execution import ExecutionPlan
-from edgetune.runtimes.fpga_hls.decoder import DecoderLayers
+from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.layered.backend import Arrays, Backend
 from edgetune.runtimes.layered.head import Head
-from edgetune.runtimes.layered.lower_layers import Trunk, open_trunk
+from edgetune.runtimes.layered.lower_layers import LowestLayers, SublayerForward, Trunk, open_trunk
 from edgetune.runtimes.layered.optimizer import FlatAdamW
 from edgetune.runtimes.layered.parameters import FlatParameters
-from edgetune.runtimes.layered.sublayer import AGAIN, SublayerRunner, sublayer_runners
+from edgetune.runtimes.layered.sublayer import AGAIN, sublayer_runners
 from edgetune.runtimes.layered.weights import LinearWeights, ReusedMemory
 from edgetune.runtimes.layered.workspace import HiddenStates, Workspace
 from edgetune.runtimes.placement import Placement
@@ -37,27 +36,27 @@ class LayeredForward:
         plan: How it is executed, and how many of the lowest layers a trunk computes.
         backend: Runs the other layers.
         trunk: Computes the lowest ones; when it is not given, the bundle's int8 graph, if the plan wants a trunk.
-        emulated: The lowest layers as another device computes their forward pass, with adapters beside its products.
-            What the backward pass computes again it computes as it does in other layers.
+        lowest: Gives, for these parameters, the lowest layers as another device computes their forward pass. What the
+            backward pass computes again it computes as it does in other layers.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         parameters: FlatParameters,
-        plan: ExecutionPlan,
+        plan: LayeredPlan,
         backend: Backend,
         trunk: Trunk | None = None,
-        emulated: DecoderLayers | None = None,
+        lowest: Callable[[FlatParameters], LowestLayers] | None = None,
     ) -> None:
         architecture = bundle.manifest.architecture
         layers = architecture.num_hidden_layers
         self._backend = backend
-        self._emulated, self._scaling = emulated, np.float32(bundle.manifest.lora.scaling)
+        self._lowest = None if lowest is None else lowest(parameters)
         self._first_kept, self._lean = layers - plan.kept_layers, plan.lean
-        if emulated is not None:
+        if self._lowest is not None:
             # Their graphs do not run, so that they keep nothing.
-            self._first_kept = max(self._first_kept, emulated.layers)
+            self._first_kept = max(self._first_kept, self._lowest.layers)
         self._frozen = FrozenWeights(bundle.path, architecture)
         self._memory = ReusedMemory()
         linear = LinearWeights(self._frozen, backend, plan.resident, self._memory)
@@ -84,7 +83,7 @@ class LayeredForward:
 
     def placements(self) -> list[Placement]:
         """Where the lowest layers run, if another device computes them."""
-        below = self._emulated or self._trunk
+        below = self._lowest or self._trunk
         return [] if below is None or below.placement is None else [below.placement]
 
     def set_parameter(self, name: str, values: NDArray[np.float32]) -> None:
@@ -106,36 +105,20 @@ class LayeredForward:
                 if for_backward and self._is_kept(number):
                     self._states.keep(number, hidden)
                 output = self._states.array(number + 1, shape, kept=for_backward and self._is_kept(number + 1))
-                if self._emulated is not None and layer < self._emulated.layers:
-                    output[...] = self._emulate(runner, layer, tables, hidden)
-                else:
-                    runner.forward(layer, tables, hidden, output, str(layer) if for_backward and kept else None)
+                runner.forward(layer, tables, hidden, output, str(layer) if for_backward and kept else None)
                 self._release()
                 hidden = output
         return hidden
 
-    def _forward_runners(self, layer: int) -> tuple[SublayerRunner, SublayerRunner]:
+    def _forward_runners(self, layer: int) -> tuple[SublayerForward, SublayerForward]:
         """Of attention and the feed-forward network, as the forward pass comes to a layer."""
+        if self._lowest is not None and layer < self._lowest.layers:
+            return self._lowest.sublayers
         exact = self._exact_layers
         if exact and layer in (exact.start, exact.stop):
             # Exact weights take more memory than int8 ones.
             self._memory.release()
         return self._exact_runners if layer in exact else self._runners
-
-    def _emulate(self, runner: SublayerRunner, layer: int, tables: Arrays, hidden: NDArray[Any]) -> NDArray[np.float32]:
-        assert self._emulated is not None
-        if runner.name == self._mlp.name:
-            return self._emulated.mlp(layer, hidden, self._update)
-        return self._emulated.attention(layer, hidden, **tables, update=self._update)
-
-    def _update(self, module: str, states: NDArray[np.float32]) -> NDArray[np.float32] | float:
-        """What a projection's adapter adds (Hu et al. 2021)."""
-        a, b = (f"{module}.lora_{matrix}.weight" for matrix in "AB")
-        if a not in self._lora:
-            return 0.0
-        small: NDArray[np.float32] = states @ self._lora.parameter(a).T * self._scaling
-        added: NDArray[np.float32] = small @ self._lora.parameter(b).T
-        return added
 
     def _entering(self, batch: Batch) -> NDArray[np.float32]:
         """What enters the first layer."""
@@ -163,15 +146,15 @@ class LayeredSession(LayeredForward):
         bundle: Bundle,
         parameters: Parameters,
         optimizer: OptimizerConfig,
-        plan: ExecutionPlan,
+        plan: LayeredPlan,
         backend: Backend,
         trunk: Trunk | None = None,
-        emulated: DecoderLayers | None = None,
+        lowest: Callable[[FlatParameters], LowestLayers] | None = None,
     ) -> None:
         self._names = list(parameters)
         ordered = in_order_of(backend, parameters)
         self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), ordered, optimizer)
-        super().__init__(bundle, self._optimizer, plan, backend, trunk, emulated)
+        super().__init__(bundle, self._optimizer, plan, backend, trunk, lowest)
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """See `edgetune.runtimes.contract.Session.step`."""

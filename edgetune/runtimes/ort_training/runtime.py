@@ -17,8 +17,8 @@ from edgetune.formats.bundle import Bundle
 from edgetune.machine.exhaustion import ADVICE, lack_of_process
 from edgetune.machine.threads import thread_count
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.contract import Abilities, OptimizerConfig, StepResult
-from edgetune.runtimes.execution import WHOLE_STEP, ExecutionPlan
+from edgetune.runtimes.contract import Abilities, OptimizerConfig, Runtime, StepResult
+from edgetune.runtimes.execution import ExecutionPlan, WholePlan
 from edgetune.runtimes.ort_training import wire
 from edgetune.side_environment import (
     ensure_side_environment,
@@ -30,17 +30,17 @@ _WORKER = Path(__file__).with_name("worker.py")
 
 
 def abilities() -> Abilities:
-    """See `edgetune.runtimes.contract.Runtime.abilities`."""
+    """See `edgetune.runtimes.contract.Runtime`."""
     return Abilities(whole=True, exact=None, int8=None, preferred=False)
 
 
 def version() -> str:
-    """See `edgetune.runtimes.contract.Runtime.version`."""
+    """See `edgetune.runtimes.contract.Runtime`."""
     return side_environment_version() or "onnxruntime-training-cpu"
 
 
 def install(notice: Callable[[str], None]) -> None:
-    """Make the side environment when it is not there; see `edgetune.runtimes.contract.InstallingRuntime`.
+    """Make the side environment when it is not there; see `edgetune.runtimes.contract.Runtime`.
 
     Raises:
         MissingDependencyError: No wheel for this platform, no CPython 3.11, or pip could not install.
@@ -52,7 +52,7 @@ def install(notice: Callable[[str], None]) -> None:
 
 @contextmanager
 def open_session(
-    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
+    bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan
 ) -> Iterator[OrtTrainingSession]:
     """Start the worker; see `edgetune.runtimes.contract.Runtime`.
 
@@ -60,7 +60,7 @@ def open_session(
         UsageError: The plan is not the whole step, which is all that the artifacts hold.
         MissingDependencyError: The side environment is not there; `install` makes it.
     """
-    if plan.form != "whole":
+    if not isinstance(plan, WholePlan):
         raise UsageError("the ort-training runtime takes no plan but `whole`; use --runtime onnxruntime for the others")
     arguments = [str(bundle.path.absolute()), str(optimizer.weight_decay), str(optimizer.max_grad_norm)]
     arguments.append(str(thread_count() or 0))
@@ -129,3 +129,6 @@ class OrtTrainingSession:
         if lack := lack_of_process(code, said):
             return ResourceError(f"{ended}\n{ADVICE[lack]}")
         return EdgetuneError(ended)
+
+
+RUNTIME = Runtime(abilities, version, open_session, install=install)

@@ -17,8 +17,8 @@ from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.roles import INT8_LOSS, INT8_STEP
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.contract import Abilities, Forward, OptimizerConfig, Session
-from edgetune.runtimes.execution import WHOLE_STEP, Accelerator, ExecutionPlan
+from edgetune.runtimes.contract import Abilities, Forward, OptimizerConfig, Runtime, Session
+from edgetune.runtimes.execution import Accelerator, ExecutionPlan, WholePlan
 from edgetune.runtimes.placement import Placement
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 class PluginRuntime(ABC):
     """The whole step, or its forward pass alone, on an execution provider that a package of its own brings.
 
-    A module of `edgetune.runtimes` takes the methods of one for its functions: those of `ForwardRuntime` and
-    `PlacingRuntime`.
+    The record of a module of `edgetune.runtimes` has the methods of one for its functions.
 
     Args:
         name: The runtime's, and the name of the extra that installs the package.
@@ -56,21 +55,21 @@ class PluginRuntime(ABC):
         """
 
     def abilities(self) -> Abilities:
-        """See `edgetune.runtimes.contract.Runtime.abilities`.
+        """See `edgetune.runtimes.contract.Runtime`.
 
         Raises:
             MissingDependencyError: The package is not installed.
         """
         self._require_package()
-        return Abilities(whole=False, exact=None, int8=None, preferred=False, forward=True, emulation=self._emulation)
+        return Abilities(whole=False, exact=None, int8=None, preferred=False, emulation=self._emulation)
 
     def version(self) -> str:
-        """See `edgetune.runtimes.contract.Runtime.version`."""
+        """See `edgetune.runtimes.contract.Runtime`."""
         return f"onnxruntime {ort.__version__}, {self._package_version()}"
 
     @contextmanager
     def open_session(
-        self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan = WHOLE_STEP
+        self, bundle: Bundle, parameters: Parameters, optimizer: OptimizerConfig, plan: ExecutionPlan
     ) -> Iterator[Session]:
         """Load the plugin; see `edgetune.runtimes.contract.Runtime`. Each shape is compiled when its first batch comes.
 
@@ -85,7 +84,7 @@ class PluginRuntime(ABC):
 
     @contextmanager
     def open_forward(self, bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) -> Iterator[Forward]:
-        """Load the plugin for the forward pass alone; see `edgetune.runtimes.contract.ForwardRuntime`.
+        """Load the plugin for the forward pass alone; see `edgetune.runtimes.contract.Runtime`.
 
         Raises:
             IncompatibleError: There is no such device here.
@@ -96,10 +95,14 @@ class PluginRuntime(ABC):
 
         yield AcceleratorForward(parameters, self._graphs(bundle, plan))
 
-    def place(self, bundle: Bundle, plan: ExecutionPlan, batch: int, length: int) -> list[Placement]:
-        """See `edgetune.runtimes.contract.PlacingRuntime.place`."""
+    def place(self, bundle: Bundle, plan: WholePlan, batch: int, length: int) -> list[Placement]:
+        """See `edgetune.runtimes.contract.Runtime`."""
         compiler = self._compiler(bundle, plan)
         return [compiler.compile(role, batch, length).placement for role in _roles(plan)]
+
+    def record(self) -> Runtime:
+        """Its functions."""
+        return Runtime(self.abilities, self.version, self.open_session, self.open_forward, self.place)
 
     def imported_package(self) -> Any:
         """The module of the package.
@@ -111,7 +114,7 @@ class PluginRuntime(ABC):
         return import_module(self._module)
 
     def _graphs(self, bundle: Bundle, plan: ExecutionPlan) -> AcceleratorGraphs:
-        if plan.form != "whole":
+        if not isinstance(plan, WholePlan):
             raise UsageError(
                 f"the {self._name} runtime takes no plan but `whole`; use --runtime onnxruntime for the others"
             )
@@ -119,12 +122,12 @@ class PluginRuntime(ABC):
 
         return AcceleratorGraphs(self._compiler(bundle, plan), *_roles(plan))
 
-    def _compiler(self, bundle: Bundle, plan: ExecutionPlan) -> PluginCompiler:
+    def _compiler(self, bundle: Bundle, plan: WholePlan) -> PluginCompiler:
         from edgetune.runtimes.whole.plugin import PluginCompiler
 
         accelerator = plan.accelerator or Accelerator()
         plugin = self.plugin(self.imported_package(), self._package_version(), accelerator)
-        if plan.products == "int8":
+        if plan.precision == "int8":
             plugin = replace(plugin, session={})
         return PluginCompiler(bundle, plugin, require=accelerator.require)
 
@@ -136,6 +139,6 @@ class PluginRuntime(ABC):
         return f"{self._package} {metadata.version(self._package)}"
 
 
-def _roles(plan: ExecutionPlan) -> tuple[str, str]:
+def _roles(plan: WholePlan) -> tuple[str, str]:
     """The graphs with the loss and the gradients, and with the loss alone."""
-    return (INT8_STEP, INT8_LOSS) if plan.products == "int8" else ("step", "loss")
+    return (INT8_STEP, INT8_LOSS) if plan.precision == "int8" else ("step", "loss")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.roles import BACKWARD, FORWARD, INT8, LAYERS
 from edgetune.model.blocks import BLOCK_SIZE, Block
-from edgetune.runtimes.execution import Products
+from edgetune.runtimes.execution import Precision
 from edgetune.runtimes.layered.backend import Allocate, Arrays
 from edgetune.runtimes.layered.bindings import Bindings
 from edgetune.runtimes.layered.channels import Channels
@@ -60,19 +60,19 @@ class OrtBackend:
 
     Args:
         bundle: Holds the graphs that dequantise.
-        products: Precision of products with the sublayers' frozen weights; the head's are float32.
+        precision: Of products with the sublayers' frozen weights; the head's are float32.
     """
 
     storage = np.dtype(np.float32)
     fixed_shapes = False
     channels = Channels()
 
-    def __init__(self, bundle: Bundle, products: Products) -> None:
+    def __init__(self, bundle: Bundle, precision: Precision) -> None:
         self._bundle = bundle
-        self.sublayers = f"{LAYERS}/{INT8}" if products == "int8" else LAYERS
+        self.sublayers = f"{LAYERS}/{INT8}" if precision == "int8" else LAYERS
         self._most_positions = self._most_scores = 0
         self._dequantise = self.load(bundle.file(f"{LAYERS}/dequantise"))
-        layouts = (FORWARD, BACKWARD) if products == "int8" else ()
+        layouts = (FORWARD, BACKWARD) if precision == "int8" else ()
         self._requantiser = Requantiser(
             {layout: self.load(bundle.file(f"{LAYERS}/{INT8}/{layout}")) for layout in layouts}
         )

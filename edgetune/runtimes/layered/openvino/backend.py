@@ -19,7 +19,7 @@ from openvino.preprocess import PrePostProcessor
 from edgetune.formats.roles import INT8, LAYERS
 from edgetune.machine.memory import give_back_freed
 from edgetune.model.blocks import Block
-from edgetune.runtimes.execution import ExecutionPlan
+from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.layered.backend import Allocate, Arrays
 from edgetune.runtimes.layered.bindings import Bindings
 from edgetune.runtimes.layered.channels import Channels
@@ -125,19 +125,19 @@ class OpenVinoBackend:
     fixed_shapes = True
     sublayers = LAYERS
 
-    def __init__(self, core: ov.Core, device: str, cache: Path | None, plan: ExecutionPlan, channels: Channels) -> None:
+    def __init__(self, core: ov.Core, device: str, cache: Path | None, plan: LayeredPlan, channels: Channels) -> None:
         self._core, self._device, self._cache, self._plan = core, device, cache, plan
         # Not a property of the core, which others use as well.
         self._properties = {**properties_of(device), **({} if cache is None else {"CACHE_DIR": str(cache)})}
         self._short = "BF16" in self._core.get_property(device, "OPTIMIZATION_CAPABILITIES")
         self.storage = BFLOAT16 if self._short else np.dtype(np.float32)
         self.channels = channels
-        self._products = Products(plan.products == "int8")
+        self._products = Products(plan.precision == "int8")
         self._weights = OpenVinoWeights(lambda model: self._compile(model, ov.Type.f32), self.storage)
 
     def exact(self) -> OpenVinoBackend:
         """See `Backend.exact`."""
-        plan = replace(self._plan, products="bf16" if self._short else "fp32")
+        plan = replace(self._plan, precision="bf16" if self._short else "fp32")
         return OpenVinoBackend(self._core, self._device, self._cache, plan, self.channels)
 
     def load(self, graph: Path) -> OpenVinoGraph:

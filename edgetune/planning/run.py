@@ -1,0 +1,124 @@
+"""What a run asks of planning: its options, parsed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetune.config import Method, PlanName, RuntimeName, TrainConfig, TrainingPrecision
+from edgetune.data.buckets import Bucket, parse_buckets
+from edgetune.devices.place import Place
+from edgetune.formats.manifest import RowEncoding
+from edgetune.runtimes.contract import OptimizerConfig
+from edgetune.runtimes.execution import Accelerator
+from edgetune.runtimes.forward_only import QueryConfig
+from edgetune.text.byte_size import parse_bytes
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Which rows make a step, and in which order."""
+
+    batch_size: int
+    """Rows of a batch."""
+    gradient_accumulation_steps: int
+    """Batches of a step."""
+    packing: bool
+    """Put several rows into one sequence."""
+    shuffle: bool
+    """Draw a new order every epoch."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How far a run goes."""
+
+    steps: int | None
+    epochs: float | None
+    """Counts where `steps` is none; `DEFAULT_EPOCHS` where both are."""
+    warmup_steps: int
+
+
+@dataclass(frozen=True)
+class TrunkRequest:
+    """That the trunk of a split bundle computes the lowest layers."""
+
+    cache_bytes: int
+    """How much of what it computed may be kept."""
+    vitisai_config: Path | None
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """A run, as planning sees it: every option is checked and has its own type."""
+
+    place: Place
+    runtime: RuntimeName
+    accelerator: Accelerator | None
+    """What executes the whole step in static shapes; none on a runtime that takes any shape."""
+    plan: PlanName
+    precision: TrainingPrecision
+    trunk: TrunkRequest | None
+    """None where all layers are trained."""
+    queries: QueryConfig | None
+    """How forward-only training estimates the gradient; none where a backward pass computes it."""
+    memory_budget_bytes: int | None
+    """Most memory of the process; none where what the machine has free, or the device has, is what counts."""
+    shapes: tuple[Bucket, ...]
+    """The only shapes of batches on an accelerator that were asked for; empty where none were."""
+    threads: int | None
+    optimizer: OptimizerConfig
+    batching: Batching
+    length: RunLength
+    truncate: bool
+    """Cut rows that are too long; otherwise they are left out."""
+    encoding: RowEncoding
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether there is no backward pass."""
+        return self.queries is not None
+
+    @property
+    def method(self) -> Method:
+        """As `--method` takes it."""
+        return "forward-only" if self.forward_only else "backpropagation"
+
+    def device_shapes(self) -> list[Bucket]:
+        """The only shapes that the device takes of this run, the shortest first; empty where any will do."""
+        return [] if self.accelerator is None else self.place.shapes()
+
+
+def run_request(config: TrainConfig, place: Place, *, accelerated: bool) -> RunRequest:
+    """Parse the options of a run.
+
+    Args:
+        config: How to train, as it holds at that place.
+        place: Where.
+        accelerated: Whether the runtime executes the whole step in static shapes.
+
+    Raises:
+        UsageError: A size or a list of shapes that is none.
+    """
+    accelerator = Accelerator(config.device_type, config.soc_model, config.require_npu)
+    queries = QueryConfig(config.queries, config.perturbation_size, config.seed)
+    return RunRequest(
+        place=place,
+        runtime=config.runtime,
+        accelerator=accelerator if accelerated else None,
+        plan=config.plan,
+        precision=config.precision,
+        trunk=TrunkRequest(parse_bytes(config.trunk_cache), config.vitisai_config) if config.trunk else None,
+        queries=queries if config.method == "forward-only" else None,
+        memory_budget_bytes=None if config.memory_budget is None else parse_bytes(config.memory_budget),
+        shapes=() if config.buckets is None else tuple(parse_buckets(config.buckets)),
+        threads=config.threads,
+        optimizer=OptimizerConfig(config.weight_decay, config.max_grad_norm),
+        batching=Batching(
+            config.batch_size, config.gradient_accumulation_steps, config.packing, config.shuffle, config.seed
+        ),
+        length=RunLength(config.steps, config.epochs, config.warmup_steps),
+        truncate=config.truncate,
+        encoding=RowEncoding(raw_prompts=config.raw_prompts, content_as_text=config.content_as_text),
+    )
