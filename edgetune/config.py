@@ -1,10 +1,14 @@
-"""One frozen dataclass a stage. Every default lives here and nowhere else."""
+"""One frozen dataclass a stage. Every default, and all that is to be said of an option, lives here and nowhere else.
+
+`edgetune.cli.options` makes the flags of a command of these fields, and `edgetune.cli.config_file` the keys of a file.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "int8", "fp16", "fp32"]
@@ -24,119 +28,112 @@ MODULES_OF_TARGETS: dict[Targets, tuple[str, ...]] = {
 }
 """The Phi-3 projections that each `--targets` choice trains."""
 
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field says of itself beyond its name, type and default; choices are those of its `Literal` type."""
+
+    help: str
+    """One sentence for `--help`."""
+    least: int | None = None
+    """Smallest number that is taken."""
+    most: int | None = None
+    """Largest number that is taken."""
+    above: int | None = None
+    """In the place of `least`: numbers have to be greater than this one."""
+    is_size: bool = False
+    """The text is a number of bytes, such as `3GB`."""
+    off: str | None = None
+    """Flag that switches off what is on by default, without its dashes; `no-` and the field's name without it."""
+    excludes: tuple[str, ...] = ()
+    """Fields that cannot be given together with this one."""
+    only: str | None = None
+    """The one command that takes it, where several take fields of the dataclass."""
+    former_names: tuple[str, ...] = ()
+    """What the field was called. These names are still taken, with a notice, and are not shown."""
+    former_values: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """Choices that there were, each with the fields that say the same now. They are still taken, with a notice, and are
+    not shown; the field itself then has its default."""
+
+
+def option(default: Value, said: Option) -> Value:
+    """A field of a config dataclass, which is an option of a command as well.
+
+    Args:
+        default: The field's default.
+        said: What is to be said of it.
+    """
+    return field(default=default, metadata={"option": said})
+
+
+def option_of(of: Field[Any]) -> Option:
+    """What was said of a field that `option` made."""
+    said: Option = of.metadata["option"]
+    return said
+
+
+_THREADS = Option("How many threads compute; without it, as many as this process may use.", least=1)
+_TRUNCATE = Option("Cut rows that are too long; without it they are left out and counted.")
+_RAW_PROMPTS = Option("Take prompt and completion as they are; without it they go through the model's chat template.")
+_CONTENT_AS_TEXT = Option(
+    "Take control tokens that a message spells, such as <|end|>, as text; without it they steer the model."
+)
+_DEVICE_TYPE = Option("Which of the runtime's devices executes a whole step.")
+_SOC_MODEL = Option(
+    "Chip that --runtime qnn emulates where there is no NPU: 69 is 8 Elite; else the device's, or 60, X Elite.", least=1
+)
+
+
+@dataclass(frozen=True)
+class ResultConfig:
+    """How a command prints its result."""
+
+    json: bool = option(False, Option("Print JSON, for programs."))
+
+
+@dataclass(frozen=True)
+class ProgressConfig(ResultConfig):
+    """How a command prints its result, and what it says on the way."""
+
+    quiet: bool = option(False, Option("Say nothing but the result and errors."))
+
 
 @dataclass(frozen=True)
 class PrepareConfig:
     """What `edgetune prepare` makes of a checkpoint."""
 
-    rank: int = 8
-    """Rank r of every LoRA slot."""
-    alpha: float = 16.0
-    """LoRA alpha; the update is scaled by alpha / rank."""
-    targets: Targets = "all-linear"
-    """Which projections get a LoRA slot."""
-    base: Base = "int4"
-    """How the frozen weights are stored: what is trained on is what answers."""
-    npu: NpuKind = "none"
-    """Which kind of the step with int8 frozen weights to add, for NPUs: 16-bit fixed-point activations (`qdq`), or
-    blocks of weights (`blocks`). It takes two bytes a weight; `qdq` three for queries, keys, values and the head."""
-    calibration: Path | None = None
-    """Rows on which the ranges of `qdq` are measured; random tokens without it."""
-    max_length: int = 512
-    """Longest row, in tokens, that training takes; never more than the model's positions."""
-    download: bool = False
-    """Fetch a hub id that is not in the local cache. Off: nothing goes on the network."""
-    force: bool = False
-    """Replace a bundle that is already there."""
+    rank: int = option(8, Option("Rank of every LoRA slot.", least=1))
+    alpha: float = option(16.0, Option("The update is scaled by alpha / rank.", above=0))
+    targets: Targets = option("all-linear", Option("Which projections can be trained."))
+    base: Base = option("int4", Option("How the frozen weights are stored."))
+    """The model that is trained on is the one that answers."""
+    npu: NpuKind = option(
+        "none", Option("Add the step with int8 frozen weights, for `train --runtime qnn --precision int8`.")
+    )
+    """The step for NPUs has 16-bit fixed-point activations (`qdq`), or blocks of weights (`blocks`). It takes two bytes
+    a weight; `qdq` three for queries, keys, values and the head."""
+    calibration: Path | None = option(None, Option("Rows that --npu qdq takes its ranges from."))
+    """Without it the ranges are measured on random tokens."""
+    max_length: int = option(512, Option("Longest row of training, in tokens.", least=2))
+    """It is never more than the model's positions."""
+    download: bool = option(False, Option("Fetch a hub id that is not on this machine."))
+    """Without it nothing goes on the network."""
+    force: bool = option(False, Option("Replace a bundle that is already there."))
 
 
 @dataclass(frozen=True)
 class SplitConfig:
     """What `edgetune split` makes of a bundle."""
 
-    layers: int | None = None
-    """Layers of the trunk, the lowest ones; half of them when it is not given."""
-    length: int | None = None
-    """Positions of the trunk's graph; the bundle's longest row when it is not given."""
-    calibration_rows: int = 32
-    """Rows that the int8 scales are chosen on, drawn evenly from the file."""
-    threads: int | None = None
-    """How many threads compute; without it as many as the process may use."""
-    force: bool = False
-    """Replace a bundle that is already there."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How `edgetune train` runs."""
-
-    runtime: RuntimeName = "auto"
-    """What executes the training step."""
-    device: str | None = None
-    """Name of a device profile, or the path of one: its memory, runtimes and limits hold."""
-    plan: PlanName = "auto"
-    """What is kept in memory and what is computed again."""
-    precision: TrainingPrecision = "auto"
-    """In which precision frozen weights are multiplied; `auto` is as exact as the processor does at full speed."""
-    trunk: bool = False
-    """Let the trunk of a split bundle compute the lowest layers, which are not trained then."""
-    trunk_cache: str = "256MB"
-    """How much of what the trunk of a split bundle computed is kept, so that it computes a row once."""
-    vitisai_config: Path | None = None
-    """`vaip_config.json` of the Vitis AI that runs the trunk, where it wants one."""
-    method: Method = "backpropagation"
-    """How the gradient is found: `forward-only` estimates it from losses, where a backward pass is out of reach."""
-    queries: int = 160
-    """Perturbations whose losses a forward-only step measures."""
-    perturbation_size: float = 1e-2
-    """By how much forward-only perturbs a parameter to measure the loss."""
-    memory_budget: str | None = None
-    """Most memory of the process, such as `3GB`; without it, what the machine has free."""
-    threads: int | None = None
-    """How many threads compute; without it as many as the process may use."""
-    device_type: DeviceType = "auto"
-    """Which of a runtime's devices executes the whole step: `qnn` has an NPU, `openvino` all three."""
-    require_npu: bool = False
-    """Refuse to train where a node of the step would fall back to the CPU."""
-    soc_model: int | None = None
-    """Qualcomm's number of the chip that `qnn` emulates where it finds no NPU; without it the device profile's, or that
-    of Snapdragon X Elite."""
-    buckets: str | None = None
-    """The only shapes of batches on an accelerator, such as `4x128,1x512`; without them a few that suit the rows."""
-    steps: int | None = None
-    """Optimizer steps; excludes `epochs`."""
-    epochs: float | None = None
-    """Epochs, each once through all rows; 3 when neither steps nor epochs is given."""
-    batch_size: int = 4
-    """Rows of a batch; no pass through the model takes more memory than so many of the longest rows."""
-    gradient_accumulation_steps: int = 1
-    """Batches an optimizer step."""
-    packing: bool = True
-    """Put several rows into one sequence, where none sees another; otherwise each is padded."""
-    learning_rate: float = 2e-4
-    """Peak learning rate of AdamW."""
-    schedule: Schedule = "cosine"
-    """How the learning rate falls after warm-up."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from zero."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW)."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global 2-norm; 0 switches clipping off."""
-    seed: int = 0
-    """Seeds the order of the rows and the first LoRA A matrices."""
-    shuffle: bool = True
-    """Draw the rows in a new seeded order every epoch."""
-    truncate: bool = False
-    """Cut rows that are longer than the bundle's maximum; without it they are left out and counted."""
-    raw_prompts: bool = False
-    """Take prompt and completion as they are; otherwise they go through the model's chat template."""
-    content_as_text: bool = False
-    """Take control tokens that a message spells as text; otherwise they steer the model."""
-    init_adapter: Path | None = None
-    """A PEFT folder to start from."""
-    force: bool = False
-    """Replace an adapter that is already there."""
+    layers: int | None = option(None, Option("Layers of the trunk, the lowest ones; half without it.", least=1))
+    length: int | None = option(None, Option("Tokens of a row; the bundle's longest row without it.", least=1))
+    """Positions of the trunk's graph, whose shapes are static."""
+    calibration_rows: int = option(32, Option("How many of the rows are looked at.", least=1))
+    """The int8 scales are chosen on them; they are drawn evenly from the file."""
+    threads: int | None = option(None, _THREADS)
+    force: bool = option(False, Option("Replace a bundle that is already there."))
 
 
 DEFAULT_EPOCHS = 3.0
@@ -144,43 +141,156 @@ DEFAULT_EPOCHS = 3.0
 
 
 @dataclass(frozen=True)
+class TrainConfig:
+    """How `edgetune train` runs."""
+
+    runtime: RuntimeName = option("auto", Option("What executes the training step."))
+    device: str | None = option(
+        None, Option("Hold to a device's limits: its name, or a profile's path; without it, this machine's.")
+    )
+    """The profile's memory, runtimes and limits hold."""
+    plan: PlanName = option(
+        "auto",
+        Option(
+            "What is kept in memory and what is computed again.",
+            former_values={"int8": {"precision": "int8"}, "split": {"trunk": True}},
+        ),
+    )
+    precision: TrainingPrecision = option(
+        "auto", Option("In what frozen weights are multiplied; auto is as exact as the processor does at full speed.")
+    )
+    trunk: bool = option(
+        False, Option("Let a split bundle's trunk compute the lowest layers, which are not trained then.")
+    )
+    trunk_cache: str = option(
+        "256MB",
+        Option(
+            "How much of what a split bundle's trunk computed is kept for the next epoch.", is_size=True, only="train"
+        ),
+    )
+    vitisai_config: Path | None = option(
+        None, Option("vaip_config.json of the Vitis AI that runs the trunk, where it wants one.", only="train")
+    )
+    method: Method = option(
+        "backpropagation",
+        Option("How the gradient is found; forward-only estimates it from losses and needs no backward pass."),
+    )
+    queries: int = option(160, Option("Perturbations that a forward-only step measures.", least=2))
+    perturbation_size: float = option(
+        1e-2, Option("By how much forward-only moves each parameter to measure the loss.", above=0, only="train")
+    )
+    memory_budget: str | None = option(
+        None, Option("Most memory of the process, such as 3GB; without it, what the machine has free.", is_size=True)
+    )
+    threads: int | None = option(None, _THREADS)
+    device_type: DeviceType = option("auto", _DEVICE_TYPE)
+    """`qnn` has an NPU, `openvino` all three."""
+    require_npu: bool = option(
+        False, Option("End with exit code 4 where a node of the step would run on the CPU instead.", only="train")
+    )
+    soc_model: int | None = option(None, _SOC_MODEL)
+    """Qualcomm's number of the chip."""
+    buckets: str | None = option(
+        None, Option("Shapes of batches on an accelerator, such as 4x128,1x512; without it a few that suit the rows.")
+    )
+    steps: int | None = option(None, Option("Optimizer steps.", least=1, excludes=("epochs",)))
+    epochs: float | None = option(
+        None,
+        Option(
+            f"Epochs, each once through all rows; {DEFAULT_EPOCHS:g} when neither --steps nor --epochs is given.",
+            above=0,
+        ),
+    )
+    batch_size: int = option(
+        4, Option("Rows of a batch; where memory is short, they go through the model in several passes.", least=1)
+    )
+    """No pass through the model takes more memory than so many of the longest rows."""
+    gradient_accumulation_steps: int = option(1, Option("Batches of one optimizer step.", least=1))
+    packing: bool = option(True, Option("Put short rows behind each other instead of padding each; none sees another."))
+    learning_rate: float = option(2e-4, Option("Peak learning rate.", above=0, only="train"))
+    schedule: Schedule = option("cosine", Option("How the learning rate falls after the warm-up.", only="train"))
+    warmup_steps: int = option(0, Option("Steps over which the learning rate rises from zero.", least=0, only="train"))
+    weight_decay: float = option(0.0, Option("AdamW's weight decay.", least=0, only="train"))
+    """It is decoupled from the gradient."""
+    max_grad_norm: float = option(
+        1.0, Option("Clip gradients to this norm; 0 switches clipping off.", least=0, only="train")
+    )
+    """The 2-norm of all gradients together; they are scaled down."""
+    seed: int = option(0, Option("Decides the order of rows and the first adapter.", least=0, only="train"))
+    shuffle: bool = option(True, Option("Draw a new order of rows every epoch.", only="train"))
+    truncate: bool = option(False, _TRUNCATE)
+    raw_prompts: bool = option(False, _RAW_PROMPTS)
+    content_as_text: bool = option(False, _CONTENT_AS_TEXT)
+    init_adapter: Path | None = option(None, Option("Adapter to start from, PEFT's as well.", only="train"))
+    force: bool = option(False, Option("Replace an adapter that is already there.", only="train"))
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """How `edgetune preview` encodes rows."""
+
+    raw_prompts: bool = option(False, _RAW_PROMPTS)
+    content_as_text: bool = option(False, _CONTENT_AS_TEXT)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How `edgetune eval` measures."""
+
+    truncate: bool = option(False, _TRUNCATE)
+    raw_prompts: bool = option(False, _RAW_PROMPTS)
+    content_as_text: bool = option(False, _CONTENT_AS_TEXT)
+    threads: int | None = option(None, _THREADS)
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """What `edgetune export` writes."""
 
-    merge: bool = True
-    """Fold the adapter into the weights; otherwise keep it beside the base as an `.onnx_adapter`."""
-    precision: MergedPrecision = "fp32"
-    """Weights of a merged model. A merge into int4 can lose what was learnt: it is measured."""
-    least_kept: float = 0.95
-    """Share of what was learnt that a merged model must keep, by the answer losses; below it nothing is written. 0
-    accepts any."""
-    unmeasured: bool = False
-    """Measure no answer loss, even where there are rows; a merge into int4 without rows has to be asked for so."""
-    threads: int | None = None
-    """How many threads compute; without it as many as the process may use."""
-    force: bool = False
-    """Replace a model that is already there."""
+    merge: bool = option(
+        True,
+        Option("Fold the adapter into the weights, or put it beside the base as an .onnx_adapter.", off="keep-adapter"),
+    )
+    precision: MergedPrecision = option("fp32", Option("Weights of a merged model."))
+    """A merge into int4 can lose what was learnt: it is measured."""
+    least_kept: float = option(
+        0.95,
+        Option("Share of what was learnt that a merged model must keep on these rows; 0 accepts any.", least=0, most=1),
+    )
+    """The answer losses say it; a model that keeps less is not written."""
+    unmeasured: bool = option(False, Option("Measure nothing; a merge into int4 without rows has to be asked for so."))
+    """No answer loss is measured, even where there are rows."""
+    threads: int | None = option(None, _THREADS)
+    force: bool = option(False, Option("Replace a model that is already there."))
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """How `edgetune generate` answers."""
 
-    max_new_tokens: int = 128
-    """Longest answer, in tokens."""
-    raw: bool = False
-    """Go on with the prompt as it is, without the chat template."""
-    content_as_text: bool = False
-    """Take control tokens that the prompt spells as text; otherwise they steer the model."""
-    threads: int | None = None
-    """How many threads compute; without it as many as the process may use."""
+    max_new_tokens: int = option(128, Option("Longest answer, in tokens.", least=1))
+    raw: bool = option(False, Option("Go on with the prompt as it is, without the chat template."))
+    content_as_text: bool = option(False, _CONTENT_AS_TEXT)
+    threads: int | None = option(None, _THREADS)
 
 
 @dataclass(frozen=True)
 class ShipConfig:
     """What `edgetune ship` lays out."""
 
-    adapter: Path | None = None
-    """A PEFT folder that the app starts from; otherwise one that changes nothing yet."""
-    force: bool = False
-    """Replace a shipped folder that is already there."""
+    adapter: Path | None = option(
+        None, Option("Adapter that the app starts from; without it, one that changes nothing yet.")
+    )
+    force: bool = option(False, Option("Replace a shipped folder that is already there."))
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """What `edgetune inspect --placement` compiles the training step for."""
+
+    buckets: str | None = option(
+        None, Option("With --placement: the shapes, such as 4x128; one row of the longest by default.")
+    )
+    device_type: DeviceType = option(TrainConfig.device_type, _DEVICE_TYPE)
+    soc_model: int | None = option(TrainConfig.soc_model, _SOC_MODEL)
+    require_npu: bool = option(False, Option("With --placement: exit code 4 where a node falls back to the CPU."))

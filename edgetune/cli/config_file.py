@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
+import click
+
+from edgetune.cli.values import fields_of, hints_of, type_of
+from edgetune.config import Option, option_of
 from edgetune.errors import UsageError
 from edgetune.text.suggestion import did_you_mean
 from edgetune.text.toml_file import read_toml
@@ -30,32 +33,37 @@ def read_config(path: Path, kind: type) -> dict[str, Setting]:
         kind: A config dataclass, such as `TrainConfig`.
 
     Returns:
-        What the file sets, by field name; the value is of the field's type.
+        What the file sets, by the name of the field, or by the former name that the file has; the value is of the
+        field's type and within its bounds, or a former choice.
 
     Raises:
-        UsageError: No such file, broken TOML (`file:line: reason`), an unknown key, or a value of another type.
+        UsageError: No such file, broken TOML (`file:line: reason`), an unknown key, or a value of another type or out
+            of bounds.
     """
     file = read_toml(path, "--config")
-    hints = get_type_hints(kind)
+    known, hints = fields_of(kind), hints_of(kind)
     settings: dict[str, Setting] = {}
     for key, value in file.table.items():
         name = key.replace("-", "_")
         place = file.line(key)
-        if name not in hints:
+        if name not in known:
             raise UsageError(f"{place}: unknown key '{key}'{did_you_mean(name, hints)}")
         if name in settings:
             raise UsageError(f"{place}: '{key}' is set twice, as {name} and as {name.replace('_', '-')}")
-        settings[name] = Setting(_checked(value, hints[name], f"{place}: {key}"), place)
+        hint, said = hints[known[name].name], option_of(known[name])
+        found = _typed(value, hint, said, f"{place}: {key}")
+        try:
+            settings[name] = Setting(type_of(hint, said).convert(found, None, None), place)
+        except click.BadParameter as error:
+            raise UsageError(f"{place}: {name}: {error.message}") from error
     return settings
 
 
-def _checked(value: object, hint: Any, place: str) -> Any:
-    """`value` as the type of a field: one of str, int, float, bool, Path, a Literal, or one of these or None."""
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next(member for member in get_args(hint) if member is not type(None))
+def _typed(value: object, hint: Any, said: Option, place: str) -> Any:
+    """A value of TOML as the type of a field. TOML has types: `"3"` is no number there, as it is on a command line."""
     if get_origin(hint) is Literal:
         choices = get_args(hint)
-        if value not in choices:
+        if value not in (*choices, *said.former_values):
             raise UsageError(f"{place} is {value!r:.60}, expected {' or '.join(repr(choice) for choice in choices)}")
         return value
     accepted, name = _TYPES[hint]

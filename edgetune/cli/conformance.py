@@ -9,9 +9,11 @@ from pathlib import Path
 
 import click
 
-from edgetune.cli.command import Command, json_option
+from edgetune.cli.command import Command
 from edgetune.cli.inputs import PATH, bundle_at
+from edgetune.cli.options import options_of
 from edgetune.cli.output import print_json, printable
+from edgetune.config import ResultConfig
 from edgetune.errors import IncompatibleError
 
 EXAMPLES = """
@@ -22,8 +24,8 @@ edgetune conformance model.onnx --json
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("graph", type=PATH)
-@json_option
-def command(graph: Path, as_json: bool) -> None:
+@options_of(ResultConfig, "printing")
+def command(graph: Path, printing: ResultConfig) -> None:
     """Check GRAPH, an ONNX file or a split bundle, against Vitis AI's documented rules, and list what breaks them.
 
     Operators, opset, static shapes, symmetric int8, power-of-two scales. Vitis AI itself is not needed, and not asked:
@@ -38,7 +40,7 @@ def command(graph: Path, as_json: bool) -> None:
         read_trunk_info(bundle)
         path = bundle.file(GRAPH)
     found = check_file(path)
-    if as_json:
+    if printing.json:
         print_json({"graph": path, "violations": [asdict(violation) for violation in found]})
     else:
         for violation in found:

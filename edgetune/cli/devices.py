@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.command import Command, json_option
+from edgetune.cli.command import Command
+from edgetune.cli.options import options_of
 from edgetune.cli.output import cell, console, print_json, printable
+from edgetune.config import ResultConfig
 from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
@@ -36,13 +38,13 @@ def command() -> None:
 
 
 @command.command("list", cls=Command)
-@json_option
-def list_devices(as_json: bool) -> None:
+@options_of(ResultConfig, "printing")
+def list_devices(printing: ResultConfig) -> None:
     """List the devices that edgetune knows."""
     from edgetune.devices.profile import load_profiles
 
     profiles = load_profiles()
-    if as_json:
+    if printing.json:
         print_json([_plain(profile) for profile in profiles])
         return
     from rich.table import Table
@@ -64,13 +66,13 @@ def list_devices(as_json: bool) -> None:
 
 @command.command("show", cls=Command)
 @click.argument("device")
-@json_option
-def show(device: str, as_json: bool) -> None:
+@options_of(ResultConfig, "printing")
+def show(device: str, printing: ResultConfig) -> None:
     """Show all that a profile says, with the source of each figure."""
     from edgetune.devices.profile import load_profile
 
     profile = load_profile(device)
-    if as_json:
+    if printing.json:
         print_json(_plain(profile))
     else:
         _show_table(_plain(profile), "")
@@ -78,8 +80,8 @@ def show(device: str, as_json: bool) -> None:
 
 @command.command("check", cls=Command)
 @click.argument("device", required=False)
-@json_option
-def check(device: str | None, as_json: bool) -> None:
+@options_of(ResultConfig, "printing")
+def check(device: str | None, printing: ResultConfig) -> None:
     """Check profiles: is each right, is this machine that hardware, is its provider here?
 
     Ends with exit code 0 when the profiles are right, wherever the hardware is.
@@ -89,7 +91,7 @@ def check(device: str | None, as_json: bool) -> None:
 
     profiles = load_profiles() if device is None else [load_profile(device)]
     found = [check_profile(profile) for profile in profiles]
-    if as_json:
+    if printing.json:
         print_json([asdict(presence) for presence in found])
         return
     for presence in found:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.command import Command, json_option
+from edgetune.cli.command import Command
+from edgetune.cli.options import options_of
 from edgetune.cli.output import print_json
+from edgetune.config import ResultConfig
 
 if TYPE_CHECKING:
     from edgetune.doctor import Finding
@@ -21,9 +23,9 @@ edgetune doctor --json
 
 
 @click.command(cls=Command, epilog=EXAMPLES)
-@json_option
+@options_of(ResultConfig, "printing")
 @click.pass_context
-def command(ctx: click.Context, as_json: bool) -> None:
+def command(ctx: click.Context, printing: ResultConfig) -> None:
     """Say what is installed, what is missing, and how to get it.
 
     Ends with exit code 0 when all that training, evaluation and answers need on a device is there, else with 1.
@@ -32,7 +34,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
     findings = examine()
     complete = all(finding.ok for finding in findings if finding.group == "device")
-    if as_json:
+    if printing.json:
         print_json({"device_complete": complete, "findings": [asdict(finding) for finding in findings]})
     else:
         for group, members in groupby(findings, key=lambda finding: finding.group):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from edgetune.cli.command import Command, json_option, quiet_option
+from edgetune.cli.command import Command
 from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, row_sources
+from edgetune.cli.options import options_of
 from edgetune.cli.output import console, notices, print_json
-from edgetune.cli.run_options import content_as_text_option, raw_prompts_option, threads_option, truncate_option
+from edgetune.config import EvaluateConfig, ProgressConfig
 
 EXAMPLES = """
 edgetune eval bundle --data valid.jsonl
@@ -23,22 +24,14 @@ edgetune eval bundle --data valid.jsonl --adapter adapter --json
 @click.argument("bundle", type=PATH)
 @click.option("--data", type=PATH, required=True, help="JSONL rows to measure on.")
 @click.option("--adapter", type=PATH, help="Adapter to measure; without it the base alone.")
-@truncate_option
-@raw_prompts_option
-@content_as_text_option
-@threads_option
-@quiet_option
-@json_option
+@options_of(EvaluateConfig)
+@options_of(ProgressConfig, "printing")
 def command(
     bundle: Path,
     data: Path,
     adapter: Path | None,
-    truncate: bool,
-    raw_prompts: bool,
-    content_as_text: bool,
-    threads: int | None,
-    quiet: bool,
-    as_json: bool,
+    config: EvaluateConfig,
+    printing: ProgressConfig,
 ) -> None:
     """Measure loss and perplexity of the answers in a file.
 
@@ -52,10 +45,12 @@ def command(
     from edgetune.evaluation import evaluate
     from edgetune.formats.manifest import RowEncoding
 
-    encoding = RowEncoding(raw_prompts=raw_prompts, content_as_text=content_as_text)
-    say = notices(quiet=quiet)
-    evaluation = evaluate(bundle, data, adapter, truncate=truncate, encoding=encoding, threads=threads, say=say)
-    if as_json:
+    encoding = RowEncoding(raw_prompts=config.raw_prompts, content_as_text=config.content_as_text)
+    say = notices(quiet=printing.quiet)
+    evaluation = evaluate(
+        bundle, data, adapter, truncate=config.truncate, encoding=encoding, threads=config.threads, say=say
+    )
+    if printing.json:
         print_json(asdict(evaluation))
         return
     from rich.table import Table

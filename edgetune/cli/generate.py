@@ -7,13 +7,11 @@ from time import perf_counter
 
 import click
 
-from edgetune.cli.command import COUNT, Command, json_option
+from edgetune.cli.command import Command
 from edgetune.cli.inputs import PATH, model_at
+from edgetune.cli.options import options_of
 from edgetune.cli.output import notices, print_json, printable
-from edgetune.cli.run_options import content_as_text_option, threads_option
-from edgetune.config import GenerateConfig
-
-DEFAULT = GenerateConfig()
+from edgetune.config import GenerateConfig, ResultConfig
 
 EXAMPLES = """
 edgetune generate model --prompt "Dim the lights."
@@ -28,29 +26,9 @@ edgetune generate bundle --prompt "What did the base say before training?" --jso
     "--prompt", required=True, help="What the user says; without a chat template or with --raw, the text to continue."
 )
 @click.option("--system", help="What the system says before it.")
-@click.option(
-    "--max-new-tokens",
-    type=COUNT,
-    default=DEFAULT.max_new_tokens,
-    show_default=True,
-    help="Longest answer, in tokens.",
-)
-@click.option(
-    "--raw", is_flag=True, default=DEFAULT.raw, help="Go on with the prompt as it is, without the chat template."
-)
-@content_as_text_option
-@threads_option
-@json_option
-def command(
-    model: Path,
-    prompt: str,
-    system: str | None,
-    max_new_tokens: int,
-    raw: bool,
-    content_as_text: bool,
-    threads: int | None,
-    as_json: bool,
-) -> None:
+@options_of(GenerateConfig)
+@options_of(ResultConfig, "printing")
+def command(model: Path, prompt: str, system: str | None, config: GenerateConfig, printing: ResultConfig) -> None:
     """Let MODEL answer a prompt, word by word as it comes.
 
     MODEL is what `edgetune export` wrote, or a bundle, whose base then answers. Decoding is greedy. A model
@@ -61,9 +39,8 @@ def command(
     from edgetune.generation import generate
 
     begin = perf_counter()
-    config = GenerateConfig(max_new_tokens=max_new_tokens, raw=raw, content_as_text=content_as_text, threads=threads)
     pieces = generate(model, prompt, system, config, notices(quiet=False))
-    if as_json:
+    if printing.json:
         text = "".join(pieces)
         print_json({"text": text, "model": model, "seconds": perf_counter() - begin})
         return

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.command import Command, json_option
+from edgetune.cli.command import Command
 from edgetune.cli.inputs import PATH, bundle_at
+from edgetune.cli.options import flag_of, options_of
 from edgetune.cli.output import cell, console, print_json
-from edgetune.cli.run_options import device_type_option, soc_model_option
-from edgetune.config import DeviceType, TrainConfig
+from edgetune.config import PlacementConfig, ResultConfig
 from edgetune.errors import UsageError
 from edgetune.formats.roles import INT8_STEP
 from edgetune.runtimes.execution import ACCELERATING, Accelerator, WholePlan
@@ -47,49 +47,35 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
     type=click.Choice(list(ACCELERATING)),
     help="Compile the training step for this runtime's accelerator and say where each node runs.",
 )
-@click.option("--buckets", help="With --placement: the shapes, such as 4x128; one row of the longest by default.")
-@device_type_option
-@soc_model_option
-@click.option("--require-npu", is_flag=True, help="With --placement: exit code 4 where a node falls back to the CPU.")
-@json_option
-def command(
-    folder: Path,
-    placement: str | None,
-    buckets: str | None,
-    device_type: DeviceType,
-    soc_model: int | None,
-    require_npu: bool,
-    as_json: bool,
-) -> None:
+@options_of(PlacementConfig)
+@options_of(ResultConfig, "printing")
+def command(folder: Path, placement: str | None, config: PlacementConfig, printing: ResultConfig) -> None:
     """Say what FOLDER is: a bundle, an adapter or a model, with sizes, hashes and contracts.
 
     Every byte is compared with the manifest; a folder that is not what it says ends with exit code 5.
     """
     if placement is not None:
-        _place(folder, placement, buckets, Accelerator(device_type, soc_model, require_npu), as_json=as_json)
+        _place(folder, placement, config, printing)
         return
-    given = {
-        "--buckets": buckets is not None,
-        "--device-type": device_type != TrainConfig.device_type,
-        "--soc-model": soc_model is not None,
-        "--require-npu": require_npu,
-    }
-    if options := [name for name, is_given in given.items() if is_given]:
-        raise UsageError(f"{' and '.join(options)} belong to --placement; give that as well, or leave them away")
+    default = PlacementConfig()
+    given = [flag_of(each) for each in fields(config) if getattr(config, each.name) != getattr(default, each.name)]
+    if given:
+        raise UsageError(f"{' and '.join(given)} belong to --placement; give that as well, or leave them away")
     from edgetune.describe import describe
 
     description = describe(folder)
-    if as_json:
+    if printing.json:
         print_json(asdict(description))
     else:
         _show(description)
 
 
-def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Accelerator, *, as_json: bool) -> None:
+def _place(folder: Path, runtime: str, config: PlacementConfig, printing: ResultConfig) -> None:
     from edgetune.data.buckets import parse_buckets
     from edgetune.runtimes import find_runtime
     from edgetune.runtimes.placement import placement_record
 
+    accelerator = Accelerator(config.device_type, config.soc_model, config.require_npu)
     place, facts = find_runtime(runtime).place, ACCELERATING[runtime]
     if not facts.takes(accelerator.device_type):
         devices = " or ".join(facts.device_types)
@@ -101,7 +87,7 @@ def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Acceler
             f"--soc-model {accelerator.soc_model} is a chip of Qualcomm's, which --placement {runtime} does not "
             "compile for; leave it away, or use --placement qnn"
         )
-    shapes = parse_buckets(buckets) if buckets is not None else None
+    shapes = parse_buckets(config.buckets) if config.buckets is not None else None
     find_runtime(runtime).abilities()
     bundle = bundle_at(folder)
     _check_shapes(shapes or [], bundle.manifest.max_length)
@@ -113,7 +99,7 @@ def _place(folder: Path, runtime: str, buckets: str | None, accelerator: Acceler
     placements = [
         placement for plan in plans for shape in shapes for placement in place(bundle, plan, shape.batch, shape.length)
     ]
-    if as_json:
+    if printing.json:
         print_json([placement_record(placement) for placement in placements])
     else:
         _show_placements(placements)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.command import Command, json_option
+from edgetune.cli.command import Command
 from edgetune.cli.inputs import PATH, bundle_folder, row_sources
+from edgetune.cli.options import options_of
 from edgetune.cli.output import notices, print_json, printable
-from edgetune.cli.run_options import content_as_text_option, raw_prompts_option
+from edgetune.config import PreviewConfig, ResultConfig
 
 if TYPE_CHECKING:
     from edgetune.preview import Preview
@@ -26,10 +27,9 @@ edgetune preview bundle --data train.jsonl --json | head -n 1
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("bundle", type=PATH)
 @click.option("--data", type=PATH, required=True, help="JSONL rows to show.")
-@raw_prompts_option
-@content_as_text_option
-@json_option
-def command(bundle: Path, data: Path, raw_prompts: bool, content_as_text: bool, as_json: bool) -> None:
+@options_of(PreviewConfig)
+@options_of(ResultConfig, "printing")
+def command(bundle: Path, data: Path, config: PreviewConfig, printing: ResultConfig) -> None:
     """Show what training would see of each row.
 
     Text that is trained on is green on a terminal and [[in double brackets]] elsewhere. With --json one object a
@@ -40,9 +40,9 @@ def command(bundle: Path, data: Path, raw_prompts: bool, content_as_text: bool, 
     from edgetune.formats.manifest import RowEncoding
     from edgetune.preview import preview
 
-    encoding = RowEncoding(raw_prompts=raw_prompts, content_as_text=content_as_text)
+    encoding = RowEncoding(raw_prompts=config.raw_prompts, content_as_text=config.content_as_text)
     for row in preview(bundle, data, encoding=encoding, notice=notices(quiet=False)):
-        if as_json:
+        if printing.json:
             print_json({"line": row.line, "input_ids": row.input_ids, "labels": row.labels})
         else:
             _show(row, data)

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, cast, get_args
 
 import click
 
-from edgetune.cli.command import Command, json_option, quiet_option
+from edgetune.cli.command import Command
 from edgetune.cli.inputs import PATH, adapter_at, bundle_at
+from edgetune.cli.options import options_of
 from edgetune.cli.output import console, notices, print_json
-from edgetune.config import PlatformName, ShipConfig
+from edgetune.config import PlatformName, ProgressConfig, ShipConfig
 from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
     from edgetune.formats.bundle import Bundle
     from edgetune.ship.manifest import ShippedManifest
 
-DEFAULT = ShipConfig()
 FPGA = "fpga"
 """No app: an HLS project of a split bundle's trunk."""
 
@@ -39,37 +39,26 @@ edgetune ship split --target fpga --output hls
     help="Platform that the app goes to.",
 )
 @click.option("--output", type=PATH, required=True, help="Folder to write.")
-@click.option(
-    "--adapter",
-    type=PATH,
-    default=DEFAULT.adapter,
-    help="Adapter that the app starts from; without it, one that changes nothing yet.",
-)
-@click.option("--force", is_flag=True, default=DEFAULT.force, help="Replace a shipped folder that is already there.")
-@quiet_option
-@json_option
-def command(
-    bundle: Path, platform: str, output: Path, adapter: Path | None, force: bool, quiet: bool, as_json: bool
-) -> None:
+@options_of(ShipConfig)
+@options_of(ProgressConfig, "printing")
+def command(bundle: Path, platform: str, output: Path, config: ShipConfig, printing: ProgressConfig) -> None:
     """Lay out what an app ships: graphs, weights in files that stores take, adapter, tokenizer, and target.json.
 
     The graphs compute what the bundle's compute, bit for bit. What is too large for the platform is refused. For `fpga`
     the trunk of a split bundle becomes an HLS project, which Vitis synthesises.
     """
-    if adapter is not None:
-        adapter_at(adapter)
+    if config.adapter is not None:
+        adapter_at(config.adapter)
     opened = bundle_at(bundle)
     if platform == FPGA:
-        if adapter is not None:
+        if config.adapter is not None:
             raise click.UsageError("--adapter is for an app; an FPGA's trunk has none")
-        _write_hls(opened, output, force=force, quiet=quiet, as_json=as_json)
+        _write_hls(opened, output, config, printing)
         return
     from edgetune.ship import lay_out
 
-    made = lay_out(
-        opened, cast(PlatformName, platform), output, ShipConfig(adapter=adapter, force=force), notices(quiet=quiet)
-    )
-    if as_json:
+    made = lay_out(opened, cast(PlatformName, platform), output, config, notices(quiet=printing.quiet))
+    if printing.json:
         facts = made.manifest
         files = [{"path": file.path, "size": file.size, "pack": file.pack} for file in facts.files]
         budgets = [vars(budget) for budget in facts.budgets]
@@ -78,13 +67,13 @@ def command(
     _show(made.path, made.manifest)
 
 
-def _write_hls(bundle: Bundle, output: Path, *, force: bool, quiet: bool, as_json: bool) -> None:
+def _write_hls(bundle: Bundle, output: Path, config: ShipConfig, printing: ProgressConfig) -> None:
     from dataclasses import asdict
 
     from edgetune.runtimes.fpga_hls.project import write_hls_project
 
-    made = write_hls_project(bundle, output, notices(quiet=quiet), force=force)
-    if as_json:
+    made = write_hls_project(bundle, output, notices(quiet=printing.quiet), force=config.force)
+    if printing.json:
         print_json({"target": made.path, "layers": made.layers, "estimate": asdict(made.total)})
         return
     total, fpga = made.total, made.fpga

@@ -138,11 +138,11 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 OPTIONS = {
     "prepare": "output rank alpha targets base npu calibration max-length download force quiet json",
     "split": "data output layers length calibration-rows threads force quiet json",
-    "plan": "device data valid length runtime plan method queries memory-budget threads device-type soc-model buckets "
-    "steps epochs batch-size gradient-accumulation-steps packing no-packing truncate raw-prompts "
+    "plan": "device data valid length runtime plan precision trunk method queries memory-budget threads device-type "
+    "soc-model buckets steps epochs batch-size gradient-accumulation-steps packing no-packing truncate raw-prompts "
     "content-as-text json",
-    "train": "data valid output config runtime device plan trunk-cache vitisai-config method queries perturbation-size "
-    "memory-budget threads device-type require-npu soc-model buckets steps epochs batch-size "
+    "train": "data valid output config runtime device plan precision trunk trunk-cache vitisai-config method queries "
+    "perturbation-size memory-budget threads device-type require-npu soc-model buckets steps epochs batch-size "
     "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "
     "seed shuffle no-shuffle truncate raw-prompts content-as-text init-adapter force quiet json",
     "preview": "data raw-prompts content-as-text json",
@@ -585,7 +585,7 @@ SIZES = "a number and one of B, kB, MB, GB, KiB, MiB, GiB, such as 3GB"
 def test_train_passes_every_option_on(bundle: Path, data: Path, trained: list[TrainConfig], tmp_path: Path) -> None:
     adapter = folder_with(tmp_path / "old", "adapter_config.json")
     flags = (
-        "--runtime ort-training --plan int8 --memory-budget 2.5GiB --steps 7 "
+        "--runtime ort-training --precision int8 --memory-budget 2.5GiB --steps 7 "
         "--batch-size 2 --gradient-accumulation-steps 3 --learning-rate 1e-3 "
         "--schedule linear --warmup-steps 2 --weight-decay 0.1 --max-grad-norm 0.5 --seed 9 --no-shuffle "
         "--no-packing --truncate --force"

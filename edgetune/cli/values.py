@@ -1,0 +1,90 @@
+"""What may stand for an option: the fields of a config dataclass as click's types, for flags and for the file alike."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import click
+
+from edgetune.cli.inputs import PATH
+from edgetune.config import Option, option_of
+from edgetune.errors import UsageError
+from edgetune.text.byte_size import parse_bytes
+
+
+class Finite(click.FloatRange):
+    """A number in a range; `nan` and `inf`, which click lets pass, are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does, then refuse what is not finite."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """A size in bytes such as `3GB`; the text is kept as it was written."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Refuse what is no size."""
+        try:
+            parse_bytes(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
+class Choice(click.Choice):  # type: ignore[type-arg]
+    """One of the choices, or one of those that there were, which are taken and not shown."""
+
+    def __init__(self, choices: tuple[str, ...], former: Mapping[str, object]) -> None:
+        super().__init__(choices)
+        self.former = former
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As click does, but for a former choice."""
+        return str(value) if value in self.former else super().convert(value, param, ctx)
+
+
+def fields_of(kind: type) -> dict[str, Field[Any]]:
+    """The fields of a config dataclass by every name that is taken for them, former ones as well."""
+    named = {each.name: each for each in fields(kind)}
+    return named | {former: each for each in named.values() for former in option_of(each).former_names}
+
+
+def hints_of(kind: type) -> dict[str, Any]:
+    """The type of each field by its name: bool, int, float, str, Path or a Literal; `X | None` counts as `X`."""
+    return {name: _present(hint) for name, hint in get_type_hints(kind).items()}
+
+
+def type_of(hint: Any, said: Option) -> click.ParamType[Any]:
+    """What checks and converts a value of a field.
+
+    Args:
+        hint: The field's type, as `hints_of` says it.
+        said: What else is said of the field.
+    """
+    if get_origin(hint) is Literal:
+        return Choice(get_args(hint), said.former_values)
+    if hint is int:
+        return click.IntRange(said.least, said.most)
+    if hint is float:
+        above = said.above is not None
+        return Finite(min=said.above if above else said.least, max=said.most, min_open=above)
+    if hint is str and said.is_size:
+        return Size()
+    return {bool: click.BOOL, str: click.STRING, Path: PATH}[hint]
+
+
+def _present(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(member for member in get_args(hint) if member is not type(None))
+    return hint
