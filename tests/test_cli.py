@@ -28,6 +28,7 @@ from small_checkpoint import write_checkpoint
 
 import edgetune
 from edgetune.cli import VERBS, main
+from edgetune.cli.failures import exit_code_of
 from edgetune.cli.interruption import termination_interrupts
 from edgetune.cli.output import notices, printable
 from edgetune.cli.progress import BarObserver, LineObserver, duration_text
@@ -890,7 +891,7 @@ def test_a_name_that_is_not_unicode_is_what_is_named(
         "golden": GOLDEN / "bundle", "adapter": GOLDEN / "initial_adapter",
     }  # fmt: skip
     result = run(*(argument.format(**places) for argument in arguments))
-    assert result.exit_code == UsageError.exit_code
+    assert result.exit_code == exit_code_of(UsageError)
     assert re.search(r"caf\\udce9.*path is not valid Unicode; rename it", result.stderr), result.output
     assert not (tmp_path / "out").exists()
 
@@ -898,6 +899,6 @@ def test_a_name_that_is_not_unicode_is_what_is_named(
 def test_a_former_name_of_a_command_works_and_says_so(bundle: Path, tmp_path: Path) -> None:
     asked = ("--target", "web", "--output", tmp_path / "out")
     now, former = run("ship", bundle, *asked), run("bundle", bundle, *asked)
-    assert former.exit_code == now.exit_code == IncompatibleError.exit_code
+    assert former.exit_code == now.exit_code == exit_code_of(IncompatibleError)
     assert former.stderr == "`edgetune bundle` is called `edgetune ship` now\n" + now.stderr
     assert "Lay out what an app ships" in run("bundle", "--help").stdout

@@ -20,6 +20,7 @@ from bundle_copy import copy_of_bundle
 from numpy.typing import NDArray
 from tiny_phi3 import VARIANTS, WIDE, bundle, greedy, parameters, save_adapter, silent, torch_model, weights
 
+from edgetune.cli.failures import exit_code_of
 from edgetune.config import Base, ExportConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
@@ -345,10 +346,10 @@ def test_the_command_says_what_is_kept_and_refuses_what_lost_too_much(learnt: Le
     adapter, rows = learnt("int4")
     command = ["export", str(bundle(WIDE, "int4").path), "--adapter", str(adapter), "--precision", "int4"]
     refused = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a")])
-    assert refused.exit_code == UsageError.exit_code and "--unmeasured" in refused.stderr
+    assert refused.exit_code == exit_code_of(UsageError) and "--unmeasured" in refused.stderr
     command += ["--valid", str(rows)]
     refused = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a"), "--least-kept", "1"])
-    assert refused.exit_code == IncompatibleError.exit_code and "of what was learnt" in refused.stderr
+    assert refused.exit_code == exit_code_of(IncompatibleError) and "of what was learnt" in refused.stderr
     assert not (tmp_path / "a").exists()
     told = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a"), "--json"])
     kept = json.loads(told.stdout)["kept"]

@@ -15,6 +15,7 @@ from mounts import needs_mounts
 from shared_material import shared_material
 from small_checkpoint import write_checkpoint
 
+from edgetune.cli.failures import exit_code_of
 from edgetune.errors import NoRoomError, ResourceError
 from edgetune.formats.adapter import MOST_LINE_BYTES, RECORD, most_bytes, read_adapter, write_adapter
 from edgetune.formats.bundle import open_bundle
@@ -55,7 +56,7 @@ def train(output: Path | str, steps: int = 2) -> list[str | Path]:
 @needs_mounts
 def test_training_without_room_ends_before_the_first_step(tmp_path: Path) -> None:
     code, stderr = edgetune(*train("small/adapter"), before=on_disk_of(tmp_path, "48k"), cwd=tmp_path)
-    assert code == ResourceError.exit_code, stderr
+    assert code == exit_code_of(ResourceError), stderr
     assert "step 1" not in stderr
     found = re.search(r"small/adapter: the disk is full: ([\d,]+) bytes are needed, ([\d,]+) are free now", stderr)
     assert found is not None, stderr
@@ -76,7 +77,7 @@ def test_what_is_said_to_be_needed_is_enough(tmp_path: Path) -> None:
 def test_a_file_that_is_too_large_for_its_file_system_is_refused_before_the_first_step(tmp_path: Path) -> None:
     limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash"]
     code, stderr = edgetune(*train(tmp_path / "adapter"), before=limited)
-    assert code == ResourceError.exit_code, stderr
+    assert code == exit_code_of(ResourceError), stderr
     assert "step 1" not in stderr
     assert f"a file is larger than its file system, or `ulimit -f` with {16 << 10:,} bytes, allows" in stderr
     assert re.search(FIGURES, stderr)
@@ -236,13 +237,13 @@ def test_every_size_of_disk_is_enough_or_refused(tmp_path: Path, kind: str) -> N
         before = on_disk_of(tmp_path, size)
         code, stderr = edgetune(*arguments, "--output", "small/output", before=before, cwd=tmp_path)
         codes.add(code)
-        assert code in (0, ResourceError.exit_code), (size, stderr)
+        assert code in (0, exit_code_of(ResourceError)), (size, stderr)
         if code:
             assert re.search(FIGURES, stderr), (size, stderr)
             assert "internal error" not in stderr
         elif codes == {0}:
             raise AssertionError("the smallest was enough")
-    assert codes == {0, ResourceError.exit_code}
+    assert codes == {0, exit_code_of(ResourceError)}
 
 
 @needs_mounts
@@ -250,12 +251,12 @@ def test_preparing_without_room_ends_before_it_begins(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "tiny")
     arguments = ["prepare", "tiny", "--output", "small/bundle", "--base", "fp32", "--rank", "2", "--max-length", "64"]
     code, stderr = edgetune(*arguments, before=on_disk_of(tmp_path, "64k"), cwd=tmp_path)
-    assert code == ResourceError.exit_code, stderr
+    assert code == exit_code_of(ResourceError), stderr
     assert re.search(FIGURES, stderr)
     assert "Building" not in stderr
     for size in ("200k", "400k", "640k"):
         code, stderr = edgetune(*arguments, before=on_disk_of(tmp_path, size), cwd=tmp_path)
-        assert code == ResourceError.exit_code, (size, stderr)
+        assert code == exit_code_of(ResourceError), (size, stderr)
         assert re.search(FIGURES, stderr), (size, stderr)
 
 
