@@ -179,3 +179,17 @@ class TargetConfig:
     """A PEFT folder that the app starts from; otherwise one that changes nothing yet."""
     force: bool = False
     """Replace a target that is already there."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How `edgetune eval` measures."""
+
+    truncate: bool = False
+    """Cut rows that are longer than the bundle's maximum; without it they are left out and counted."""
+    raw_prompts: bool = False
+    """Take prompt and completion as they are; otherwise they go through the model's chat template."""
+    content_as_text: bool = False
+    """Take control tokens that a message spells as text; otherwise they steer the model."""
+    threads: int | None = None
+    """How many threads compute; without it as many as the process may use."""

@@ -13,7 +13,7 @@ from filelock import FileLock
 from prepared_bundles import InPieces, Prepared, prepare_in_pieces, prepare_standard
 
 from edgetune.config import Base
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,4 +55,4 @@ def _shared_folder(factory: pytest.TempPathFactory) -> Path:
 def _once(folder: Path, make: Callable[[Path], Bundle]) -> Bundle:
     """What one of the worker processes made in a folder."""
     with FileLock(f"{folder}.lock"):
-        return open_bundle(folder) if folder.exists() else make(folder)
+        return load_bundle(folder) if folder.exists() else make(folder)

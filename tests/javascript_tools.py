@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgetune.config import TargetConfig
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.ship import lay_out
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,7 @@ def ask_node(script: str, *arguments: str | Path, request: Any = None) -> Any:
 def lay_out_golden(folder: Path) -> Path:
     """The golden bundle as a web target that starts from the golden adapter."""
     config = TargetConfig(adapter=GOLDEN / "initial_adapter")
-    return lay_out_for_web(open_bundle(GOLDEN / "bundle"), folder, config)
+    return lay_out_for_web(load_bundle(GOLDEN / "bundle"), folder, config)
 
 
 def lay_out_for_web(bundle: Bundle, folder: Path, config: TargetConfig) -> Path:

@@ -8,7 +8,7 @@ import pytest
 from bundle_copy import copy_of_bundle
 
 from edgetune.errors import VerificationError
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.runtimes.fpga_hls.decoder import DecoderLayers
 
 GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "bundle"
@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parents[1] / "artifacts" / "golden" / "bundle"
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    return open_bundle(copy_of_bundle(GOLDEN, tmp_path / "bundle"))
+    return load_bundle(copy_of_bundle(GOLDEN, tmp_path / "bundle"))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from edgetune.data.encode import load_encoder
 from edgetune.data.rows import Message
 from edgetune.errors import EdgetuneError
 from edgetune.exporting import export
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.generation import generate
 from edgetune.preview import preview
 from edgetune.training import StepMetrics, TrainResult, train
@@ -223,17 +223,8 @@ def python_of(page: str) -> str:
     return str(code)
 
 
-class Silent:
-    """An observer that does not listen."""
-
-    def on_start(self, info: object) -> None: ...
-    def on_step(self, metrics: StepMetrics) -> None: ...
-    def on_validation(self, step: int, loss: float) -> None: ...
-    def on_notice(self, text: str) -> None: ...
-
-
 def train_golden(output: Path, config: TrainConfig) -> TrainResult:
-    return train(GOLDEN / "bundle", GOLDEN / "train.jsonl", None, output, config, Silent())
+    return train(GOLDEN / "bundle", GOLDEN / "train.jsonl", output, config)
 
 
 def run_code(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -266,8 +257,8 @@ def test_the_native_recipe_trains_as_edgetune_does(
 def kept_model(tmp_path: Path) -> Path:
     """A folder in which `model` is the golden bundle's, with an adapter beside it."""
     train_golden(tmp_path / "adapter", TrainConfig(epochs=60, learning_rate=1e-2))
-    bundle = open_bundle(GOLDEN / "bundle")
-    export(bundle, tmp_path / "adapter", tmp_path / "model", ExportConfig(merge=False), lambda line: None)
+    bundle = load_bundle(GOLDEN / "bundle")
+    export(bundle, tmp_path / "adapter", tmp_path / "model", ExportConfig(merge=False))
     return tmp_path
 
 
@@ -278,7 +269,7 @@ def test_the_genai_example_answers_with_and_without_adapter(
     base, adapted = re.findall(r"(?:base|adapter): *(.*)", printed)
     assert base != adapted
     for answer, folder in ((base, GOLDEN / "bundle"), (adapted, kept_model / "model")):
-        assert answer.strip() == "".join(generate(folder, "Turn on the lamp.", None, GenerateConfig())).strip()
+        assert answer.strip() == "".join(generate(folder, "Turn on the lamp.", GenerateConfig())).strip()
 
 
 def test_the_genai_example_encodes_as_training_does(kept_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +277,7 @@ def test_the_genai_example_encodes_as_training_does(kept_model: Path, monkeypatc
     monkeypatch.chdir(kept_model)
     Path("code.py").write_text(python_of("export.md"), encoding="utf-8")
     example = runpy.run_path("code.py")
-    encoder = load_encoder(GOLDEN / "bundle", open_bundle(GOLDEN / "bundle").manifest.tokenizer)
+    encoder = load_encoder(GOLDEN / "bundle", load_bundle(GOLDEN / "bundle").manifest.tokenizer)
     for text, genai_agrees in (("Turn on the lamp.", True), ("\u2003Turn on the lamp.", False)):
         message = Message("user", text)
         ids = encoder.encode_prompt([message])

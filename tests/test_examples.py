@@ -36,6 +36,6 @@ def test_the_portable_loop_learns_and_writes_an_adapter(tmp_path: Path) -> None:
     loop = [sys.executable, str(EXAMPLES / "portable_loop.py"), str(GOLDEN / "bundle"), str(rows), "adapter"]
     done = subprocess.run(loop, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    before = evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl", None).loss
-    after = evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl", tmp_path / "adapter").loss
+    before = evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl").loss
+    after = evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl", adapter=tmp_path / "adapter").loss
     assert after < before / 2

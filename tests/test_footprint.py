@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_phi3 import silent
 
 from benchmarks.checkpoints import Size, make_checkpoint
 from edgetune.config import PrepareConfig
@@ -27,7 +26,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("footprint")
     make_checkpoint(folder / "checkpoint", SIZE)
-    return prepare(str(folder / "checkpoint"), folder / "bundle", PrepareConfig(), silent).path
+    return prepare(str(folder / "checkpoint"), folder / "bundle", PrepareConfig()).path
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from prepared_bundles import Prepared
-from tiny_phi3 import VARIANTS, parameters, save_adapter, silent
+from tiny_phi3 import VARIANTS, parameters, save_adapter
 
 from edgetune.config import Base, ExportConfig
 from edgetune.data.batches import make_batch
@@ -48,8 +48,8 @@ def test_genai_answers_with_the_tokens_of_the_evaluation_graph(
     adapter = save_adapter(tmp_path / "adapter", bundle)
     trained = parameters(variant)
     untrained = {name: value if ".lora_A." in name else np.zeros_like(value) for name, value in trained.items()}
-    kept = export(bundle, adapter, tmp_path / "kept", ExportConfig(merge=False), silent).path
-    merged = export(bundle, adapter, tmp_path / "merged", ExportConfig(merge=True), silent).path
+    kept = export(bundle, adapter, tmp_path / "kept", ExportConfig(merge=False)).path
+    merged = export(bundle, adapter, tmp_path / "merged", ExportConfig(merge=True)).path
     ends = open_model(bundle.path).eos_token_ids
 
     wanted = greedy_by_loss_graph(bundle, trained, ends)

@@ -11,6 +11,7 @@ from edgetune.cli.command import Command, json_option, quiet_option
 from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, row_sources
 from edgetune.cli.output import console, notices, print_json
 from edgetune.cli.run_options import content_as_text_option, raw_prompts_option, threads_option, truncate_option
+from edgetune.config import EvaluateConfig
 
 EXAMPLES = """
 edgetune eval bundle --data valid.jsonl
@@ -50,11 +51,11 @@ def command(
         adapter_at(adapter)
     bundle_folder(bundle)
     from edgetune.evaluation import evaluate
-    from edgetune.formats.manifest import RowEncoding
 
-    encoding = RowEncoding(raw_prompts=raw_prompts, content_as_text=content_as_text)
-    say = notices(quiet=quiet)
-    evaluation = evaluate(bundle, data, adapter, truncate=truncate, encoding=encoding, threads=threads, say=say)
+    config = EvaluateConfig(
+        truncate=truncate, raw_prompts=raw_prompts, content_as_text=content_as_text, threads=threads
+    )
+    evaluation = evaluate(bundle, data, config, adapter=adapter, say=notices(quiet=quiet))
     if as_json:
         print_json(asdict(evaluation))
         return

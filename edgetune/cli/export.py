@@ -98,7 +98,7 @@ def command(
         threads=threads,
         force=force,
     )
-    exported = export(opened, adapter, output, config, notices(quiet=quiet), valid)
+    exported = export(opened, adapter, output, config, valid=valid, say=notices(quiet=quiet))
     if as_json:
         losses, kept = exported.losses, exported.kept
         print_json({"model": exported.path, "bytes": exported.bytes, "losses": losses, "kept": kept})

@@ -62,7 +62,7 @@ def command(
 
     begin = perf_counter()
     config = GenerateConfig(max_new_tokens=max_new_tokens, raw=raw, content_as_text=content_as_text, threads=threads)
-    pieces = generate(model, prompt, system, config, notices(quiet=False))
+    pieces = generate(model, prompt, config, system=system, say=notices(quiet=False))
     if as_json:
         text = "".join(pieces)
         print_json({"text": text, "model": model, "seconds": perf_counter() - begin})

@@ -104,7 +104,7 @@ def command(
         download=download,
         force=force,
     )
-    bundle = prepare(checkpoint, output, config, notices(quiet=quiet))
+    bundle = prepare(checkpoint, output, config, say=notices(quiet=quiet))
     manifest = bundle.manifest
     size = sum(file.size for file in manifest.files)
     if as_json:

@@ -41,7 +41,7 @@ def command(bundle: Path, data: Path, raw_prompts: bool, content_as_text: bool, 
     from edgetune.preview import preview
 
     encoding = RowEncoding(raw_prompts=raw_prompts, content_as_text=content_as_text)
-    for row in preview(bundle, data, encoding=encoding, notice=notices(quiet=False)):
+    for row in preview(bundle, data, encoding=encoding, say=notices(quiet=False)):
         if as_json:
             print_json({"line": row.line, "input_ids": row.input_ids, "labels": row.labels})
         else:

@@ -65,7 +65,7 @@ def command(
     from edgetune.split import split
 
     config = SplitConfig(layers=layers, length=length, calibration_rows=calibration_rows, threads=threads, force=force)
-    made = split(bundle, data, output, config, notices(quiet=quiet))
+    made = split(bundle, data, output, config, say=notices(quiet=quiet))
     info = read_trunk_info(made)
     size = made.file(GRAPH).stat().st_size
     total = made.manifest.architecture.num_hidden_layers

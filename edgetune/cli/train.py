@@ -237,7 +237,7 @@ def command(
     from edgetune.training import train
 
     with shown(quiet=quiet) as observer:
-        result = train(bundle, data, valid, output, merged, observer)
+        result = train(bundle, data, output, merged, valid=valid, observer=observer)
     if as_json:
         print_json(asdict(result))
         return

@@ -12,7 +12,7 @@ from edgetune.data.encode import Example
 from edgetune.devices.profile import Profile
 from edgetune.errors import ResourceError, UsageError
 from edgetune.formats.adapter import most_bytes
-from edgetune.formats.bundle import MANIFEST, Bundle, open_bundle
+from edgetune.formats.bundle import MANIFEST, Bundle, load_bundle
 from edgetune.machine.threads import usable_processors
 from edgetune.model.architecture import tensor_shapes
 from edgetune.planning.choice import Choice
@@ -131,7 +131,7 @@ def preflight(
     """
     notes: list[str] = []
     config = resolve_config(config, profile, notes.append, elsewhere=not here)
-    opened = open_bundle(bundle)
+    opened = load_bundle(bundle)
     reader = RowReader(opened, config, profile, notes.append)
     rows = _made_up(opened, config, profile, length, notes) if data is None else reader.read(data).examples
     measured = [] if valid is None else reader.read(valid).examples

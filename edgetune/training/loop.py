@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from os import PathLike
 from pathlib import Path
 from time import perf_counter
 
@@ -13,7 +14,7 @@ from edgetune.config import TrainConfig
 from edgetune.devices.profile import Profile, load_profile
 from edgetune.errors import EdgetuneError, IncompatibleError, VerificationError
 from edgetune.formats.adapter import MANIFEST, most_bytes, read_adapter, write_adapter
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, as_bundle
 from edgetune.formats.storage import atomic_folder
 from edgetune.machine.disk import reserve
 from edgetune.machine.threads import computing_with
@@ -27,14 +28,20 @@ from edgetune.runtimes import install
 from edgetune.runtimes.contract import Placed, Session, StepResult
 from edgetune.runtimes.placement import Placement, placement_record
 from edgetune.text.pulse import Pulse
-from edgetune.training.observer import Observer, StartInfo, StepMetrics, TrainResult
+from edgetune.training.observer import Observer, SilentObserver, StartInfo, StepMetrics, TrainResult
 from edgetune.training.output import save_elsewhere
 from edgetune.training.provenance import Outcome, provenance_of, validation_rows
 from edgetune.training.record import RunRecord, peak_memory_bytes
 
 
 def train(
-    bundle: Path, data: Path, valid: Path | None, output: Path, config: TrainConfig, observer: Observer
+    bundle: Bundle | str | PathLike[str],
+    data: str | PathLike[str],
+    output: str | PathLike[str],
+    config: TrainConfig = TrainConfig(),
+    *,
+    valid: str | PathLike[str] | None = None,
+    observer: Observer | None = None,
 ) -> TrainResult:
     """Train an adapter. All that can be refused is refused before the model is loaded.
 
@@ -46,12 +53,15 @@ def train(
     saved elsewhere, and the error says where.
 
     Args:
-        bundle: What `edgetune prepare` made.
-        data: JSONL rows to train on.
-        valid: JSONL rows to measure on, if any.
+        bundle: What `prepare` made: its path, or what `load_bundle` gave.
+        data: JSONL rows to train on; `-` is standard input.
         output: The adapter folder to make.
         config: How to train.
-        observer: Is told what happens.
+        valid: JSONL rows to measure on, if any.
+        observer: Is told what happens; without one nobody is.
+
+    Returns:
+        Where the adapter is, what the run measured, and what executed it.
 
     Raises:
         UsageError: Options that cannot be meant, a path that is not there, an output that is.
@@ -63,12 +73,15 @@ def train(
         LockedError: Another process writes `output`.
         EdgetuneError: A loss or gradient was not finite.
     """
+    data, output = Path(data), Path(output)
+    valid = None if valid is None else Path(valid)
+    observer = SilentObserver() if observer is None else observer
     profile = None if config.device is None else load_profile(config.device)
     config = resolve_config(config, profile, observer.on_notice)
     run: _Run | None = None
     try:
         with computing_with(config.threads), atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
-            run = _Run(open_bundle(bundle), data, valid, output, config, profile, observer)
+            run = _Run(as_bundle(bundle), data, valid, output, config, profile, observer)
             steps = run.execute(partial)
     except VerificationError:
         raise

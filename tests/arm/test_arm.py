@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from safetensors.numpy import load_file
 
 from edgetune.config import PlanName, TargetConfig, TrainConfig
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.ship import lay_out
 from edgetune.ship.platforms import PLATFORMS
 from edgetune.training import train
@@ -29,15 +29,6 @@ EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text(encod
 CLOSE = 1e-4
 """Two processors may differ by this much in a loss, in nats."""
 VERSIONS = ("3.11", "3.12", "3.13")
-
-
-class Silent:
-    """An observer that does not listen."""
-
-    def on_start(self, info: object) -> None: ...
-    def on_step(self, metrics: object) -> None: ...
-    def on_validation(self, step: int, loss: float) -> None: ...
-    def on_notice(self, text: str) -> None: ...
 
 
 def flags() -> list[str]:
@@ -75,7 +66,7 @@ def test_it_is_an_arm_processor_with_the_verified_wheels(board: Board, table: li
 def test_every_loss_is_that_of_x86(board: Board, tmp_path: Path, table: list[str], plan: PlanName) -> None:
     assert plan in get_args(PlanName)
     options = TrainConfig(**EXPECTED["options"], runtime="onnxruntime", plan=plan, init_adapter=ADAPTER)
-    train(BUNDLE, TRAIN, None, tmp_path / "x86", options, Silent())
+    train(BUNDLE, TRAIN, tmp_path / "x86", options)
     said = board.run("-m", "edgetune", "train", BUNDLE, *flags(), "--plan", plan, "--output", tmp_path / "arm")
     assert said.code == 0, said
     x86, arm = losses(tmp_path / "x86"), losses(tmp_path / "arm")
@@ -105,7 +96,7 @@ def test_it_measures_and_answers_as_pytorch_does(board: Board) -> None:
 def test_a_target_trains_there_with_onnxruntime_and_numpy_alone(board: Board, tmp_path: Path) -> None:
     """Step and optimizer of a target in several files of weights, once, bit for bit as they are in the bundle."""
     small = replace(PLATFORMS["linux-arm64"], shard=20_000)
-    target = lay_out(open_bundle(BUNDLE), "linux-arm64", tmp_path / "t", TargetConfig(), lambda text: None, small)
+    target = lay_out(load_bundle(BUNDLE), "linux-arm64", tmp_path / "t", TargetConfig(), lambda text: None, small)
     assert len(target.manifest.weights) > 3
     program = """
 import sys, numpy as np, onnxruntime as ort

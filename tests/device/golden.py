@@ -75,7 +75,7 @@ class Trained:
 def train_golden(bundle: Path, output: Path, options: Mapping[str, Any]) -> Trained:
     """Train the golden rows from the golden initial adapter."""
     watcher = Watcher()
-    result = train(bundle, TRAIN, VALID, output, TrainConfig(**options, init_adapter=ADAPTER), watcher)
+    result = train(bundle, TRAIN, output, TrainConfig(**options, init_adapter=ADAPTER), valid=VALID, observer=watcher)
     return Trained(result, watcher)
 
 

@@ -16,7 +16,7 @@ from debian_packages import NoPackagesError, download, unpack
 from safetensors.numpy import load_file
 
 from edgetune.config import TargetConfig, TrainConfig
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.preview import preview
 from edgetune.ship import lay_out
 from edgetune.ship.platforms import PLATFORMS
@@ -83,7 +83,7 @@ def rows_of(file: Path, path: Path) -> Path:
 def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: Path) -> None:
     config = TargetConfig(adapter=GOLDEN / "initial_adapter")
     small = replace(PLATFORMS["linux-arm64"], shard=20_000)
-    target = lay_out(open_bundle(GOLDEN / "bundle"), "linux-arm64", tmp_path / "target", config, print, small)
+    target = lay_out(load_bundle(GOLDEN / "bundle"), "linux-arm64", tmp_path / "target", config, print, small)
     assert len(target.manifest.weights) > 3
     rows = rows_of(GOLDEN / "train.jsonl", tmp_path / "rows.jsonl")
     written = tmp_path / "adapter_model.safetensors"
@@ -95,10 +95,8 @@ def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: P
     losses, norms = ([float(pair[place]) for pair in found] for place in (0, 1))
     np.testing.assert_allclose(losses, EXPECTED["losses"], rtol=0, atol=CLOSE)
     np.testing.assert_allclose(norms, EXPECTED["grad_norms"], rtol=10 * CLOSE)
-    train(
-        GOLDEN / "bundle", GOLDEN / "train.jsonl", None, tmp_path / "python",
-        TrainConfig(**OPTIONS, runtime="onnxruntime", plan="whole", init_adapter=GOLDEN / "initial_adapter"), Silent(),
-    )  # fmt: skip
+    options = TrainConfig(**OPTIONS, runtime="onnxruntime", plan="whole", init_adapter=GOLDEN / "initial_adapter")
+    train(GOLDEN / "bundle", GOLDEN / "train.jsonl", tmp_path / "python", options)
     ours, theirs = load_file(tmp_path / "python" / "adapter_model.safetensors"), load_file(written)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
@@ -107,7 +105,7 @@ def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: P
 
 
 def test_what_is_wrong_ends_the_sample_with_a_reason(program: Path, tmp_path: Path) -> None:
-    lay_out(open_bundle(GOLDEN / "bundle"), "ios", tmp_path / "target", TargetConfig(), print)
+    lay_out(load_bundle(GOLDEN / "bundle"), "ios", tmp_path / "target", TargetConfig(), print)
     rows = rows_of(GOLDEN / "train.jsonl", tmp_path / "rows.jsonl")
     (tmp_path / "empty").touch()
     for target, file in (("missing", rows), ("target", tmp_path / "empty")):
@@ -116,12 +114,3 @@ def test_what_is_wrong_ends_the_sample_with_a_reason(program: Path, tmp_path: Pa
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("error: ")
     assert not (tmp_path / "out").exists()
-
-
-class Silent:
-    """An observer that does not listen."""
-
-    def on_start(self, info: object) -> None: ...
-    def on_step(self, metrics: object) -> None: ...
-    def on_validation(self, step: int, loss: float) -> None: ...
-    def on_notice(self, text: str) -> None: ...
