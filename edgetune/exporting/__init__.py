@@ -105,11 +105,10 @@ def export(
         NoRoomError: The disk has less room than the model needs.
         LockedError: Another process writes `output`.
     """
-    versions = {name: version_of(name) for name in _TOOLS}
     bundle, adapter, output = as_bundle(bundle), Path(adapter), Path(output)
+    valid = None if valid is None else Path(valid)
     parameters = read_adapter(adapter, bundle.manifest.lora, bundle.manifest.base, bundle.manifest.tokenizer)
     encoding = row_encoding(adapter)
-    valid = None if valid is None else Path(valid)
     rows = None if config.unmeasured else valid or validation_rows_of(adapter, say)
     if rows is None and config.merge and config.precision == "int4" and not config.unmeasured:
         raise UsageError(
@@ -117,6 +116,7 @@ def export(
             "--valid, or ask for it with --unmeasured"
         )
     examples = _examples(bundle, rows, encoding)
+    versions = {name: version_of(name) for name in _TOOLS}
     listed = {file.path: file for file in bundle.manifest.files}
     needed = _needed(bundle, config, sum(listed[name].size for name in SIDE_FILES if name in listed))
     with (

@@ -65,7 +65,7 @@ def test_nothing_else_came_along() -> None:
 
 def test_every_module_that_a_device_uses_can_be_imported() -> None:
     folder = Path(edgetune.__file__).parent
-    host = {"prepare", "export", "split", "host"}
+    host = {"preparation", "exporting", "split", "host"}
     scripts = ("__main__", "launcher", "probe", "worker")
     modules = set()
     for path in folder.rglob("*.py"):
