@@ -294,7 +294,7 @@ def make_golden(golden: Path, *, new_base: bool) -> None:
         make_base(golden / BASE)
     for name in (BUNDLE, ADAPTER):
         shutil.rmtree(golden / name, ignore_errors=True)
-    bundle = prepare(str(golden / BASE), golden / BUNDLE, PREPARE, print)
+    bundle = prepare(str(golden / BASE), golden / BUNDLE, PREPARE, say=print)
     make_initial_adapter(golden)
     expected = expectations(golden, bundle)
     write_expected(golden / EXPECTED, expected)

@@ -20,7 +20,7 @@ from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.devices.place import Place
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.model.lora import Parameters, initial_parameters
 from edgetune.planning.choice import Choice
 from edgetune.planning.fit import Fit, Fitting
@@ -79,7 +79,7 @@ def open_session(
 def measure_edgetune(experiment: Training, contestant: Edgetune, folder: Path) -> dict[str, float]:
     """Time training steps of a bundle. Opening it includes the verification of every byte."""
     begin = perf_counter()
-    bundle = open_bundle(folder)
+    bundle = load_bundle(folder)
     fitted, batches = _fit(contestant, bundle, experiment.workload)
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
     with open_session(fitted.choice, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
@@ -93,7 +93,7 @@ def measure_edgetune(experiment: Training, contestant: Edgetune, folder: Path) -
 
 def steps_once(contestant: Edgetune, workloads: Sequence[Workload], folder: Path, plan: ExecutionPlan) -> None:
     """Run one step of each workload by this very plan."""
-    bundle = open_bundle(folder)
+    bundle = load_bundle(folder)
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
     runtime = find_runtime(contestant.runtime)
     with runtime.open_session(bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM), plan) as session:
@@ -109,7 +109,7 @@ def measure_cosine(experiment: GradientCosine, folders: Mapping[Edgetune, Path])
         folders: Their bundles.
     """
     found, exact = (
-        gradients(contestant, open_bundle(folders[contestant]), experiment.workload)
+        gradients(contestant, load_bundle(folders[contestant]), experiment.workload)
         for contestant in (experiment.contestant, experiment.exact)
     )
     cosines = [cosine(found[name], exact[name]) for name in exact]

@@ -24,7 +24,7 @@ from benchmarks.experiments import Edgetune, Training, Workload
 from benchmarks.models import FULL, GROUPED, SMALL, with_layers
 from benchmarks.process import run_watched
 from benchmarks.record import read_experiment, write_experiment
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.formats.manifest import BundleManifest
 from edgetune.planning.memory import Sizes, Work, peak_memory
 from edgetune.runtimes import find_runtime
@@ -107,7 +107,7 @@ def measure(
     finished = run_watched([sys.executable, "-m", "benchmarks.footprints", "--task", task])
     sizes = tuple((rows * length, rows * length**2) for rows, length in others)
     work = Work(workload.tokens, workload.tokens * workload.length, sizes)
-    return Sample(open_bundle(folder).manifest, work, plan, finished.memory.resident)
+    return Sample(load_bundle(folder).manifest, work, plan, finished.memory.resident)
 
 
 def fit(samples: Sequence[Sample], start: Footprint) -> Footprint:

@@ -26,7 +26,7 @@ from benchmarks.process import Finished, run_watched
 from edgetune.config import Method, PlanName, RuntimeName, TrainConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.model.lora import initial_parameters
 from edgetune.runtimes.forward_only import passes_a_step
 
@@ -95,7 +95,7 @@ def memory(asked: Namespace, console: Console) -> None:
 def measure(asked: Namespace) -> None:
     """Measure the loss of all rows and do nothing else."""
     runtime, plan = asked.measure
-    bundle = open_bundle(asked.bundle)
+    bundle = load_bundle(asked.bundle)
     manifest = bundle.manifest
     rows = load_examples(asked.data, load_encoder(bundle.path, manifest.tokenizer), manifest.max_length, truncate=False)
     contestant = Edgetune(runtime, plan)

@@ -20,7 +20,7 @@ from edgetune.config import TrainConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import EdgetuneError
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.model.lora import initial_parameters
 from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig
@@ -71,7 +71,7 @@ def measure_estimate(
     Raises:
         EdgetuneError: The bundle or the rows cannot be taken, or the runtime does not run both ways.
     """
-    bundle = open_bundle(folder)
+    bundle = load_bundle(folder)
     manifest = bundle.manifest
     rows = load_examples(data, load_encoder(bundle.path, manifest.tokenizer), manifest.max_length, truncate=False)
     estimating, exact = (

@@ -12,7 +12,7 @@ from benchmarks.ragged_rows import ragged_rows
 from benchmarks.training_steps import LEARNING_RATE, MAX_GRAD_NORM
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.model.lora import initial_parameters
 from edgetune.runtimes.contract import OptimizerConfig, Session
 
@@ -25,7 +25,7 @@ COMPARED = 8
 
 def measure_ragged(experiment: RaggedTraining, folder: Path) -> dict[str, float]:
     """Time optimizer steps, laying out the rows included, after one step that is not timed."""
-    bundle = open_bundle(folder)
+    bundle = load_bundle(folder)
     rows = ragged_rows(BATCH_SIZE * (1 + STEPS), experiment.model.size.vocabulary)
     fitted = fit(experiment.contestant, bundle, rows, BATCH_SIZE, packing=experiment.packing)
     steps = fitted.workload.steps()
@@ -46,7 +46,7 @@ def measure_ragged(experiment: RaggedTraining, folder: Path) -> dict[str, float]
 
 def measure_row_losses(experiment: RowLosses, folder: Path) -> dict[str, float]:
     """The largest difference between the losses that a row has in a pack and beside padding."""
-    bundle = open_bundle(folder)
+    bundle = load_bundle(folder)
     rows = ragged_rows(COMPARED, experiment.model.size.vocabulary)
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
     fitted = fit(experiment.contestant, bundle, rows, len(rows), packing=True)

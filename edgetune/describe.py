@@ -12,7 +12,7 @@ from edgetune.errors import UsageError, VerificationError
 from edgetune.formats.adapter import CONFIG as ADAPTER_CONFIG
 from edgetune.formats.adapter import MANIFEST as ADAPTER_MANIFEST
 from edgetune.formats.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from edgetune.formats.bundle import MANIFEST, is_there, list_files, load_manifest, open_bundle, verify_files
+from edgetune.formats.bundle import MANIFEST, is_there, list_files, load_bundle, load_manifest, verify_files
 from edgetune.formats.genai import CONFIG as GENAI_CONFIG
 from edgetune.formats.genai import MANIFEST as MODEL_MANIFEST
 from edgetune.formats.genai import open_model
@@ -122,7 +122,7 @@ def describe(path: Path) -> Description:
 
 
 def _describe_bundle(path: Path) -> Description:
-    manifest = open_bundle(path).manifest
+    manifest = load_bundle(path).manifest
     return Description(
         kind="bundle",
         path=path,

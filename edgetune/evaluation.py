@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
 
+from edgetune.config import EvaluateConfig
 from edgetune.data.batcher import MEASURED_ROWS, Batcher
 from edgetune.data.encode import IGNORED, Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import EdgetuneError
 from edgetune.formats.adapter import read_adapter, row_encoding
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, as_bundle
 from edgetune.formats.manifest import RowEncoding
 from edgetune.machine.threads import computing_with
 from edgetune.model.lora import Parameters, initial_parameters
 from edgetune.runtimes.onnx_session import open_graph
-from edgetune.text.pulse import Pulse
+from edgetune.text.pulse import Pulse, silent
 
 
 @dataclass(frozen=True)
@@ -41,44 +43,42 @@ class Evaluation:
     """Share of rows of which all are: greedy decoding gives exactly their answers."""
 
 
-def _silent(line: str) -> None:
-    pass
-
-
 def evaluate(
-    bundle: Path,
-    data: Path,
-    adapter: Path | None,
+    bundle: Bundle | str | PathLike[str],
+    data: str | PathLike[str],
+    config: EvaluateConfig = EvaluateConfig(),
     *,
-    truncate: bool = False,
-    encoding: RowEncoding = RowEncoding(),
-    threads: int | None = None,
-    say: Callable[[str], None] = _silent,
+    adapter: str | PathLike[str] | None = None,
+    say: Callable[[str], None] = silent,
 ) -> Evaluation:
-    """Measure a bundle on a file of rows.
+    """Measure how well a bundle, with or without an adapter, gives the answers of a file.
 
     Args:
-        bundle: What `edgetune prepare` made.
-        data: JSONL rows.
+        bundle: What `prepare` made: its path, or what `load_bundle` gave.
+        data: JSONL rows; `-` is standard input.
+        config: How to measure. Rows are encoded as the adapter's contract says as well.
         adapter: The adapter that shall answer; without it the base alone.
-        truncate: Cut rows that are too long instead of leaving them out, as training did that was told so.
-        encoding: How rows are encoded beyond what the adapter's contract says.
-        threads: How many compute; without a number as many as the process may use.
-        say: Called with a line of text from time to time, and with each thing that is to be said of the rows.
+        say: Called with one line of text from time to time, and for each thing that is to be said of the rows.
+
+    Returns:
+        Loss, in nats a trained token, perplexity and accuracies of the rows that were measured.
 
     Raises:
         UsageError: A path is not there, or so many threads cannot compute here.
         DataError: Rows that cannot be measured.
         IncompatibleError: The adapter does not fit the bundle.
         VerificationError: A file of the bundle or adapter was changed.
+        EdgetuneError: The loss is not finite.
     """
-    with computing_with(threads):
-        opened = open_bundle(bundle)
+    data, adapter = Path(data), None if adapter is None else Path(adapter)
+    encoding = RowEncoding(raw_prompts=config.raw_prompts, content_as_text=config.content_as_text)
+    with computing_with(config.threads):
+        opened = as_bundle(bundle)
         manifest = opened.manifest
         if adapter is not None:
             encoding |= row_encoding(adapter)
         encoder = load_encoder(opened.path, manifest.tokenizer, encoding)
-        examples = load_examples(data, encoder, manifest.max_length, truncate=truncate)
+        examples = load_examples(data, encoder, manifest.max_length, truncate=config.truncate)
         for line in examples.notices:
             say(line)
         parameters = None
@@ -93,7 +93,7 @@ def measure(
     parameters: Parameters | None,
     *,
     left_out: int = 0,
-    say: Callable[[str], None] = _silent,
+    say: Callable[[str], None] = silent,
 ) -> Evaluation:
     """Measure a bundle on rows that are loaded already.
 
@@ -102,7 +102,7 @@ def measure(
         examples: The rows, at least one.
         parameters: The adapter; None measures the base alone.
         left_out: Rows that are not among `examples`; only passed on.
-        say: Called with a line of text from time to time.
+        say: Called with one line of text from time to time.
     """
     manifest = bundle.manifest
     session = open_graph(bundle.file("loss"))

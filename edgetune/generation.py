@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from os import PathLike
 
 from edgetune.config import GenerateConfig
 from edgetune.data.answers import common_length
 from edgetune.data.encode import Encoder, load_encoder
 from edgetune.data.rows import Message
 from edgetune.errors import EdgetuneError, UsageError
+from edgetune.formats.bundle import Bundle
 from edgetune.formats.genai import GenaiModel, open_model
 from edgetune.formats.manifest import RowEncoding
 from edgetune.machine.threads import computing_with, thread_count
+from edgetune.text.pulse import silent
 
 _ADAPTER = "default"
 _INCOMPLETE = "\ufffd"
@@ -21,24 +23,28 @@ _INCOMPLETE = "\ufffd"
 
 
 def generate(
-    model: Path,
+    model: Bundle | str | PathLike[str],
     prompt: str,
-    system: str | None,
-    config: GenerateConfig,
-    notice: Callable[[str], None] = lambda _: None,
+    config: GenerateConfig = GenerateConfig(),
+    *,
+    system: str | None = None,
+    say: Callable[[str], None] = silent,
 ) -> Iterator[str]:
     """Answer a prompt.
 
+    What is wrong with the call is raised by the call; the answer is computed as its pieces are taken.
+
     Args:
-        model: A bundle, or a folder that `export` wrote; its adapter, when it has one beside it, is active.
+        model: A folder that `export` wrote, whose adapter, where it has one beside it, is active; or a bundle, which
+            answers as the base: its path, or what `load_bundle` gave.
         prompt: The user's turn; without a chat template or raw, the text to continue.
-        system: The system's turn.
         config: How to answer; where the model's adapter was trained on raw prompts or on content as text, so it is
             asked.
-        notice: Called with what is to be said of the prompt.
+        system: The system's turn.
+        say: Called with one line of text for each thing that is to be said of the prompt.
 
     Returns:
-        Pieces of the answer as they come, without special tokens.
+        Pieces of the answer as they come, without special tokens; joined, they are the answer.
 
     Raises:
         UsageError: There is no model, the prompt is empty or longer than the model takes, `system` has no place, or
@@ -46,18 +52,19 @@ def generate(
         DataError: The chat template refuses the conversation.
         IncompatibleError: A format or version that this edgetune does not read, or a broken template.
         VerificationError: A file is missing or changed, or the configuration could do harm.
+        EdgetuneError: ONNX Runtime GenAI failed, which shows while pieces are taken.
     """
     with computing_with(config.threads):
         threads = thread_count()
     opened = open_model(model)
     encoding = opened.encoding | RowEncoding(raw_prompts=config.raw, content_as_text=config.content_as_text)
     encoder = load_encoder(opened.path, opened.manifest.tokenizer, encoding)
-    input_ids = _encode(encoder, prompt, system, notice)
+    input_ids = _encode(encoder, prompt, system, say)
     _check_length(opened, input_ids)
     return text_pieces(encoder, _stream(opened, input_ids, config.max_new_tokens, threads))
 
 
-def generate_ids(model: Path, input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+def generate_ids(model: Bundle | str | PathLike[str], input_ids: Sequence[int], max_new_tokens: int) -> list[int]:
     """Greedy continuation of token ids.
 
     Args:
@@ -102,7 +109,7 @@ def _fresh(shown: str, text: str) -> str:
     return text[common_length(shown, text) :]
 
 
-def _encode(encoder: Encoder, prompt: str, system: str | None, notice: Callable[[str], None]) -> list[int]:
+def _encode(encoder: Encoder, prompt: str, system: str | None, say: Callable[[str], None]) -> list[int]:
     if not prompt:
         raise UsageError("the prompt is empty; give it some text")
     if not encoder.asks_raw:
@@ -111,7 +118,7 @@ def _encode(encoder: Encoder, prompt: str, system: str | None, notice: Callable[
         if system and not encoder.shows(0, turns):
             raise UsageError("the model's chat template leaves the system's text out; put it into the prompt")
         for remark in encoder.remarks_of(turns):
-            notice(remark)
+            say(remark)
         return encoder.encode_prompt(turns)
     if system is not None:
         why = "the model has no chat template" if encoder.template is None else "the prompt is raw"

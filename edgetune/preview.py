@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from os import PathLike
 from pathlib import Path
 
 from edgetune.data.encode import IGNORED, Encoder, Example, load_encoder
 from edgetune.data.examples import Tally, encode_rows
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import Bundle, as_bundle
 from edgetune.formats.manifest import RowEncoding
+from edgetune.text.pulse import silent
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,19 @@ class Preview:
 
 
 def preview(
-    bundle: Path,
-    data: Path,
+    bundle: Bundle | str | PathLike[str],
+    data: str | PathLike[str],
     *,
     encoding: RowEncoding = RowEncoding(),
-    notice: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = silent,
 ) -> Iterator[Preview]:
     """What training would see of each row of `data`.
 
     Args:
-        bundle: What would be trained.
+        bundle: What would be trained: its path, or what `load_bundle` gave.
         data: JSONL rows.
         encoding: How they are encoded where there is a choice.
-        notice: Called after the last row with each thing that is to be said of the rows.
+        say: Called after the last row with one line of text for each thing that is to be said of the rows.
 
     Raises:
         UsageError: There is no such bundle or file.
@@ -56,14 +58,14 @@ def preview(
         IncompatibleError: The bundle does not fit this edgetune or the rows.
         VerificationError: A file of the bundle was changed.
     """
-    opened = open_bundle(bundle)
+    opened, data = as_bundle(bundle), Path(data)
     encoder = load_encoder(opened.path, opened.manifest.tokenizer, encoding)
     tally = Tally(data)
     for example in encode_rows(data, encoder, tally):
         too_long = len(example.input_ids) > opened.manifest.max_length
         yield Preview(example.line, list(example.input_ids), list(example.labels), _pieces(example, encoder), too_long)
     for line in tally.notices():
-        notice(line)
+        say(line)
 
 
 def _pieces(example: Example, encoder: Encoder) -> list[Piece]:

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from edgetune.config import Base
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from support.default_signals import take_ignored_signals
 from support.prepared_bundles import InPieces, Prepared, prepare_in_pieces, prepare_standard
 
@@ -55,4 +55,4 @@ def _shared_folder(factory: pytest.TempPathFactory) -> Path:
 def _once(folder: Path, make: Callable[[Path], Bundle]) -> Bundle:
     """What one of the worker processes made in a folder."""
     with FileLock(f"{folder}.lock"):
-        return open_bundle(folder) if folder.exists() else make(folder)
+        return load_bundle(folder) if folder.exists() else make(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgetune.config import EvaluateConfig
 from edgetune.errors import DataError, IncompatibleError, UsageError
 from edgetune.evaluation import Evaluation, evaluate, measure
 from edgetune.formats.adapter import write_adapter
@@ -71,7 +72,7 @@ def assert_close(found: Evaluation, expected: Evaluation) -> None:
 def test_the_base_alone(bundle: Bundle, tmp_path: Path) -> None:
     rows = some_rows(9)
     data = write_rows(tmp_path / "data.jsonl", rows)
-    assert_close(evaluate(bundle.path, data, None), by_hand(rows, BASE_LOGITS))
+    assert_close(evaluate(bundle.path, data), by_hand(rows, BASE_LOGITS))
 
 
 def test_base_and_adapter(bundle: Bundle, tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_base_and_adapter(bundle: Bundle, tmp_path: Path) -> None:
     expected = by_hand(rows, table)
     assert expected.loss != pytest.approx(by_hand(rows, BASE_LOGITS).loss, rel=1e-2)
     assert expected.token_accuracy > 0
-    assert_close(evaluate(bundle.path, data, adapter), expected)
+    assert_close(evaluate(bundle.path, data, adapter=adapter), expected)
 
 
 def test_rows_that_are_given_exactly(bundle: Bundle, tmp_path: Path) -> None:
@@ -100,15 +101,15 @@ def test_rows_that_are_given_exactly(bundle: Bundle, tmp_path: Path) -> None:
     ]
     data = write_rows(tmp_path / "data.jsonl", rows)
     adapter = write(tmp_path / "adapter", bundle, {SLOT.a: a, SLOT.b: b})
-    found = evaluate(bundle.path, data, adapter)
+    found = evaluate(bundle.path, data, adapter=adapter)
     assert found.exact_match == 0.5
     assert_close(found, by_hand(rows, BASE_LOGITS + LORA.scaling * (b @ a).T))
 
 
 def test_the_order_of_rows_does_not_matter(bundle: Bundle, tmp_path: Path) -> None:
     rows = some_rows(9)
-    forward = evaluate(bundle.path, write_rows(tmp_path / "a.jsonl", rows), None)
-    backward = evaluate(bundle.path, write_rows(tmp_path / "b.jsonl", rows[::-1]), None)
+    forward = evaluate(bundle.path, write_rows(tmp_path / "a.jsonl", rows))
+    backward = evaluate(bundle.path, write_rows(tmp_path / "b.jsonl", rows[::-1]))
     assert forward.loss == pytest.approx(backward.loss, rel=1e-6)
     assert forward.exact_match == backward.exact_match
 
@@ -116,17 +117,17 @@ def test_the_order_of_rows_does_not_matter(bundle: Bundle, tmp_path: Path) -> No
 def test_long_rows_are_left_out_and_counted(bundle: Bundle, tmp_path: Path) -> None:
     rows = some_rows(3)
     data = write_rows(tmp_path / "data.jsonl", [*rows, {"prompt": "a", "completion": " b" * MAX_LENGTH}])
-    found = evaluate(bundle.path, data, None)
+    found = evaluate(bundle.path, data)
     assert (found.rows, found.left_out) == (3, 1)
     assert found.loss == pytest.approx(by_hand(rows, BASE_LOGITS).loss, rel=1e-5)
 
 
 def test_long_rows_are_cut_where_that_is_asked_for(bundle: Bundle, tmp_path: Path) -> None:
     long = {"prompt": "a", "completion": " b" * MAX_LENGTH}
-    found = evaluate(bundle.path, write_rows(tmp_path / "data.jsonl", [long]), None, truncate=True)
+    found = evaluate(bundle.path, write_rows(tmp_path / "data.jsonl", [long]), EvaluateConfig(truncate=True))
     assert (found.rows, found.left_out, found.trained_tokens) == (1, 0, MAX_LENGTH - 1)
     with pytest.raises(DataError, match="cut them with --truncate"):
-        evaluate(bundle.path, tmp_path / "data.jsonl", None)
+        evaluate(bundle.path, tmp_path / "data.jsonl")
 
 
 def test_rows_that_are_loaded_already(bundle: Bundle, tmp_path: Path) -> None:
@@ -135,13 +136,13 @@ def test_rows_that_are_loaded_already(bundle: Bundle, tmp_path: Path) -> None:
 
     data = write_rows(tmp_path / "data.jsonl", some_rows(5))
     examples = load_examples(data, load_encoder(bundle.path, bundle.manifest.tokenizer), MAX_LENGTH, truncate=False)
-    assert measure(bundle, examples.examples, None) == evaluate(bundle.path, data, None)
+    assert measure(bundle, examples.examples, None) == evaluate(bundle.path, data)
 
 
 def test_what_does_not_fit_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data.jsonl", some_rows(2))
     with pytest.raises(UsageError, match="no adapter here"):
-        evaluate(bundle.path, data, tmp_path)
+        evaluate(bundle.path, data, adapter=tmp_path)
     adapter = write(tmp_path / "adapter", bundle, parameters(0), BaseModel("another", "c" * 64, "fp32"))
     with pytest.raises(IncompatibleError, match=r"trained on another .*bundle holds bigram"):
-        evaluate(bundle.path, data, adapter)
+        evaluate(bundle.path, data, adapter=adapter)

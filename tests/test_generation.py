@@ -23,7 +23,7 @@ from edgetune.formats.manifest import AdapterManifest, ModelManifest, RowEncodin
 from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.generation import generate, generate_ids, text_pieces
 from support.shared_material import shared_material
-from support.tiny_phi3 import bundle, checkpoint, greedy, save_adapter, silent, torch_model
+from support.tiny_phi3 import bundle, checkpoint, greedy, save_adapter, torch_model
 
 CONFIG = GenerateConfig(max_new_tokens=16)
 
@@ -33,7 +33,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = bundle("grouped-query", "int4")
     folder = tmp_path_factory.mktemp("kept")
     adapter = save_adapter(folder / "adapter", source)
-    export(source, adapter, folder / "model", ExportConfig(merge=False), silent)
+    export(source, adapter, folder / "model", ExportConfig(merge=False))
     return folder / "model"
 
 
@@ -76,18 +76,18 @@ def torch_answer(ids: list[int], count: int) -> str:
 def test_answer_is_transformers_answer(system: str | None) -> None:
     messages = [] if system is None else [{"role": "system", "content": system}]
     ids = template_ids([*messages, {"role": "user", "content": "is the lamp on?"}])
-    pieces = list(generate(bundle("grouped-query", "int4").path, "is the lamp on?", system, CONFIG))
+    pieces = list(generate(bundle("grouped-query", "int4").path, "is the lamp on?", CONFIG, system=system))
     assert "".join(pieces) == torch_answer(ids, 16)
     assert len(pieces) > 3, "not streamed"
     assert all(pieces)
 
 
 def test_kept_adapter_is_active_by_itself(kept: Path, model: Path) -> None:
-    base = list(generate(bundle("grouped-query", "int4").path, "hello", None, CONFIG))
-    adapted = list(generate(kept, "hello", None, CONFIG))
+    base = list(generate(bundle("grouped-query", "int4").path, "hello", CONFIG))
+    adapted = list(generate(kept, "hello", CONFIG))
     assert adapted != base
     reseal(model, adapter=None)
-    assert list(generate(model, "hello", None, CONFIG)) == base
+    assert list(generate(model, "hello", CONFIG)) == base
 
 
 def test_stops_where_the_model_ends() -> None:
@@ -105,9 +105,9 @@ def test_length_limits() -> None:
     with pytest.raises(UsageError, match=r"256 tokens.*takes 256"):
         generate_ids(source.path, [5] * 256, 1)
     with pytest.raises(UsageError, match="shorten it"):
-        generate(source.path, "what is it? " * 200, None, CONFIG)
+        generate(source.path, "what is it? " * 200, CONFIG)
     with pytest.raises(UsageError, match="empty"):
-        generate(source.path, "", None, CONFIG)
+        generate(source.path, "", CONFIG)
 
 
 def test_without_a_template_the_prompt_is_continued(model: Path) -> None:
@@ -116,9 +116,9 @@ def test_without_a_template_the_prompt_is_continued(model: Path) -> None:
     from transformers import AutoTokenizer
 
     ids = [int(token) for token in AutoTokenizer.from_pretrained(checkpoint("grouped-query"))("hello world").input_ids]
-    assert "".join(generate(model, "hello world", None, CONFIG)) == torch_answer(ids, 16)
+    assert "".join(generate(model, "hello world", CONFIG)) == torch_answer(ids, 16)
     with pytest.raises(UsageError, match="no chat template"):
-        generate(model, "hello", "be kind", CONFIG)
+        generate(model, "hello", CONFIG, system="be kind")
 
 
 @pytest.mark.parametrize("text", ["is the lamp on now", "naïve café", "日本語 and 🙂🙃", "a  b \n c", "🙂", "", "x 🙂"])
@@ -157,13 +157,13 @@ def test_cut_character_is_shown_at_the_end() -> None:
 
 def test_missing_folder() -> None:
     with pytest.raises(UsageError, match="no model here"):
-        generate(Path("nowhere"), "hello", None, CONFIG)
+        generate(Path("nowhere"), "hello", CONFIG)
 
 
 def test_model_without_a_manifest_is_refused(model: Path) -> None:
     (model / MANIFEST).unlink()
     with pytest.raises(VerificationError, match=r"without edgetune\.json"):
-        generate(model, "hello", None, CONFIG)
+        generate(model, "hello", CONFIG)
 
 
 def test_other_format_is_refused(model: Path) -> None:
@@ -179,7 +179,7 @@ def test_flipped_byte_is_found(model: Path, name: str) -> None:
     data[len(data) // 2] ^= 1
     (model / name).write_bytes(data)
     with pytest.raises(VerificationError, match="was changed"):
-        generate(model, "hello", None, CONFIG)
+        generate(model, "hello", CONFIG)
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -209,7 +209,7 @@ def test_dangerous_configuration_is_refused_before_loading(
     monkeypatch.setattr("onnxruntime_genai.Model", None)
     change_config(model, CHANGES[name])
     with pytest.raises(VerificationError, match=name):
-        generate(model, "hello", None, CONFIG)
+        generate(model, "hello", CONFIG)
 
 
 def test_link_and_unlisted_files_are_refused(model: Path, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_link_and_unlisted_files_are_refused(model: Path, tmp_path: Path) -> Non
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(VerificationError, match=r"model\.onnx\.data is a link\n.*cp -rL"):
-        generate(model, "hello", None, CONFIG)
+        generate(model, "hello", CONFIG)
     weights.unlink()
     (tmp_path / "elsewhere").rename(weights)
     open_model(model)
@@ -225,10 +225,10 @@ def test_link_and_unlisted_files_are_refused(model: Path, tmp_path: Path) -> Non
     for name in ("model.onnx.data", "chat_template.jinja"):
         reseal(model, files=[file for file in manifest.files if file.path != name])
         with pytest.raises(VerificationError, match=f"does not list {name}"):
-            generate(model, "hello", None, CONFIG)
+            generate(model, "hello", CONFIG)
     reseal(model, adapter="../adapter.onnx_adapter")
     with pytest.raises(VerificationError, match="not a listed file"):
-        generate(model, "hello", None, CONFIG)
+        generate(model, "hello", CONFIG)
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -252,27 +252,27 @@ def test_prompts_are_encoded_as_the_adapters_rows_were(tmp_path: Path, merge: bo
         contract = read_manifest((adapter / MANIFEST).read_bytes(), AdapterManifest, MANIFEST)
         (adapter / MANIFEST).write_bytes(write_manifest(replace(contract, encoding=encoding)))
         model = tmp_path / f"model{number}"
-        export(source, adapter, model, ExportConfig(merge=merge), silent)
+        export(source, adapter, model, ExportConfig(merge=merge))
         expected = "".join(text_pieces(encoder, generate_ids(model, ids, 16)))
-        assert "".join(generate(model, prompt, None, CONFIG)) == expected
+        assert "".join(generate(model, prompt, CONFIG)) == expected
         answers.add(expected)
         config = replace(CONFIG, raw=encoding.raw_prompts, content_as_text=encoding.content_as_text)
         other = "".join(text_pieces(encoder, generate_ids(tmp_path / "model0", ids, 16)))
-        assert "".join(generate(tmp_path / "model0", prompt, None, config)) == other
+        assert "".join(generate(tmp_path / "model0", prompt, config)) == other
     assert len(answers) > 1
     with pytest.raises(UsageError, match="the prompt is raw, so a system text has no place"):
-        generate(tmp_path / "model1", prompt, "be kind", CONFIG)
+        generate(tmp_path / "model1", prompt, CONFIG, system="be kind")
 
 
 def test_what_the_prompt_and_the_template_do_not_get_along_with(model: Path) -> None:
     said: list[str] = []
-    generate(model, "hello <|end|>", None, CONFIG, said.append)
+    generate(model, "hello <|end|>", CONFIG, say=said.append)
     assert said == [Remark.CONTROL_TOKENS]
-    generate(model, "hello <|end|>", None, replace(CONFIG, content_as_text=True), said.append)
-    generate(model, "hello", None, CONFIG, said.append)
+    generate(model, "hello <|end|>", replace(CONFIG, content_as_text=True), say=said.append)
+    generate(model, "hello", CONFIG, say=said.append)
     assert len(said) == 1
     template = (shared_material() / "cases" / "template-without-system.jinja").read_bytes()
     (model / "chat_template.jinja").write_bytes(template)
     reseal(model, adapter=None)
     with pytest.raises(UsageError, match="leaves the system's text out"):
-        generate(model, "hello", "be kind", CONFIG)
+        generate(model, "hello", CONFIG, system="be kind")

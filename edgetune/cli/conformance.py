@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from edgetune.cli.command import Command
+from edgetune.cli.failures import exit_code_of
 from edgetune.cli.inputs import PATH, bundle_at
 from edgetune.cli.options import options_of
 from edgetune.cli.output import print_json, printable
@@ -48,4 +49,4 @@ def command(graph: Path, printing: ResultConfig) -> None:
         counts = ", ".join(f"{count} of {rule}" for rule, count in Counter(each.rule for each in found).items())
         click.echo(f"{path}: {len(found)} violations ({counts})" if found else f"{path}: keeps the rules of Vitis AI")
     if found:
-        sys.exit(IncompatibleError.exit_code)
+        sys.exit(exit_code_of(IncompatibleError))

@@ -43,13 +43,8 @@ def command(
         adapter_at(adapter)
     bundle_folder(bundle)
     from edgetune.evaluation import evaluate
-    from edgetune.formats.manifest import RowEncoding
 
-    encoding = RowEncoding(raw_prompts=config.raw_prompts, content_as_text=config.content_as_text)
-    say = notices(quiet=printing.quiet)
-    evaluation = evaluate(
-        bundle, data, adapter, truncate=config.truncate, encoding=encoding, threads=config.threads, say=say
-    )
+    evaluation = evaluate(bundle, data, config, adapter=adapter, say=notices(quiet=printing.quiet))
     if printing.json:
         print_json(asdict(evaluation))
         return

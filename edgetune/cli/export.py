@@ -53,7 +53,7 @@ def command(
     opened = bundle_at(bundle)
     from edgetune.exporting import export
 
-    exported = export(opened, adapter, output, config, notices(quiet=printing.quiet), valid)
+    exported = export(opened, adapter, output, config, valid=valid, say=notices(quiet=printing.quiet))
     if printing.json:
         losses, kept = exported.losses, exported.kept
         print_json({"model": exported.path, "bytes": exported.bytes, "losses": losses, "kept": kept})

@@ -12,10 +12,30 @@ from pathlib import Path
 import click
 
 from edgetune.cli.output import print_json, printable
-from edgetune.errors import DataError, EdgetuneError, LockedError, MissingDependencyError, ResourceError, UsageError
+from edgetune.errors import (
+    DataError,
+    EdgetuneError,
+    IncompatibleError,
+    LockedError,
+    MissingDependencyError,
+    ResourceError,
+    UsageError,
+    VerificationError,
+)
 from edgetune.machine.disk import no_room
 from edgetune.machine.exhaustion import ADVICE, lack_behind
 
+EXIT_CODES: dict[type[EdgetuneError], int] = {
+    EdgetuneError: 1,
+    MissingDependencyError: 1,
+    UsageError: 2,
+    DataError: 3,
+    IncompatibleError: 4,
+    VerificationError: 5,
+    ResourceError: 6,
+    LockedError: 7,
+}
+"""By who must act; a more special error has the code of the nearest class that is listed."""
 INTERRUPTED = 130
 DEBUG = "EDGETUNE_DEBUG"
 """Environment variable that shows tracebacks."""
@@ -34,17 +54,22 @@ class Failure:
     """`file:line: reason` of each bad row that is shown."""
 
 
+def exit_code_of(kind: type[EdgetuneError]) -> int:
+    """The exit code of a command that ends with such an error."""
+    return next(EXIT_CODES[known] for known in kind.__mro__ if known in EXIT_CODES)
+
+
 def failure_of(error: BaseException) -> Failure:
     """Sort an exception by who must act."""
     match error:
         case DataError():
-            return Failure(error.exit_code, f"error: {error}", error.problems[: error.shown])
+            return Failure(exit_code_of(type(error)), f"error: {error}", error.problems[: error.shown])
         case UsageError() | LockedError() | ResourceError():
-            return Failure(error.exit_code, f"error: {error}")
+            return Failure(exit_code_of(type(error)), f"error: {error}")
         case EdgetuneError() if lack := lack_behind(error):
-            return Failure(ResourceError.exit_code, f"error: {error}\n{ADVICE[lack]}")
+            return Failure(exit_code_of(ResourceError), f"error: {error}\n{ADVICE[lack]}")
         case EdgetuneError():
-            return Failure(error.exit_code, f"error: {error}")
+            return Failure(exit_code_of(type(error)), f"error: {error}")
         case click.UsageError():
             hint = f"\nTry '{error.ctx.command_path} --help'." if error.ctx else ""
             return Failure(error.exit_code, f"error: {error.format_message()}{hint}")
@@ -52,23 +77,24 @@ def failure_of(error: BaseException) -> Failure:
             return Failure(error.exit_code, f"error: {error.format_message()}")
         case KeyboardInterrupt() if not _threads_left():
             # OpenBLAS, in numpy, interrupts its own process where it cannot start its threads.
-            return Failure(ResourceError.exit_code, f"error: {ADVICE['memory']} (no more threads can be started)")
+            return Failure(exit_code_of(ResourceError), f"error: {ADVICE['memory']} (no more threads can be started)")
         case KeyboardInterrupt() | click.Abort():
             return Failure(INTERRUPTED, "error: interrupted")
         case OSError() if error.filename is not None and lack_behind(error) == "room":
-            return Failure(ResourceError.exit_code, f"error: {no_room(Path(os.fsdecode(error.filename)), 0, error)}")
+            message = str(no_room(Path(os.fsdecode(error.filename)), 0, error))
+            return Failure(exit_code_of(ResourceError), f"error: {message}")
         case _ if lack := lack_behind(error):
             place = _place(error) if isinstance(error, OSError) else ""
-            return Failure(ResourceError.exit_code, f"error: {place}{ADVICE[lack]}{_reason(error)}")
+            return Failure(exit_code_of(ResourceError), f"error: {place}{ADVICE[lack]}{_reason(error)}")
         case ModuleNotFoundError() if not (error.name or "edgetune").startswith("edgetune"):
             fix = 'pip install "edgetune[host]" brings what prepare and export need; see `edgetune doctor`'
-            return Failure(MissingDependencyError.exit_code, f"error: {error.name} is not installed; {fix}")
+            return Failure(exit_code_of(MissingDependencyError), f"error: {error.name} is not installed; {fix}")
         case OSError() if error.filename is not None:
-            return Failure(EdgetuneError.exit_code, f"error: {_place(error)}{error.strerror}")
+            return Failure(exit_code_of(EdgetuneError), f"error: {_place(error)}{error.strerror}")
         case _:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             advice = f"run again with {DEBUG}=1 for the traceback"
-            return Failure(EdgetuneError.exit_code, f"internal error: {reason:.400}; {advice}")
+            return Failure(exit_code_of(EdgetuneError), f"internal error: {reason:.400}; {advice}")
 
 
 def report(error: BaseException, *, as_json: bool) -> int:

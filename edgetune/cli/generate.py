@@ -39,7 +39,7 @@ def command(model: Path, prompt: str, system: str | None, config: GenerateConfig
     from edgetune.generation import generate
 
     begin = perf_counter()
-    pieces = generate(model, prompt, system, config, notices(quiet=False))
+    pieces = generate(model, prompt, config, system=system, say=notices(quiet=False))
     if printing.json:
         text = "".join(pieces)
         print_json({"text": text, "model": model, "seconds": perf_counter() - begin})

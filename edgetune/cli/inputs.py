@@ -79,9 +79,9 @@ def bundle_at(path: Path) -> Bundle:
         IncompatibleError: A format or version that this edgetune does not read.
         VerificationError: A file is missing or changed.
     """
-    from edgetune.formats.bundle import open_bundle
+    from edgetune.formats.bundle import load_bundle
 
-    return open_bundle(bundle_folder(path))
+    return load_bundle(bundle_folder(path))
 
 
 def adapter_at(path: Path) -> Path:

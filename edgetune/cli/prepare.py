@@ -40,7 +40,7 @@ def command(checkpoint: str, output: Path, config: PrepareConfig, printing: Prog
             raise UsageError(f"--calibration belongs to --npu qdq; --npu is {config.npu}")
     from edgetune.preparation import prepare
 
-    bundle = prepare(checkpoint, output, config, notices(quiet=printing.quiet))
+    bundle = prepare(checkpoint, output, config, say=notices(quiet=printing.quiet))
     manifest = bundle.manifest
     size = sum(file.size for file in manifest.files)
     if printing.json:

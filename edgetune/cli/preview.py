@@ -41,7 +41,7 @@ def command(bundle: Path, data: Path, config: PreviewConfig, printing: ResultCon
     from edgetune.preview import preview
 
     encoding = RowEncoding(raw_prompts=config.raw_prompts, content_as_text=config.content_as_text)
-    for row in preview(bundle, data, encoding=encoding, notice=notices(quiet=False)):
+    for row in preview(bundle, data, encoding=encoding, say=notices(quiet=False)):
         if printing.json:
             print_json({"line": row.line, "input_ids": row.input_ids, "labels": row.labels})
         else:

@@ -36,7 +36,7 @@ def command(bundle: Path, data: Path, output: Path, config: SplitConfig, printin
     from edgetune.formats.trunk import GRAPH, read_trunk_info
     from edgetune.split import split
 
-    made = split(bundle, data, output, config, notices(quiet=printing.quiet))
+    made = split(bundle, data, output, config, say=notices(quiet=printing.quiet))
     info = read_trunk_info(made)
     size = made.file(GRAPH).stat().st_size
     total = made.manifest.architecture.num_hidden_layers

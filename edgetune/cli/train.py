@@ -55,7 +55,7 @@ def command(
     from edgetune.training import train
 
     with shown(quiet=printing.quiet) as observer:
-        result = train(bundle, data, valid, output, config, observer)
+        result = train(bundle, data, output, config, valid=valid, observer=observer)
     if printing.json:
         print_json(asdict(result))
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from edgetune.exporting.merge import merge_adapter
 from edgetune.exporting.validation import validation_rows_of
 from edgetune.formats.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from edgetune.formats.adapter import most_bytes, read_adapter, row_encoding
-from edgetune.formats.bundle import Bundle
+from edgetune.formats.bundle import Bundle, as_bundle
 from edgetune.formats.frozen_weights import stored_bytes
 from edgetune.formats.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.formats.manifest import FORMAT_VERSION, MODEL_FORMAT, File, ModelManifest, RowEncoding
@@ -28,7 +29,7 @@ from edgetune.formats.storage import CHUNK, atomic_folder, sha256_of, write_file
 from edgetune.host.versions import version_of
 from edgetune.machine.threads import computing_with
 from edgetune.model.lora import Parameters
-from edgetune.text.pulse import Pulse
+from edgetune.text.pulse import Pulse, silent
 
 ADAPTER = "adapters/adapter.onnx_adapter"
 """Where a kept adapter lies in the model folder."""
@@ -44,7 +45,9 @@ class ExportReport:
     """What `export` wrote."""
 
     path: Path
+    """The model folder."""
     kind: Kind
+    """Whether the adapter is in the weights or beside them."""
     losses: dict[str, float]
     """Answer loss on the validation rows of `base`, `base + adapter` and `merged`; empty when there were no rows."""
     bytes: int
@@ -72,22 +75,26 @@ def share_kept(losses: Mapping[str, float]) -> float | None:
 
 
 def export(
-    bundle: Bundle,
-    adapter: Path,
-    output: Path,
-    config: ExportConfig,
-    say: Callable[[str], None],
-    valid: Path | None = None,
+    bundle: Bundle | str | PathLike[str],
+    adapter: str | PathLike[str],
+    output: str | PathLike[str],
+    config: ExportConfig = ExportConfig(),
+    *,
+    valid: str | PathLike[str] | None = None,
+    say: Callable[[str], None] = silent,
 ) -> ExportReport:
-    """Write a model folder; it appears whole or not at all.
+    """Write a model folder for ONNX Runtime GenAI. This is work for a host.
 
     Args:
-        bundle: The verified bundle that the adapter was trained on.
-        adapter: The adapter folder.
-        output: The folder to write.
+        bundle: What the adapter was trained on: its path, or what `load_bundle` gave.
+        adapter: The adapter folder, of `train` or of PEFT.
+        output: The folder to write; it appears whole or not at all.
         config: Merged or kept apart, and in which precision.
-        say: Called with a line of text as each stage begins.
         valid: Rows to measure on; without them, those that the adapter's training was validated on.
+        say: Called with one line of text as each stage begins.
+
+    Returns:
+        Where the model is, how large, and the answer losses that were measured, in nats a trained token.
 
     Raises:
         UsageError: There is no adapter, `output` is there already, or a merge into int4 has no rows to measure on.
@@ -98,6 +105,8 @@ def export(
         NoRoomError: The disk has less room than the model needs.
         LockedError: Another process writes `output`.
     """
+    bundle, adapter, output = as_bundle(bundle), Path(adapter), Path(output)
+    valid = None if valid is None else Path(valid)
     parameters = read_adapter(adapter, bundle.manifest.lora, bundle.manifest.base, bundle.manifest.tokenizer)
     encoding = row_encoding(adapter)
     rows = None if config.unmeasured else valid or validation_rows_of(adapter, say)

@@ -8,6 +8,7 @@ import stat
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 
 from edgetune.errors import UsageError, VerificationError
@@ -37,18 +38,26 @@ _PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\:\0]+")
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle."""
+    """A bundle whose files were all verified when it was loaded."""
 
     path: Path
+    """Its folder."""
     manifest: BundleManifest
+    """What it is made of: the base, the sizes of the model, the slots, the tokenizer, and every file with its hash."""
 
     def file(self, role: str) -> Path:
         """Path of the graph that plays `role`: `step`, `loss`, `adamw`, `training_model` and so on."""
         return self.path / self.manifest.graph(role).file
 
 
-def open_bundle(path: Path) -> Bundle:
-    """Open a bundle and verify it.
+def load_bundle(path: str | PathLike[str]) -> Bundle:
+    """Verify every file of a bundle, and say what it is.
+
+    Reading all of a bundle takes time, so that whoever uses one often loads it once: all functions that take a bundle
+    take what this gives as well as a path.
+
+    Args:
+        path: The folder that `prepare` or `split` made.
 
     Raises:
         UsageError: There is no bundle at `path`.
@@ -57,6 +66,7 @@ def open_bundle(path: Path) -> Bundle:
         VerificationError: A file is missing, changed, not listed or not a regular file, or the manifest contradicts
             itself.
     """
+    path = Path(path)
     recover(path)
     if not is_there(path / MANIFEST):
         raise UsageError(
@@ -67,6 +77,15 @@ def open_bundle(path: Path) -> Bundle:
         raise VerificationError("\n".join(f"{path / MANIFEST}: {problem}" for problem in problems))
     verify_files(path, manifest.files)
     return Bundle(path, manifest)
+
+
+def as_bundle(bundle: Bundle | str | PathLike[str]) -> Bundle:
+    """A bundle that was given as one, as it is; or the one at a path, verified.
+
+    Raises:
+        EdgetuneError: As `load_bundle` does, where it was a path.
+    """
+    return bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
 
 
 def is_there(path: Path) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from edgetune.errors import UsageError, VerificationError
 from edgetune.formats.bundle import MANIFEST as BUNDLE_MANIFEST
-from edgetune.formats.bundle import is_there, load_manifest, open_bundle, verify_files
+from edgetune.formats.bundle import Bundle, is_there, load_bundle, load_manifest, verify_files
 from edgetune.formats.json_file import read_object
 from edgetune.formats.manifest import BundleManifest, ModelManifest, RowEncoding
 from edgetune.formats.storage import recover
@@ -81,18 +82,24 @@ class GenaiModel:
         return None if name is None else self.path / name
 
 
-def open_model(path: Path) -> GenaiModel:
+def open_model(model: Bundle | str | PathLike[str]) -> GenaiModel:
     """Open a bundle or an exported model, and verify it.
 
+    Args:
+        model: Its folder; or a bundle that is loaded, and so verified.
+
     Raises:
-        UsageError: There is neither at `path`.
+        UsageError: There is neither at the path.
         IncompatibleError: A format or version that this edgetune does not read.
         VerificationError: A file is missing, changed or not listed, or the configuration could do harm.
     """
     manifest: BundleManifest | ModelManifest
+    path = model.path if isinstance(model, Bundle) else Path(model)
     recover(path)
-    if is_there(path / BUNDLE_MANIFEST):
-        manifest = open_bundle(path).manifest
+    if isinstance(model, Bundle):
+        manifest = model.manifest
+    elif is_there(path / BUNDLE_MANIFEST):
+        manifest = load_bundle(path).manifest
     elif is_there(path / MANIFEST):
         manifest = load_manifest(path / MANIFEST, ModelManifest)
         verify_files(path, manifest.files)

@@ -12,7 +12,7 @@ from edgetune.data.encode import Example
 from edgetune.devices.place import Place
 from edgetune.errors import ResourceError, UsageError
 from edgetune.formats.adapter import most_bytes
-from edgetune.formats.bundle import MANIFEST, Bundle, open_bundle
+from edgetune.formats.bundle import MANIFEST, Bundle, load_bundle
 from edgetune.machine.threads import usable_processors
 from edgetune.model.architecture import tensor_shapes
 from edgetune.planning.choice import Choice
@@ -130,7 +130,7 @@ def preflight(
     """
     resolved = resolve(config, place)
     request, notes = resolved.request, list(resolved.notes)
-    opened = open_bundle(bundle)
+    opened = load_bundle(bundle)
     reader = RowReader(opened, request)
     if data is None:
         rows = _made_up(opened, request, length)

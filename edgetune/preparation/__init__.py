@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from edgetune.model.lora import Lora
 from edgetune.preparation.builder_view import builder_view
 from edgetune.preparation.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.side_environment import ensure_side_environment
+from edgetune.text.pulse import silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -36,14 +38,23 @@ HOST_TOOLS = ("torch", "transformers", "optimum-onnx", "olive-ai", "onnxruntime-
 """Packages whose versions the manifest records."""
 
 
-def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[[str], None]) -> Bundle:
-    """Make a bundle of a Phi-3 checkpoint.
+def prepare(
+    checkpoint: str | PathLike[str],
+    output: str | PathLike[str],
+    config: PrepareConfig = PrepareConfig(),
+    *,
+    say: Callable[[str], None] = silent,
+) -> Bundle:
+    """Make a bundle of a Phi-3 checkpoint. This is work for a host.
 
     Args:
-        checkpoint: A local folder or a hub id.
-        output: The bundle to write.
+        checkpoint: A local Hugging Face folder, or a hub id.
+        output: The bundle to write; it appears whole or not at all.
         config: Slots, base and limits.
-        say: Called with a line of text as each stage begins.
+        say: Called with one line of text as each stage begins.
+
+    Returns:
+        The bundle, as `load_bundle` gives it.
 
     Raises:
         UsageError: There is no checkpoint or no file of calibration rows, the rank is above the features of the
@@ -58,7 +69,7 @@ def prepare(checkpoint: str, output: Path, config: PrepareConfig, say: Callable[
     """
     rows = nullcontext() if config.calibration is None else kept(config.calibration)
     with rows as calibration:
-        return _prepare(checkpoint, output, config, calibration, say)
+        return _prepare(fspath(checkpoint), Path(output), config, calibration, say)
 
 
 def _prepare(

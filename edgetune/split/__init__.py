@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.data.source import name_of
 from edgetune.errors import DataError, UsageError
-from edgetune.formats.bundle import MANIFEST, Bundle, list_files, open_bundle, seal_bundle
+from edgetune.formats.bundle import MANIFEST, Bundle, as_bundle, list_files, seal_bundle
 from edgetune.formats.frozen_weights import EMBEDDING, FrozenWeights
 from edgetune.formats.manifest import BundleManifest, Graph, TensorSpec
 from edgetune.formats.storage import atomic_folder, write_file
@@ -24,20 +25,35 @@ from edgetune.host.versions import version_of
 from edgetune.machine.disk import require_room
 from edgetune.machine.threads import check_threads, computing_with
 from edgetune.model.architecture import frozen_weights
+from edgetune.text.pulse import silent
 
 _BYTES_A_WEIGHT = 8
 """Of the trunk, while it is quantised: measured, it is written in float32 twice, and in int8."""
 
 
-def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Callable[[str], None]) -> Bundle:
+_TOOLS = ("onnx", "onnx-ir", "onnxruntime")
+"""Packages that this needs."""
+
+
+def split(
+    bundle: Bundle | str | PathLike[str],
+    data: str | PathLike[str],
+    output: str | PathLike[str],
+    config: SplitConfig = SplitConfig(),
+    *,
+    say: Callable[[str], None] = silent,
+) -> Bundle:
     """Make a bundle with a trunk: everything that `bundle` holds, and its lower layers as an int8 graph.
 
     Args:
-        bundle: What `edgetune prepare` made.
+        bundle: What `prepare` made: its path, or what `load_bundle` gave.
         data: JSONL rows that the int8 scales are chosen on, such as the training rows.
         output: The split bundle to write.
         config: Where to split, and for which length.
-        say: Called with a line of text as each stage begins.
+        say: Called with one line of text as each stage begins.
+
+    Returns:
+        The split bundle, as `load_bundle` gives it.
 
     Raises:
         UsageError: A path is not there, the output exists, or there is no such split point.
@@ -48,14 +64,15 @@ def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Call
         LockedError: Another process writes the output.
         VerificationError: A file of the bundle was changed.
     """
+    versions = {name: version_of(name) for name in _TOOLS}
     from edgetune.split.conformance import require_conformance
     from edgetune.split.graph import build_trunk
     from edgetune.split.quantise import observe, quantise
 
     if config.threads is not None:
         check_threads(config.threads)
-    onnxruntime = version_of("onnxruntime")
-    source = open_bundle(bundle)
+    data, output = Path(data), Path(output)
+    source = as_bundle(bundle)
     manifest = source.manifest
     layers, length = _split_point(manifest, config), config.length or manifest.max_length
     copied = [file for file in manifest.files if not file.path.startswith(f"{FOLDER}/")]
@@ -85,7 +102,7 @@ def split(bundle: Path, data: Path, output: Path, config: SplitConfig, say: Call
             )
         write_file(folder / INDEX, write_trunk_info(TrunkInfo(layers, length, linear)))
         say("Hashing …")
-        sealed = seal_bundle(folder, _manifest(manifest, folder, length, onnxruntime))
+        sealed = seal_bundle(folder, _manifest(manifest, folder, length, versions["onnxruntime"]))
     return Bundle(output, sealed)
 
 

@@ -1,4 +1,4 @@
-"""A sign of life from work that takes long: how far it is, said from time to time."""
+"""What long work says while it goes on, a line at a time; and a sign of life from it, from time to time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from time import monotonic
 
 EVERY = 5.0
 """Seconds without a word, after which one is due."""
+
+
+def silent(line: str) -> None:
+    """Takes a line and says it to nobody: what functions are given that shall say nothing."""
 
 
 class Pulse:

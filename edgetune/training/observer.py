@@ -86,20 +86,29 @@ class TrainResult(Execution):
 
 
 class Observer(Protocol):
-    """Shows a run."""
+    """Is told how a run goes on. Subclasses override what they want to hear; the rest says nothing.
+
+    What a method raises ends the run: the exception comes out of `train`, and no adapter is written.
+    """
+
+    # `return` tells type checkers that a method has a body, and need not be overridden.
 
     def on_start(self, info: StartInfo) -> None:
-        """The run begins."""
-        ...
+        """Called once, when everything is checked and the model is loaded."""
+        return
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """An optimizer step was done."""
-        ...
+        """Called after each optimizer step."""
+        return
 
     def on_validation(self, step: int, loss: float) -> None:
-        """Validation loss was measured after `step` steps."""
-        ...
+        """Called when the validation loss was measured, after so many steps; in nats a trained token."""
+        return
 
     def on_notice(self, text: str) -> None:
-        """Something a person should know, in one line."""
-        ...
+        """Called with one line of text that a person should know."""
+        return
+
+
+class SilentObserver(Observer):
+    """Hears nothing."""

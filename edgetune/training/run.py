@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 
 from edgetune.config import TrainConfig
 from edgetune.devices.place import this_machine
 from edgetune.errors import EdgetuneError, VerificationError
 from edgetune.formats.adapter import MANIFEST, most_bytes, write_adapter
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import Bundle, as_bundle
 from edgetune.formats.storage import atomic_folder
 from edgetune.machine.disk import reserve
 from edgetune.machine.threads import computing_with
@@ -20,14 +21,20 @@ from edgetune.planning.rows import RowReader, read_run_rows
 from edgetune.runtimes import install
 from edgetune.runtimes.placement import placement_record
 from edgetune.training.loop import REMEDY, learn
-from edgetune.training.observer import Observer, TrainResult
+from edgetune.training.observer import Observer, SilentObserver, TrainResult
 from edgetune.training.output import save_elsewhere
 from edgetune.training.provenance import provenance_of, validation_rows
 from edgetune.training.state import PlannedRun, RunState, first_state
 
 
 def train(
-    bundle: Path, data: Path, valid: Path | None, output: Path, config: TrainConfig, observer: Observer
+    bundle: Bundle | str | PathLike[str],
+    data: str | PathLike[str],
+    output: str | PathLike[str],
+    config: TrainConfig = TrainConfig(),
+    *,
+    valid: str | PathLike[str] | None = None,
+    observer: Observer | None = None,
 ) -> TrainResult:
     """Train an adapter. All that can be refused is refused before the model is loaded.
 
@@ -39,12 +46,15 @@ def train(
     saved elsewhere, and the error says where.
 
     Args:
-        bundle: What `edgetune prepare` made.
-        data: JSONL rows to train on.
-        valid: JSONL rows to measure on, if any.
+        bundle: What `prepare` made: its path, or what `load_bundle` gave.
+        data: JSONL rows to train on; `-` is standard input.
         output: The adapter folder to make.
         config: How to train.
-        observer: Is told what happens.
+        valid: JSONL rows to measure on, if any.
+        observer: Is told what happens; without one nobody is.
+
+    Returns:
+        Where the adapter is, what the run measured, and what executed it.
 
     Raises:
         UsageError: Options that cannot be meant, a path that is not there, an output that is.
@@ -56,6 +66,9 @@ def train(
         LockedError: Another process writes `output`.
         EdgetuneError: A loss or gradient was not finite.
     """
+    data, output = Path(data), Path(output)
+    valid = None if valid is None else Path(valid)
+    observer = SilentObserver() if observer is None else observer
     resolved = resolve(config, this_machine(config.device))
     _tell(observer, resolved.notes)
     run: PlannedRun | None = None
@@ -97,9 +110,11 @@ def train(
     )
 
 
-def _plan(bundle: Path, data: Path, valid: Path | None, resolved: Resolved, observer: Observer) -> PlannedRun:
+def _plan(
+    bundle: Bundle | str | PathLike[str], data: Path, valid: Path | None, resolved: Resolved, observer: Observer
+) -> PlannedRun:
     """Read the rows, and choose how the run is executed."""
-    request, opened = resolved.request, open_bundle(bundle)
+    request, opened = resolved.request, as_bundle(bundle)
     rows = read_run_rows(RowReader(opened, request), data, valid)
     _tell(observer, rows.notes)
     fit = Fitting(opened, rows.train.examples, rows.valid, request).fit()

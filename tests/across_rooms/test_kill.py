@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from edgetune.formats.adapter import write_adapter
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.formats.genai import open_model
 from edgetune.model.lora import initial_parameters
 from support.golden import BUNDLE
@@ -135,7 +135,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path: Path, scr
             process.wait()
         assert process.returncode == -signal.SIGKILL
         if line == "Hashing" and visible(folder):  # too late: it was done
-            open_bundle(folder / "bundle")
+            load_bundle(folder / "bundle")
             continue
         assert visible(folder) == [], line
         assert len(left) == 1, line
@@ -144,7 +144,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path: Path, scr
     # What a user sees after a kill; the checkpoint's own code has never run.
     finish(scratch, *arguments, *(["--force"] if visible(folder) else []))
     assert sorted(path.name for path in folder.iterdir()) == ["bundle"]
-    assert open_bundle(folder / "bundle").manifest.base.name == "tiny"
+    assert load_bundle(folder / "bundle").manifest.base.name == "tiny"
     assert not marker.exists()
     assert not [path for path in (folder / "bundle").rglob("*") if path.suffix == ".py"]
     assert b"auto_map" not in (folder / "bundle" / "config.json").read_bytes()
@@ -180,7 +180,7 @@ EXPORT_MOMENTS = [
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    manifest = open_bundle(BUNDLE).manifest
+    manifest = load_bundle(BUNDLE).manifest
     folder = tmp_path / "adapter"
     folder.mkdir()
     write_adapter(

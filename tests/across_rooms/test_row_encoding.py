@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.config import TrainConfig
+from edgetune.config import EvaluateConfig, TrainConfig
 from edgetune.evaluation import evaluate
 from edgetune.formats.adapter import MANIFEST, row_encoding
 from edgetune.formats.manifest import AdapterManifest, RowEncoding
@@ -31,6 +31,10 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
+def config_of(encoding: RowEncoding) -> EvaluateConfig:
+    return EvaluateConfig(raw_prompts=encoding.raw_prompts, content_as_text=encoding.content_as_text)
+
+
 @pytest.mark.parametrize("content_as_text", [False, True])
 @pytest.mark.parametrize("raw_prompts", [False, True])
 @pytest.mark.parametrize("rows", [PROMPTS, CONVERSATIONS])
@@ -39,7 +43,7 @@ def test_the_contract_says_how_rows_were_encoded(
 ) -> None:
     data, listener = write(tmp_path / "rows.jsonl", rows), Recorder()
     config = replace(CONFIG, raw_prompts=raw_prompts, content_as_text=content_as_text)
-    train(BUNDLE, data, data, tmp_path / "adapter", config, listener)
+    train(BUNDLE, data, tmp_path / "adapter", config, valid=data, observer=listener)
     # A conversation is none of raw prompts, whatever was asked for.
     expected = RowEncoding(raw_prompts=raw_prompts and rows is PROMPTS, content_as_text=content_as_text)
     assert row_encoding(tmp_path / "adapter") == expected
@@ -48,10 +52,10 @@ def test_the_contract_says_how_rows_were_encoded(
     chat = not expected.raw_prompts
     assert any("control tokens" in notice for notice in listener.notices) == (chat and not content_as_text)
     # Measuring with the adapter encodes as training did, and so does what is told to.
-    with_adapter = evaluate(BUNDLE, data, tmp_path / "adapter")
-    base = {encoding: evaluate(BUNDLE, data, None, encoding=encoding) for encoding in (expected, RowEncoding())}
+    with_adapter = evaluate(BUNDLE, data, adapter=tmp_path / "adapter")
+    base = {encoding: evaluate(BUNDLE, data, config_of(encoding)) for encoding in (expected, RowEncoding())}
     assert with_adapter.trained_tokens == base[expected].trained_tokens
-    told = evaluate(BUNDLE, data, tmp_path / "adapter", encoding=expected)
+    told = evaluate(BUNDLE, data, config_of(expected), adapter=tmp_path / "adapter")
     assert with_adapter == told
     assert (base[expected].loss == base[RowEncoding()].loss) == (expected == RowEncoding())
     shown = [len(row.input_ids) for row in preview(BUNDLE, data, encoding=expected)]
@@ -60,7 +64,7 @@ def test_the_contract_says_how_rows_were_encoded(
 
 def test_a_contract_without_the_key_is_read_as_before(tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", CONVERSATIONS)
-    train(BUNDLE, data, None, tmp_path / "adapter", CONFIG, Recorder())
+    train(BUNDLE, data, tmp_path / "adapter", CONFIG)
     written = (tmp_path / "adapter" / MANIFEST).read_bytes()
     manifest = read_manifest(written, AdapterManifest, MANIFEST)
     assert (manifest.encoding, write_manifest(manifest)) == (RowEncoding(), written)

@@ -18,7 +18,7 @@ from edgetune.formats.genai import open_model
 from edgetune.generation import generate_ids
 from edgetune.runtimes.onnx_session import open_graph
 from support.prepared_bundles import Prepared
-from support.tiny_phi3 import VARIANTS, parameters, save_adapter, silent
+from support.tiny_phi3 import VARIANTS, parameters, save_adapter
 
 pytestmark = pytest.mark.own
 PROMPT = [5, 17, 200, 33, 90, 41, 7]
@@ -49,8 +49,8 @@ def test_genai_answers_with_the_tokens_of_the_evaluation_graph(
     adapter = save_adapter(tmp_path / "adapter", bundle)
     trained = parameters(variant)
     untrained = {name: value if ".lora_A." in name else np.zeros_like(value) for name, value in trained.items()}
-    kept = export(bundle, adapter, tmp_path / "kept", ExportConfig(merge=False), silent).path
-    merged = export(bundle, adapter, tmp_path / "merged", ExportConfig(merge=True), silent).path
+    kept = export(bundle, adapter, tmp_path / "kept", ExportConfig(merge=False)).path
+    merged = export(bundle, adapter, tmp_path / "merged", ExportConfig(merge=True)).path
     ends = open_model(bundle.path).eos_token_ids
 
     wanted = greedy_by_loss_graph(bundle, trained, ends)

@@ -16,13 +16,12 @@ from packaging.utils import canonicalize_name
 from safetensors.numpy import load_file
 
 from edgetune.config import PlanName, ShipConfig, TrainConfig
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.ship import lay_out
 from edgetune.ship.platforms import PLATFORMS
 from edgetune.training import train
 from support.arm_board import PINS, Board, pip_for_arm
 from support.golden import ADAPTER, BUNDLE, GOLDEN, TRAIN, VALID
-from support.recorder import Recorder
 
 EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
 CLOSE = 1e-4
@@ -65,7 +64,7 @@ def test_it_is_an_arm_processor_with_the_verified_wheels(board: Board, table: li
 def test_every_loss_is_that_of_x86(board: Board, tmp_path: Path, table: list[str], plan: PlanName) -> None:
     assert plan in get_args(PlanName)
     options = TrainConfig(**EXPECTED["options"], runtime="onnxruntime", plan=plan, init_adapter=ADAPTER)
-    train(BUNDLE, TRAIN, None, tmp_path / "x86", options, Recorder())
+    train(BUNDLE, TRAIN, tmp_path / "x86", options)
     said = board.run("-m", "edgetune", "train", BUNDLE, *flags(), "--plan", plan, "--output", tmp_path / "arm")
     assert said.code == 0, said
     x86, arm = losses(tmp_path / "x86"), losses(tmp_path / "arm")
@@ -95,7 +94,7 @@ def test_it_measures_and_answers_as_pytorch_does(board: Board) -> None:
 def test_a_shipped_folder_trains_there_with_onnxruntime_and_numpy_alone(board: Board, tmp_path: Path) -> None:
     """Step and optimizer of a shipped folder in several files of weights, once, bit for bit as they are in a bundle."""
     small = replace(PLATFORMS["linux-arm64"], shard=20_000)
-    shipped = lay_out(open_bundle(BUNDLE), "linux-arm64", tmp_path / "t", ShipConfig(), lambda text: None, small)
+    shipped = lay_out(load_bundle(BUNDLE), "linux-arm64", tmp_path / "t", ShipConfig(), lambda text: None, small)
     assert len(shipped.manifest.weights) > 3
     program = """
 import sys, numpy as np, onnxruntime as ort

@@ -18,7 +18,7 @@ from benchmarks.experiments import Edgetune
 from benchmarks.gradient_cosine import expected_cosine, main, measure_estimate
 from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.model.lora import initial_parameters
 from edgetune.runtimes.forward_only import QueryConfig
 from support.golden import BUNDLE, TRAIN
@@ -51,7 +51,7 @@ def test_the_expected_cosine_is_that_of_random_directions() -> None:
 )
 def test_the_cosine_on_the_golden_bundle_is_what_theory_expects(runtime: str) -> None:
     found = measure_estimate(Edgetune(runtime), BUNDLE, TRAIN, 4, QueryConfig(400, 1e-2, seed=1))
-    lora = open_bundle(BUNDLE).manifest.lora
+    lora = load_bundle(BUNDLE).manifest.lora
     assert found.parameters == lora.rank * sum(slot.out_features for slot in lora.slots)
     # Far above what chance would give.
     assert found.expected == expected_cosine(400, found.parameters) > 19 * found.noise
@@ -60,7 +60,7 @@ def test_the_cosine_on_the_golden_bundle_is_what_theory_expects(runtime: str) ->
 
 def test_where_b_is_zero_the_exact_gradient_is_the_graphs_own() -> None:
     """Where training starts; read off a step, up to a factor."""
-    bundle = open_bundle(BUNDLE)
+    bundle = load_bundle(BUNDLE)
     manifest = bundle.manifest
     rows = load_examples(TRAIN, load_encoder(bundle.path, manifest.tokenizer), manifest.max_length, truncate=False)
     fitted = fit(STOCK, bundle, rows.examples[:4], 4, packing=True)

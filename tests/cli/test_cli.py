@@ -27,10 +27,19 @@ from rich.progress import Progress
 
 import edgetune
 from edgetune.cli import VERBS, main
+from edgetune.cli.failures import exit_code_of
 from edgetune.cli.interruption import termination_interrupts
 from edgetune.cli.output import notices, printable
 from edgetune.cli.progress import BarObserver, LineObserver, duration_text
-from edgetune.config import ExportConfig, GenerateConfig, PrepareConfig, ShipConfig, SplitConfig, TrainConfig
+from edgetune.config import (
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    PrepareConfig,
+    ShipConfig,
+    SplitConfig,
+    TrainConfig,
+)
 from edgetune.doctor import Finding
 from edgetune.errors import (
     DataError,
@@ -80,7 +89,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, bundle: Path, data: Path) -> Calla
     """Runs `edgetune eval` with a stage that raises or returns what it is given."""
 
     def invoke(outcome: BaseException | Evaluation, *flags: str, **environment: str) -> Result:
-        def fake(bundle: Path, data: Path, adapter: Path | None, **_: object) -> Evaluation:
+        def fake(bundle: Path, data: Path, config: EvaluateConfig, **_: object) -> Evaluation:
             if isinstance(outcome, BaseException):
                 raise outcome
             return outcome
@@ -451,7 +460,7 @@ def test_an_interruption_that_a_library_lost_ends_training_at_the_next_step(bar:
 def test_signals_clean_up_and_say_so_in_one_line(tmp_path: Path, bundle: Path, data: Path, number: int) -> None:
     body = """
 import edgetune.evaluation
-def fake(bundle, data, adapter, **_):
+def fake(bundle, data, config, **_):
     try:
         print("ready", flush=True)
         time.sleep(60)
@@ -475,7 +484,7 @@ def test_what_is_said_of_the_work_is_worth_less_than_the_work(tmp_path: Path, bu
     body = """
 import edgetune.evaluation
 from edgetune.cli.output import notices
-def fake(bundle, data, adapter, **_):
+def fake(bundle, data, config, **_):
     for line in range(10_000):
         notices(quiet=False)("a line that nobody can read")
     return edgetune.evaluation.Evaluation(3, 1, 20, 0.5, 1.6487, 0.75, 0.3333)
@@ -560,7 +569,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
     configs: list[TrainConfig] = []
 
     def fake(
-        bundle: Path, data: Path, valid: Path | None, output: Path, config: TrainConfig, observer: Observer
+        bundle: Path, data: Path, output: Path, config: TrainConfig, *, valid: Path | None, observer: Observer
     ) -> TrainResult:
         configs.append(config)
         observer.on_notice("1 row is too long")
@@ -708,7 +717,7 @@ from pathlib import Path
 import edgetune.training
 from edgetune.errors import ResourceError
 from edgetune.training import StartInfo, StepMetrics, TrainResult
-def fake(bundle, data, valid, output, config, observer):
+def fake(bundle, data, output, config, valid, observer):
     observer.on_notice("[1] row is too long")
     observer.on_start({START!r})
     for metrics in {METRICS!r}:
@@ -789,7 +798,7 @@ def test_bad_rows_end_a_preview_with_their_places(monkeypatch: pytest.MonkeyPatc
 def test_generate_streams_or_gives_one_object(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
 
-    def fake(model: Path, prompt: str, system: str | None, config: GenerateConfig, notice: object) -> Iterator[str]:
+    def fake(model: Path, prompt: str, config: GenerateConfig, *, system: str | None, say: object) -> Iterator[str]:
         calls.append((model, prompt, system, config))
         yield from ("It is ", "23 °C.", "\x1b]0;x\x07")
 
@@ -890,7 +899,7 @@ def test_a_name_that_is_not_unicode_is_what_is_named(
         "golden": GOLDEN / "bundle", "adapter": GOLDEN / "initial_adapter",
     }  # fmt: skip
     result = run(*(argument.format(**places) for argument in arguments))
-    assert result.exit_code == UsageError.exit_code
+    assert result.exit_code == exit_code_of(UsageError)
     assert re.search(r"caf\\udce9.*path is not valid Unicode; rename it", result.stderr), result.output
     assert not (tmp_path / "out").exists()
 
@@ -898,6 +907,6 @@ def test_a_name_that_is_not_unicode_is_what_is_named(
 def test_a_former_name_of_a_command_works_and_says_so(bundle: Path, tmp_path: Path) -> None:
     asked = ("--target", "web", "--output", tmp_path / "out")
     now, former = run("ship", bundle, *asked), run("bundle", bundle, *asked)
-    assert former.exit_code == now.exit_code == IncompatibleError.exit_code
+    assert former.exit_code == now.exit_code == exit_code_of(IncompatibleError)
     assert former.stderr == "`edgetune bundle` is called `edgetune ship` now\n" + now.stderr
     assert "Lay out what an app ships" in run("bundle", "--help").stdout

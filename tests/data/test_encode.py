@@ -488,7 +488,7 @@ def test_preview(model: Models, kind: str, tmp_path: Path) -> None:
         {"messages": dicts(turns("hello", "yes " * 80))},
     )
     folder = seal(made, tmp_path / "bundle", max_length=60)
-    first, second = preview(folder, data, notice=pytest.fail)
+    first, second = preview(folder, data, say=pytest.fail)
     assert (first.line, second.line, first.too_long, second.too_long) == (1, 2, False, True)
     example = made.encoder.encode(ChatRow(1, turns("hello 🙂", "🙂 the lamp", "and", "yes")))
     assert (first.input_ids, first.labels) == (example.input_ids, example.labels)

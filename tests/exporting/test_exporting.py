@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edgetune.cli.failures import exit_code_of
 from edgetune.config import Base, ExportConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
@@ -68,7 +69,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, adapter: Callable[[Bundle
     def make(variant: str, base: Base, config: ExportConfig) -> Path:
         source = bundle(variant, base)
         output = tmp_path_factory.mktemp("models") / "model"
-        export(source, adapter(source), output, config, silent)
+        export(source, adapter(source), output, config)
         return output
 
     return make
@@ -213,7 +214,7 @@ def test_what_the_adapter_leaves_alone_is_the_builders_int4_to_the_byte(
     write_adapter(
         tmp_path / "adapter", base=of.base, tokenizer=of.tokenizer, lora=of.lora, parameters=values, provenance={}
     )
-    export(source, tmp_path / "adapter", tmp_path / "model", MERGED_INT4, silent)
+    export(source, tmp_path / "adapter", tmp_path / "model", MERGED_INT4)
     found, expected = stored(tmp_path / "model"), stored(bundle(variant, "int4").path)
     assert found.keys() == expected.keys()
     # fp16 and int8 moved the weights before; where they lay is not known any more.
@@ -237,7 +238,7 @@ def test_merge_to_int4_is_the_same_each_time_whatever_the_pieces(
         for name, piece in (("again", merging._PIECE), ("pieces", 1 << 14)):
             with monkeypatch.context() as patch:
                 patch.setattr(merging, "_PIECE", piece)
-                export(source, adapter(source), tmp_path / f"{base}-{name}", MERGED_INT4, silent)
+                export(source, adapter(source), tmp_path / f"{base}-{name}", MERGED_INT4)
             assert (tmp_path / f"{base}-{name}" / "model.onnx.data").read_bytes() == whole
 
 
@@ -297,7 +298,7 @@ def test_merge_to_int4_keeps_what_was_learnt(learnt: Learnt, tmp_path: Path, bas
     """By PyTorch's losses; rounding to nearest, as written down here once more, would give an int4 base back."""
     source, (adapter, rows) = bundle(WIDE, base), learnt(base)
     examples = encoded(source, tmp_path)
-    report = export(source, adapter, tmp_path / "model", ExportConfig(merge=True, precision="int4"), silent, valid=rows)
+    report = export(source, adapter, tmp_path / "model", ExportConfig(merge=True, precision="int4"), valid=rows)
     plain = torch_loss(torch_model(WIDE, source.path), examples)
     adapted = torch_loss(peft_model(source, adapter), examples)
     merged = torch_loss(torch_model(WIDE, tmp_path / "model"), examples)
@@ -328,9 +329,9 @@ def test_a_merge_that_loses_too_much_is_refused_with_the_figures(learnt: Learnt,
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(IncompatibleError) as refusal:
-        export(source, adapter, out / "model", strict, silent, valid=rows)
+        export(source, adapter, out / "model", strict, valid=rows)
     assert list(out.iterdir()) == []
-    accepted = export(source, adapter, out / "model", replace(strict, least_kept=0.0), silent, valid=rows)
+    accepted = export(source, adapter, out / "model", replace(strict, least_kept=0.0), valid=rows)
     assert accepted.kept is not None and 0.95 <= accepted.kept < 1
     figures = [f"{accepted.kept:.1%}", *(f"{name} {loss:.4f}" for name, loss in accepted.losses.items())]
     for expected in (*figures, "100.0% or more", "--precision fp32", "--keep-adapter", "--least-kept"):
@@ -345,10 +346,10 @@ def test_the_command_says_what_is_kept_and_refuses_what_lost_too_much(learnt: Le
     adapter, rows = learnt("int4")
     command = ["export", str(bundle(WIDE, "int4").path), "--adapter", str(adapter), "--precision", "int4"]
     refused = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a")])
-    assert refused.exit_code == UsageError.exit_code and "--unmeasured" in refused.stderr
+    assert refused.exit_code == exit_code_of(UsageError) and "--unmeasured" in refused.stderr
     command += ["--valid", str(rows)]
     refused = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a"), "--least-kept", "1"])
-    assert refused.exit_code == IncompatibleError.exit_code and "of what was learnt" in refused.stderr
+    assert refused.exit_code == exit_code_of(IncompatibleError) and "of what was learnt" in refused.stderr
     assert not (tmp_path / "a").exists()
     told = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "a"), "--json"])
     kept = json.loads(told.stdout)["kept"]
@@ -370,10 +371,10 @@ def test_a_merge_to_int4_without_rows_has_to_be_asked_for(adapter: Callable[[Bun
     source, out = bundle("multi-head", "int4"), tmp_path / "out"
     out.mkdir()
     with pytest.raises(UsageError, match="--valid, or ask for it with --unmeasured"):
-        export(source, adapter(source), out / "model", ExportConfig(merge=True, precision="int4"), silent)
+        export(source, adapter(source), out / "model", ExportConfig(merge=True, precision="int4"))
     assert list(out.iterdir()) == []
-    assert export(source, adapter(source), out / "model", MERGED_INT4, silent).losses == {}
-    assert export(source, adapter(source), out / "fp32", MERGED, silent).losses == {}
+    assert export(source, adapter(source), out / "model", MERGED_INT4).losses == {}
+    assert export(source, adapter(source), out / "fp32", MERGED).losses == {}
 
 
 def test_weights_are_merged_piece_by_piece(
@@ -393,7 +394,7 @@ def test_weights_are_merged_piece_by_piece(
     monkeypatch.setattr(merging, "_transposed", recorded)
     for base in get_args(Base):
         source = bundle("grouped-query", base)
-        export(source, adapter(source), tmp_path / base, MERGED, silent)
+        export(source, adapter(source), tmp_path / base, MERGED)
         whole = (exported("grouped-query", base, MERGED) / "model.onnx.data").read_bytes()
         assert (tmp_path / base / "model.onnx.data").read_bytes() == whole
     assert max(pieces) == 64
@@ -432,8 +433,8 @@ def test_losses_are_pytorchs(adapter: Callable[[Bundle], Path], tmp_path: Path, 
     source = bundle(variant, base)
     rows, examples = write_rows(tmp_path / "valid.jsonl"), encoded(source, tmp_path)
     assert len(examples) == 3
-    merged = export(source, adapter(source), tmp_path / "merged", MERGED, silent, valid=rows)
-    kept = export(source, adapter(source), tmp_path / "kept", KEPT, silent, valid=rows)
+    merged = export(source, adapter(source), tmp_path / "merged", MERGED, valid=rows)
+    kept = export(source, adapter(source), tmp_path / "kept", KEPT, valid=rows)
     plain = torch_loss(torch_model(variant, source.path), examples)
     adapted = torch_loss(peft_model(source, adapter(source)), examples)
     assert plain != pytest.approx(adapted, rel=1e-3)
@@ -449,7 +450,7 @@ def test_validation_rows_of_the_run_are_measured_while_they_are_unchanged(tmp_pa
     said: list[str] = []
 
     def losses(name: str) -> dict[str, float]:
-        return export(source, adapter, tmp_path / name, KEPT, said.append).losses
+        return export(source, adapter, tmp_path / name, KEPT, say=said.append).losses
 
     assert losses("first").keys() == {"base", "base + adapter"}
     rows.write_text(rows.read_text() + '{"prompt": "one", "completion": " more"}\n')
@@ -517,7 +518,7 @@ def test_an_adapter_names_no_rows_elsewhere(tmp_path: Path, told: str) -> None:
     }
     (tmp_path / "elsewhere" / "deeper").mkdir()
     adapter = save_adapter(tmp_path / "elsewhere" / "deeper" / "adapter", source, provenance)
-    assert export(source, adapter, tmp_path / "kept", KEPT, silent).losses == {}
+    assert export(source, adapter, tmp_path / "kept", KEPT).losses == {}
 
 
 def test_folder_is_complete_listed_and_names_no_other_folder(exported: Exporter, tmp_path: Path) -> None:
@@ -538,7 +539,7 @@ def test_folder_is_complete_listed_and_names_no_other_folder(exported: Exporter,
 
 def test_report_counts_the_bytes(adapter: Callable[[Bundle], Path], tmp_path: Path) -> None:
     source = bundle("multi-head", "int4")
-    report: ExportReport = export(source, adapter(source), tmp_path / "model", KEPT, silent)
+    report: ExportReport = export(source, adapter(source), tmp_path / "model", KEPT)
     sizes = [path.stat().st_size for path in report.path.rglob("*") if path.is_file() and path.name != "edgetune.json"]
     assert (report.path, report.kind, report.bytes) == (tmp_path / "model", "base + adapter", sum(sizes))
 
@@ -548,16 +549,16 @@ def test_existing_folder_is_kept_unless_forced(adapter: Callable[[Bundle], Path]
     output.mkdir()
     (output / "mine.txt").write_text("keep")
     with pytest.raises(UsageError, match="--force"):
-        export(source, adapter(source), output, KEPT, silent)
+        export(source, adapter(source), output, KEPT)
     assert (output / "mine.txt").exists()
     forced = ExportConfig(merge=False, force=True)
     with pytest.raises(UsageError, match="holds something else"):
-        export(source, adapter(source), output, forced, silent)
+        export(source, adapter(source), output, forced)
     assert (output / "mine.txt").exists()
     (output / "mine.txt").unlink()
-    export(source, adapter(source), output, forced, silent)
+    export(source, adapter(source), output, forced)
     (output / "old.txt").write_text("of the model that is replaced")
-    export(source, adapter(source), output, forced, silent)
+    export(source, adapter(source), output, forced)
     assert not (output / "old.txt").exists() and open_model(output)
 
 
@@ -568,24 +569,24 @@ def test_bad_input_leaves_nothing(adapter: Callable[[Bundle], Path], tmp_path: P
     folder = tmp_path / "out"
     folder.mkdir()
     with pytest.raises(UsageError):
-        export(source, tmp_path / "nothing", folder / "model", MERGED, silent)
+        export(source, tmp_path / "nothing", folder / "model", MERGED)
     with pytest.raises(IncompatibleError, match="grouped-query"):
-        export(source, adapter(bundle("grouped-query", "int4")), folder / "model", MERGED, silent)
+        export(source, adapter(bundle("grouped-query", "int4")), folder / "model", MERGED)
     with pytest.raises(DataError):
-        export(source, adapter(source), folder / "model", MERGED, silent, valid=bad_rows)
+        export(source, adapter(source), folder / "model", MERGED, valid=bad_rows)
     assert list(folder.iterdir()) == []
 
 
 def test_bundle_that_changes_meanwhile_is_noticed(adapter: Callable[[Bundle], Path], tmp_path: Path) -> None:
-    from edgetune.formats.bundle import open_bundle
+    from edgetune.formats.bundle import load_bundle
 
     original = bundle("multi-head", "int4")
-    source = open_bundle(copy_of_bundle(original.path, tmp_path / "bundle"))
+    source = load_bundle(copy_of_bundle(original.path, tmp_path / "bundle"))
     data = bytearray((source.path / "model.onnx.data").read_bytes())
     data[1000] ^= 1
     (source.path / "model.onnx.data").write_bytes(data)
     with pytest.raises(VerificationError, match=r"model\.onnx\.data was changed"):
-        export(source, adapter(original), tmp_path / "model", KEPT, silent)
+        export(source, adapter(original), tmp_path / "model", KEPT)
     assert not (tmp_path / "model").exists()
 
 
@@ -598,7 +599,7 @@ def test_killed_export_leaves_nothing_that_looks_finished(
         import os, signal
         from pathlib import Path
         import edgetune.exporting as exporting
-        from edgetune.formats.bundle import open_bundle
+        from edgetune.formats.bundle import load_bundle
         from edgetune.config import ExportConfig
 
         def killing(name):
@@ -612,9 +613,9 @@ def test_killed_export_leaves_nothing_that_looks_finished(
 
         for name in ("_copy", "write_onnx_adapter", "write_file"):
             killing(name)
-        bundle = open_bundle(Path({str(source.path)!r}))
+        bundle = load_bundle(Path({str(source.path)!r}))
         exporting.export(bundle, Path({str(adapter(source))!r}), Path({str(tmp_path / "model")!r}),
-                         ExportConfig(merge=False), print)
+                         ExportConfig(merge=False))
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True)
@@ -624,5 +625,5 @@ def test_killed_export_leaves_nothing_that_looks_finished(
         open_model(next(tmp_path.glob(".model.partial-*"))) if moment != "edgetune.json" else open_model(
             tmp_path / "model"
         )
-    export(source, adapter(source), tmp_path / "model", KEPT, silent)
+    export(source, adapter(source), tmp_path / "model", KEPT)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -91,7 +91,7 @@ def test_export_says_how_far_it_is(merge: bool, tmp_path: Path, monkeypatch: pyt
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "is it on?", "completion": " yes"}] * 7)
     said: list[str] = []
     adapter = save_adapter(tmp_path / "adapter", source)
-    export(source, adapter, tmp_path / "model", ExportConfig(merge=merge), said.append, rows)
+    export(source, adapter, tmp_path / "model", ExportConfig(merge=merge), valid=rows, say=said.append)
     models = 3 if merge else 2
     assert said[-1] == f"measured {7 * models} of {7 * models} rows ({models} models)"
 
@@ -100,5 +100,5 @@ def test_eval_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(pulses, "EVERY", 0.0)
     source = make_bundle(tmp_path / "bundle")
     said: list[str] = []
-    evaluate(source.path, write_rows(tmp_path / "rows.jsonl", word_rows(9)), None, say=said.append)
+    evaluate(source.path, write_rows(tmp_path / "rows.jsonl", word_rows(9)), say=said.append)
     assert said[-1] == "measured 9 of 9 rows"

@@ -24,8 +24,8 @@ from edgetune.formats.bundle import (
     MANIFEST,
     Bundle,
     list_files,
+    load_bundle,
     load_manifest,
-    open_bundle,
     seal_bundle,
     verify_files,
 )
@@ -78,7 +78,7 @@ def reseal(folder: Path, change: Callable[[BundleManifest], BundleManifest]) -> 
 
 
 def test_a_bundle_opens(folder: Path) -> None:
-    bundle = open_bundle(folder)
+    bundle = load_bundle(folder)
     assert sorted(file.path for file in bundle.manifest.files) == NAMES
     assert bundle.file("loss") == folder / "loss.onnx"
     with pytest.raises(VerificationError, match="no graph for 'step'"):
@@ -90,7 +90,7 @@ def test_a_bundle_opens_behind_a_link_and_read_only(folder: Path, tmp_path: Path
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o500)
     try:
-        assert isinstance(open_bundle(tmp_path / "current"), Bundle)
+        assert isinstance(load_bundle(tmp_path / "current"), Bundle)
     finally:
         for path in [folder, *folder.rglob("*")]:
             path.chmod(0o700)
@@ -188,7 +188,7 @@ DAMAGE: dict[Callable[[Path], object], str] = {
 def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path], object]) -> None:
     damage(folder / name)
     with pytest.raises(VerificationError, match=f"{folder / name} {DAMAGE[damage]}") as caught:
-        open_bundle(folder)
+        load_bundle(folder)
     assert [other for other in NAMES if f"{folder / other} " in str(caught.value)] == [name]
     fix = str(caught.value).splitlines()[-1]
     if DAMAGE[damage] == "is a link":
@@ -205,7 +205,7 @@ def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path
 def test_a_file_that_git_has_not_fetched_is_named(folder: Path, name: str) -> None:
     (folder / name).write_bytes(POINTER)
     with pytest.raises(VerificationError, match=f"{folder / name}.*Git LFS pointer in the place of 4,972,489,328"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 def test_all_problems_are_told_at_once(folder: Path) -> None:
@@ -213,7 +213,7 @@ def test_all_problems_are_told_at_once(folder: Path) -> None:
     shutil.rmtree(folder / "parts")
     flip_last(folder / "tokenizer.json")
     with pytest.raises(VerificationError) as caught:
-        open_bundle(folder)
+        load_bundle(folder)
     loss, extra, tokenizer, fix = str(caught.value).splitlines()
     assert ("bytes" in loss, "is missing" in extra, "was changed" in tokenizer) == (True, True, True)
     assert fix.startswith("copy ")
@@ -226,30 +226,30 @@ def test_random_bit_flips_are_detected(folder: Path) -> None:
         name = generator.choice(list(good))
         flip(folder / name, generator.randrange(len(good[name])), generator.randrange(8))
         with pytest.raises((VerificationError, IncompatibleError), match=name):
-            open_bundle(folder)
+            load_bundle(folder)
         (folder / name).write_bytes(good[name])
-    open_bundle(folder)
+    load_bundle(folder)
 
 
 def test_a_file_in_the_place_of_a_folder(folder: Path) -> None:
     shutil.rmtree(folder / "parts")
     (folder / "parts").write_text("")
     with pytest.raises(VerificationError, match=r"extra\.bin is missing"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 def test_a_folder_behind_a_link(folder: Path, tmp_path: Path) -> None:
     (folder / "parts").rename(tmp_path / "parts")
     (folder / "parts").symlink_to(tmp_path / "parts")
     with pytest.raises(VerificationError, match=r"extra\.bin lies behind a link\n.*cp -rL"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 def test_links_and_damage_have_a_fix_each(folder: Path) -> None:
     soft_link(folder / "loss.onnx")
     truncate(folder / "tokenizer.json")
     with pytest.raises(VerificationError, match=r"(?s)is a link\n.*has .* bytes.*\n.*cp -rL.*\ncopy .* again"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 def test_links_that_were_copied_without_what_they_lead_to_are_named(folder: Path, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_links_that_were_copied_without_what_they_lead_to_are_named(folder: Path
         path.unlink()
         path.symlink_to(tmp_path / "blobs" / path.name)
     found = f"{folder / MANIFEST} is a link that leads nowhere; .*copy {folder} again from its source with `cp -rL`"
-    for opening in (open_bundle, open_model, describe, bundle_at):
+    for opening in (load_bundle, open_model, describe, bundle_at):
         with pytest.raises(VerificationError, match=found):
             opening(folder)
 
@@ -267,16 +267,16 @@ def test_a_folder_of_links_opens_once_it_is_copied_as_told(folder: Path, tmp_pat
     links, copy = tmp_path / "links", tmp_path / "copy"
     subprocess.run(["cp", "-rs", folder, links], check=True)
     with pytest.raises(VerificationError, match=rf"{MANIFEST} is a link; .*`cp -rL {links} COPY`.*`--local-dir`"):
-        open_bundle(links)
+        load_bundle(links)
     (links / MANIFEST).unlink()
     shutil.copyfile(folder / MANIFEST, links / MANIFEST)
     with pytest.raises(VerificationError) as caught:
-        open_bundle(links)
+        load_bundle(links)
     *problems, fix = str(caught.value).splitlines()
     assert len(problems) == len(NAMES) and all(problem.endswith("is a link") for problem in problems)
     assert f"`cp -rL {links} COPY`" in fix
     subprocess.run(["cp", "-rL", links, copy], check=True)
-    open_bundle(copy)
+    load_bundle(copy)
 
 
 def test_a_failing_disk_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,15 +285,15 @@ def test_a_failing_disk_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("edgetune.formats.bundle.sha256_of", fail)
     with pytest.raises(VerificationError, match=r"loss\.onnx cannot be read \(Input/output error\)"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 def test_hard_links_are_files_like_others(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "store").hardlink_to(folder / "loss.onnx")
-    open_bundle(folder)
+    load_bundle(folder)
     flip_last(tmp_path / "store")
     with pytest.raises(VerificationError, match=r"loss\.onnx was changed"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 # --- the manifest itself
@@ -311,7 +311,7 @@ def test_a_path_that_leads_out_is_refused(folder: Path, path: str) -> None:
     (folder.parent / "outside").write_bytes(b"")
     reseal(folder, lambda m: replace(m, files=[*m.files, File(path, 0, "x")]))
     with pytest.raises(VerificationError, match="is not the path of a file inside") as caught:
-        open_bundle(folder)
+        load_bundle(folder)
     assert repr(path)[:80] in str(caught.value)
     assert len(str(caught.value)) < 1000
 
@@ -320,13 +320,13 @@ def test_a_path_that_leads_out_is_refused(folder: Path, path: str) -> None:
 def test_a_path_that_cannot_be_is_a_missing_or_unreadable_file(folder: Path, path: str) -> None:
     reseal(folder, lambda m: replace(m, files=[*m.files, File(path, 0, "x")]))
     with pytest.raises(VerificationError, match=r"is missing|cannot be read \(File name too long\)"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 def test_a_file_is_listed_once(folder: Path) -> None:
     reseal(folder, lambda m: replace(m, files=[replace(m.files[0], sha256="0" * 64), *m.files]))
     with pytest.raises(VerificationError, match=r"loss\.onnx is listed 2 times"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def test_sizes_that_no_model_has_are_refused(folder: Path, sizes: dict[str, Any]
 
     reseal(folder, change)
     with pytest.raises(VerificationError, match=reason):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 def slots(*sizes: tuple[int, int], rank: int = 4) -> Lora:
@@ -394,19 +394,19 @@ def test_parameters_and_rows_that_no_bundle_has_are_refused(folder: Path, kind: 
     changes, reason = IMPOSSIBLE[kind]
     reseal(folder, lambda m: replace(m, **changes))
     with pytest.raises(VerificationError, match=reason):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 @pytest.mark.parametrize("pad", [16, 2**40])
 def test_rows_are_padded_with_a_token(folder: Path, pad: int) -> None:
     reseal(folder, lambda m: replace(m, tokenizer=replace(m.tokenizer, pad_token_id=pad)))
     with pytest.raises(VerificationError, match=f"pad_token_id is {pad}, expected a token of the vocabulary: 0 to 15"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 def test_a_bundle_without_slots_opens_and_trains_nothing(folder: Path) -> None:
     reseal(folder, lambda m: replace(m, lora=replace(LORA, slots=[])))
-    manifest = open_bundle(folder).manifest
+    manifest = load_bundle(folder).manifest
     with pytest.raises(VerificationError, match="lists no LoRA slots, so there is nothing to train; make it anew"):
         initial_parameters(manifest.lora, seed=0)
     with pytest.raises(VerificationError, match="lists no LoRA slots"):
@@ -417,13 +417,13 @@ def test_a_bundle_without_slots_opens_and_trains_nothing(folder: Path) -> None:
 def test_a_graph_has_to_be_a_listed_file(folder: Path, file: str) -> None:
     reseal(folder, lambda m: replace(m, graphs=[*m.graphs, Graph("step", file, [], [])]))
     with pytest.raises(VerificationError, match=f"the step graph is {file!r}, which is not a listed file"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 def test_what_pins_the_tokenizer_has_to_agree_with_the_files(folder: Path) -> None:
     reseal(folder, lambda m: replace(m, tokenizer=replace(m.tokenizer, sha256="0" * 64)))
     with pytest.raises(VerificationError, match=r"tokenizer\.json has SHA-256 [0-9a-f]+ among the files, 0+ with"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 def test_a_template_has_to_be_pinned(folder: Path) -> None:
@@ -432,7 +432,7 @@ def test_a_template_has_to_be_pinned(folder: Path) -> None:
     with pytest.raises(
         VerificationError, match=r"chat_template\.jinja has SHA-256 [0-9a-f]+ .* None with the tokenizer"
     ):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_an_unlisted_file_that_something_might_read_is_refused(folder: Path, nam
     reseal(folder, lambda m: replace(m, files=list_files(folder, without=MANIFEST)))
     (folder / name).write_text("{}")
     with pytest.raises(VerificationError, match=f"{name} is in the folder and not listed; move it elsewhere"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 def test_unlisted_files_that_nothing_reads_are_left_alone(folder: Path) -> None:
@@ -456,21 +456,21 @@ def test_unlisted_files_that_nothing_reads_are_left_alone(folder: Path) -> None:
         (folder / name).write_text("")
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
-    open_bundle(folder)
+    load_bundle(folder)
 
 
 def test_a_changed_manifest_is_refused(folder: Path) -> None:
     text = (folder / MANIFEST).read_text()
     (folder / MANIFEST).write_text(text.replace('"max_length": 12', '"max_length": 13'))
     with pytest.raises(VerificationError, match=f"{MANIFEST}: was changed after it was written"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 @pytest.mark.parametrize("damage", [soft_link, become_endless])
 def test_a_manifest_that_is_no_regular_file_is_refused(folder: Path, damage: Callable[[Path], object]) -> None:
     damage(folder / MANIFEST)
     with pytest.raises(EdgetuneError, match=r"is a link; .*cp -rL|no bundle here"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 def test_a_huge_manifest_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,7 +478,7 @@ def test_a_huge_manifest_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPat
         file.truncate(LARGEST_MANIFEST + 1)
     monkeypatch.setattr(Path, "read_bytes", None)
     with pytest.raises(VerificationError, match=r"has 16,777,217 bytes, a manifest has at most 16,777,216"):
-        open_bundle(folder)
+        load_bundle(folder)
 
 
 # --- where there is no bundle
@@ -491,14 +491,14 @@ def test_no_bundle_is_a_usage_error_with_the_fix(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe" / MANIFEST)
     for name in ("absent", "file", "empty", "pipe"):
         with pytest.raises(UsageError, match=rf"{name}: no bundle here \(no manifest.json\); make one with `edgetune"):
-            open_bundle(tmp_path / name)
+            load_bundle(tmp_path / name)
 
 
 def test_a_replacement_that_was_cut_off_is_undone(folder: Path) -> None:
     previous = folder.rename(folder.parent / ".bundle.previous")
     with locked(folder), pytest.raises(LockedError):
-        open_bundle(folder)
-    assert open_bundle(folder).path == folder
+        load_bundle(folder)
+    assert load_bundle(folder).path == folder
     assert not previous.exists()
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from edgetune.errors import VerificationError
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.formats.layered_graphs import kept_outputs, pieces_of, widths
 from edgetune.formats.manifest import BundleManifest, TensorSpec
 from edgetune.formats.roles import sublayer_role
@@ -23,7 +23,7 @@ Shape = list[int | str]
 
 @pytest.fixture(scope="module")
 def golden() -> Bundle:
-    return open_bundle(BUNDLE)
+    return load_bundle(BUNDLE)
 
 
 def with_specs(

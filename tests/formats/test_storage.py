@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from edgetune.cli.failures import exit_code_of
 from edgetune.errors import EdgetuneError, LockedError, NoRoomError, UsageError
 from edgetune.formats import storage
 from edgetune.formats.storage import atomic_folder, locked, recover, require_unicode, sha256_of, write_file
@@ -604,7 +605,7 @@ def test_a_lock_without_a_readable_pid_holds(tmp_path: Path) -> None:
         (tmp_path / ".a.lock").write_text("")
         with pytest.raises(LockedError, match="locked by PID unknown"):
             write(tmp_path / "a")
-    assert LockedError.exit_code == 7
+    assert exit_code_of(LockedError) == 7
 
 
 def test_a_lock_that_is_released_right_now_is_still_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

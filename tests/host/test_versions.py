@@ -17,7 +17,7 @@ from edgetune.preparation import prepare
 from edgetune.split import split
 from support import prepared_bundles
 from support.prepared_bundles import CONFIG, Prepared, prepare_tiny
-from support.tiny_phi3 import bundle, checkpoint, save_adapter, silent
+from support.tiny_phi3 import bundle, checkpoint, save_adapter
 
 
 def lacking(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_prepare_takes_any_distribution_of_onnx_runtime(tmp_path: Path) -> None:
 def test_export_takes_any_distribution_of_onnx_runtime(tmp_path: Path) -> None:
     source = bundle("multi-head", "fp32")
     adapter = save_adapter(tmp_path / "adapter", source)
-    assert export(source, adapter, tmp_path / "model", ExportConfig(merge=False), silent).path.is_dir()
+    assert export(source, adapter, tmp_path / "model", ExportConfig(merge=False)).path.is_dir()
 
 
 @pytest.mark.usefixtures("foreign_runtime")
@@ -63,7 +63,7 @@ def test_split_takes_any_distribution_of_onnx_runtime(prepared: Prepared, tmp_pa
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "the lamp in the kitchen"}\n')
     source = prepared("multi-head", "fp32")
-    made = split(source.path, rows, tmp_path / "split", SplitConfig(length=32), silent)
+    made = split(source.path, rows, tmp_path / "split", SplitConfig(length=32))
     assert made.manifest.provenance["trunk"].startswith(f"onnxruntime {onnxruntime.__version__} ")
 
 
@@ -72,7 +72,7 @@ def test_a_missing_package_ends_prepare_before_anything_is_built(
 ) -> None:
     lacking("peft", monkeypatch)
     with pytest.raises(MissingDependencyError, match="peft"):
-        prepare(str(checkpoint("multi-head")), tmp_path / "bundle", prepared_bundles.CONFIG, pytest.fail)
+        prepare(str(checkpoint("multi-head")), tmp_path / "bundle", prepared_bundles.CONFIG, say=pytest.fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -83,5 +83,5 @@ def test_a_missing_package_ends_export_before_anything_is_written(
     adapter = save_adapter(tmp_path / "adapter", source)
     lacking("onnx", monkeypatch)
     with pytest.raises(MissingDependencyError, match="onnx is not installed"):
-        export(source, adapter, tmp_path / "model", ExportConfig(merge=False), pytest.fail)
+        export(source, adapter, tmp_path / "model", ExportConfig(merge=False), say=pytest.fail)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -229,7 +229,7 @@ def test_node_loses_what_python_and_pytorch_lose(shipped: Path, tmp_path: Path) 
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, atol=1e-4, err_msg=name)
-    evaluation = evaluate(GOLDEN / "bundle", GOLDEN / "valid.jsonl", tmp_path / "node")
+    evaluation = evaluate(GOLDEN / "bundle", GOLDEN / "valid.jsonl", adapter=tmp_path / "node")
     assert evaluation.loss == pytest.approx(EXPECTED["validation_loss"]["last"], rel=TOLERANCE)
 
 

@@ -172,7 +172,7 @@ def test_training_stops_when_told_and_python_takes_what_was_learnt(
     while {path.name for path in saved.glob("*")} != {"adapter_model.safetensors", "adapter_config.json"}:
         assert time.monotonic() < until, list(saved.glob("*"))
         time.sleep(0.1)
-    before, after = (evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl", path).loss for path in (None, saved))
+    before, after = (evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl", adapter=path).loss for path in (None, saved))
     assert after < 0.8 * before
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from edgetune.cli.failures import exit_code_of
 from edgetune.errors import NoRoomError, ResourceError
 from edgetune.formats.adapter import MOST_LINE_BYTES, RECORD, most_bytes, read_adapter, write_adapter
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.formats.storage import atomic_folder, write_file
 from edgetune.machine import disk as room
 from edgetune.machine.disk import reserve
@@ -55,18 +56,18 @@ def train(output: Path | str, steps: int = 2) -> list[str | Path]:
 @needs_mounts
 def test_training_without_room_ends_before_the_first_step(tmp_path: Path) -> None:
     code, stderr = edgetune(*train("small/adapter"), before=on_disk_of(tmp_path, "48k"), cwd=tmp_path)
-    assert code == ResourceError.exit_code, stderr
+    assert code == exit_code_of(ResourceError), stderr
     assert "step 1" not in stderr
     found = re.search(r"small/adapter: the disk is full: ([\d,]+) bytes are needed, ([\d,]+) are free now", stderr)
     assert found is not None, stderr
     needed, free = (int(figure.replace(",", "")) for figure in found.groups())
-    assert needed == sum(most_bytes(open_bundle(GOLDEN / "bundle").manifest.lora, 2).values()) > free > 0
+    assert needed == sum(most_bytes(load_bundle(GOLDEN / "bundle").manifest.lora, 2).values()) > free > 0
     assert free < 48 << 10
 
 
 @needs_mounts
 def test_what_is_said_to_be_needed_is_enough(tmp_path: Path) -> None:
-    needed = sum(most_bytes(open_bundle(GOLDEN / "bundle").manifest.lora, 2).values())
+    needed = sum(most_bytes(load_bundle(GOLDEN / "bundle").manifest.lora, 2).values())
     # The lock and the ends of files take whole pages.
     size = f"{needed // 1024 + 24}k"
     assert edgetune(*train("small/adapter"), before=on_disk_of(tmp_path, size), cwd=tmp_path)[0] == 0
@@ -76,7 +77,7 @@ def test_what_is_said_to_be_needed_is_enough(tmp_path: Path) -> None:
 def test_a_file_that_is_too_large_for_its_file_system_is_refused_before_the_first_step(tmp_path: Path) -> None:
     limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash"]
     code, stderr = edgetune(*train(tmp_path / "adapter"), before=limited)
-    assert code == ResourceError.exit_code, stderr
+    assert code == exit_code_of(ResourceError), stderr
     assert "step 1" not in stderr
     assert f"a file is larger than its file system, or `ulimit -f` with {16 << 10:,} bytes, allows" in stderr
     assert re.search(FIGURES, stderr)
@@ -123,7 +124,7 @@ config = TrainConfig(steps=4, runtime="onnxruntime")
 golden = Path(sys.argv[1])
 tempfile.gettempdir()
 try:
-    train(golden / "bundle", golden / "train.jsonl", None, Path("small/adapter"), config, Observer())
+    train(golden / "bundle", golden / "train.jsonl", "small/adapter", config, observer=Observer())
 except Exception as error:
     failure = failure_of(error)
     print("exit code", failure.code)
@@ -150,7 +151,7 @@ def run_while(tmp_path: Path, event: str, **environment: str) -> str:
 
 def steps_in(adapter: Path) -> int:
     """An adapter is whole, and so many steps went into it."""
-    manifest = open_bundle(GOLDEN / "bundle").manifest
+    manifest = load_bundle(GOLDEN / "bundle").manifest
     read_adapter(adapter, manifest.lora, manifest.base, manifest.tokenizer)
     return int(json.loads((adapter / "edgetune.json").read_text())["provenance"]["steps"])
 
@@ -217,7 +218,7 @@ def test_what_was_learnt_goes_elsewhere_when_its_folder_is_gone(tmp_path: Path) 
 @needs_mounts
 @pytest.mark.parametrize("kind", ["bundle", "split", "merge", "int4", "keep"])
 def test_every_size_of_disk_is_enough_or_refused(tmp_path: Path, kind: str) -> None:
-    manifest = open_bundle(GOLDEN / "bundle").manifest
+    manifest = load_bundle(GOLDEN / "bundle").manifest
     (tmp_path / "adapter").mkdir()
     write_adapter(
         tmp_path / "adapter",
@@ -239,13 +240,13 @@ def test_every_size_of_disk_is_enough_or_refused(tmp_path: Path, kind: str) -> N
         before = on_disk_of(tmp_path, size)
         code, stderr = edgetune(*arguments, "--output", "small/output", before=before, cwd=tmp_path)
         codes.add(code)
-        assert code in (0, ResourceError.exit_code), (size, stderr)
+        assert code in (0, exit_code_of(ResourceError)), (size, stderr)
         if code:
             assert re.search(FIGURES, stderr), (size, stderr)
             assert "internal error" not in stderr
         elif codes == {0}:
             raise AssertionError("the smallest was enough")
-    assert codes == {0, ResourceError.exit_code}
+    assert codes == {0, exit_code_of(ResourceError)}
 
 
 @needs_mounts
@@ -253,12 +254,12 @@ def test_preparing_without_room_ends_before_it_begins(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "tiny")
     arguments = ["prepare", "tiny", "--output", "small/bundle", "--base", "fp32", "--rank", "2", "--max-length", "64"]
     code, stderr = edgetune(*arguments, before=on_disk_of(tmp_path, "64k"), cwd=tmp_path)
-    assert code == ResourceError.exit_code, stderr
+    assert code == exit_code_of(ResourceError), stderr
     assert re.search(FIGURES, stderr)
     assert "Building" not in stderr
     for size in ("200k", "400k", "640k"):
         code, stderr = edgetune(*arguments, before=on_disk_of(tmp_path, size), cwd=tmp_path)
-        assert code == ResourceError.exit_code, (size, stderr)
+        assert code == exit_code_of(ResourceError), (size, stderr)
         assert re.search(FIGURES, stderr), (size, stderr)
 
 
@@ -317,7 +318,7 @@ def test_temporary_files_on_another_disk_are_told(tmp_path: Path, monkeypatch: p
 
 
 def test_no_file_of_an_adapter_takes_more_than_is_said(tmp_path: Path) -> None:
-    manifest = open_bundle(GOLDEN / "bundle").manifest
+    manifest = load_bundle(GOLDEN / "bundle").manifest
     write_adapter(
         tmp_path,
         base=manifest.base,

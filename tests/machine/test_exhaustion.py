@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.cli.failures import failure_of
+from edgetune.cli.failures import exit_code_of, failure_of
 from edgetune.data.rows import Message
 from edgetune.data.template import ChatTemplate
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, ResourceError, UsageError
@@ -103,14 +103,15 @@ def test_what_led_to_an_error_tells_as_well() -> None:
 
 def test_an_error_that_came_of_it_says_so_and_keeps_its_words() -> None:
     failure = failure_of(raised(IncompatibleError("OpenVINO's CPU cannot compile"), RuntimeError(MEMORY[0])))
-    assert failure.code == ResourceError.exit_code
+    assert failure.code == exit_code_of(ResourceError)
     assert failure.message.splitlines() == [
         "error: OpenVINO's CPU cannot compile",
         "not enough memory; close other programs, or choose a smaller batch, length or model",
     ]
-    assert failure_of(EdgetuneError("pip failed: [Errno 28] No space left on device")).code == ResourceError.exit_code
+    failure = failure_of(EdgetuneError("pip failed: [Errno 28] No space left on device"))
+    assert failure.code == exit_code_of(ResourceError)
     for error in (UsageError("--prompt 'out of memory'"), DataError(["a.jsonl:1: out of memory"])):
-        assert failure_of(error).code == error.exit_code
+        assert failure_of(error).code == exit_code_of(type(error))
 
 
 def test_a_library_says_last_why() -> None:
@@ -130,7 +131,7 @@ def limited(kilobytes: int, *arguments: str | Path) -> subprocess.CompletedProce
 def outcomes(done: list[subprocess.CompletedProcess[str]]) -> set[int]:
     """The exit codes, which are 0 or 6."""
     for each in done:
-        assert each.returncode in (0, ResourceError.exit_code), each.stderr
+        assert each.returncode in (0, exit_code_of(ResourceError)), each.stderr
         assert "internal error" not in each.stderr
         assert "Traceback" not in each.stderr
         assert "not enough memory" in each.stderr or not each.returncode
@@ -151,7 +152,7 @@ def test_training_in_too_little_memory(tmp_path: Path, runtime: str) -> None:
         pytest.skip("openvino is not installed")
     arguments = ("train", GOLDEN / "bundle", "--data", GOLDEN / "train.jsonl", "--steps", "1", "--runtime", runtime)
     done = [limited(size, *arguments, "--output", tmp_path / str(size)) for size in SIZES[runtime]]
-    assert ResourceError.exit_code in outcomes(done)
+    assert exit_code_of(ResourceError) in outcomes(done)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -160,7 +161,7 @@ def test_preparing_in_too_little_memory(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source" / "tiny")
     arguments = ("prepare", source, "--output", tmp_path / "bundle", "--base", "fp32", "--rank", "2")
     done = [limited(size, *arguments) for size in (300_000, 1_000_000)]
-    assert outcomes(done) == {ResourceError.exit_code}
+    assert outcomes(done) == {exit_code_of(ResourceError)}
     # The first does not get as far as Olive's own process, the second does.
     assert ["Olive's ModelBuilder failed" in each.stderr for each in done] == [False, True]
 
@@ -174,7 +175,7 @@ def test_training_with_too_few_threads(threads: int) -> None:
         [*command, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300
     )
     found = outcomes([done])
-    assert threads > 4 or found == {ResourceError.exit_code}
+    assert threads > 4 or found == {exit_code_of(ResourceError)}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends no process so")

@@ -15,14 +15,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from edgetune.config import ShipConfig, TrainConfig
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.preview import preview
 from edgetune.ship import lay_out
 from edgetune.ship.platforms import PLATFORMS
 from edgetune.training import train
 from support.debian_packages import NoPackagesError, download, unpack
 from support.golden import ADAPTER, BUNDLE, GOLDEN, TRAIN
-from support.recorder import Recorder
 from support.repository import ROOT
 
 SAMPLE = ROOT / "examples" / "native" / "train.cpp"
@@ -84,7 +83,7 @@ def rows_of(file: Path, path: Path) -> Path:
 def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: Path) -> None:
     config = ShipConfig(adapter=ADAPTER)
     small = replace(PLATFORMS["linux-arm64"], shard=20_000)
-    shipped = lay_out(open_bundle(BUNDLE), "linux-arm64", tmp_path / "shipped", config, print, small)
+    shipped = lay_out(load_bundle(BUNDLE), "linux-arm64", tmp_path / "shipped", config, print, small)
     assert len(shipped.manifest.weights) > 3
     rows = rows_of(TRAIN, tmp_path / "rows.jsonl")
     written = tmp_path / "adapter_model.safetensors"
@@ -96,10 +95,8 @@ def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: P
     losses, norms = ([float(pair[place]) for pair in found] for place in (0, 1))
     np.testing.assert_allclose(losses, EXPECTED["losses"], rtol=0, atol=CLOSE)
     np.testing.assert_allclose(norms, EXPECTED["grad_norms"], rtol=10 * CLOSE)
-    train(
-        BUNDLE, TRAIN, None, tmp_path / "python",
-        TrainConfig(**OPTIONS, runtime="onnxruntime", plan="whole", init_adapter=ADAPTER), Recorder(),
-    )  # fmt: skip
+    options = TrainConfig(**OPTIONS, runtime="onnxruntime", plan="whole", init_adapter=ADAPTER)
+    train(BUNDLE, TRAIN, tmp_path / "python", options)
     ours, theirs = load_file(tmp_path / "python" / "adapter_model.safetensors"), load_file(written)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
@@ -108,7 +105,7 @@ def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: P
 
 
 def test_what_is_wrong_ends_the_sample_with_a_reason(program: Path, tmp_path: Path) -> None:
-    lay_out(open_bundle(BUNDLE), "ios", tmp_path / "shipped", ShipConfig(), print)
+    lay_out(load_bundle(BUNDLE), "ios", tmp_path / "shipped", ShipConfig(), print)
     rows = rows_of(TRAIN, tmp_path / "rows.jsonl")
     (tmp_path / "empty").touch()
     for name, file in (("missing", rows), ("shipped", tmp_path / "empty")):

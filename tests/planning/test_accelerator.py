@@ -20,7 +20,7 @@ from edgetune.data.encode import Example
 from edgetune.devices.place import Place
 from edgetune.devices.profile import Profile, load_profile
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.planning.accelerator import apply_profile
 from edgetune.planning.choice import Choice, choose
 from edgetune.planning.limits import require_form
@@ -71,7 +71,7 @@ def call(*arguments: object) -> Result:
 def run(output: Path, **config: Any) -> tuple[TrainResult, Recorder]:
     recorder = Recorder()
     given = TrainConfig(steps=1, batch_size=1, **config)
-    return train(GOLDEN / "bundle", GOLDEN / "train.jsonl", None, output, given, recorder), recorder
+    return train(GOLDEN / "bundle", GOLDEN / "train.jsonl", output, given, observer=recorder), recorder
 
 
 @needs_openvino
@@ -251,7 +251,7 @@ def test_plan_lays_out_the_shapes_that_train_compiles(tmp_path: Path, architectu
 
 
 def test_validation_rows_that_fit_no_bucket_are_refused_with_the_others() -> None:
-    manifest = open_bundle(GOLDEN / "bundle").manifest
+    manifest = load_bundle(GOLDEN / "bundle").manifest
     short, long = ([Example(1, [5] * count, [5] * count)] for count in (8, 20))
     config = request_of(TrainConfig(batch_size=1))
     Workload(manifest, short, short, config, [Bucket(8, 1)])
@@ -292,7 +292,7 @@ def test_a_budget_takes_the_place_of_free_memory_in_plan_and_train(
 
 
 def test_forward_only_trains_b_alone(tmp_path: Path) -> None:
-    slots = open_bundle(GOLDEN / "bundle").manifest.lora.shapes().items()
+    slots = load_bundle(GOLDEN / "bundle").manifest.lora.shapes().items()
     sizes = {matrix: sum(rows * columns for name, (rows, columns) in slots if matrix in name) for matrix in "AB"}
     for method, expected in (("forward-only", sizes["B"]), ("backpropagation", sizes["A"] + sizes["B"])):
         queries = {"queries": 2} if method == "forward-only" else {}
@@ -313,7 +313,7 @@ def test_what_runs_nowhere_on_a_device_is_refused_and_what_runs_beside_its_accel
 ) -> None:
     profile = load_profile("apple-silicon")
     work = Work(64, 64 * 64)
-    choice = choose(open_bundle(GOLDEN / "bundle").manifest, request_of(config), work)
+    choice = choose(load_bundle(GOLDEN / "bundle").manifest, request_of(config), work)
 
     def required(where: str) -> list[str]:
         changed = replace(profile, placement=replace(profile.placement, **{form: where}))

@@ -149,7 +149,7 @@ def test_a_step_is_the_same_in_any_number_of_passes(bundle: Bundle, tmp_path: Pa
 
     def run(name: str, budget: str | None) -> Recorder:
         observer = Recorder()
-        train(bundle.path, data, data, tmp_path / name, replace(config, memory_budget=budget), observer)
+        train(bundle.path, data, tmp_path / name, replace(config, memory_budget=budget), valid=data, observer=observer)
         return observer
 
     whole = run("whole", None)

@@ -13,7 +13,6 @@ import pytest
 
 from benchmarks.checkpoints import Size, make_checkpoint
 from edgetune.config import PrepareConfig
-from support.tiny_phi3 import silent
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's high-water mark")
 SIZE = Size(hidden=512, intermediate=1408, layers=6, heads=8, vocabulary=4096)
@@ -27,7 +26,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("footprint")
     make_checkpoint(folder / "checkpoint", SIZE)
-    return prepare(str(folder / "checkpoint"), folder / "bundle", PrepareConfig(), silent).path
+    return prepare(str(folder / "checkpoint"), folder / "bundle", PrepareConfig()).path
 
 
 @pytest.fixture(scope="module")

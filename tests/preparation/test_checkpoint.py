@@ -239,7 +239,6 @@ def test_another_family_is_refused_and_both_are_named(folder: Path, family: obje
     configure(folder, model_type=family)
     with pytest.raises(IncompatibleError, match=f"model family is {family!r}, expected 'phi3'"):
         opened(folder)
-    assert IncompatibleError.exit_code == 4
 
 
 def test_a_quantised_checkpoint_is_refused(folder: Path) -> None:
@@ -437,7 +436,7 @@ def test_prepare_refuses_a_chat_template_that_was_cut_off(folder: Path, tmp_path
         write_json(folder / place, json.loads((folder / place).read_text()) | {"chat_template": broken})
     told: list[str] = []
     with pytest.raises(IncompatibleError, match=r"the model's chat template is broken \(TemplateSyntaxError"):
-        prepare(str(folder), tmp_path / "bundle", PrepareConfig(), told.append)
+        prepare(str(folder), tmp_path / "bundle", PrepareConfig(), say=told.append)
     assert not any("Building" in line for line in told)
 
 
@@ -445,7 +444,7 @@ def test_prepare_refuses_weights_that_are_not_finite_before_it_builds(folder: Pa
     change_tensors(folder, model__norm__weight=np.full(64, np.nan, np.float32))
     told: list[str] = []
     with pytest.raises(VerificationError, match=r"model\.norm\.weight"):
-        prepare(str(folder), tmp_path / "bundle", PrepareConfig(), told.append)
+        prepare(str(folder), tmp_path / "bundle", PrepareConfig(), say=told.append)
     assert not (tmp_path / "bundle").exists()
     assert not any("Building" in line for line in told)
 

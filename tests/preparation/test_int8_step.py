@@ -15,7 +15,7 @@ import pytest
 
 from edgetune.config import NpuKind
 from edgetune.errors import DataError
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.roles import INT8_STEP
 from edgetune.preparation import prepare
@@ -49,7 +49,7 @@ def cosines(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> li
 
 def test_the_graphs_are_part_of_the_bundle(int8_bundle: tuple[NpuKind, Bundle]) -> None:
     form, bundle = int8_bundle
-    manifest = open_bundle(bundle.path).manifest
+    manifest = load_bundle(bundle.path).manifest
     assert "int8.onnx.data" in {file.path for file in manifest.files}
     for role in ("step", "loss"):
         plain, int8 = manifest.graph(role), manifest.graph(f"{role}_int8")
@@ -115,7 +115,7 @@ def test_a_bad_calibration_row_is_found_before_anything_is_built(tmp_path: Path,
     rows = tmp_path / "rows.jsonl"
     rows.write_text(CHAT + CHAT.replace("assistant", "asistant"))
     with pytest.raises(DataError, match=r"^\S+rows\.jsonl:2: [^\n]*$"):
-        prepare(str(source), tmp_path / "bundle", replace(CONFIG, npu="qdq", calibration=rows), pytest.fail)
+        prepare(str(source), tmp_path / "bundle", replace(CONFIG, npu="qdq", calibration=rows), say=pytest.fail)
     assert not (tmp_path / "bundle").exists()
 
 

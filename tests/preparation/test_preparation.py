@@ -16,7 +16,7 @@ from edgetune.config import Base, PrepareConfig, Targets
 from edgetune.data.encode import load_encoder
 from edgetune.data.rows import ChatRow, Message
 from edgetune.errors import ResourceError, UsageError
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.formats.genai import open_model
 from edgetune.model.architecture import slots_of
 from edgetune.model.lora import initial_parameters
@@ -196,7 +196,7 @@ def test_a_rank_with_which_no_bundle_opens_is_refused_before_anything_is_built(
 ) -> None:
     config = PrepareConfig(rank=highest + 1, targets=targets, max_length=64)
     with pytest.raises(UsageError, match=f"^rank {highest + 1} is more than the {highest} .*at most {highest}$"):
-        prepare(str(checkpoint("grouped-query")), tmp_path / "bundle", config, pytest.fail)
+        prepare(str(checkpoint("grouped-query")), tmp_path / "bundle", config, say=pytest.fail)
     assert not any(tmp_path.iterdir())
 
 
@@ -204,7 +204,7 @@ def test_the_highest_rank_is_not_refused(tmp_path: Path) -> None:
     config = PrepareConfig(rank=256, targets="attention", base="fp32", max_length=64)
     lora = prepare_tiny("grouped-query", tmp_path / "bundle", config).manifest.lora
     assert lora.rank == lora.highest_rank == 256
-    assert open_bundle(tmp_path / "bundle").manifest.lora == lora
+    assert load_bundle(tmp_path / "bundle").manifest.lora == lora
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -219,7 +219,7 @@ def test_existing_output_is_refused_before_anything_is_built(tmp_path: Path) -> 
     output.mkdir()
     (output / "precious").write_text("kept")
     with pytest.raises(UsageError, match="already exists"):
-        prepare(str(checkpoint("multi-head")), output, PrepareConfig(max_length=64), pytest.fail)
+        prepare(str(checkpoint("multi-head")), output, PrepareConfig(max_length=64), say=pytest.fail)
     assert (output / "precious").read_text() == "kept"
 
 
@@ -233,7 +233,7 @@ def test_force_replaces_a_bundle_and_a_failure_leaves_it(
     monkeypatch.setattr("edgetune.preparation.gradient.differentiate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare_tiny("multi-head", output, replace(config, rank=2))
-    assert open_bundle(output).manifest == first.manifest
+    assert load_bundle(output).manifest == first.manifest
     assert [entry.name for entry in tmp_path.iterdir() if not entry.name.endswith(".lock")] == ["bundle"]
     # The same checkpoint and options give the same bundle, byte for byte.
     assert first.manifest.files == same.manifest.files

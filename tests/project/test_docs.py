@@ -15,19 +15,18 @@ import click
 import pytest
 
 from edgetune.cli import VERBS, main
-from edgetune.cli.failures import INTERRUPTED
+from edgetune.cli.failures import INTERRUPTED, exit_code_of
 from edgetune.config import ExportConfig, GenerateConfig, TrainConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.rows import Message
 from edgetune.errors import EdgetuneError
 from edgetune.exporting import export
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.generation import generate
 from edgetune.preview import preview
 from edgetune.training import StepMetrics, TrainResult, train
 from edgetune.training.record import RunRecord
 from support.golden import GOLDEN
-from support.recorder import Recorder
 from support.repository import ROOT
 
 DOCS = ROOT / "docs"
@@ -188,12 +187,12 @@ def test_exit_codes_are_those_of_the_errors() -> None:
     rows = table_after(DOCS / "reliability.md", "Exit codes")
     said = {(name, int(row[0])) for row in rows for name in quoted(row[3:])}
     errors = {EdgetuneError, *EdgetuneError.__subclasses__()}
-    assert said == {(error.__name__, error.exit_code) for error in errors}
+    assert said == {(error.__name__, exit_code_of(error)) for error in errors}
     assert {int(row[0]) for row in rows if not row[3]} == {0, INTERRUPTED}
 
 
 def test_exit_codes_in_other_pages_exist() -> None:
-    known = {error.exit_code for error in EdgetuneError.__subclasses__()} | {0, 1, INTERRUPTED}
+    known = {exit_code_of(error) for error in EdgetuneError.__subclasses__()} | {0, 1, INTERRUPTED}
     said = {int(code) for page in PAGES for code in re.findall(r"exit code (\d+)", page.read_text(encoding="utf-8"))}
     assert said and said <= known
 
@@ -225,7 +224,7 @@ def python_of(page: str) -> str:
 
 
 def train_golden(output: Path, config: TrainConfig) -> TrainResult:
-    return train(GOLDEN / "bundle", GOLDEN / "train.jsonl", None, output, config, Recorder())
+    return train(GOLDEN / "bundle", GOLDEN / "train.jsonl", output, config)
 
 
 def run_code(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -258,8 +257,8 @@ def test_the_native_recipe_trains_as_edgetune_does(
 def kept_model(tmp_path: Path) -> Path:
     """A folder in which `model` is the golden bundle's, with an adapter beside it."""
     train_golden(tmp_path / "adapter", TrainConfig(epochs=60, learning_rate=1e-2))
-    bundle = open_bundle(GOLDEN / "bundle")
-    export(bundle, tmp_path / "adapter", tmp_path / "model", ExportConfig(merge=False), lambda line: None)
+    bundle = load_bundle(GOLDEN / "bundle")
+    export(bundle, tmp_path / "adapter", tmp_path / "model", ExportConfig(merge=False))
     return tmp_path
 
 
@@ -270,7 +269,7 @@ def test_the_genai_example_answers_with_and_without_adapter(
     base, adapted = re.findall(r"(?:base|adapter): *(.*)", printed)
     assert base != adapted
     for answer, folder in ((base, GOLDEN / "bundle"), (adapted, kept_model / "model")):
-        assert answer.strip() == "".join(generate(folder, "Turn on the lamp.", None, GenerateConfig())).strip()
+        assert answer.strip() == "".join(generate(folder, "Turn on the lamp.", GenerateConfig())).strip()
 
 
 def test_the_genai_example_encodes_as_training_does(kept_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +277,7 @@ def test_the_genai_example_encodes_as_training_does(kept_model: Path, monkeypatc
     monkeypatch.chdir(kept_model)
     Path("code.py").write_text(python_of("export.md"), encoding="utf-8")
     example = runpy.run_path("code.py")
-    encoder = load_encoder(GOLDEN / "bundle", open_bundle(GOLDEN / "bundle").manifest.tokenizer)
+    encoder = load_encoder(GOLDEN / "bundle", load_bundle(GOLDEN / "bundle").manifest.tokenizer)
     for text, genai_agrees in (("Turn on the lamp.", True), ("\u2003Turn on the lamp.", False)):
         message = Message("user", text)
         ids = encoder.encode_prompt([message])

@@ -1,4 +1,4 @@
-"""The examples: rows that train, and a loop with nothing but onnxruntime and numpy that does train."""
+"""The examples: rows that train, a loop with nothing but onnxruntime and numpy that does train, and one in Python."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ def test_the_portable_loop_learns_and_writes_an_adapter(tmp_path: Path) -> None:
     loop = [sys.executable, str(EXAMPLES / "portable_loop.py"), str(GOLDEN / "bundle"), str(rows), "adapter"]
     done = subprocess.run(loop, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    before = evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl", None).loss
-    after = evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl", tmp_path / "adapter").loss
+    before = evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl").loss
+    after = evaluate(GOLDEN / "bundle", GOLDEN / "train.jsonl", adapter=tmp_path / "adapter").loss
     assert after < before / 2
+
+
+def test_learning_rates_are_told_from_the_best_to_the_worst(tmp_path: Path) -> None:
+    script, files = EXAMPLES / "learning_rates.py", [GOLDEN / name for name in ("bundle", "train.jsonl", "valid.jsonl")]
+    command = [sys.executable, str(script), *map(str, files), "adapters", "1e-4", "1e-2", "--steps", "8"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    base, *told = [line.partition(": loss ") for line in done.stdout.splitlines() if ": loss " in line]
+    assert [name for name, _, _ in (base, *told)] == ["base", "adapters/0.01", "adapters/0.0001"]
+    for name, _, rest in told:
+        measured = evaluate(files[0], files[2], adapter=tmp_path / name)
+        assert float(rest.split(",")[0]) == round(measured.loss, 3)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (again.returncode, "exists" in again.stderr) == (1, True), again.stderr

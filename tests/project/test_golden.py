@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from edgetune.formats import manifest
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.formats.manifest import BundleManifest
 from edgetune.model import architecture, lora, rope
 from edgetune.side_environment import ensure_side_environment, run_worker
@@ -53,7 +53,7 @@ def made(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
-    return open_bundle(GOLDEN / "bundle")
+    return load_bundle(GOLDEN / "bundle")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_the_bundle_is_whole_and_small(bundle: Bundle) -> None:
 
 
 def test_the_script_makes_the_same_manifest(bundle: Bundle, made: Path) -> None:
-    fresh = open_bundle(made / "bundle").manifest
+    fresh = load_bundle(made / "bundle").manifest
     ours = replace(bundle.manifest, manifest_sha256="", provenance={})
     for field in fields(BundleManifest):
         if field.name not in ("manifest_sha256", "provenance"):

@@ -20,7 +20,7 @@ MOST_TERMS = 25
 LEAST_PAGES = 12
 """Fewer pages about commands would mean that they are not recognised."""
 
-_COMMAND = re.compile(r"^ *(?:\$ )?(?:edgetune|make) +\S", re.MULTILINE)
+_COMMAND = re.compile(r"^ *(?:(?:\$ )?(?:edgetune|make)|\$ python) +\S", re.MULTILINE)
 _BLOCK = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)|^((?: {4}[^\n]*\n?)+)", re.MULTILINE | re.DOTALL)
 _FIGURE = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _ROW = re.compile(r"^\| *([^|]+?) *\|(.*)\|$", re.MULTILINE)

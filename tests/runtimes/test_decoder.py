@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgetune.errors import VerificationError
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.runtimes.fpga_hls.decoder import DecoderLayers
 from support.bundle_copy import copy_of_bundle
 from support.golden import BUNDLE
@@ -15,7 +15,7 @@ from support.golden import BUNDLE
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    return open_bundle(copy_of_bundle(BUNDLE, tmp_path / "bundle"))
+    return load_bundle(copy_of_bundle(BUNDLE, tmp_path / "bundle"))
 
 
 @pytest.mark.parametrize(

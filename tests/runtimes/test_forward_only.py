@@ -296,7 +296,7 @@ def bigram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
 
 def run(bundle: Bundle, data: Path, config: TrainConfig, output: Path) -> tuple[TrainResult, Recorder]:
     recorder = Recorder()
-    return train(bundle.path, data, None, output, config, recorder), recorder
+    return train(bundle.path, data, output, config, observer=recorder), recorder
 
 
 def test_the_loop_learns_without_a_gradient(bigram: Bundle, tmp_path: Path) -> None:
@@ -355,7 +355,12 @@ def test_a_run_opens_forward_graphs_alone(
 ) -> None:
     config = replace(FORWARD_ONLY, runtime=runtime, plan=plan, steps=12, learning_rate=2e-2, schedule="constant")
     result = train(
-        GOLDEN / "bundle", GOLDEN / "train.jsonl", GOLDEN / "valid.jsonl", tmp_path / "adapter", config, Recorder()
+        GOLDEN / "bundle",
+        GOLDEN / "train.jsonl",
+        tmp_path / "adapter",
+        config,
+        valid=GOLDEN / "valid.jsonl",
+        observer=Recorder(),
     )
     assert set(opened) == graphs
     assert (result.runtime, "forward" in result.plan) == (runtime, True)
@@ -378,7 +383,7 @@ def test_a_run_says_where_its_forward_graphs_run(runtime: Any, graphs: list[str]
     config = replace(FORWARD_ONLY, runtime=runtime, plan="whole", steps=1, queries=2, buckets=buckets)
     bundle = copy_of_bundle(GOLDEN / "bundle", tmp_path / "bundle")
     recorder = Recorder()
-    result = train(bundle, GOLDEN / "train.jsonl", None, tmp_path / "adapter", config, recorder)
+    result = train(bundle, GOLDEN / "train.jsonl", tmp_path / "adapter", config, observer=recorder)
     assert [f"{each['graph']} {each['batch']}x{each['length']}" for each in result.placement] == graphs
     assert [notice.partition(":")[0] for notice in recorder.notices] == graphs
 
@@ -432,4 +437,4 @@ def test_a_forward_pass_has_the_loss_of_a_session_with_the_same_parameters(
 def test_what_cannot_be_meant_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     config = replace(FORWARD_ONLY, **change)
     with pytest.raises(UsageError, match=message):
-        train(GOLDEN / "bundle", GOLDEN / "train.jsonl", None, tmp_path / "adapter", config, Recorder())
+        train(GOLDEN / "bundle", GOLDEN / "train.jsonl", tmp_path / "adapter", config, observer=Recorder())

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from edgetune.cli import main
 from edgetune.config import Base, PlanName, RuntimeName, SplitConfig
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import LinearRange, TrunkInfo, read_trunk_info
 from edgetune.runtimes.fpga_hls import core as core_module
@@ -39,7 +39,6 @@ from edgetune.training import train
 from support.oracle import relative
 from support.prepared_bundles import Prepared, each_bundle
 from support.random_rows import lengths_of, rows_of
-from support.recorder import Recorder
 from support.split_runs import ROWS, WHOLE, FloatLayers, options_of
 from support.tiny_step import OPTIMIZER, adapter_of, batch_of
 
@@ -59,8 +58,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def halves(prepared: Prepared, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     output = tmp_path_factory.mktemp("split") / "bundle"
-    split(prepared("multi-head", "int4").path, data, output, SplitConfig(length=48), lambda _: None)
-    return open_bundle(output)
+    split(prepared("multi-head", "int4").path, data, output, SplitConfig(length=48))
+    return load_bundle(output)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_fifty_steps_on_the_emulation_end_where_the_cpus_do(
     results = {}
     for runtime, name in plans.items():
         config = replace(options_of(steps=50, raw_prompts=True), learning_rate=5e-3, runtime=runtime, plan=name)
-        results[runtime] = train(halves.path, data, None, tmp_path / runtime, config, Recorder())
+        results[runtime] = train(halves.path, data, tmp_path / runtime, config)
     emulated, cpu = results["fpga-hls"], results["onnxruntime"]
     assert emulated.plan == cpu.plan
     assert cpu.final_loss < 1.0, "nothing was learnt"
@@ -314,7 +313,7 @@ def test_without_a_compiler_it_is_said_before_anything_is_loaded(
     monkeypatch.setattr(core_module, "COMPILER", "no-such-compiler")
     monkeypatch.setattr(fpga_hls, "require_hls4ml", lambda: None)
     with pytest.raises(MissingDependencyError, match="no-such-compiler is not installed"):
-        train(halves.path, data, None, tmp_path / "o", replace(options_of(steps=1), runtime="fpga-hls"), Recorder())
+        train(halves.path, data, tmp_path / "o", replace(options_of(steps=1), runtime="fpga-hls"))
     assert not (tmp_path / "o").exists()
 
 

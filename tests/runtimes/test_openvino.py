@@ -16,7 +16,7 @@ import pytest
 from edgetune.config import Base, DeviceType
 from edgetune.errors import IncompatibleError, MissingDependencyError
 from edgetune.formats import layered_graphs as pieces
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.roles import INT8, SCALES
 from edgetune.model.pieces import Pieces
@@ -155,7 +155,7 @@ def test_weights_are_rounded_to_a_step(
 @installed
 def test_compiled_models_are_kept_beside_a_bundle_that_still_verifies(prepared: Prepared, tmp_path: Path) -> None:
     folder = copy_of_bundle(prepared("multi-head", "int4").path, tmp_path / "bundle")
-    bundle = open_bundle(folder)
+    bundle = load_bundle(folder)
     batch = batch_of(bundle, rows_of(0, [9, 12]))
     losses = []
     before: dict[Path, int] = {}
@@ -175,13 +175,13 @@ def test_compiled_models_are_kept_beside_a_bundle_that_still_verifies(prepared: 
     # Compiled again, it may have another name.
     assert not damaged.exists() or damaged.read_bytes() != bytes(data), "what was damaged is not used"
     assert losses[0] == losses[1] == losses[2]
-    open_bundle(folder)
+    load_bundle(folder)
 
 
 @installed
 def test_a_second_training_leaves_the_first_ones_cache_alone(prepared: Prepared, tmp_path: Path) -> None:
     folder = copy_of_bundle(prepared("multi-head", "int4").path, tmp_path / "bundle")
-    bundle = open_bundle(folder)
+    bundle = load_bundle(folder)
     batch, other = (batch_of(bundle, rows_of(0, [length])) for length in (9, 40))
     with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, KEEP) as first:
         expected = first.step([batch], LEARNING_RATE)
@@ -197,7 +197,7 @@ def test_a_second_training_leaves_the_first_ones_cache_alone(prepared: Prepared,
 @installed
 def test_a_compiled_whole_step_is_kept_and_verified(prepared: Prepared, tmp_path: Path) -> None:
     folder = copy_of_bundle(prepared("multi-head", "int4").path, tmp_path / "bundle")
-    bundle = open_bundle(folder)
+    bundle = load_bundle(folder)
     batch = batch_of(bundle, rows_of(0, [9]))
     placements, results = [], []
     for attempt in range(3):
@@ -218,7 +218,7 @@ def test_a_compiled_whole_step_is_kept_and_verified(prepared: Prepared, tmp_path
 def test_a_compiled_whole_step_is_taken_without_reading_the_graph(prepared: Prepared, tmp_path: Path) -> None:
     """Nor are its weights unpacked again."""
     folder = copy_of_bundle(prepared("multi-head", "int4").path, tmp_path / "bundle")
-    bundle = open_bundle(folder)
+    bundle = load_bundle(folder)
     batch = batch_of(bundle, rows_of(0, [9]))
     with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()) as session:
         expected = session.step([batch], LEARNING_RATE)
@@ -231,7 +231,7 @@ def test_a_compiled_whole_step_is_taken_without_reading_the_graph(prepared: Prep
 def test_a_compiled_whole_step_that_no_longer_loads_is_compiled_again(prepared: Prepared, tmp_path: Path) -> None:
     """Its hash is right, as when a driver has changed."""
     folder = copy_of_bundle(prepared("multi-head", "int4").path, tmp_path / "bundle")
-    bundle = open_bundle(folder)
+    bundle = load_bundle(folder)
     openvino.place(bundle, WholePlan(), 1, 8)
     for path in folder.glob(".cache/contexts/*/record.json"):
         key = ContextKey(**json.loads(path.read_text())["key"])

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.runtimes import find_runtime, qnn
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.contract import Placed, Session
@@ -131,7 +131,7 @@ def test_a_second_start_and_another_adapter_compile_nothing(
             assert placements(session)["step"].cached
             assert (second == first) is (other is parameters), "bit-identical, and another adapter is another step"
     assert not builds
-    open_bundle(bundle.path)
+    load_bundle(bundle.path)
 
 
 @installed
@@ -301,7 +301,7 @@ def test_a_hundred_steps_on_the_demo_rows_come_to_the_cpus_loss(tmp_path: Path) 
             require_npu=name == "qnn",
         )
         recorder = Recorder()
-        result = train(bundle, ROWS / "train.jsonl", None, tmp_path / name, config, recorder)
+        result = train(bundle, ROWS / "train.jsonl", tmp_path / name, config, observer=recorder)
         runs[name] = recorder
         if name == "qnn":
             assert [(each["batch"], each["length"], each["fallen_back"]) for each in result.placement] == [(1, 48, [])]
@@ -376,7 +376,7 @@ def test_without_an_npu_and_an_emulator_both_are_named(prepared: Prepared, monke
 def test_options_of_accelerators_need_one(option: dict[str, Any], tmp_path: Path) -> None:
     config = replace(TrainConfig(runtime="onnxruntime"), **option)
     with pytest.raises(UsageError, match="means nothing without a runtime that compiles the whole step"):
-        train(tmp_path / "bundle", tmp_path / "rows", None, tmp_path / "adapter", config, Recorder())
+        train(tmp_path / "bundle", tmp_path / "rows", tmp_path / "adapter", config, observer=Recorder())
 
 
 @installed
@@ -443,7 +443,7 @@ def test_inspect_ends_with_4_where_a_node_falls_back(
 def test_options_that_it_does_not_take(option: dict[str, Any], message: str, tmp_path: Path) -> None:
     config = replace(TrainConfig(runtime="qnn"), **option)
     with pytest.raises(UsageError, match=message):
-        train(tmp_path / "bundle", tmp_path / "rows", None, tmp_path / "adapter", config, Recorder())
+        train(tmp_path / "bundle", tmp_path / "rows", tmp_path / "adapter", config, observer=Recorder())
 
 
 @installed
@@ -452,4 +452,4 @@ def test_int8_needs_a_bundle_that_has_it(prepared: Prepared, tmp_path: Path) -> 
     rows.write_text(json.dumps({"prompt": "is it on?", "completion": "it is"}) + "\n")
     config = TrainConfig(runtime="qnn", precision="int8", steps=1)
     with pytest.raises(IncompatibleError, match=r"no graph 'step_int8'.*--npu blocks"):
-        train(prepared("multi-head", "int4").path, rows, None, tmp_path / "adapter", config, Recorder())
+        train(prepared("multi-head", "int4").path, rows, tmp_path / "adapter", config, observer=Recorder())

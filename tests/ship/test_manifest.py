@@ -13,7 +13,7 @@ import pytest
 from edgetune.config import Base, PlatformName, ShipConfig
 from edgetune.errors import IncompatibleError, VerificationError
 from edgetune.formats import manifest
-from edgetune.formats.bundle import open_bundle
+from edgetune.formats.bundle import load_bundle
 from edgetune.formats.manifest_json import read_manifest
 from edgetune.model import lora, rope
 from edgetune.ship import MANIFEST, ROLES, lay_out
@@ -38,7 +38,7 @@ _NOTES = {"$ref", "$schema", "$defs", "title", "description"}
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("shipped") / "web"
-    lay_out(open_bundle(ARTIFACTS / "golden" / "bundle"), "web", folder, ShipConfig(), lambda text: None)
+    lay_out(load_bundle(ARTIFACTS / "golden" / "bundle"), "web", folder, ShipConfig(), lambda text: None)
     return (folder / MANIFEST).read_bytes()
 
 

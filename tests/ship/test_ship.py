@@ -24,7 +24,7 @@ from edgetune.cli import main
 from edgetune.config import Base, PlatformName, ShipConfig
 from edgetune.errors import IncompatibleError, ResourceError, UsageError, VerificationError
 from edgetune.formats.adapter import read_adapter
-from edgetune.formats.bundle import Bundle, list_files, open_bundle, seal_bundle
+from edgetune.formats.bundle import Bundle, list_files, load_bundle, seal_bundle
 from edgetune.formats.manifest import TensorSpec
 from edgetune.ship import MANIFEST, ROLES, ShippedFolder, lay_out, packs
 from edgetune.ship.budget import SizedFile, refuse_what_is_too_large
@@ -53,7 +53,7 @@ def made(bundle: Bundle, output: Path, name: PlatformName = "web", platform: Pla
 
 @pytest.fixture(scope="module")
 def golden() -> Bundle:
-    return open_bundle(GOLDEN / "bundle")
+    return load_bundle(GOLDEN / "bundle")
 
 
 @pytest.fixture
@@ -299,20 +299,20 @@ def test_references_out_of_the_bundle_are_refused(copy: Path, tmp_path: Path, pl
     graph = copy / "step.onnx"
     first = dict(external_spans(graph.read_bytes()))["model.embed_tokens.weight"]
     graph.write_bytes(redirect(graph.read_bytes(), lambda span: place if span == first else span))
-    sealed = replace(open_bundle(GOLDEN / "bundle").manifest, files=list_files(copy, without="manifest.json"))
+    sealed = replace(load_bundle(GOLDEN / "bundle").manifest, files=list_files(copy, without="manifest.json"))
     seal_bundle(copy, sealed)
     with pytest.raises(VerificationError, match=r"model\.embed_tokens\.weight' lies in"):
-        made(open_bundle(copy), tmp_path / "out")
+        made(load_bundle(copy), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("data", [b"\x3a\x05\x2a\x09abc", b"\x3a", b"\x3b\x00", b"\xff" * 12])
 def test_what_is_no_graph_is_refused(copy: Path, tmp_path: Path, data: bytes) -> None:
     (copy / "step.onnx").write_bytes(data)
-    sealed = replace(open_bundle(GOLDEN / "bundle").manifest, files=list_files(copy, without="manifest.json"))
+    sealed = replace(load_bundle(GOLDEN / "bundle").manifest, files=list_files(copy, without="manifest.json"))
     seal_bundle(copy, sealed)
     with pytest.raises(VerificationError, match=r"step\.onnx"):
-        made(open_bundle(copy), tmp_path / "out")
+        made(load_bundle(copy), tmp_path / "out")
 
 
 def test_references_are_those_that_the_onnx_package_sees(golden: Bundle) -> None:

@@ -23,7 +23,7 @@ from edgetune.config import Base, SplitConfig
 from edgetune.errors import DataError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.evaluation import evaluate
 from edgetune.formats.adapter import read_adapter
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import GRAPH, INDEX, read_trunk_info
 from edgetune.model.lora import Parameters
@@ -49,7 +49,6 @@ from support.bundle_copy import opened_copy
 from support.oracle import relative
 from support.prepared_bundles import Prepared, each_bundle
 from support.random_rows import lengths_of, rows_of
-from support.recorder import Recorder
 from support.split_runs import ROWS, WHOLE, FloatLayers, options_of
 from support.tiny_phi3 import checkpoint
 from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
@@ -74,8 +73,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def halves(prepared: Prepared, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle of two layers, split in the middle."""
     output = tmp_path_factory.mktemp("split") / "bundle"
-    split(prepared("multi-head", "int4").path, data, output, SplitConfig(length=48), lambda _: None)
-    return open_bundle(output)
+    split(prepared("multi-head", "int4").path, data, output, SplitConfig(length=48))
+    return load_bundle(output)
 
 
 def session_above(
@@ -217,7 +216,7 @@ def test_training_learns_and_the_adapter_fits_everything_else(
     prepared: Prepared, halves: Bundle, data: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "adapter"
-    result = train(halves.path, data, data, output, options_of(trunk=True, steps=20), Recorder())
+    result = train(halves.path, data, output, options_of(trunk=True, steps=20), valid=data)
     assert result.first_validation_loss is not None
     assert result.last_validation_loss is not None
     assert result.last_validation_loss < 0.8 * result.first_validation_loss
@@ -237,12 +236,10 @@ def test_training_learns_and_the_adapter_fits_everything_else(
     assert not any(value.any() for name, value in adapter.items() if "layers.0." in name and ".lora_B." in name)
     # The bundle that was not split takes it as well, and PEFT does, with the same result.
     whole = prepared("multi-head", "int4")
-    measured = evaluate(whole.path, data, output).loss
-    assert measured < 0.85 * evaluate(whole.path, data, None).loss
+    measured = evaluate(whole.path, data, adapter=output).loss
+    assert measured < 0.85 * evaluate(whole.path, data).loss
     assert measured == pytest.approx(_peft_loss(whole, output, data), rel=1e-3)
-    longer = train(
-        whole.path, data, None, tmp_path / "all", options_of(plan="keep", steps=3, init_adapter=output), Recorder()
-    )
+    longer = train(whole.path, data, tmp_path / "all", options_of(plan="keep", steps=3, init_adapter=output))
     assert longer.final_loss < result.first_validation_loss
 
 
@@ -265,7 +262,7 @@ def _peft_loss(bundle: Bundle, adapter: Path, data: Path) -> float:
 
 def test_training_without_a_backward_pass_runs_the_trunk_too(halves: Bundle, data: Path, tmp_path: Path) -> None:
     config = options_of(method="forward-only", trunk=True, steps=12, queries=8)
-    result = train(halves.path, data, data, tmp_path / "adapter", config, Recorder())
+    result = train(halves.path, data, tmp_path / "adapter", config, valid=data)
     assert result.plan.startswith("split, 1 layers in the trunk, fp32, forward only")
     assert result.first_validation_loss is not None
     assert result.last_validation_loss is not None
@@ -274,10 +271,10 @@ def test_training_without_a_backward_pass_runs_the_trunk_too(halves: Bundle, dat
 
 def test_a_trunk_has_no_adapters_to_go_on_from(prepared: Prepared, halves: Bundle, data: Path, tmp_path: Path) -> None:
     whole = prepared("multi-head", "int4")
-    train(whole.path, data, None, tmp_path / "whole", options_of(plan="keep", steps=1), Recorder())
+    train(whole.path, data, tmp_path / "whole", options_of(plan="keep", steps=1))
     config = options_of(trunk=True, steps=1, init_adapter=tmp_path / "whole")
     with pytest.raises(IncompatibleError, match="changes 4 projections of the trunk"):
-        train(halves.path, data, None, tmp_path / "above", config, Recorder())
+        train(halves.path, data, tmp_path / "above", config)
 
 
 def test_what_does_not_fit_is_said_before_anything_is_loaded(
@@ -285,16 +282,16 @@ def test_what_does_not_fit_is_said_before_anything_is_loaded(
 ) -> None:
     whole = prepared("multi-head", "int4")
     with pytest.raises(IncompatibleError, match="has no trunk; make a bundle that has one with `edgetune split"):
-        train(whole.path, data, None, tmp_path / "o", options_of(trunk=True, steps=1), Recorder())
+        train(whole.path, data, tmp_path / "o", options_of(trunk=True, steps=1))
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"text": "xyz " * 25}) + "\n")
     with pytest.raises(IncompatibleError, match="the bundle's trunk takes 48; split the bundle again with --length"):
-        train(halves.path, long, None, tmp_path / "o", options_of(trunk=True, steps=1), Recorder())
+        train(halves.path, long, tmp_path / "o", options_of(trunk=True, steps=1))
     with pytest.raises(UsageError, match="means nothing without --trunk"):
-        train(halves.path, data, None, tmp_path / "o", options_of(steps=1, vitisai_config=data), Recorder())
+        train(halves.path, data, tmp_path / "o", options_of(steps=1, vitisai_config=data))
     config = options_of(trunk=True, steps=1, vitisai_config=data)
     with pytest.raises(MissingDependencyError, match="VitisAIExecutionProvider, which this onnxruntime does not have"):
-        train(halves.path, data, None, tmp_path / "o", config, Recorder())
+        train(halves.path, data, tmp_path / "o", config)
     assert not (tmp_path / "o").exists()
 
 
@@ -309,16 +306,14 @@ def test_split_points_that_cannot_be(
     prepared: Prepared, data: Path, tmp_path: Path, options: dict[str, int], error: type[Exception], reason: str
 ) -> None:
     with pytest.raises(error, match=reason):
-        split(prepared("multi-head", "int4").path, data, tmp_path / "o", SplitConfig(**options), lambda _: None)
+        split(prepared("multi-head", "int4").path, data, tmp_path / "o", SplitConfig(**options))
     assert not (tmp_path / "o").exists()
 
 
 def test_no_rows_are_no_calibration(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError):
-        split(
-            prepared("multi-head", "int4").path, tmp_path / "empty.jsonl", tmp_path / "o", SplitConfig(), lambda _: None
-        )
+        split(prepared("multi-head", "int4").path, tmp_path / "empty.jsonl", tmp_path / "o", SplitConfig())
 
 
 def test_a_broken_description_is_refused(halves: Bundle, tmp_path: Path) -> None:
@@ -347,7 +342,7 @@ def test_a_trunk_that_takes_nothing_is_refused(halves: Bundle) -> None:
 
 
 def test_a_split_bundle_still_trains_whole(halves: Bundle, data: Path, tmp_path: Path) -> None:
-    result = train(halves.path, data, None, tmp_path / "o", options_of(steps=1), Recorder())
+    result = train(halves.path, data, tmp_path / "o", options_of(steps=1))
     assert "split" not in result.plan
     assert json.loads((tmp_path / "o" / "adapter_config.json").read_text())["layers_to_transform"] is None
     assert open_trunk(halves, WHOLE) is None

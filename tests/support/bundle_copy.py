@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.runtimes.verified_cache import CACHE
 
 
@@ -16,4 +16,4 @@ def copy_of_bundle(bundle: Path, folder: Path) -> Path:
 
 def opened_copy(bundle: Bundle, folder: Path) -> Bundle:
     """Such a copy, opened."""
-    return open_bundle(copy_of_bundle(bundle.path, folder))
+    return load_bundle(copy_of_bundle(bundle.path, folder))

@@ -24,7 +24,7 @@ class Trained:
 def train_golden(bundle: Path, output: Path, options: Mapping[str, Any]) -> Trained:
     """Train the golden rows from the golden initial adapter."""
     recorder = Recorder()
-    result = train(bundle, TRAIN, VALID, output, TrainConfig(**options, init_adapter=ADAPTER), recorder)
+    result = train(bundle, TRAIN, output, TrainConfig(**options, init_adapter=ADAPTER), valid=VALID, observer=recorder)
     return Trained(result, recorder)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgetune.config import ShipConfig
-from edgetune.formats.bundle import Bundle, open_bundle
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.ship import lay_out
 from support.golden import GOLDEN
 from support.repository import ROOT
@@ -55,7 +55,7 @@ def ask_node(script: str, *arguments: str | Path, request: Any = None) -> Any:
 def lay_out_golden(folder: Path) -> Path:
     """The golden bundle as a shipped folder for the web that starts from the golden adapter."""
     config = ShipConfig(adapter=GOLDEN / "initial_adapter")
-    return lay_out_for_web(open_bundle(GOLDEN / "bundle"), folder, config)
+    return lay_out_for_web(load_bundle(GOLDEN / "bundle"), folder, config)
 
 
 def lay_out_for_web(bundle: Bundle, folder: Path, config: ShipConfig) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetune.formats.bundle import Bundle, list_files, open_bundle, seal_bundle
+from edgetune.formats.bundle import Bundle, list_files, load_bundle, seal_bundle
 from edgetune.formats.manifest import BUNDLE_FORMAT, FORMAT_VERSION, BaseModel, BundleManifest, Graph, Tokenizer
 from edgetune.formats.storage import sha256_of
 from edgetune.model.architecture import Architecture
@@ -52,7 +52,7 @@ def make_bundle(folder: Path) -> Bundle:
             files=list_files(folder, without="manifest.json"),
         ),
     )
-    return open_bundle(folder)
+    return load_bundle(folder)
 
 
 def write_loss_graph(path: Path) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgetune.config import Base
 from edgetune.formats.adapter import write_adapter
-from edgetune.formats.bundle import Bundle, list_files, open_bundle, seal_bundle
+from edgetune.formats.bundle import Bundle, list_files, load_bundle, seal_bundle
 from edgetune.formats.manifest import BUNDLE_FORMAT, FORMAT_VERSION, BaseModel, BundleManifest, Tokenizer
 from edgetune.formats.storage import sha256_of
 from edgetune.model.architecture import Architecture
@@ -187,7 +187,7 @@ def bundle(variant: str, base: Base) -> Bundle:
         files=list_files(folder, without="manifest.json"),
     )
     seal_bundle(folder, manifest)
-    return open_bundle(folder)
+    return load_bundle(folder)
 
 
 def parameters(variant: str) -> dict[str, NDArray[np.float32]]:

@@ -58,7 +58,7 @@ def run(
     bundle: Bundle, data: Path, config: TrainConfig, *, valid: Path | None = None, output: str = "adapter"
 ) -> tuple[TrainResult, Recorder]:
     recorder = Recorder()
-    return train(bundle.path, data, valid, bundle.path.parent / output, config, recorder), recorder
+    return train(bundle.path, data, bundle.path.parent / output, config, valid=valid, observer=recorder), recorder
 
 
 def read(bundle: Bundle, folder: Path) -> dict[str, np.ndarray]:
@@ -209,7 +209,7 @@ def test_validation_rows_may_go_during_the_run_and_only_their_name_is_told(
     valid = write_rows(Path("valid.jsonl"), some_rows(3, seed=1))
     digest = sha256_of(valid)
     output = tmp_path / "elsewhere" / "adapter"
-    train(bundle.path, data, valid, output, FAST, Deleting())
+    train(bundle.path, data, output, FAST, valid=valid, observer=Deleting())
     text = (output / "edgetune.json").read_text()
     provenance = json.loads(text)["provenance"]
     assert (provenance["validation_data"], provenance["validation_data_sha256"]) == ("valid.jsonl", digest)
@@ -226,8 +226,8 @@ def test_validation_is_what_evaluate_measures(bundle: Bundle, data: Path, tmp_pa
     losses = [loss for _, loss in seen.validations]
     assert (result.first_validation_loss, result.last_validation_loss) == (losses[0], losses[-1])
     assert losses[-1] < losses[0] - 0.2
-    assert losses[0] == pytest.approx(evaluate(bundle.path, valid, None).loss, rel=1e-5)
-    assert losses[-1] == pytest.approx(evaluate(bundle.path, valid, result.path).loss, rel=1e-5)
+    assert losses[0] == pytest.approx(evaluate(bundle.path, valid).loss, rel=1e-5)
+    assert losses[-1] == pytest.approx(evaluate(bundle.path, valid, adapter=result.path).loss, rel=1e-5)
     lines = metrics(result.path)
     assert lines[0]["initial_validation_loss"] == losses[0]
     assert {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line} == {
