@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from tiny_phi3 import checkpoint
+from tiny_phi3 import checkpoint, silent
 
 from edgetune.config import Base, PrepareConfig
 from edgetune.formats.bundle import Bundle
@@ -43,7 +43,7 @@ def prepare_checkpoint(source: Path, folder: Path, config: PrepareConfig) -> Bun
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OLIVE_DISABLE_TELEMETRY", "1")
         patch.setattr(genai_model, "run_olive_pass", _run_olive_here)
-        return prepare(str(source), folder, config)
+        return prepare(str(source), folder, config, say=silent)
 
 
 def prepare_standard(variant: str, base: Base, folder: Path) -> Bundle:
