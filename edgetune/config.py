@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import Field, dataclass, field
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from edgetune.errors import UsageError
 
 Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "int8", "fp16", "fp32"]
@@ -37,12 +41,10 @@ class Option:
 
     help: str
     """One sentence for `--help`."""
-    least: int | None = None
+    least: float | None = None
     """Smallest number that is taken."""
-    most: int | None = None
+    most: float | None = None
     """Largest number that is taken."""
-    above: int | None = None
-    """In the place of `least`: numbers have to be greater than this one."""
     is_size: bool = False
     """The text is a number of bytes, such as `3GB`."""
     off: str | None = None
@@ -74,6 +76,72 @@ def option_of(of: Field[Any]) -> Option:
     return said
 
 
+def hints_of(kind: type) -> dict[str, Any]:
+    """The type of each field by its name: bool, int, float, str, Path or a Literal; `X | None` counts as `X`."""
+    return {name: _present(hint) for name, hint in get_type_hints(kind).items()}
+
+
+def _present(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(member for member in get_args(hint) if member is not type(None))
+    return hint
+
+
+def check_config(config: Any) -> None:
+    """Refuse values that cannot be meant; what the command line gives has been checked already, Python's has not.
+
+    Args:
+        config: Of one of the dataclasses below.
+
+    Raises:
+        UsageError: Naming each of them, what was found and what is expected.
+    """
+    problems = list(_problems(config))
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def _problems(config: Any) -> Iterator[str]:
+    hints = hints_of(type(config))
+    for each in fields(config):
+        value, said = getattr(config, each.name), option_of(each)
+        if value is None and each.default is None:
+            continue
+        if expected := _expected(value, hints[each.name], said):
+            yield f"{each.name} is {value!r:.60}, expected {expected}"
+        for other in said.excludes:
+            if (given := getattr(config, other)) is not None:
+                yield f"{each.name} ({value}) and {other} ({given}) exclude each other; give one of them"
+
+
+def _expected(value: object, hint: Any, said: Option) -> str:
+    """What a value should have been; empty where it is that."""
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return ""
+        now = said.former_values.get(str(value), {})
+        written = "".join(f"; write {name}={meant!r}" for name, meant in now.items())
+        return f"one of {', '.join(get_args(hint))}{written}"
+    accepted, kind = _ACCEPTED[hint]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        return kind
+    if isinstance(value, int | float) and hint is not bool:
+        # NaN compares as false.
+        least, most = -math.inf if said.least is None else said.least, math.inf if said.most is None else said.most
+        if not (least <= value <= most and math.isfinite(value)):
+            return f"{said.least:,} at least" if said.most is None else f"{said.least:,} to {said.most:,}"
+    return ""
+
+
+_ACCEPTED: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+    Path: ((Path,), "a Path"),
+}
+"""What each type of field takes, and how messages call it."""
+_MANY = 10**9
 _THREADS = Option("How many threads compute; without it, as many as this process may use.", least=1)
 _TRUNCATE = Option("Cut rows that are too long; without it they are left out and counted.")
 _RAW_PROMPTS = Option("Take prompt and completion as they are; without it they go through the model's chat template.")
@@ -105,7 +173,7 @@ class PrepareConfig:
     """What `edgetune prepare` makes of a checkpoint."""
 
     rank: int = option(8, Option("Rank of every LoRA slot.", least=1))
-    alpha: float = option(16.0, Option("The update is scaled by alpha / rank.", above=0))
+    alpha: float = option(16.0, Option("The update is scaled by alpha / rank.", least=1e-9))
     targets: Targets = option("all-linear", Option("Which projections can be trained."))
     base: Base = option("int4", Option("How the frozen weights are stored."))
     """The model that is trained on is the one that answers."""
@@ -175,9 +243,12 @@ class TrainConfig:
         "backpropagation",
         Option("How the gradient is found; forward-only estimates it from losses and needs no backward pass."),
     )
-    queries: int = option(160, Option("Perturbations that a forward-only step measures.", least=2))
+    queries: int = option(160, Option("Perturbations that a forward-only step measures.", least=2, most=10**6))
     perturbation_size: float = option(
-        1e-2, Option("By how much forward-only moves each parameter to measure the loss.", above=0, only="train")
+        1e-2,
+        Option(
+            "By how much forward-only moves each parameter to measure the loss.", least=1e-9, most=1000, only="train"
+        ),
     )
     memory_budget: str | None = option(
         None, Option("Most memory of the process, such as 3GB; without it, what the machine has free.", is_size=True)
@@ -193,30 +264,38 @@ class TrainConfig:
     buckets: str | None = option(
         None, Option("Shapes of batches on an accelerator, such as 4x128,1x512; without it a few that suit the rows.")
     )
-    steps: int | None = option(None, Option("Optimizer steps.", least=1, excludes=("epochs",)))
+    steps: int | None = option(None, Option("Optimizer steps.", least=1, most=_MANY, excludes=("epochs",)))
     epochs: float | None = option(
         None,
         Option(
             f"Epochs, each once through all rows; {DEFAULT_EPOCHS:g} when neither --steps nor --epochs is given.",
-            above=0,
+            least=1e-9,
+            most=10**6,
         ),
     )
     batch_size: int = option(
-        4, Option("Rows of a batch; where memory is short, they go through the model in several passes.", least=1)
+        4,
+        Option(
+            "Rows of a batch; where memory is short, they go through the model in several passes.", least=1, most=10**6
+        ),
     )
     """No pass through the model takes more memory than so many of the longest rows."""
-    gradient_accumulation_steps: int = option(1, Option("Batches of one optimizer step.", least=1))
+    gradient_accumulation_steps: int = option(1, Option("Batches of one optimizer step.", least=1, most=10**6))
     packing: bool = option(True, Option("Put short rows behind each other instead of padding each; none sees another."))
-    learning_rate: float = option(2e-4, Option("Peak learning rate.", above=0, only="train"))
+    learning_rate: float = option(2e-4, Option("Peak learning rate.", least=1e-30, most=1000, only="train"))
     schedule: Schedule = option("cosine", Option("How the learning rate falls after the warm-up.", only="train"))
-    warmup_steps: int = option(0, Option("Steps over which the learning rate rises from zero.", least=0, only="train"))
-    weight_decay: float = option(0.0, Option("AdamW's weight decay.", least=0, only="train"))
+    warmup_steps: int = option(
+        0, Option("Steps over which the learning rate rises from zero.", least=0, most=_MANY, only="train")
+    )
+    weight_decay: float = option(0.0, Option("AdamW's weight decay.", least=0, most=1000, only="train"))
     """It is decoupled from the gradient."""
     max_grad_norm: float = option(
-        1.0, Option("Clip gradients to this norm; 0 switches clipping off.", least=0, only="train")
+        1.0, Option("Clip gradients to this norm; 0 switches clipping off.", least=0, most=1e30, only="train")
     )
     """The 2-norm of all gradients together; they are scaled down."""
-    seed: int = option(0, Option("Decides the order of rows and the first adapter.", least=0, only="train"))
+    seed: int = option(
+        0, Option("Decides the order of rows and the first adapter.", least=0, most=2**63 - 1, only="train")
+    )
     shuffle: bool = option(True, Option("Draw a new order of rows every epoch.", only="train"))
     truncate: bool = option(False, _TRUNCATE)
     raw_prompts: bool = option(False, _RAW_PROMPTS)

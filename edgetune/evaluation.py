@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetune.config import EvaluateConfig
+from edgetune.config import EvaluateConfig, check_config
 from edgetune.data.batcher import MEASURED_ROWS, Batcher
 from edgetune.data.encode import IGNORED, Example, load_encoder
 from edgetune.data.examples import load_examples
@@ -64,12 +64,14 @@ def evaluate(
         Loss, in nats a trained token, perplexity and accuracies of the rows that were measured.
 
     Raises:
-        UsageError: A path is not there, or so many threads cannot compute here.
+        UsageError: A value of the configuration that cannot be meant, a path is not there, or so many threads cannot
+            compute here.
         DataError: Rows that cannot be measured.
         IncompatibleError: The adapter does not fit the bundle.
         VerificationError: A file of the bundle or adapter was changed.
         EdgetuneError: The loss is not finite.
     """
+    check_config(config)
     data, adapter = Path(data), None if adapter is None else Path(adapter)
     encoding = RowEncoding(raw_prompts=config.raw_prompts, content_as_text=config.content_as_text)
     with computing_with(config.threads):

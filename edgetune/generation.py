@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 
-from edgetune.config import GenerateConfig
+from edgetune.config import GenerateConfig, check_config
 from edgetune.data.answers import common_length
 from edgetune.data.encode import Encoder, load_encoder
 from edgetune.data.rows import Message
@@ -47,13 +47,14 @@ def generate(
         Pieces of the answer as they come, without special tokens; joined, they are the answer.
 
     Raises:
-        UsageError: There is no model, the prompt is empty or longer than the model takes, `system` has no place, or
-            so many threads cannot compute here.
+        UsageError: A value of the configuration that cannot be meant; there is no model, the prompt is empty or longer
+            than the model takes, `system` has no place, or so many threads cannot compute here.
         DataError: The chat template refuses the conversation.
         IncompatibleError: A format or version that this edgetune does not read, or a broken template.
         VerificationError: A file is missing or changed, or the configuration could do harm.
         EdgetuneError: ONNX Runtime GenAI failed, which shows while pieces are taken.
     """
+    check_config(config)
     with computing_with(config.threads):
         threads = thread_count()
     opened = open_model(model)

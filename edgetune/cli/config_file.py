@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from edgetune.cli.values import fields_of, hints_of, type_of
-from edgetune.config import Option, option_of
+from edgetune.cli.values import fields_of, type_of
+from edgetune.config import Option, hints_of, option_of
 from edgetune.errors import UsageError
 from edgetune.text.suggestion import did_you_mean
 from edgetune.text.toml_file import read_toml

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Mapping
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
@@ -60,11 +59,6 @@ def fields_of(kind: type) -> dict[str, Field[Any]]:
     return named | {former: each for each in named.values() for former in option_of(each).former_names}
 
 
-def hints_of(kind: type) -> dict[str, Any]:
-    """The type of each field by its name: bool, int, float, str, Path or a Literal; `X | None` counts as `X`."""
-    return {name: _present(hint) for name, hint in get_type_hints(kind).items()}
-
-
 def type_of(hint: Any, said: Option) -> click.ParamType[Any]:
     """What checks and converts a value of a field.
 
@@ -75,16 +69,10 @@ def type_of(hint: Any, said: Option) -> click.ParamType[Any]:
     if get_origin(hint) is Literal:
         return Choice(get_args(hint), said.former_values)
     if hint is int:
-        return click.IntRange(said.least, said.most)
+        least, most = (None if bound is None else int(bound) for bound in (said.least, said.most))
+        return click.IntRange(least, most)
     if hint is float:
-        above = said.above is not None
-        return Finite(min=said.above if above else said.least, max=said.most, min_open=above)
+        return Finite(min=said.least, max=said.most)
     if hint is str and said.is_size:
         return Size()
     return {bool: click.BOOL, str: click.STRING, Path: PATH}[hint]
-
-
-def _present(hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(member for member in get_args(hint) if member is not type(None))
-    return hint

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgetune import __version__
-from edgetune.config import ExportConfig
+from edgetune.config import ExportConfig, check_config
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
@@ -97,7 +97,8 @@ def export(
         Where the model is, how large, and the answer losses that were measured, in nats a trained token.
 
     Raises:
-        UsageError: There is no adapter, `output` is there already, or a merge into int4 has no rows to measure on.
+        UsageError: A value of the configuration that cannot be meant, there is no adapter, `output` is there already,
+            or a merge into int4 has no rows to measure on.
         DataError: `valid` has bad rows.
         IncompatibleError: The adapter does not fit the bundle, or the merged model keeps too little of it.
         VerificationError: A file of adapter or bundle was changed.
@@ -105,6 +106,7 @@ def export(
         NoRoomError: The disk has less room than the model needs.
         LockedError: Another process writes `output`.
     """
+    check_config(config)
     bundle, adapter, output = as_bundle(bundle), Path(adapter), Path(output)
     valid = None if valid is None else Path(valid)
     parameters = read_adapter(adapter, bundle.manifest.lora, bundle.manifest.base, bundle.manifest.tokenizer)

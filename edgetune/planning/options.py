@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from edgetune.config import TrainConfig
+from edgetune.config import TrainConfig, check_config
 from edgetune.devices.place import Place
 from edgetune.errors import UsageError
 from edgetune.machine.threads import check_threads
@@ -14,21 +14,6 @@ from edgetune.planning.candidates import require_runtime
 from edgetune.planning.run import RunRequest, run_request
 from edgetune.runtimes.execution import ACCELERATING
 
-_MANY = 10**9
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "steps": (1, _MANY),
-    "batch_size": (1, 10**6),
-    "gradient_accumulation_steps": (1, 10**6),
-    "queries": (2, 10**6),
-    "warmup_steps": (0, _MANY),
-    "seed": (0, 2**63 - 1),
-    "epochs": (1e-9, 10**6),
-    "learning_rate": (1e-30, 1000),
-    "perturbation_size": (1e-9, 1000),
-    "weight_decay": (0, 1000),
-    "max_grad_norm": (0, 1e30),
-}
-"""Least and most of each. Queries are compared with each other. Larger rates would soon leave float32."""
 _OF_BACKWARD = ("keep", "recompute")
 
 
@@ -89,7 +74,7 @@ def resolve(config: TrainConfig, place: Place) -> Resolved:
         MissingDependencyError: The package of the runtime that was asked for is not installed.
         UsageError: Options that cannot be meant, or not together; a runtime that does not execute the plan.
     """
-    _check_values(config)
+    check_config(config)
     applied, notes = apply_profile(config, place)
     # The name alone: a path of this machine is nobody else's business.
     config = replace(applied, device=place.name)
@@ -102,19 +87,6 @@ def resolve(config: TrainConfig, place: Place) -> Resolved:
             check_threads(config.threads)
         require_runtime(request)
     return Resolved(config, request, notes)
-
-
-def _check_values(config: TrainConfig) -> None:
-    """Refuse values that cannot be meant, each with what is expected."""
-    problems = []
-    if config.steps is not None and config.epochs is not None:
-        problems.append(f"steps ({config.steps}) and epochs ({config.epochs:g}) exclude each other; give one of them")
-    for name, (least, most) in _BOUNDS.items():
-        # NaN compares as false.
-        if (value := getattr(config, name)) is not None and not least <= value <= most:
-            problems.append(f"{name} is {value}, expected {least:,} to {most:,}")
-    if problems:
-        raise UsageError("\n".join(problems))
 
 
 def _without_effect(config: TrainConfig, accelerated: bool) -> Iterator[str]:

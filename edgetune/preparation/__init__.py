@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from edgetune import __version__
-from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
+from edgetune.config import MODULES_OF_TARGETS, PrepareConfig, check_config
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.data.source import Source, kept
@@ -57,8 +57,8 @@ def prepare(
         The bundle, as `load_bundle` gives it.
 
     Raises:
-        UsageError: There is no checkpoint or no file of calibration rows, the rank is above the features of the
-            model's widest slot, or the output exists.
+        UsageError: A value of the configuration that cannot be meant; there is no checkpoint or no file of calibration
+            rows, the rank is above the features of the model's widest slot, or the output exists.
         DataError: Calibration rows that cannot be used; raised before anything is built.
         IncompatibleError: Another family, a broken chat template, or an operator without gradient.
         VerificationError: The checkpoint is incomplete or broken, holds NaN or infinity, or names no end-of-text token.
@@ -67,6 +67,7 @@ def prepare(
         LockedError: Another process writes the output.
         EdgetuneError: Olive failed.
     """
+    check_config(config)
     rows = nullcontext() if config.calibration is None else kept(config.calibration)
     with rows as calibration:
         return _prepare(fspath(checkpoint), Path(output), config, calibration, say)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune import __version__
-from edgetune.config import PlatformName, ShipConfig, TrainConfig
+from edgetune.config import PlatformName, ShipConfig, TrainConfig, check_config
 from edgetune.data.encode import TEMPLATE_FILE, TOKENIZER_FILE
 from edgetune.errors import VerificationError
 from edgetune.formats.adapter import PREFIX, WEIGHTS, read_adapter, write_adapter
@@ -81,6 +81,7 @@ def lay_out(
         VerificationError: A graph refers to what the bundle does not have.
         ResourceError: A file or the whole is larger than the platform takes, or the disk has no room for it.
     """
+    check_config(config)
     platform = platform or PLATFORMS[name]
     graphs = {role: _read_graph(bundle, role) for role in ROLES}
     weights = _weights(bundle, graphs)

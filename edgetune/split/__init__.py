@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetune.config import SplitConfig
+from edgetune.config import SplitConfig, check_config
 from edgetune.data.batches import MASKED, make_batch
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
@@ -56,7 +56,8 @@ def split(
         The split bundle, as `load_bundle` gives it.
 
     Raises:
-        UsageError: A path is not there, the output exists, or there is no such split point.
+        UsageError: A value of the configuration that cannot be meant; a path is not there, the output exists, or there
+            is no such split point.
         DataError: Rows that cannot be read, or none that fits the length.
         IncompatibleError: The trunk breaks a rule of Vitis AI.
         MissingDependencyError: A host package is not installed.
@@ -64,6 +65,7 @@ def split(
         LockedError: Another process writes the output.
         VerificationError: A file of the bundle was changed.
     """
+    check_config(config)
     versions = {name: version_of(name) for name in _TOOLS}
     from edgetune.split.conformance import require_conformance
     from edgetune.split.graph import build_trunk

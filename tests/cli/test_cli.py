@@ -444,7 +444,7 @@ def test_an_interruption_is_one_even_when_a_library_makes_an_error_of_it() -> No
 def test_an_interruption_that_a_library_lost_ends_training_at_the_next_step(bar: bool) -> None:
     with Progress(console=Console(file=StringIO())) as progress:
         observer = BarObserver(progress) if bar else LineObserver(notices(quiet=True))
-        observer.on_start(StartInfo("onnxruntime", PLAN, 4, 4, None, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
+        observer.on_start(StartInfo("onnxruntime", PLAN, 4, None, 4, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
         with termination_interrupts():
             observer.on_step(StepMetrics(1, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
             with suppress(KeyboardInterrupt):
@@ -504,7 +504,7 @@ import os
 from edgetune.cli.progress import shown
 from edgetune.training.observer import StartInfo, StepMetrics
 with shown(quiet=False) as observer:
-    observer.on_start(StartInfo("onnxruntime", "a plan", 4, 4, None, 3, 1, 5, 1, 0, 2, 1200, 300, 4096))
+    observer.on_start(StartInfo("onnxruntime", "a plan", 4, None, 4, 3, 1, 5, 1, 0, 2, 1200, 300, 4096))
     os.close(int(os.environ["TERMINAL"]))
     for step in (1, 2, 3):
         observer.on_step(StepMetrics(step, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
@@ -557,9 +557,9 @@ def test_no_traceback_in_a_real_process(arguments: list[str]) -> None:
 # The commands
 
 
-RESULT = TrainResult(Path("adapter"), 3, 0.25, 2.0, 0.5, 61.0, "openvino", "whole step", 4, None, 2_000_000)
+RESULT = TrainResult("openvino", "whole step", 4, None, Path("adapter"), 3, 0.25, 2.0, 0.5, 61.0, 2_000_000)
 PLAN = "fp32, activations computed again, weights streamed"
-START = StartInfo("onnxruntime", PLAN, 4, 1, 250_000_000, 3, 2, 5, 1, 0, 2, 1200, 300, 4096)
+START = StartInfo("onnxruntime", PLAN, 1, 250_000_000, 4, 3, 2, 5, 1, 0, 2, 1200, 300, 4096)
 METRICS = [StepMetrics(step, 1 / step, 2e-4, 0.5, 64, 1234.5, 1_500_000_000, 60.0 * step) for step in (1, 2, 3)]
 
 
@@ -701,7 +701,7 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
 def test_long_runs_write_about_a_hundred_lines() -> None:
     lines: list[str] = []
     observer = LineObserver(lines.append)
-    observer.on_start(StartInfo("onnxruntime", PLAN, 4, 4, None, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
+    observer.on_start(StartInfo("onnxruntime", PLAN, 4, None, 4, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
     for step in range(1, 1051):
         observer.on_step(StepMetrics(step, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
     steps = [int(line.split()[1].split("/")[0]) for line in lines[1:]]
@@ -725,7 +725,7 @@ def fake(bundle, data, output, config, valid, observer):
     observer.on_validation(3, 0.5)
     if {fails}:
         raise ResourceError("disk is full")
-    return TrainResult(Path("adapter"), 3, 0.25, None, None, 61.0, "", "", 4, None, None)
+    return TrainResult("", "", 4, None, Path("adapter"), 3, 0.25, None, None, 61.0, None)
 edgetune.training.train = fake
 """
     arguments = ["train", str(bundle), "--data", str(data), "--output", "adapter"]

@@ -22,7 +22,7 @@ class Kettle:
 
     cups: int = option(2, Option("Cups of water.", least=1, most=9))
     spare: int = option(0, Option("Cups that stay.", least=0))
-    heat: float = option(95.0, Option("Degrees.", above=0))
+    heat: float = option(95.0, Option("Degrees.", least=0.5))
     share: float = option(0.5, Option("Share of milk.", least=0, most=1))
     label: str | None = option(None, Option("What it is called."))
     tank: str = option("3MB", Option("Size of its memory.", is_size=True))
@@ -35,7 +35,7 @@ class Kettle:
     lid: bool = option(True, Option("Close the lid.", off="lid-open", only="brew", former_names=("cover",)))
     lamp: bool = option(False, Option("Light the lamp."))
     minutes: int | None = option(None, Option("How long.", least=1, excludes=("hours",)))
-    hours: float | None = option(None, Option("How long.", above=0))
+    hours: float | None = option(None, Option("How long.", least=0.25))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def refused(arguments: str) -> str:
         ("", Kettle()),
         ("--cups 9", Kettle(cups=9)),
         ("--spare 3", Kettle(spare=3)),
-        ("--heat 1e-3", Kettle(heat=1e-3)),
+        ("--heat 1", Kettle(heat=1.0)),
         ("--share 0 --label tea", Kettle(share=0.0, label="tea")),
         ("--tank 4KiB", Kettle(tank="4KiB")),
         ("--log a/b.txt", Kettle(log=Path("a/b.txt"))),
@@ -106,7 +106,7 @@ WRONG = [
     ("cups", "0", "0 is not in the range 1<=x<=9"),
     ("cups", "10", "10 is not in the range 1<=x<=9"),
     ("spare", "-1", "-1 is not in the range x>=0"),
-    ("heat", "0.0", "0.0 is not in the range x>0"),
+    ("heat", "0.0", "0.0 is not in the range x>=0.5"),
     ("heat", "nan", "nan is not a finite number"),
     ("heat", "inf", "inf is not a finite number"),
     ("share", "1.5", "1.5 is not in the range 0<=x<=1"),
@@ -157,7 +157,7 @@ def test_the_help_has_defaults_ranges_and_choices_and_nothing_former() -> None:
     for shown in (
         "--cups INTEGER RANGE Cups of water. [default: 2; 1<=x<=9]",
         "--spare INTEGER RANGE Cups that stay. [default: 0; x>=0]",
-        "--heat FLOAT RANGE Degrees. [default: 95.0; x>0]",
+        "--heat FLOAT RANGE Degrees. [default: 95.0; x>=0.5]",
         "--label TEXT What it is called. --tank",
         "--tank SIZE Size of its memory. [default: 3MB]",
         "--log PATH Where it writes. --mode",

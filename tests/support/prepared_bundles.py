@@ -14,7 +14,7 @@ import pytest
 from edgetune.config import Base, PrepareConfig
 from edgetune.formats.bundle import Bundle
 from edgetune.model import pieces
-from support.tiny_phi3 import VARIANTS, checkpoint
+from support.tiny_phi3 import VARIANTS, checkpoint, silent
 
 CONFIG = PrepareConfig(rank=4, alpha=8.0, max_length=128)
 """`tiny_phi3.lora` describes the same slots."""
@@ -46,7 +46,7 @@ def prepare_checkpoint(source: Path, folder: Path, config: PrepareConfig) -> Bun
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OLIVE_DISABLE_TELEMETRY", "1")
         patch.setattr(genai_model, "run_olive_pass", _run_olive_here)
-        return prepare(str(source), folder, config)
+        return prepare(str(source), folder, config, say=silent)
 
 
 def prepare_standard(variant: str, base: Base, folder: Path) -> Bundle:
