@@ -22,7 +22,7 @@ from edgetune.formats.roles import INT8, SCALES
 from edgetune.model.pieces import Pieces
 from edgetune.runtimes import find_runtime, openvino, openvino_core
 from edgetune.runtimes import onnxruntime as stock
-from edgetune.runtimes.execution import Accelerator, ExecutionPlan, LayeredPlan, Products, WholePlan
+from edgetune.runtimes.execution import Accelerator, ExecutionPlan, LayeredPlan, Precision, WholePlan
 from edgetune.runtimes.layered.channels import Channels, groups_of
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.openvino_core import core, has_bfloat16
@@ -103,12 +103,12 @@ def test_exact_layers_have_the_exact_plans_loss(prepared: Prepared, plan: Execut
 
 @installed
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
-@pytest.mark.parametrize("products", ["bf16", "int8"])
-def test_pieces_whose_channels_are_not_in_turn_add_up(products: Products, wide: bool, in_pieces: InPieces) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_pieces_whose_channels_are_not_in_turn_add_up(precision: Precision, wide: bool, in_pieces: InPieces) -> None:
     """Streamed weights have even channels first, within the smaller pieces and within a head."""
     bundle = in_pieces("grouped-query")
     assert pieces.pieces_of(bundle.manifest, wide=wide) == (Pieces(1, 2) if wide else Pieces(2, 6))
-    plan = replace(RECOMPUTE, products=products, wide=wide)
+    plan = replace(RECOMPUTE, precision=precision, wide=wide)
     groups = groups_of(bundle.manifest)
     assert groups is not None
     assert groups.inner < groups.hidden
