@@ -57,7 +57,7 @@ def command(bundle: Path, platform: str, output: Path, config: ShipConfig, print
         return
     from edgetune.ship import lay_out
 
-    made = lay_out(opened, cast(PlatformName, platform), output, config, notices(quiet=printing.quiet))
+    made = lay_out(opened, cast(PlatformName, platform), output, config, say=notices(quiet=printing.quiet))
     if printing.json:
         facts = made.manifest
         files = [{"path": file.path, "size": file.size, "pack": file.pack} for file in facts.files]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgetune.config import DeviceType, PlanName, TrainConfig, TrainingPrecision
+from edgetune.config import DeviceType, PlanName, TrainingPrecision
 
 Precision = Literal["fp32", "bf16", "int8"]
 """In which products are computed."""
@@ -16,11 +16,11 @@ Precision = Literal["fp32", "bf16", "int8"]
 class Accelerator:
     """What executes a whole step whose shapes are static."""
 
-    device_type: DeviceType = TrainConfig.device_type
+    device_type: DeviceType = "auto"
     """Which of a runtime's devices."""
-    soc_model: int | None = TrainConfig.soc_model
+    soc_model: int | None = None
     """Qualcomm's number of the chip that is compiled for where no NPU is found; the runtime's choice without it."""
-    require: bool = TrainConfig.require_npu
+    require: bool = False
     """Refuse a graph of which a node falls back to the CPU."""
 
 

@@ -35,6 +35,7 @@ from edgetune.ship.packs import ASSETS, MODEL_PACK, assign_packs, move_into_pack
 from edgetune.ship.platforms import PLATFORMS, Content, Platform
 from edgetune.ship.shards import Shard, moved, plan_shards, write_shard
 from edgetune.text.byte_size import bytes_text
+from edgetune.text.pulse import silent
 
 MANIFEST = "target.json"
 ROLES = ("step", "loss", "adamw")
@@ -61,8 +62,9 @@ def lay_out(
     bundle: Bundle,
     name: PlatformName,
     output: Path,
-    config: ShipConfig,
-    say: Callable[[str], None],
+    config: ShipConfig = ShipConfig(),
+    *,
+    say: Callable[[str], None] = silent,
     platform: Platform | None = None,
 ) -> ShippedFolder:
     """Lay out what an app ships.
@@ -72,7 +74,7 @@ def lay_out(
         name: The platform that the app goes to.
         output: The folder to write.
         config: What to start from.
-        say: Hears what happens, a line a stage.
+        say: Called with one line of text as each stage begins.
         platform: Limits other than those of `name`.
 
     Raises:

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.numpy import load_file
 
-from edgetune.config import PlanName, ShipConfig, TrainConfig
+from edgetune.config import PlanName, TrainConfig
 from edgetune.formats.bundle import load_bundle
 from edgetune.ship import lay_out
 from edgetune.ship.platforms import PLATFORMS
@@ -94,7 +94,7 @@ def test_it_measures_and_answers_as_pytorch_does(board: Board) -> None:
 def test_a_shipped_folder_trains_there_with_onnxruntime_and_numpy_alone(board: Board, tmp_path: Path) -> None:
     """Step and optimizer of a shipped folder in several files of weights, once, bit for bit as they are in a bundle."""
     small = replace(PLATFORMS["linux-arm64"], shard=20_000)
-    shipped = lay_out(load_bundle(BUNDLE), "linux-arm64", tmp_path / "t", ShipConfig(), lambda text: None, small)
+    shipped = lay_out(load_bundle(BUNDLE), "linux-arm64", tmp_path / "t", platform=small)
     assert len(shipped.manifest.weights) > 3
     program = """
 import sys, numpy as np, onnxruntime as ort

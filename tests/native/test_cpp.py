@@ -83,7 +83,7 @@ def rows_of(file: Path, path: Path) -> Path:
 def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: Path) -> None:
     config = ShipConfig(adapter=ADAPTER)
     small = replace(PLATFORMS["linux-arm64"], shard=20_000)
-    shipped = lay_out(load_bundle(BUNDLE), "linux-arm64", tmp_path / "shipped", config, print, small)
+    shipped = lay_out(load_bundle(BUNDLE), "linux-arm64", tmp_path / "shipped", config, say=print, platform=small)
     assert len(shipped.manifest.weights) > 3
     rows = rows_of(TRAIN, tmp_path / "rows.jsonl")
     written = tmp_path / "adapter_model.safetensors"
@@ -105,7 +105,7 @@ def test_the_sample_trains_as_pytorch_and_edgetune_do(program: Path, tmp_path: P
 
 
 def test_what_is_wrong_ends_the_sample_with_a_reason(program: Path, tmp_path: Path) -> None:
-    lay_out(load_bundle(BUNDLE), "ios", tmp_path / "shipped", ShipConfig(), print)
+    lay_out(load_bundle(BUNDLE), "ios", tmp_path / "shipped")
     rows = rows_of(TRAIN, tmp_path / "rows.jsonl")
     (tmp_path / "empty").touch()
     for name, file in (("missing", rows), ("shipped", tmp_path / "empty")):

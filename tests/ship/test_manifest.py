@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from edgetune.config import Base, PlatformName, ShipConfig
+from edgetune.config import Base, PlatformName
 from edgetune.errors import IncompatibleError, VerificationError
 from edgetune.formats import manifest
 from edgetune.formats.bundle import load_bundle
@@ -38,7 +38,7 @@ _NOTES = {"$ref", "$schema", "$defs", "title", "description"}
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("shipped") / "web"
-    lay_out(load_bundle(ARTIFACTS / "golden" / "bundle"), "web", folder, ShipConfig(), lambda text: None)
+    lay_out(load_bundle(ARTIFACTS / "golden" / "bundle"), "web", folder)
     return (folder / MANIFEST).read_bytes()
 
 

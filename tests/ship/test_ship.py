@@ -48,7 +48,7 @@ def silent(text: str) -> None: ...
 
 
 def made(bundle: Bundle, output: Path, name: PlatformName = "web", platform: Platform | None = None) -> ShippedFolder:
-    return lay_out(bundle, name, output, ShipConfig(), silent, platform)
+    return lay_out(bundle, name, output, platform=platform)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_the_first_adapter_changes_nothing_and_another_can_be_given(golden: Bund
     }
     assert all(value.any() == (".lora_A." in name) for name, value in fresh.items())
     config = ShipConfig(adapter=GOLDEN / "initial_adapter")
-    lay_out(golden, "ios", tmp_path / "given", config, silent)
+    lay_out(golden, "ios", tmp_path / "given", config)
     bundle = golden.manifest
     given, wanted = (
         read_adapter(path, bundle.lora, bundle.base, bundle.tokenizer)
@@ -174,7 +174,7 @@ def test_the_first_adapter_changes_nothing_and_another_can_be_given(golden: Bund
 def test_an_adapter_of_another_bundle_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     config = ShipConfig(adapter=GOLDEN / "initial_adapter")
     with pytest.raises(IncompatibleError, match="initial_adapter"):
-        lay_out(prepared("grouped-query", "int4"), "web", tmp_path / "web", config, silent)
+        lay_out(prepared("grouped-query", "int4"), "web", tmp_path / "web", config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -278,7 +278,7 @@ def test_a_failure_leaves_nothing_or_the_folder_that_was_there(
     with pytest.raises(ResourceError, match="the disk is full"):
         made(golden, tmp_path / "new")
     with pytest.raises(ResourceError, match="the disk is full"):
-        lay_out(golden, "web", tmp_path / "old", ShipConfig(force=True), silent)
+        lay_out(golden, "web", tmp_path / "old", ShipConfig(force=True))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     with pytest.raises(UsageError, match="already exists"):
         made(golden, tmp_path / "old")

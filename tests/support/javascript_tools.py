@@ -59,7 +59,7 @@ def lay_out_golden(folder: Path) -> Path:
 
 
 def lay_out_for_web(bundle: Bundle, folder: Path, config: ShipConfig) -> Path:
-    return lay_out(bundle, "web", folder, config, lambda line: None).path
+    return lay_out(bundle, "web", folder, config).path
 
 
 def train_in_python(
