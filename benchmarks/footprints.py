@@ -32,11 +32,18 @@ from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.footprint import Footprint
 
 CONSTANTS = (
-    *("base", "attention_states", "attention_scores", "kept_scores", "mlp_states", "hidden_states"),
-    *("graph_weights", "logits", "shape"),
+    *(
+        "base_bytes",
+        "attention_state_bytes",
+        "attention_score_bytes",
+        "kept_score_bytes",
+        "mlp_state_bytes",
+        "hidden_state_bytes",
+    ),
+    *("graph_weight_bytes", "logit_bytes", "shape_bytes"),
 )
 """What is fitted here, to large models; what they tell nothing of was fitted to smaller ones, or is known."""
-_LARGE = ("base", "shape")
+_LARGE = ("base_bytes", "shape_bytes")
 """Those that are whole megabytes."""
 WIDE = with_layers(FULL, 4)
 _STREAM = LayeredPlan(resident=False, head_rows=1024)
@@ -156,7 +163,7 @@ def main() -> None:
     """Measure, fit and print; or, with `--task`, be one of the processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runtime", nargs="?", default="onnxruntime")
-    parser.add_argument("cache", nargs="?", type=Path, default=Path("benchmarks/.cache"))
+    parser.add_argument("cache_bytes", nargs="?", type=Path, default=Path("benchmarks/.cache"))
     parser.add_argument("--precision", choices=("exact", "int8"), default="exact")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     asked = parser.parse_args()

@@ -1,4 +1,4 @@
-"""One frozen dataclass a stage. Every default, and all that is to be said of an option, lives here and nowhere else.
+"""One frozen dataclass a stage. All that is to be said of an option, its default as well, lives here and nowhere else.
 
 `edgetune.cli.options` makes the flags of a command of these fields, and `edgetune.cli.config_file` the keys of a file.
 """
@@ -42,7 +42,7 @@ class Option:
     help: str
     """One sentence for `--help`."""
     least: float | None = None
-    """Smallest number that is taken."""
+    """Smallest number that is taken; for more than zero, a number as small as makes sense."""
     most: float | None = None
     """Largest number that is taken."""
     is_size: bool = False

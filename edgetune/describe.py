@@ -247,7 +247,7 @@ def _shape(lora: Lora) -> AdapterShape:
         alpha=lora.alpha,
         target_modules=lora.target_modules,
         slots=len(lora.slots),
-        parameters=sum(_count(shape) for shape in lora.shapes().values()),
+        parameters=lora.parameters,
     )
 
 

@@ -48,7 +48,7 @@ class VerificationError(EdgetuneError):
 
 
 class ResourceError(EdgetuneError):
-    """Not enough memory, disk or time."""
+    """Not enough memory, disk or time, or more than a device takes."""
 
 
 class NoRoomError(ResourceError):

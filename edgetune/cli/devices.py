@@ -117,7 +117,7 @@ def _say(text: str, name: str = "", indent: str = "") -> None:
 
 
 def _plain(profile: Profile) -> dict[str, Any]:
-    """The keys of the file, in its order."""
+    """The profile's fields, as the file names the first of them."""
     plain = asdict(profile)
     return {"class" if key == "kind" else key: value for key, value in plain.items()}
 

@@ -22,7 +22,9 @@ RowT = TypeVar("RowT")
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows laid out for a graph. B sequences of T positions, R rotated dimensions of a head.
+    """The arrays of one pass through the model: rows laid out for a graph.
+
+    There are B sequences of T positions, and R rotated dimensions of a head.
 
     A sequence holds one row or several behind each other. No position sees another row, and each row's positions are
     counted from its first token.
@@ -48,7 +50,7 @@ class Batch:
     """Labels that are not −100."""
 
     def tensors(self) -> dict[str, NDArray[np.generic]]:
-        """What every training graph takes, by the graphs' names."""
+        """What the graphs of the whole step take, by their names; layered ones take the last three."""
         return {
             "input_ids": self.input_ids,
             "labels": self.labels,
@@ -114,6 +116,7 @@ def _tokens(packs: Sequence[Sequence[Example]], length: int, pad_token_id: int) 
         for example in pack:
             end = start + len(example.input_ids)
             input_ids[sequence, start:end] = example.input_ids
+            # Position t predicts the token at t + 1.
             labels[sequence, start : end - 1] = example.labels[1:]
             rows[sequence, start:end] = row
             positions[sequence, start:end] = np.arange(end - start)

@@ -23,7 +23,7 @@ PASS_COST = 32
 
 @dataclass(frozen=True)
 class Pass:
-    """Rows that go through the model together."""
+    """Which rows go through the model together, and which of them share a sequence; `Batch` has their arrays."""
 
     length: int
     """Positions of each sequence, T."""

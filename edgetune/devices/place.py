@@ -51,7 +51,7 @@ class Place:
 
 
 def this_machine(device: str | None) -> Place:
-    """This machine, held to what a device has where one is named.
+    """This machine, which is held to what a device has where one is named, and need not be that device.
 
     Raises:
         UsageError: There is no such device.

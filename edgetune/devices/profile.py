@@ -40,7 +40,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Size:
-    """Memory."""
+    """Of memory, flash or a file."""
 
     value: int = field(metadata={"size": True})
     """Bytes; in the file a text such as `8GB`."""
@@ -87,7 +87,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Execution:
-    """What executes graphs."""
+    """What executes graphs: the table `[runtime]`."""
 
     names: tuple[str, ...]
     """Of edgetune runtimes, the preferred first; this edgetune need not have them all."""
@@ -132,6 +132,7 @@ class Limits:
     largest_batch: Count | None = None
     longest_row: Count | None = None
     largest_file: Size | None = None
+    """Of a model; nothing is compared with it."""
     notes: tuple[Statement, ...] = ()
 
 

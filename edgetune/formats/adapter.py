@@ -46,7 +46,7 @@ PREFIX = "base_model.model."
 """What PEFT puts before a module's path in the checkpoint."""
 _A = ".lora_A.weight"
 _SHOWN = 5
-_FLOAT = 4
+_FLOAT_BYTES = 4
 _HEADER, _FILE, _PROVENANCE = 128, 4096, 1 << 15
 """Bytes that a tensor takes beside its name and values, a short file, and what is said of how an adapter came to be."""
 
@@ -71,7 +71,7 @@ def most_bytes(lora: Lora, steps: int = 0) -> dict[str, int]:
     """
     shapes = lora.shapes()
     names = sum(len(PREFIX) + len(name) for name in shapes)
-    values = sum(_FLOAT * rows * columns for rows, columns in shapes.values())
+    values = _FLOAT_BYTES * lora.parameters
     return {
         WEIGHTS: values + names + _HEADER * len(shapes) + _FILE,
         CONFIG: _FILE,

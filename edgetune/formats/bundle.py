@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import stat
 from collections import Counter
@@ -253,7 +252,7 @@ def _impossible_parameters(lora: Lora) -> list[str]:
     ]
     if lora.rank > (widest := lora.highest_rank):
         problems.append(f"lora.rank is {lora.rank}, expected at most the {widest} features of the widest slot")
-    if (count := sum(map(math.prod, lora.shapes().values()))) > _MOST_PARAMETERS:
+    if (count := lora.parameters) > _MOST_PARAMETERS:
         problems.append(f"the slots have {count:,} parameters, expected at most {_MOST_PARAMETERS:,}")
     return problems
 

@@ -1,9 +1,4 @@
-"""How a sublayer is cut into pieces that are computed one after the other.
-
-Attention is cut by heads, the feed-forward network by its inner channels, as tensor parallelism does (Megatron-LM,
-Shoeybi et al. 2019): the first projection by rows, the second by columns, and the pieces' results add up. A piece needs
-only its share of the weights and activations; a small model is one piece.
-"""
+"""What a bundle's layered graphs say of themselves: into how many pieces sublayers were cut, and what pieces keep."""
 
 from __future__ import annotations
 

@@ -32,18 +32,18 @@ class Slot:
 
     @property
     def a(self) -> str:
-        """Name of the A parameter in every graph."""
+        """Name of the A parameter in the checkpoint and in the whole step's graphs; layered ones take slices of it."""
         return f"{self.name}.lora_A.weight"
 
     @property
     def b(self) -> str:
-        """Name of the B parameter in every graph."""
+        """Name of the B parameter in the checkpoint and in the whole step's graphs; layered ones take slices of it."""
         return f"{self.name}.lora_B.weight"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """The trainable parameters."""
+    """The trainable parameters, as `prepare` fixed them: graphs have their rank, and training cannot change it."""
 
     rank: int
     alpha: float
@@ -75,6 +75,11 @@ class Lora:
     def from_layer(self, first: int) -> Lora:
         """The slots of this decoder layer and those above it."""
         return self.of_layers([layer for layer in self.layers() if layer >= first])
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trainable, in A and B of all slots."""
+        return sum(rows * columns for rows, columns in self.shapes().values())
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Name and shape of every parameter, A before B, slot by slot."""

@@ -1,9 +1,14 @@
-"""How a sublayer is cut into pieces that are computed one after the other."""
+"""How a sublayer is cut into pieces that are computed one after the other.
+
+Attention is cut by heads, the feed-forward network by its inner channels, as tensor parallelism does (Megatron-LM,
+Shoeybi et al. 2019): the first projection by rows, the second by columns, and the pieces' results add up. A piece needs
+only its share of the weights and activations; a small model is one piece.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgetune.model.architecture import Architecture, frozen_weights
 from edgetune.model.blocks import BLOCK_SIZE, Range
@@ -19,10 +24,14 @@ class Slice:
     """The rows or columns of a layer's parameter (out, in) that a graph's input takes."""
 
     parameter: str
-    """Name in the checkpoint without `model.layers.N.`."""
+    """Name in the checkpoint; without `model.layers.N.` where it stands for every layer."""
     rows: Range | None = None
     """First row and the one after the last; all when none."""
     columns: Range | None = None
+
+    def of_layer(self, number: int) -> Slice:
+        """The same of one layer, with its whole name."""
+        return replace(self, parameter=LAYER_PREFIX.format(number) + self.parameter)
 
 
 @dataclass(frozen=True)

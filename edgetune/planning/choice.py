@@ -22,7 +22,7 @@ from edgetune.runtimes.footprint import Footprint
 from edgetune.text.byte_size import bytes_text
 
 _SHARE = 0.85
-"""Of the memory that is free, or that a device has, which others need as well, that a plan may take."""
+"""Of the memory that is free, or that a device has, a plan may take this share: others need some as well."""
 _MARGIN = 1.05
 """By which a budget is larger than the prediction of a plan that fits: predictions are rarely further off."""
 
@@ -53,10 +53,10 @@ class Choice:
     footprint: Footprint | None = None
     """The runtime's; none for the whole step."""
     least_bytes: int | None = None
-    """What the whole step takes more than on a device that was named; none where the memory is predicted."""
-    rank: int = 0
+    """The whole step takes more than this, on a device that was named; none where the memory is predicted."""
+    speed_order: int = 0
     """Of the runtime among those that may do it, the fastest first."""
-    free: bool = True
+    unconstrained: bool = True
     """Whether with more memory the choice would be no other."""
     fits: bool = True
     """Otherwise it is the smallest there is, and more than the machine has free."""
@@ -73,7 +73,7 @@ class Choice:
     @property
     def compiles(self) -> bool:
         """Whether a batch of another shape costs a compilation, in the layered form."""
-        return self.footprint is not None and self.footprint.shape > 0
+        return self.footprint is not None and self.footprint.shape_bytes > 0
 
     @property
     def emulated(self) -> bool:
@@ -161,22 +161,28 @@ class _Planned:
 
 def _fitting(planned: Sequence[_Planned], request: RunRequest) -> Choice:
     """Of the fastest runtime that has a plan which fits, the fastest such plan."""
+    # What is free here counts as well, unless a budget was given on this very machine.
     limits = list(_limits(request))
-    free = free_memory_bytes() if request.place.here else None
-    soft = [] if limits and request.place.profile is None else [int(_SHARE * free)] if free is not None else []
-    limit = min([limit.size for limit in limits] + soft, default=None)
-    for rank, each in enumerate(planned):
+    sizes = [limit.size for limit in limits]
+    free_bytes = free_memory_bytes() if request.place.here else None
+    if free_bytes is not None and (request.place.profile is not None or not limits):
+        sizes.append(int(_SHARE * free_bytes))
+    limit = min(sizes, default=None)
+    # The first runtime with a plan that fits is the fastest.
+    for speed_order, each in enumerate(planned):
         if prediction := each.planner.choose(request.plan, limit):
-            unlimited = not rank and prediction == each.planner.choose(request.plan, None)
-            return replace(each.choice(prediction), rank=rank, free=unlimited)
+            unconstrained = not speed_order and prediction == each.planner.choose(request.plan, None)
+            return replace(each.choice(prediction), speed_order=speed_order, unconstrained=unconstrained)
+    # Nothing fits. Where it is only what is free now, which may change, the smallest plan is tried.
     smallest = min((each.smallest(request.plan) for each in planned), key=_peak)
     hard = min(limits, key=lambda each: each.size, default=None)
     if hard is None or _peak(smallest) <= hard.size:
         note = (
-            f"this machine has {bytes_text(free or 0)} of memory free; the smallest plan is expected to need "
+            f"this machine has {bytes_text(free_bytes or 0)} of memory free; the smallest plan is expected to need "
             f"{bytes_text(_peak(smallest))}; it is tried"
         )
-        return replace(smallest, free=False, fits=False, notes=(note,))
+        return replace(smallest, unconstrained=False, fits=False, notes=(note,))
+    # A budget or a device is refused, with what would do.
     streamed = min((each.smallest("stream") for each in planned), key=_peak)
     less = _budget(streamed) != _budget(smallest)
     shorter = "have shorter rows (prepare --max-length, train --truncate)"

@@ -81,7 +81,7 @@ class CostModel:
     def __init__(self, manifest: BundleManifest, plan: ExecutionPlan, footprint: Footprint | None) -> None:
         self._sizes = Sizes(manifest, plan if isinstance(plan, LayeredPlan) else None)
         self._plan = plan
-        self._dequantise = 0.0 if footprint is None else footprint.dequantise
+        self._dequantise = 0.0 if footprint is None else footprint.dequantise_products
         self.layers = self._sizes.layers
         self.start = start_cost(self._sizes, self._dequantise, self._plan)
         """Work of a pass without positions."""

@@ -111,7 +111,7 @@ def _share(place: Place, threads: int | None) -> tuple[float, str]:
 
 def _starts(measured: Timing, choice: Choice, steps: Sequence[Sequence[BatchShape]]) -> list[float]:
     """What each step takes more because a graph was not compiled for its shape, or not any more."""
-    most = 1 if choice.footprint is None else choice.footprint.shapes
+    most = 1 if choice.footprint is None else choice.footprint.shapes_held
     held: deque[tuple[int, int]] = deque(maxlen=most)
     seconds: list[float] = []
     for step in steps:

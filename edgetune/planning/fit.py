@@ -11,14 +11,14 @@ from edgetune.formats.bundle import Bundle
 from edgetune.formats.trunk import read_trunk_info
 from edgetune.planning.choice import Choice, TooLargeError, choose
 from edgetune.planning.cost import CostModel
-from edgetune.planning.limits import in_fixed_shapes, require_fit, require_form
+from edgetune.planning.limits import in_fixed_shapes, require_form, require_rows_fit
 from edgetune.planning.memory import Work
 from edgetune.planning.run import RunRequest
 from edgetune.planning.workload import Workload
 from edgetune.runtimes.execution import TrunkUse
 from edgetune.text.byte_size import bytes_text
 
-_FLOAT = 4
+_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Fitting:
         try:
             fit = self._fastest()
         except ResourceError as error:
+            # Of memory or of the length of rows: for both, shorter rows are what would fit.
             raise ResourceError(f"{error}\nwhat would fit: {self._advice()}") from error
         return replace(fit, notes=(*fit.notes, *require_form(self._request, fit.choice)))
 
@@ -67,7 +68,7 @@ class Fitting:
         """As `fit`, wherever the device's profile says that it runs, and without advice where nothing fits."""
         request = self._request
         workload = Workload(self._bundle.manifest, self._rows, self._valid, request)
-        require_fit(request, workload.longest())
+        require_rows_fit(request, workload.longest())
         trunk = trunk_use(self._bundle, request, [*self._rows, *self._valid])
         found: dict[Work, Fit] = {}
         refused: list[TooLargeError] = []
@@ -82,7 +83,7 @@ class Fitting:
                 refused.append(error)
                 continue
             found[work] = Fit(divided, choice, choice.notes)
-            if choice.free:
+            if choice.unconstrained:
                 break
         if not found:
             raise min(refused, key=lambda error: error.peak)
@@ -98,7 +99,7 @@ class Fitting:
             return True, 0, choice.predicted_peak_bytes or 0
         steps = fit.workload.step_shapes
         model = CostModel(self._bundle.manifest, choice.plan, choice.footprint)
-        return False, choice.rank, model.of_passes(each for step in steps for each in step)
+        return False, choice.speed_order, model.of_passes(each for step in steps for each in step)
 
     def _pass_rows(self) -> Iterator[int]:
         """For how many rows a pass may have room: a batch, or what the device takes of it, half of that, and so on."""
@@ -157,5 +158,5 @@ def trunk_use(bundle: Bundle, request: RunRequest, examples: Sequence[Example]) 
             f"with --length {longest} or more, or leave longer rows out"
         )
     tokens = sum(len(example.input_ids) for example in examples)
-    states = _FLOAT * tokens * bundle.manifest.architecture.hidden_size
+    states = _FLOAT_BYTES * tokens * bundle.manifest.architecture.hidden_size
     return TrunkUse(info.layers, min(request.trunk.cache_bytes, states), request.trunk.vitisai_config)

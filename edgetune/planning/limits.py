@@ -62,8 +62,11 @@ def _form(plan: ExecutionPlan) -> str:
     return "whole_step" if isinstance(plan, WholePlan) else "layered"
 
 
-def longest_row(request: RunRequest, manifest: BundleManifest) -> int:
-    """Tokens of the longest row that is read; with `--truncate` no more than `longest_taken`."""
+def longest_read(request: RunRequest, manifest: BundleManifest) -> int:
+    """To how many tokens rows are read: what is longer is cut or left out.
+
+    With `--truncate` a device's own limit counts as well; without it, such a row is read, and refused by its limit.
+    """
     return longest_taken(request, manifest) if request.truncate else manifest.max_length
 
 
@@ -80,15 +83,15 @@ def longest_taken(request: RunRequest, manifest: BundleManifest) -> int:
     return min(lengths)
 
 
-def require_fit(request: RunRequest, longest: int) -> None:
-    """Refuse what the device's profile excludes.
+def require_rows_fit(request: RunRequest, longest: int) -> None:
+    """Refuse rows that are longer than the device takes.
 
     Args:
         request: What the run asks for.
         longest: Tokens of the longest row.
 
     Raises:
-        ResourceError: Naming each limit, what was asked for, and what would fit.
+        ResourceError: Naming each limit, and the longest row; `Fitting` adds what would fit.
     """
     profile = request.place.profile
     if profile is None:

@@ -22,7 +22,7 @@ from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.footprint import Footprint
 
 SUBLAYERS = ("attention", "mlp")
-_FLOAT = 4
+_FLOAT_BYTES = 4
 """Bytes of a float32."""
 _ADAPTER_COPIES = 5
 """Arrays of the adapter's size: parameters, gradients, two moments, and the copy that is written at the end."""
@@ -39,7 +39,7 @@ _OTHERS_KEPT = 0.75
 _MASK = 8
 """Bytes per attention score of one head: the mask of this batch, and the last one's while it is made."""
 _BETWEEN_GRAPHS = 6
-"""Arrays of hidden states besides those between sublayers: three gradients, two sums over pieces, one in transit."""
+"""Arrays of hidden states besides those between sublayers, at most: gradients, sums over pieces, one in transit."""
 _BETWEEN_FORWARD = 2
 """The same without a backward pass: one sum over pieces, one in transit."""
 
@@ -54,7 +54,7 @@ class Work:
     """Attention scores of one head: the sum of the squared lengths of its sequences."""
     others: tuple[tuple[int, int], ...] = ()
     """Positions and scores of every other shape of a pass."""
-    rows: int = 0
+    row_bytes: int = 0
     """Bytes of the rows that are trained and measured on, which stay in memory."""
 
 
@@ -82,7 +82,8 @@ class Sizes:
         """Query channels of a piece; `heads` counts the heads of a piece, too."""
         self.inner = a.intermediate_size // pieces.mlp
         self.vocabulary = a.vocab_size
-        self.adapter = sum(math.prod(shape) for shape in manifest.lora.from_layer(plan.trunk_layers).shapes().values())
+        self.adapter = manifest.lora.from_layer(plan.trunk_layers).parameters
+        """Number of trainable parameters."""
         self.pieces = dict(zip(SUBLAYERS, (pieces.attention, pieces.mlp), strict=True))
         self.weights = frozen_weights(a)
         """Number of frozen weights of each sublayer of a layer."""
@@ -102,8 +103,8 @@ class Sizes:
 def bytes_a_weight(base: str) -> float:
     """Bytes per linear weight in the file, including its share of a scale."""
     if base in BITS:
-        return BITS[base] / 8 + _FLOAT / BLOCK_SIZE
-    return _HALF if base == "fp16" else _FLOAT
+        return BITS[base] / 8 + _FLOAT_BYTES / BLOCK_SIZE
+    return _HALF if base == "fp16" else _FLOAT_BYTES
 
 
 def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: LayeredPlan) -> int:
@@ -117,12 +118,12 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: LayeredPla
     if plan.lean and shared:
         shared += s.pieces["attention"] * s.kept["attention"]
     copies = _FORWARD_COPIES if plan.forward_only else _ADAPTER_COPIES
-    held = copies * _FLOAT * s.adapter + positions * s.hidden * _states(s, f, plan)
-    held += f.storage * positions * (plan.kept_layers * layer + shared)
+    held = copies * _FLOAT_BYTES * s.adapter + positions * s.hidden * _states(s, f, plan)
+    held += f.storage_bytes * positions * (plan.kept_layers * layer + shared)
     cache = 0 if plan.trunk is None else plan.trunk.cache_bytes
     held += s.trunk + cache + _MASK * work.scores
-    base = f.base - (f.backward if plan.forward_only else 0)
-    return int(base + work.rows + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
+    base = f.base_bytes - (f.backward_bytes if plan.forward_only else 0)
+    return int(base + work.row_bytes + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
 
 
 def trunk_bytes(manifest: BundleManifest) -> int:
@@ -133,54 +134,54 @@ def trunk_bytes(manifest: BundleManifest) -> int:
 def _states(s: Sizes, f: Footprint, plan: LayeredPlan) -> int:
     """Bytes of all hidden states, per position and channel."""
     if plan.forward_only:
-        return f.storage * (_TURNS + _BETWEEN_FORWARD)
+        return f.storage_bytes * (_TURNS + _BETWEEN_FORWARD)
     if not plan.lean:
-        return f.storage * (2 * s.layers + 1 + _BETWEEN_GRAPHS)
+        return f.storage_bytes * (2 * s.layers + 1 + _BETWEEN_GRAPHS)
     # What enters a layer; of layers that keep their activations, what enters the feed-forward network as well.
-    return _HALF * (s.layers + 1 + plan.kept_layers) + f.storage * (_TURNS + _BETWEEN_GRAPHS)
+    return _HALF * (s.layers + 1 + plan.kept_layers) + f.storage_bytes * (_TURNS + _BETWEEN_GRAPHS)
 
 
 def _weights(s: Sizes, f: Footprint, plan: LayeredPlan) -> float:
     """Bytes of the weights that are in memory at the same time, in the layout in which they are multiplied."""
     if plan.resident:
         # The exact ones beside those of the backward pass.
-        numbers = f.weight * s.layers + f.storage * plan.exact_layers
-        return numbers * sum(s.weights.values()) + f.storage * s.head
+        numbers = f.weight_bytes * s.layers + f.storage_bytes * plan.exact_layers
+        return numbers * sum(s.weights.values()) + f.storage_bytes * s.head
     # The head's weight shares memory with a piece's first one.
     rest = max(_WITHOUT_FIRST * s.weights[name] / s.pieces[name] for name in SUBLAYERS)
     # Exact ones are given back before a backward pass, which needs more unless all activations are kept.
     exact = plan.exact_layers and (plan.forward_only or plan.kept_layers == s.layers)
-    weight = max(f.weight, f.storage) if exact else f.weight
-    return weight * rest + f.storage * head_tokens(s, plan) * s.hidden
+    weight = max(f.weight_bytes, f.storage_bytes) if exact else f.weight_bytes
+    return weight * rest + f.storage_bytes * head_tokens(s, plan) * s.hidden
 
 
 def _graphs(s: Sizes, f: Footprint, work: Work, plan: LayeredPlan) -> float:
     """Bytes that the graphs hold while they run."""
     rows, tokens = min(plan.head_rows, work.positions), head_tokens(s, plan)
-    head = rows * (f.logits * tokens + f.hidden_states * s.hidden)
-    share = f.forward if plan.forward_only else 1.0
+    head = rows * (f.logit_bytes * tokens + f.hidden_state_bytes * s.hidden)
+    share = f.forward_share if plan.forward_only else 1.0
     # A lean plan's attention keeps its activations until the backward pass, which comes next.
-    score = f.kept_scores if plan.lean or plan.kept_layers == s.layers else f.attention_scores
+    score = f.kept_score_bytes if plan.lean or plan.kept_layers == s.layers else f.attention_score_bytes
     largest = (work.positions, work.scores)
     if not f.together:
         sublayers = share * max(_sublayers(s, f, *largest, score))
-        return max(sublayers, head) + f.apart * min(sublayers, head)
+        return max(sublayers, head) + f.apart_share * min(sublayers, head)
     # Where some layers are computed again and others are not, there are two graphs for the backward pass.
     both = 0 < plan.kept_layers < s.layers
-    each = [f.shape + sum(_sublayers(s, f, *shape, score)) for shape in (largest, *work.others)]
+    each = [f.shape_bytes + sum(_sublayers(s, f, *shape, score)) for shape in (largest, *work.others)]
     # Beside the largest are those that came last, whichever they are.
-    others = sum(each[1:]) * min(1.0, (f.shapes - 1) / max(1, len(work.others)))
+    others = sum(each[1:]) * min(1.0, (f.shapes_held - 1) / max(1, len(work.others)))
     held = each[0] + (_OTHERS_KEPT if plan.kept_layers == s.layers else 1.0) * others
-    exact = f.forward * held if plan.exact_layers else 0.0
+    exact = f.forward_share * held if plan.exact_layers else 0.0
     return share * (1.4 if both else 1.0) * held + exact + head
 
 
 def _sublayers(s: Sizes, f: Footprint, positions: int, scores: int, score: float) -> tuple[float, float]:
     """Bytes of the graphs of attention and of the feed-forward network, for batches of one shape."""
-    states = f.hidden_states * positions * s.hidden
-    weights = {name: f.graph_weights * s.weights[name] / s.pieces[name] for name in SUBLAYERS}
-    attention = f.attention_states * positions * s.queries + score * scores * s.heads
-    return attention + states + weights["attention"], f.mlp_states * positions * s.inner + states + weights["mlp"]
+    states = f.hidden_state_bytes * positions * s.hidden
+    weights = {name: f.graph_weight_bytes * s.weights[name] / s.pieces[name] for name in SUBLAYERS}
+    attention = f.attention_state_bytes * positions * s.queries + score * scores * s.heads
+    return attention + states + weights["attention"], f.mlp_state_bytes * positions * s.inner + states + weights["mlp"]
 
 
 def _pages(s: Sizes) -> float:

@@ -76,7 +76,7 @@ class Planner:
         """Memory and work of a layered plan."""
         sizes = self._sizes[plan.wide]
         peak = peak_memory(sizes, self._footprint, self._work, plan)
-        return Prediction(plan, peak, step_cost(sizes, self._footprint.dequantise, self._work, plan))
+        return Prediction(plan, peak, step_cost(sizes, self._footprint.dequantise_products, self._work, plan))
 
     def _plans(self, name: PlanName) -> Iterator[LayeredPlan]:
         """In pieces of either width."""
@@ -105,7 +105,7 @@ class Planner:
         """Whether plans may be lean: those of `auto` only where 16 bits, or less, are what there is anyway."""
         if self._given.forward_only:
             return [False]
-        sixteen = self._footprint.storage == _HALF or self._footprint.precision == "int8"
+        sixteen = self._footprint.storage_bytes == _HALF or self._footprint.precision == "int8"
         return [False, True] if name == "stream" or (name == "auto" and sixteen) else [False]
 
 

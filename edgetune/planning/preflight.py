@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,41 +9,21 @@ from pathlib import Path
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
 from edgetune.devices.place import Place
-from edgetune.errors import ResourceError, UsageError
-from edgetune.formats.adapter import most_bytes
-from edgetune.formats.bundle import MANIFEST, Bundle, load_bundle
+from edgetune.errors import UsageError
+from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.machine.threads import usable_processors
-from edgetune.model.architecture import tensor_shapes
-from edgetune.planning.choice import Choice
 from edgetune.planning.duration import predict_times
 from edgetune.planning.fit import Fitting
+from edgetune.planning.flash import Flash, flash_of, require_flash
 from edgetune.planning.limits import longest_taken
 from edgetune.planning.options import resolve
 from edgetune.planning.rows import RowReader
 from edgetune.planning.run import RunRequest
 from edgetune.planning.workload import Workload
 from edgetune.runtimes import install
-from edgetune.runtimes.execution import WholePlan
-from edgetune.runtimes.whole.contexts import most_context_bytes
-from edgetune.text.byte_size import bytes_text
 
 _MOST_ROWS = 10_000
 """A step, where rows are made up to be counted."""
-
-
-@dataclass(frozen=True)
-class Flash:
-    """Bytes on the disk."""
-
-    bundle: int
-    adapter: int
-    cache: int
-    """Compiled models, at most."""
-
-    @property
-    def total(self) -> int:
-        """All together."""
-        return self.bundle + self.adapter + self.cache
 
 
 @dataclass(frozen=True)
@@ -147,14 +126,8 @@ def preflight(
     fit = Fitting(opened, rows, measured, request).fit()
     notes += fit.notes
     workload, choice = fit.workload, fit.choice
-    flash = _flash(opened, choice, workload)
-    if (limit := place.flash_limit()) is not None and flash.total > limit:
-        smaller = "" if opened.manifest.base.weights == "int4" else ", or prepare it with --base int4"
-        raise ResourceError(
-            f"{place.name} has {bytes_text(limit)} of flash, the run needs {bytes_text(flash.total)}: bundle "
-            f"{bytes_text(flash.bundle)}, adapter {bytes_text(flash.adapter)}, cache {bytes_text(flash.cache)}; use a "
-            f"smaller model{smaller}"
-        )
+    flash = flash_of(opened, fit)
+    require_flash(flash, opened, place)
     if place.here:
         install(choice.runtime, notes.append)
     times = predict_times(opened, workload, choice, request)
@@ -209,21 +182,6 @@ def _made_up(bundle: Bundle, request: RunRequest, length: int | None) -> list[Ex
         )
     ids = [number % manifest.architecture.vocab_size for number in range(tokens)]
     return [Example(line, ids, ids) for line in range(1, count + 1)]
-
-
-def _flash(bundle: Bundle, choice: Choice, workload: Workload) -> Flash:
-    manifest, steps = bundle.manifest, workload.schedule.total_steps
-    files = sum(file.size for file in manifest.files) + (bundle.path / MANIFEST).stat().st_size
-    adapter = sum(most_bytes(manifest.lora, steps).values())
-    cache = 0 if choice.footprint is None else choice.footprint.cache
-    if isinstance(choice.plan, WholePlan) and choice.plan.accelerator is not None:
-        weights = sum(math.prod(shape) for shape in tensor_shapes(manifest.architecture).values())
-        training = {(shape.sequences, shape.length) for step in workload.step_shapes for shape in step}
-        measuring = {(shape.sequences, shape.length) for shape in workload.validation_shapes}
-        # Measuring takes a graph of its own, which is all that forward-only training takes.
-        graphs = len(training | measuring) if choice.plan.forward_only else len(training) + len(measuring)
-        cache = most_context_bytes(weights, graphs)
-    return Flash(files, adapter, cache)
 
 
 def _uses(workload: Workload) -> list[ShapeUse]:

@@ -11,7 +11,7 @@ from edgetune.data.examples import Examples, load_examples
 from edgetune.data.source import is_lasting, name_of
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.storage import sha256_of
-from edgetune.planning.limits import longest_row
+from edgetune.planning.limits import longest_read
 from edgetune.planning.run import RunRequest
 
 
@@ -39,7 +39,7 @@ class RowReader:
 
     def __init__(self, bundle: Bundle, request: RunRequest) -> None:
         self._bundle, self._truncate, self._encoding = bundle, request.truncate, request.encoding
-        self._most = longest_row(request, bundle.manifest)
+        self._most = longest_read(request, bundle.manifest)
 
     def read(self, path: Path) -> Examples:
         """The rows of a JSONL file; its notices begin with how many of them were cut or left out.

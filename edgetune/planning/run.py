@@ -72,7 +72,8 @@ class RunRequest:
     batching: Batching
     length: RunLength
     truncate: bool
-    """Cut rows that are too long; otherwise they are left out."""
+    """Cut rows that are longer than the bundle takes, or than the device does; otherwise those that the bundle does not
+    take are left out, and those that the device does not take are refused."""
     encoding: RowEncoding
 
     @property

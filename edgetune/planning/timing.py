@@ -17,7 +17,7 @@ from edgetune.formats.bundle import Bundle
 from edgetune.model.lora import initial_parameters
 from edgetune.planning.choice import Choice
 from edgetune.planning.cost import CostModel
-from edgetune.planning.session import open_trainer
+from edgetune.planning.trainer import open_trainer
 from edgetune.runtimes.contract import OptimizerConfig, Session
 from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.forward_only import ForwardOnlySession, QueryConfig

@@ -99,8 +99,8 @@ class Workload:
             shapes += self._batcher.shapes(self._longest_drawn())
         sizes = sorted({(shape.positions, shape.scores) for shape in shapes}, reverse=True)
         positions, scores = sizes[0][0], max(scores for _, scores in sizes)
-        rows = sum(row.memory for row in (*self._rows, *self._valid))
-        return Work(positions, scores, tuple(sizes[1:]), rows)
+        row_bytes = sum(row.memory for row in (*self._rows, *self._valid))
+        return Work(positions, scores, tuple(sizes[1:]), row_bytes)
 
     def capacity(self) -> Capacity:
         """The largest pass of training and validation."""

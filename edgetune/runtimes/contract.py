@@ -20,7 +20,7 @@ from edgetune.runtimes.placement import Placement
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019) as torch.optim.AdamW computes it; betas 0.9 and 0.999, epsilon 1e-8."""
+    """What a step is told beside its learning rate; AdamW's other constants are in `edgetune.model.adamw`."""
 
     weight_decay: float
     max_grad_norm: float

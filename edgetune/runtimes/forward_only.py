@@ -37,8 +37,8 @@ from edgetune.runtimes.placement import Placement
 
 Floats = NDArray[np.float32]
 _TRAINED = ".lora_B."
-_BETA = 0.98
-"""Of what is averaged over steps: slopes and curvature."""
+_DECAY = 0.98
+"""A step, of what is averaged over steps: slopes and curvature. Not one of AdamW's."""
 _SHARED = 0.3
 """Of the squared gradient of a batch, what all rows have in common with it, and only that is a gain. On the demo's rows
 it was 0.2 to 0.4 while the model learnt without noise."""
@@ -92,8 +92,8 @@ class _Average:
         self._sum = self._weight = 0.0
 
     def add(self, value: float) -> None:
-        self._sum += (1 - _BETA) * (value - self._sum)
-        self._weight += (1 - _BETA) * (1 - self._weight)
+        self._sum += (1 - _DECAY) * (value - self._sum)
+        self._weight += (1 - _DECAY) * (1 - self._weight)
 
     @property
     def mean(self) -> float:

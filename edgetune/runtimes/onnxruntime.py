@@ -20,26 +20,26 @@ from edgetune.runtimes.whole.session import CpuGraphs, PortableForward, Portable
 
 _FP32 = Footprint(
     precision="fp32",
-    storage=4,
-    base=95_000_000,
-    attention_states=48.6,
-    attention_scores=11.6,
-    kept_scores=8.6,
-    mlp_states=15.0,
-    hidden_states=11.0,
-    graph_weights=0.0,
-    logits=8.4,
+    storage_bytes=4,
+    base_bytes=95_000_000,
+    attention_state_bytes=48.6,
+    attention_score_bytes=11.6,
+    kept_score_bytes=8.6,
+    mlp_state_bytes=15.0,
+    hidden_state_bytes=11.0,
+    graph_weight_bytes=0.0,
+    logit_bytes=8.4,
     together=False,
-    apart=0.4,
-    shapes=1,
-    shape=0,
-    cache=0,
-    weight=4.0,
-    forward=0.84,
-    backward=14_000_000,
-    dequantise=90.0,
+    apart_share=0.4,
+    shapes_held=1,
+    shape_bytes=0,
+    cache_bytes=0,
+    weight_bytes=4.0,
+    forward_share=0.84,
+    backward_bytes=14_000_000,
+    dequantise_products=90.0,
 )
-_INT8 = replace(_FP32, precision="int8", weight=2.0, dequantise=400.0)
+_INT8 = replace(_FP32, precision="int8", weight_bytes=2.0, dequantise_products=400.0)
 
 
 def abilities() -> Abilities:

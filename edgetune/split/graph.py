@@ -26,7 +26,7 @@ OPSET, IR_VERSION = 17, 8
 """Ryzen AI recommends opset 17, Vitis AI 3.5 takes up to 18, Vitis AI 6.2 up to 20."""
 TABLES = ("attn_bias", "rope_cos", "rope_sin")
 _LARGEST_PROTOBUF = 2**31 - 1
-_FLOAT = 4
+_FLOAT_BYTES = 4
 """Bytes of a float32."""
 
 
@@ -54,11 +54,11 @@ def build_trunk(bundle: Bundle, layers: int) -> TrunkGraph:
     """
     architecture, pieces = bundle.manifest.architecture, pieces_of(bundle.manifest)
     weights = sum(frozen_weights(architecture).values())
-    most = _LARGEST_PROTOBUF // (_FLOAT * weights)
+    most = _LARGEST_PROTOBUF // (_FLOAT_BYTES * weights)
     if layers > most:
         raise ResourceError(
-            f"the float32 graph of {layers} layers has {_FLOAT * weights * layers:,} bytes of weights, an ONNX file "
-            f"holds 2 GiB; use --layers {most} or fewer"
+            f"the float32 graph of {layers} layers has {_FLOAT_BYTES * weights * layers:,} bytes of weights, "
+            f"and an ONNX file holds 2 GiB; use --layers {most} or fewer"
         )
     composer = _Composer(bundle)
     sublayers = (

@@ -11,7 +11,7 @@ from time import perf_counter
 from edgetune.data.batches import Batch
 from edgetune.errors import EdgetuneError
 from edgetune.planning.schedule import learning_rate
-from edgetune.planning.session import open_trainer
+from edgetune.planning.trainer import open_trainer
 from edgetune.runtimes.contract import Placed, Session, StepResult
 from edgetune.text.pulse import Pulse
 from edgetune.training.observer import Observer, StartInfo, StepMetrics

@@ -16,6 +16,7 @@ from edgetune.formats.storage import atomic_folder
 from edgetune.machine.disk import reserve
 from edgetune.machine.threads import computing_with
 from edgetune.planning.fit import Fitting
+from edgetune.planning.flash import flash_of, require_flash
 from edgetune.planning.options import Resolved, resolve
 from edgetune.planning.rows import RowReader, read_run_rows
 from edgetune.runtimes import install
@@ -61,7 +62,8 @@ def train(
         DataError: Rows that cannot be trained on.
         IncompatibleError: The initial adapter does not fit the bundle, or the bundle lacks what the plan runs.
         MissingDependencyError: The runtime's package is not installed.
-        ResourceError: No plan fits into the memory budget, or the disk has no room for the adapter.
+        ResourceError: No plan fits into the memory budget, the run takes more than the device has, or the disk has no
+            room for the adapter.
         VerificationError: A file of the bundle or the initial adapter was changed.
         LockedError: Another process writes `output`.
         EdgetuneError: A loss or gradient was not finite.
@@ -118,6 +120,7 @@ def _plan(
     rows = read_run_rows(RowReader(opened, request), data, valid)
     _tell(observer, rows.notes)
     fit = Fitting(opened, rows.train.examples, rows.valid, request).fit()
+    require_flash(flash_of(opened, fit), opened, request.place)
     _tell(observer, fit.notes)
     return PlannedRun(opened, resolved.config, request, rows, fit)
 

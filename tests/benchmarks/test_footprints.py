@@ -14,7 +14,9 @@ from support.prepared_bundles import Prepared
 
 @pytest.mark.parametrize("together", [False, True])
 def test_the_fit_predicts_what_it_was_made_from(prepared: Prepared, together: bool) -> None:
-    truth = replace(FOOTPRINT, together=together, graph_weights=2.0, shapes=4 if together else 1, shape=20_000_000)
+    truth = replace(
+        FOOTPRINT, together=together, graph_weight_bytes=2.0, shapes_held=4 if together else 1, shape_bytes=20_000_000
+    )
     samples = []
     for variant in ("multi-head", "grouped-query"):
         manifest = prepared(variant, "int4").manifest

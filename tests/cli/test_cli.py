@@ -591,7 +591,7 @@ def train(bundle: Path, data: Path, *flags: str | Path) -> Result:
 SIZES = "a number and one of B, kB, MB, GB, KiB, MiB, GiB, such as 3GB"
 
 
-def test_train_passes_every_option_on(bundle: Path, data: Path, trained: list[TrainConfig], tmp_path: Path) -> None:
+def test_train_passes_options_on(bundle: Path, data: Path, trained: list[TrainConfig], tmp_path: Path) -> None:
     adapter = folder_with(tmp_path / "old", "adapter_config.json")
     flags = (
         "--runtime ort-training --precision int8 --memory-budget 2.5GiB --steps 7 "

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from edgetune.cli import main
-from edgetune.devices.profile import load_profile, load_profiles, profile_names
+from edgetune.devices.profile import (
+    Buckets,
+    Execution,
+    Hardware,
+    Install,
+    Limits,
+    Placement,
+    load_profile,
+    load_profiles,
+    profile_names,
+)
 from edgetune.errors import UsageError
 from edgetune.runtimes import RUNTIMES
 from support.device_profile import PROFILE
@@ -164,3 +175,10 @@ def test_profiles_of_one_folder_have_different_names(tmp_path: Path) -> None:
 def test_what_is_not_there_is_said(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_profile(name)
+
+
+@pytest.mark.parametrize("table", [Hardware, Execution, Placement, Limits, Buckets, Install])
+def test_every_key_of_a_profile_is_documented(table: type) -> None:
+    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
+    keys = [field.name.replace("_", "-") for field in fields(table)]
+    assert [key for key in keys if not re.search(rf"[`.]{key}`", page)] == []

@@ -103,7 +103,7 @@ def test_lean_plans_are_exact_where_16_bits_are_all_there_is(manifest: BundleMan
         return {plan.lean for plan in Planner(manifest, footprint, WORK, LayeredPlan())._plans(name)}
 
     assert lean(FOOTPRINT) == {False}
-    assert lean(replace(FOOTPRINT, storage=2)) == lean(INT8) == lean(FOOTPRINT, "stream") == {False, True}
+    assert lean(replace(FOOTPRINT, storage_bytes=2)) == lean(INT8) == lean(FOOTPRINT, "stream") == {False, True}
     deep = replace(manifest, architecture=replace(manifest.architecture, num_hidden_layers=32))
     assert best(Planner(deep, FOOTPRINT, WORK, LayeredPlan()), "stream").plan.lean
 
@@ -123,7 +123,7 @@ def test_every_term_counts(manifest: BundleManifest) -> None:
     saved = peak() - peak(resident=False)
     everything = 4 * (a.num_hidden_layers * weights + sizes.head)
     assert everything - 4 * (sizes.head + max(sizes.weights.values())) < saved < everything - 4 * sizes.head
-    assert peak_memory(sizes, FOOTPRINT, replace(WORK, rows=12_345), plan) - peak() == 12_345
+    assert peak_memory(sizes, FOOTPRINT, replace(WORK, row_bytes=12_345), plan) - peak() == 12_345
     more = peak_memory(sizes, FOOTPRINT, replace(WORK, positions=2 * WORK.positions), plan) - peak()
     assert more >= 4 * WORK.positions * a.hidden_size * (2 * a.num_hidden_layers + 1)
 
@@ -156,7 +156,9 @@ def test_where_exact_weights_are_streamed_they_count_if_nothing_later_needs_more
 
 def test_what_was_kept_saves_attention_scores(manifest: BundleManifest) -> None:
     """A layer that is computed again holds more of them than one that kept its activations, or a lean one."""
-    planner = Planner(manifest, replace(FOOTPRINT, attention_scores=800.0, kept_scores=500.0), WORK, LayeredPlan())
+    planner = Planner(
+        manifest, replace(FOOTPRINT, attention_score_bytes=800.0, kept_score_bytes=500.0), WORK, LayeredPlan()
+    )
     recompute = best(planner, "recompute").plan
     more = replace(WORK, scores=WORK.scores + 1000)
     heads = Sizes(manifest).heads
@@ -183,7 +185,7 @@ def layered(choice: Choice) -> LayeredPlan:
 
 
 STOCK = FakeRuntime(int8=INT8)
-LAYERED_ONLY = FakeRuntime(whole=False, exact=replace(FOOTPRINT, precision="bf16", storage=2))
+LAYERED_ONLY = FakeRuntime(whole=False, exact=replace(FOOTPRINT, precision="bf16", storage_bytes=2))
 
 
 def chosen(manifest: BundleManifest, config: TrainConfig) -> tuple[str, str]:
@@ -251,7 +253,7 @@ def test_a_budget_that_is_too_small_is_answered_with_one_that_works(manifest: Bu
 
 
 def test_auto_goes_on_to_a_runtime_with_room(manifest: BundleManifest) -> None:
-    large = replace(LAYERED_ONLY, exact=replace(FOOTPRINT, precision="bf16", storage=2, base=10**9))
+    large = replace(LAYERED_ONLY, exact=replace(FOOTPRINT, precision="bf16", storage_bytes=2, base_bytes=10**9))
     with runtimes(fast=large, stock=STOCK):
         assert chosen(manifest, TrainConfig(memory_budget="2GB"))[0] == "fast"
         assert chosen(manifest, TrainConfig(memory_budget="500MB"))[0] == "stock"
@@ -261,12 +263,12 @@ def test_auto_goes_on_to_a_runtime_with_room(manifest: BundleManifest) -> None:
 
 def test_without_a_budget_the_free_memory_decides(manifest: BundleManifest, monkeypatch: pytest.MonkeyPatch) -> None:
     with runtimes(stock=STOCK):
-        monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: 1_000_000)
+        monkeypatch.setattr("edgetune.planning.choice.unconstrained_memory_bytes", lambda: 1_000_000)
         tight = choose(manifest, request_of(TrainConfig()), WORK)
         assert not layered(tight).resident
         (note,) = tight.notes
         assert "has 1.0 MB of memory free" in note
-        monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: None)
+        monkeypatch.setattr("edgetune.planning.choice.unconstrained_memory_bytes", lambda: None)
         ample = choose(manifest, request_of(TrainConfig()), WORK)
         assert layered(ample).resident and not ample.notes
 
@@ -282,8 +284,8 @@ def test_forward_alone_takes_less_memory_and_work(manifest: BundleManifest, name
 
 
 def test_graphs_for_other_shapes_count_as_far_as_they_are_held(manifest: BundleManifest) -> None:
-    footprint = replace(FOOTPRINT, together=True, shapes=3, shape=1_000_000, graph_weights=1.0)
-    footprint = replace(footprint, kept_scores=footprint.attention_scores)
+    footprint = replace(FOOTPRINT, together=True, shapes_held=3, shape_bytes=1_000_000, graph_weight_bytes=1.0)
+    footprint = replace(footprint, kept_score_bytes=footprint.attention_scores)
     sizes = Sizes(manifest)
     again = replace(best(Planner(manifest, footprint, WORK, LayeredPlan()), "keep").plan, kept_layers=0)
     keep = replace(again, kept_layers=sizes.layers)

@@ -23,7 +23,7 @@ from edgetune.planning import timing
 from edgetune.planning.choice import choose
 from edgetune.planning.cost import CostModel
 from edgetune.planning.duration import _typical
-from edgetune.planning.limits import require_fit
+from edgetune.planning.limits import require_rows_fit
 from edgetune.planning.timing import Timing, time_steps
 from edgetune.planning.workload import Workload
 from edgetune.runtimes import RUNTIMES, onnxruntime
@@ -295,10 +295,10 @@ def test_train_holds_to_the_device(bundle: Bundle, tmp_path: Path) -> None:
 def test_fixed_shapes_hold_where_the_accelerator_executes(tmp_path: Path) -> None:
     profile = load_profile(board(tmp_path, "2GB", PROFILE))
     # Rows that do not fit into one batch go through in several.
-    require_fit(request_of(TrainConfig("qnn", batch_size=8), profile, here=False), 128)
+    require_rows_fit(request_of(TrainConfig("qnn", batch_size=8), profile, here=False), 128)
     with pytest.raises(ResourceError, match="rows of at most 128 tokens, the longest has 129"):
-        require_fit(request_of(TrainConfig("qnn"), profile, here=False), 129)
-    require_fit(request_of(TrainConfig("onnxruntime"), profile, here=False), 129)
+        require_rows_fit(request_of(TrainConfig("qnn"), profile, here=False), 129)
+    require_rows_fit(request_of(TrainConfig("onnxruntime"), profile, here=False), 129)
 
 
 @pytest.mark.parametrize("plan", ["keep", "stream", "whole"])

@@ -16,26 +16,26 @@ from edgetune.runtimes.footprint import Footprint
 
 FOOTPRINT = Footprint(
     precision="fp32",
-    storage=4,
-    base=10_000_000,
-    attention_states=40.0,
-    attention_scores=8.0,
-    kept_scores=5.0,
-    mlp_states=20.0,
-    hidden_states=10.0,
-    graph_weights=0.0,
-    logits=12.0,
+    storage_bytes=4,
+    base_bytes=10_000_000,
+    attention_state_bytes=40.0,
+    attention_score_bytes=8.0,
+    kept_score_bytes=5.0,
+    mlp_state_bytes=20.0,
+    hidden_state_bytes=10.0,
+    graph_weight_bytes=0.0,
+    logit_bytes=12.0,
     together=False,
-    apart=0.0,
-    shapes=1,
-    shape=0,
-    cache=0,
-    weight=4.0,
-    forward=0.5,
-    backward=1_000_000,
-    dequantise=90.0,
+    apart_share=0.0,
+    shapes_held=1,
+    shape_bytes=0,
+    cache_bytes=0,
+    weight_bytes=4.0,
+    forward_share=0.5,
+    backward_bytes=1_000_000,
+    dequantise_products=90.0,
 )
-INT8 = replace(FOOTPRINT, precision="int8", weight=2.0)
+INT8 = replace(FOOTPRINT, precision="int8", weight_bytes=2.0)
 
 
 @dataclass

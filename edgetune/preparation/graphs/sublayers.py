@@ -1,6 +1,6 @@
 """The two sublayers of a decoder layer, attention and feed-forward network ("mlp"), exported one by one.
 
-A sublayer computes output = residual + f(norm(hidden)); of several pieces (edgetune.formats.layered_graphs) each adds
+A sublayer computes output = residual + f(norm(hidden)); of several pieces (edgetune.model.pieces) each adds
 its own. All layers share the graphs: the weights are inputs. Queries, keys and values, and gate and up, which a packed
 projection has together, are computed one by one, so that nothing has to be split or joined; LoRA's alpha / rank scales
 the few columns that A gives.
@@ -58,7 +58,7 @@ def export_sublayer(
     """Export a piece of one sublayer.
 
     Inputs: `hidden` and `residual` (batch, sequence, hidden_size), the anchor, for attention `attn_bias`, `rope_cos`
-    and `rope_sin`, then the parameters of `edgetune.formats.layered_graphs`. Outputs: `objective` (1), the sum of
+    and `rope_sin`, then the parameters of `edgetune.model.pieces`. Outputs: `objective` (1), the sum of
     `output`; `output`, shaped as `hidden`; what can be kept: `query`, `key`, `value`, `context` (batch, key-value
     heads, query heads of each or 1, sequence, head_dim) after rotation, or `gate`, `up` (batch, sequence, inner
     channels).

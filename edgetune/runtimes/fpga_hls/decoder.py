@@ -155,7 +155,9 @@ class _Attention:
     decoder: DecoderLayers
     update: Update
 
-    def forward(self, layer: int, tables: Arrays, hidden: NDArray[Any], output: NDArray[Any], keep: str | None) -> None:
+    def forward(
+        self, layer: int, tables: Arrays, hidden: NDArray[Any], output: NDArray[Any], kept_under: str | None
+    ) -> None:
         """See `SublayerForward`; nothing is kept."""
         output[...] = self.decoder.attention(layer, hidden, **tables, update=self.update)
 
@@ -165,7 +167,9 @@ class _Mlp:
     decoder: DecoderLayers
     update: Update
 
-    def forward(self, layer: int, tables: Arrays, hidden: NDArray[Any], output: NDArray[Any], keep: str | None) -> None:
+    def forward(
+        self, layer: int, tables: Arrays, hidden: NDArray[Any], output: NDArray[Any], kept_under: str | None
+    ) -> None:
         """See `SublayerForward`; nothing is kept."""
         output[...] = self.decoder.mlp(layer, hidden, self.update)
 

@@ -42,7 +42,7 @@ def abilities() -> Abilities:
     require_hls4ml()
     require_compiler()
     cpu = stock.abilities()
-    exact = cpu.exact and replace(cpu.exact, base=cpu.exact.base + _EMULATION)
+    exact = cpu.exact and replace(cpu.exact, base_bytes=cpu.exact.base_bytes + _EMULATION)
     return replace(cpu, whole=False, exact=exact, int8=None, preferred=False, emulation=True)
 
 

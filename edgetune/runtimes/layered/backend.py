@@ -23,14 +23,14 @@ class LayeredGraph(Protocol):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
-    def run(self, inputs: Arrays, outputs: Arrays, place: Hashable = None) -> None:
+    def run(self, inputs: Arrays, outputs: Arrays, bound_as: Hashable = None) -> None:
         """Compute; results are written into the arrays of `outputs`, all arrays being contiguous.
 
         Args:
             inputs: Every one of the graph's.
             outputs: Every one of the graph's.
-            place: Where in the model the graph runs. An array that it was given there before, the same object, is not
-                given again.
+            bound_as: Where in the model the graph runs. An array that it was given there before, the same object, is
+                not bound again.
         """
         ...
 

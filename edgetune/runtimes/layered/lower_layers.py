@@ -52,7 +52,9 @@ class TrunkLayers(Protocol):
 class SublayerForward(Protocol):
     """The forward pass of one sublayer of every layer; `SublayerRunner` has it."""
 
-    def forward(self, layer: int, tables: Arrays, hidden: NDArray[Any], output: NDArray[Any], keep: str | None) -> None:
+    def forward(
+        self, layer: int, tables: Arrays, hidden: NDArray[Any], output: NDArray[Any], kept_under: str | None
+    ) -> None:
         """Write a layer's output; see `SublayerRunner.forward`."""
         ...
 

@@ -13,7 +13,7 @@ from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.layered.parameters import Array, FlatParameters
 from edgetune.runtimes.onnx_session import open_graph
 
-_SLICE = 1 << 20
+_STRETCH = 1 << 20
 """Elements updated at a time: what lies between the graph's operators stays in the cache."""
 
 
@@ -51,33 +51,32 @@ class FlatAdamW(FlatParameters):
         Returns:
             The gradient's global 2-norm before clipping; whether the step was applied.
         """
-        pieces = range(0, self._gradient.size, _SLICE)
-        norm = math.sqrt(sum(float(np.dot(g, g)) for g in (self._gradient[i : i + _SLICE] for i in pieces)))
+        starts = range(0, self._gradient.size, _STRETCH)
+        norm = math.sqrt(sum(float(np.dot(g, g)) for g in (self._gradient[i : i + _STRETCH] for i in starts)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return norm, False
         self._steps_done += 1
-        most = self._config.max_grad_norm
         scalars = {
             "learning_rate": learning_rate,
             "weight_decay": self._config.weight_decay,
             "step": self._steps_done,
-            "clip": clip_factor(norm, most),
+            "clip": clip_factor(norm, self._config.max_grad_norm),
         }
         vectors = {name: np.array([value], dtype=np.float32) for name, value in scalars.items()}
-        for start in pieces:
-            self._update(slice(start, start + _SLICE), vectors)
+        for start in starts:
+            self._update(slice(start, start + _STRETCH), vectors)
         return norm, True
 
-    def _update(self, part: slice, vectors: Mapping[str, Array]) -> None:
+    def _update(self, stretch: slice, vectors: Mapping[str, Array]) -> None:
         binding = self._session.io_binding()
         for name, array in vectors.items():
             _bind(binding.bind_input, name, array)
-        _bind(binding.bind_input, "gradient", self._gradient[part])
+        _bind(binding.bind_input, "gradient", self._gradient[stretch])
         state = {"parameter": self._parameter, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
         for name, array in state.items():
             # In place: every operator works element by element, and reads an old value before it writes the new.
-            _bind(binding.bind_input, name, array[part])
-            _bind(binding.bind_output, f"{name}.next", array[part])
+            _bind(binding.bind_input, name, array[stretch])
+            _bind(binding.bind_output, f"{name}.next", array[stretch])
         self._session.run_with_iobinding(binding)
 
 

@@ -154,6 +154,7 @@ class LayeredSession(LayeredForward):
         self._names = list(parameters)
         ordered = in_order_of(backend, parameters)
         self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), ordered, optimizer)
+        # The optimizer holds the parameters: the next forward pass sees what a step made of them.
         super().__init__(bundle, self._optimizer, plan, backend, trunk, lowest)
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
@@ -184,7 +185,7 @@ class LayeredSession(LayeredForward):
         return loss
 
     def _forward_and_head(self, batch: Batch, scale: float) -> tuple[float, NDArray[Any]]:
-        """scale · Σ losses, and its gradient by the last hidden state: all that is held when layers run backward."""
+        """scale · Σ losses, and its gradient by the last hidden state; what else was made on the way is given back."""
         hidden = self._forward(batch, for_backward=True)
         rows, labels = _trained(batch)
         losses, d_rows = self._head.step(self._rows(hidden, rows), labels, scale)
@@ -197,21 +198,22 @@ class LayeredSession(LayeredForward):
         return scale * float(losses.sum(dtype=np.float64)), d_output
 
     def _backward(self, batch: Batch, d_output: NDArray[Any]) -> None:
-        tables, shape, gradient = _tables(batch), d_output.shape, self._optimizer.gradient
+        tables, shape, gradient_of = _tables(batch), d_output.shape, self._optimizer.gradient
+        # `d_output` is the first of them already: a layer overwrites the gradient that it was given.
         d_hidden, d_middle = (self._workspace.like(f"d_hidden.{number}", d_output) for number in (0, 1))
         for layer in reversed(self._layers):
-            kept = str(layer) if layer >= self._first_kept else None
-            of_attention = kept
+            kept_under = str(layer) if layer >= self._first_kept else None
+            attention_kept_under = kept_under
             hidden = self._states.take(2 * layer, shape)
             if self._is_kept(2 * layer + 1):
                 middle = self._states.take(2 * layer + 1, shape)
             else:
-                middle, of_attention = self._states.array(2 * layer + 1, shape, kept=False), AGAIN
+                middle, attention_kept_under = self._states.array(2 * layer + 1, shape, kept=False), AGAIN
                 # Int8 in every layer: what is rounded here goes no further.
-                self._attention.forward(layer, tables, hidden, middle, of_attention)
-            self._mlp.backward(layer, tables, middle, d_output, d_middle, kept, gradient)
+                self._attention.forward(layer, tables, hidden, middle, attention_kept_under)
+            self._mlp.backward(layer, tables, middle, d_output, d_middle, kept_under, gradient_of)
             self._release()
-            self._attention.backward(layer, tables, hidden, d_middle, d_hidden, of_attention, gradient)
+            self._attention.backward(layer, tables, hidden, d_middle, d_hidden, attention_kept_under, gradient_of)
             self._release()
             d_output = d_hidden
         # The head can use their memory.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -36,7 +36,7 @@ class _PieceGraph:
     linear: list[dict[str, Slice]]
     trained: list[dict[str, Slice]]
     of_layers: dict[tuple[int, int], tuple[dict[str, Slice], dict[str, Array]]] = field(default_factory=dict)
-    """The same by layer and piece, once they were needed: the checkpoint's names, and views of the LoRA parameters."""
+    """Of each layer and piece that ran: its frozen slices by their whole names, and views of its LoRA parameters."""
 
 
 def _piece_graph(graph: LayeredGraph, pieces: Sequence[Mapping[str, Slice]]) -> _PieceGraph:
@@ -103,15 +103,15 @@ class SublayerRunner:
     def _from_kept(self) -> _PieceGraph:
         return self._load("_grad_kept")
 
-    def forward(self, layer: int, tables: Arrays, hidden: AnyArray, output: AnyArray, keep: str | None) -> None:
-        """Write output = hidden + f(norm(hidden)), and, under the name `keep`, what the backward pass can take."""
+    def forward(self, layer: int, tables: Arrays, hidden: AnyArray, output: AnyArray, kept_under: str | None) -> None:
+        """Write output = hidden + f(norm(hidden)), and, under that name, what the backward pass can take."""
         other = self._workspace.like("sum", output) if len(self._pieces) > 1 else output
         residual = hidden
         for index in range(len(self._pieces)):
             # The last piece writes to `output`.
             target = output if (len(self._pieces) - index) % 2 else other
             states = {**tables, "hidden": hidden, "residual": residual}
-            kept = self._kept_arrays(keep, index, hidden)
+            kept = self._kept_arrays(kept_under, index, hidden)
             # Nothing holds a piece's weights while the next one's are made.
             self._run(self._forward, layer, index, states, {"output": target, **kept})
             residual = target
@@ -123,30 +123,32 @@ class SublayerRunner:
         hidden: AnyArray,
         d_output: AnyArray,
         d_hidden: AnyArray,
-        kept: str | None,
-        gradient: Callable[[str], Array],
+        kept_under: str | None,
+        gradient_of: Callable[[str], Array],
     ) -> None:
-        """Write the gradient of `hidden`, and add those of the LoRA parameters to what `gradient` gives.
+        """Write the gradient of `hidden`, and add those of the LoRA parameters to what `gradient_of` gives.
 
-        What the forward pass kept under the name `kept` is taken; without it is computed again.
+        What the forward pass kept under that name is taken; without one it is computed again.
         """
-        graph = self._again if kept is None else self._from_kept
+        graph = self._again if kept_under is None else self._from_kept
         other = self._workspace.like("sum", d_hidden) if len(self._pieces) > 1 else d_hidden
+        # A piece adds its share to what the pieces before it gave; the first adds to the residual's own gradient.
         carry = d_output
         for index, slices in enumerate(self._pieces):
             target = d_hidden if (len(self._pieces) - index) % 2 else other
             states = {**tables, "hidden": hidden, "output.grad": d_output, "carry": carry}
-            if kept is not None:
-                states |= self._kept_arrays(kept, index, hidden)
-            sums = {
-                name: _view(gradient, slices[name.removesuffix(".grad")], layer)
+            if kept_under is not None:
+                states |= self._kept_arrays(kept_under, index, hidden)
+            # Views of the optimizer's flat gradient: what is added to them is added there.
+            totals = {
+                name: _view(gradient_of, slices[name.removesuffix(".grad")], layer)
                 for name in graph.outputs
                 if name != "hidden.grad"
             }
-            gradients = {name: self._gradient_array(name, view.shape) for name, view in sums.items()}
-            self._run(graph, layer, index, states, {"hidden.grad": target, **gradients})
-            for name, view in sums.items():
-                view += gradients[name]
+            own = {name: self._gradient_array(name, total.shape) for name, total in totals.items()}
+            self._run(graph, layer, index, states, {"hidden.grad": target, **own})
+            for name, total in totals.items():
+                total += own[name]
             carry = target
 
     def _gradient_array(self, name: str, shape: tuple[int, ...]) -> Array:
@@ -157,15 +159,14 @@ class SublayerRunner:
 
     def _run(self, graph: _PieceGraph, layer: int, index: int, states: Arrays, outputs: Arrays) -> None:
         # With streamed weights too little stays to be worth a request for each layer.
-        place = (layer, index) if self._linear.resident else None
-        graph.run({**states, **self._parameters(graph, layer, index)}, outputs, place)
+        bound_as = (layer, index) if self._linear.resident else None
+        graph.run({**states, **self._parameters(graph, layer, index)}, outputs, bound_as)
 
     def _parameters(self, graph: _PieceGraph, layer: int, index: int) -> dict[str, AnyArray]:
         """Frozen and trained parameters of a piece, by the graph's names."""
         if (layer, index) not in graph.of_layers:
-            prefix = LAYER_PREFIX.format(layer)
             graph.of_layers[layer, index] = (
-                {name: replace(p, parameter=prefix + p.parameter) for name, p in graph.linear[index].items()},
+                {name: slice_.of_layer(layer) for name, slice_ in graph.linear[index].items()},
                 {name: _view(self._lora.parameter, slice_, layer) for name, slice_ in graph.trained[index].items()},
             )
         linear, views = graph.of_layers[layer, index]
@@ -180,13 +181,13 @@ class SublayerRunner:
             self._norms[layer] = self._channels.put(self._linear.frozen.plain(weight), 0).copy()
         return self._norms[layer]
 
-    def _kept_arrays(self, place: str | None, index: int, hidden: AnyArray) -> dict[str, AnyArray]:
+    def _kept_arrays(self, kept_under: str | None, index: int, hidden: AnyArray) -> dict[str, AnyArray]:
         """Where a piece's activations are kept; where they are not, all pieces use the first's of `AGAIN`."""
         batch, sequence = hidden.shape[:2]
         sizes = {"batch": batch, "sequence": sequence}
         return {
             spec.name: self._workspace.array(
-                f"{self.name}.{spec.name}.{place or AGAIN}.{index if place is not None else 0}",
+                f"{self.name}.{spec.name}.{kept_under or AGAIN}.{index if kept_under is not None else 0}",
                 tuple(size if isinstance(size, int) else sizes[size] for size in spec.shape),
             )
             for spec in self._kept
@@ -224,5 +225,5 @@ def sublayer_runners(
 
 
 def _view(of: Callable[[str], NDArray[np.float32]], slice_: Slice, layer: int) -> NDArray[np.float32]:
-    array = of(LAYER_PREFIX.format(layer) + slice_.parameter)
+    array = of(slice_.of_layer(layer).parameter)
     return array[slice(*(slice_.rows or (None, None))), slice(*(slice_.columns or (None, None)))]

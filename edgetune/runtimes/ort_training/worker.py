@@ -91,7 +91,10 @@ def _check_external_data(path: Path) -> None:
 
 
 def _configure_optimizer(source: Path, target: Path, weight_decay: float, max_grad_norm: float) -> None:
-    """The artifact carries defaults; both values are attributes of its operators."""
+    """Write both values over the artifact's: attributes of `AdamWOptimizer` and of `InplaceClipGradNorm`.
+
+    `alpha` and `beta` of the former are AdamW's betas, which stay as they are.
+    """
     model = onnx.load(source)
     values = {"weight_decay": weight_decay, "max_norm": max_grad_norm or _NO_CLIPPING}
     for node in model.graph.node:

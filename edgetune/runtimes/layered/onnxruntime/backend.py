@@ -33,11 +33,11 @@ class OrtGraph:
         self.outputs = tuple(value.name for value in session.get_outputs())
         self._bound: dict[Hashable, tuple[ort.IOBinding, Bindings]] = {}
 
-    def run(self, inputs: Arrays, outputs: Arrays, place: Hashable = None) -> None:
+    def run(self, inputs: Arrays, outputs: Arrays, bound_as: Hashable = None) -> None:
         """See `LayeredGraph.run`."""
-        if place not in self._bound:
-            self._bound[place] = self._session.io_binding(), Bindings()
-        binding, bound = self._bound[place]
+        if bound_as not in self._bound:
+            self._bound[bound_as] = self._session.io_binding(), Bindings()
+        binding, bound = self._bound[bound_as]
         for name in self.inputs:
             if not bound.has(name, array := inputs[name]):
                 binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

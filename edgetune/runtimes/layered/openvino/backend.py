@@ -62,14 +62,14 @@ class OpenVinoGraph:
         states = _KEPT | (_STATES if len(self._model.input("hidden").partial_shape) > 2 else set())
         self._stored = {n for n in (*self.inputs, *self.outputs) if n in states or is_linear(n)}
 
-    def run(self, inputs: Arrays, outputs: Arrays, place: Hashable = None) -> None:
+    def run(self, inputs: Arrays, outputs: Arrays, bound_as: Hashable = None) -> None:
         """See `LayeredGraph.run`."""
         shapes = tuple(inputs[name].shape for name in self.inputs)
         if shapes not in self._models:
             if len(self._models) == MOST_SHAPES:
                 del self._models[next(iter(self._models))]
             self._models[shapes] = _CompiledGraph(self._compile(self._of_shapes(shapes)))
-        request, bound = self._models[shapes].request(place)
+        request, bound = self._models[shapes].request(bound_as)
         # A request holds its tensors, and these no arrays.
         for index, name in enumerate(self.inputs):
             if not bound.has(name, array := inputs[name]):
@@ -105,10 +105,10 @@ class _CompiledGraph:
         self._model = model
         self._requests: dict[Hashable, tuple[ov.InferRequest, Bindings]] = {}
 
-    def request(self, place: Hashable) -> tuple[ov.InferRequest, Bindings]:
-        if place not in self._requests:
-            self._requests[place] = self._model.create_infer_request(), Bindings()
-        return self._requests[place]
+    def request(self, bound_as: Hashable) -> tuple[ov.InferRequest, Bindings]:
+        if bound_as not in self._requests:
+            self._requests[bound_as] = self._model.create_infer_request(), Bindings()
+        return self._requests[bound_as]
 
 
 class OpenVinoBackend:

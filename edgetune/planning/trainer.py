@@ -25,7 +25,9 @@ def open_trainer(
         optimizer: Of the steps.
         queries: How the gradient is estimated; none where a backward pass computes it.
     """
-    if queries is not None and (open_forward := choice.runtime.open_forward) is not None:
+    if queries is not None:
+        if (open_forward := choice.runtime.open_forward) is None:
+            raise ValueError(f"{choice.name} was chosen for forward-only training and has no forward pass")
         with open_forward(bundle, parameters, choice.plan) as forward:
             yield ForwardOnlySession(forward, parameters, optimizer, queries)
     else:
