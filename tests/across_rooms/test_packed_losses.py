@@ -15,6 +15,7 @@ from edgetune.data.encode import Example
 from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import find_runtime
 from edgetune.runtimes.contract import OptimizerConfig, Session
+from edgetune.runtimes.execution import WholePlan
 from support.prepared_bundles import Prepared
 from support.random_rows import prompted_rows
 from support.tiny_phi3 import VARIANTS, parameters
@@ -62,7 +63,7 @@ def test_every_row_has_its_own_loss(prepared: Prepared, variant: str, longest: i
     assert any(len(batch.examples) > len(batch.input_ids) for batch in packed)
     assert all(len(batch.examples) == len(batch.input_ids) for batch in padded)
     runtime = find_runtime("onnxruntime")
-    with runtime.open_session(bundle, parameters(variant), OptimizerConfig(0.0, 1.0)) as session:
+    with runtime.open_session(bundle, parameters(variant), OptimizerConfig(0.0, 1.0), WholePlan()) as session:
         in_packs, in_padding = losses(session, packed), losses(session, padded)
         assert sorted(in_packs) == sorted(in_padding) == [row.line for row in rows]
         for line, loss in in_padding.items():
@@ -86,7 +87,7 @@ def test_the_step_is_the_same(prepared: Prepared, variant: str) -> None:
     runtime = find_runtime("onnxruntime")
     results = []
     for packing in (True, False):
-        with runtime.open_session(bundle, parameters(variant), OptimizerConfig(0.0, 1.0)) as session:
+        with runtime.open_session(bundle, parameters(variant), OptimizerConfig(0.0, 1.0), WholePlan()) as session:
             results.append(session.step(batches(bundle, rows, 4, packing=packing), 1e-3))
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
@@ -99,7 +100,7 @@ def test_rows_know_nothing_of_each_other(prepared: Prepared, variant: str) -> No
     (batch,) = batches(bundle, rows, 4, packing=True)
     assert len(batch.input_ids) < len(rows)
     runtime = find_runtime("onnxruntime")
-    with runtime.open_session(bundle, parameters(variant), OptimizerConfig(0.0, 1.0)) as session:
+    with runtime.open_session(bundle, parameters(variant), OptimizerConfig(0.0, 1.0), WholePlan()) as session:
         before = losses(session, [batch])
         for row, example in enumerate(batch.examples):
             ids = np.where(batch.rows == row, (batch.input_ids + 97) % 440 + 3, batch.input_ids)

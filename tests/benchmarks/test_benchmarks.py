@@ -504,5 +504,5 @@ def test_a_sitting_with_a_tiny_model(cache: Cache, monkeypatch: pytest.MonkeyPat
     # The same model, slots, rows and optimizer: the same loss.
     assert ours.median("first_loss") == pytest.approx(peer.median("first_loss"), rel=1e-4)
     assert lean.median("first_loss") == pytest.approx(peer.median("first_loss"), rel=1e-5)
-    assert "runtime 'abacus' is unknown" in refused.failure
+    assert "runtime is 'abacus', expected one of auto" in refused.failure
     assert refused.samples == []

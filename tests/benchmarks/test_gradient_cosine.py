@@ -90,7 +90,7 @@ def test_the_command_prints_it_in_a_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([BUNDLE, "--runtime", "abacus"], "runtime 'abacus' is unknown"),
+        ([BUNDLE, "--runtime", "abacus"], "runtime is 'abacus', expected one of auto"),
         ([BUNDLE, "--runtime", "ort-training"], "--runtime ort-training has no --method forward-only"),
         ([BUNDLE.parent], "no bundle here"),
         ([BUNDLE, "--queries", "1"], "1 is not in the range x>=2"),

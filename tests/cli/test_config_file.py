@@ -25,6 +25,8 @@ def test_every_field_can_be_set(tmp_path: Path) -> None:
 runtime = "ort-training"
 device = "raspberry-pi-5"
 plan = "stream"
+precision = "int8"
+trunk = true
 trunk_cache = "1MB"
 vitisai_config = "vaip_config.json"
 method = "forward-only"
@@ -61,6 +63,8 @@ force = true
         runtime="ort-training",
         device="raspberry-pi-5",
         plan="stream",
+        precision="int8",
+        trunk=True,
         trunk_cache="1MB",
         vitisai_config=Path("vaip_config.json"),
         method="forward-only",

@@ -103,9 +103,9 @@ def test_where_shapes_have_a_price_fewer_passes_can_be_the_smallest(bundle: Bund
 def test_free_memory_divides_a_batch_as_a_budget_does(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, single = (fit(bundle, [96] * 8, None, batch_size=size) for size in (8, 1))
     free = int((peak(whole) + peak(single)) / 2 / 0.85)
-    monkeypatch.setattr("edgetune.planning.choice.unconstrained_memory_bytes", lambda: free)
+    monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: free)
     assert max(sequences(fit(bundle, [96] * 8, None))) < 8
-    monkeypatch.setattr("edgetune.planning.choice.unconstrained_memory_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: 1_000_000)
     tried = fit(bundle, [96] * 8, None)
     assert not tried.choice.fits and tried.workload.pass_rows == 1
     assert any(note.endswith("it is tried") for note in tried.notes)
@@ -113,12 +113,12 @@ def test_free_memory_divides_a_batch_as_a_budget_does(bundle: Bundle, monkeypatc
 
 def test_the_fastest_runtime_divides_a_batch_before_a_slower_one_is_taken(bundle: Bundle) -> None:
     slower = replace(FOOTPRINT, base_bytes=FOOTPRINT.base_bytes - 5_000_000)
-    with runtimes(fast=FakeRuntime(), onnxruntime=FakeRuntime(exact=slower)):
-        whole, single = (fit(bundle, [96] * 8, None, runtime="fast", batch_size=size) for size in (8, 1))
+    with runtimes(openvino=FakeRuntime(), onnxruntime=FakeRuntime(exact=slower)):
+        whole, single = (fit(bundle, [96] * 8, None, runtime="openvino", batch_size=size) for size in (8, 1))
         budget = int(1.05 * (peak(whole) + peak(single)) / 2)
         assert fit(bundle, [96] * 8, budget, runtime="onnxruntime").choice.name == "onnxruntime"
         found = fit(bundle, [96] * 8, budget, runtime="auto")
-        assert found.choice.name == "fast" and found.workload.pass_rows in (1, 2, 4)
+        assert found.choice.name == "openvino" and found.workload.pass_rows in (1, 2, 4)
         alone = fit(bundle, [96] * 8, int(1.05 * peak(single)) - 100_000, runtime="auto", plan="keep")
         assert alone.choice.name == "onnxruntime"
 

@@ -254,21 +254,21 @@ def test_a_budget_that_is_too_small_is_answered_with_one_that_works(manifest: Bu
 
 def test_auto_goes_on_to_a_runtime_with_room(manifest: BundleManifest) -> None:
     large = replace(LAYERED_ONLY, exact=replace(FOOTPRINT, precision="bf16", storage_bytes=2, base_bytes=10**9))
-    with runtimes(fast=large, stock=STOCK):
-        assert chosen(manifest, TrainConfig(memory_budget="2GB"))[0] == "fast"
-        assert chosen(manifest, TrainConfig(memory_budget="500MB"))[0] == "stock"
+    with runtimes(openvino=large, onnxruntime=STOCK):
+        assert chosen(manifest, TrainConfig(memory_budget="2GB"))[0] == "openvino"
+        assert chosen(manifest, TrainConfig(memory_budget="500MB"))[0] == "onnxruntime"
         with pytest.raises(ResourceError, match="too small"):
-            chosen(manifest, TrainConfig(runtime="fast", memory_budget="500MB"))  # type: ignore[arg-type]
+            chosen(manifest, TrainConfig(runtime="openvino", memory_budget="500MB"))
 
 
 def test_without_a_budget_the_free_memory_decides(manifest: BundleManifest, monkeypatch: pytest.MonkeyPatch) -> None:
     with runtimes(stock=STOCK):
-        monkeypatch.setattr("edgetune.planning.choice.unconstrained_memory_bytes", lambda: 1_000_000)
+        monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: 1_000_000)
         tight = choose(manifest, request_of(TrainConfig()), WORK)
         assert not layered(tight).resident
         (note,) = tight.notes
         assert "has 1.0 MB of memory free" in note
-        monkeypatch.setattr("edgetune.planning.choice.unconstrained_memory_bytes", lambda: None)
+        monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: None)
         ample = choose(manifest, request_of(TrainConfig()), WORK)
         assert layered(ample).resident and not ample.notes
 
@@ -285,7 +285,7 @@ def test_forward_alone_takes_less_memory_and_work(manifest: BundleManifest, name
 
 def test_graphs_for_other_shapes_count_as_far_as_they_are_held(manifest: BundleManifest) -> None:
     footprint = replace(FOOTPRINT, together=True, shapes_held=3, shape_bytes=1_000_000, graph_weight_bytes=1.0)
-    footprint = replace(footprint, kept_score_bytes=footprint.attention_scores)
+    footprint = replace(footprint, kept_score_bytes=footprint.attention_score_bytes)
     sizes = Sizes(manifest)
     again = replace(best(Planner(manifest, footprint, WORK, LayeredPlan()), "keep").plan, kept_layers=0)
     keep = replace(again, kept_layers=sizes.layers)

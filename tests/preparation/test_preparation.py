@@ -253,7 +253,7 @@ def test_a_worker_that_the_system_ends_is_a_matter_of_memory(prepared: Prepared)
     bundle = prepared("grouped-query", "int4")
     first = initial_parameters(bundle.manifest.lora, seed=0)
     with (
-        ort_training.open_session(bundle, first, OptimizerConfig(0.0, 0.0)) as session,
+        ort_training.open_session(bundle, first, OptimizerConfig(0.0, 0.0), WholePlan()) as session,
         pytest.raises(ResourceError, match="memory"),
     ):
         session._worker.kill()

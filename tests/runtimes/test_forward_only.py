@@ -408,7 +408,7 @@ def test_a_forward_pass_has_the_loss_of_a_session_with_the_same_parameters(
     wanted, batch = adapter_of(bundle), batch_of(bundle, rows_of(1, [20, 9]))
     others = {name: 0 * value for name, value in wanted.items()}
     optimizer = OptimizerConfig(0.0, 0.0)
-    with find_runtime("onnxruntime").open_session(bundle, wanted, optimizer) as session:
+    with find_runtime("onnxruntime").open_session(bundle, wanted, optimizer, WholePlan()) as session:
         loss = session.evaluate(batch)
     found = find_runtime(runtime)
     plan = replace(PLANS[name], forward_only=True)

@@ -26,7 +26,7 @@ from edgetune.errors import IncompatibleError, MissingDependencyError, UsageErro
 from edgetune.formats.adapter import read_adapter
 from edgetune.planning.options import resolve
 from edgetune.runtimes import openvino_ep
-from edgetune.runtimes.execution import Accelerator, ExecutionPlan, LayeredPlan
+from edgetune.runtimes.execution import Accelerator, LayeredPlan, WholePlan
 from edgetune.runtimes.whole import plugin_runtime
 from support.bundle_copy import opened_copy
 from support.oracle import cosine
@@ -126,7 +126,7 @@ def test_a_second_start_compiles_nothing_and_forward_passes_run_too(
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin_runtime, "find_spec", lambda name: None)
-    for ask in (openvino_ep.abilities, lambda: openvino_ep.has_device("CPU")):
+    for ask in (openvino_ep.RUNTIME.abilities, lambda: openvino_ep.has_device("CPU")):
         with pytest.raises(MissingDependencyError, match=r'not installed; pip install "edgetune\[openvino-ep\]"'):
             ask()
 
@@ -137,7 +137,7 @@ def test_without_a_device_of_intels_it_says_so(prepared: Prepared, monkeypatch: 
     assert not openvino_ep.has_device("CPU")
     bundle = prepared("multi-head", "int4")
     for kind in ("CPU", "NPU"):
-        plan = ExecutionPlan("whole", accelerator=Accelerator(kind))  # type: ignore[arg-type]
+        plan = WholePlan(accelerator=Accelerator(kind))  # type: ignore[arg-type]
         with pytest.raises(IncompatibleError, match=f"finds no {kind} of Intel's here"):
             openvino_ep.RUNTIME.place(bundle, plan, 1, 8)
 

@@ -52,7 +52,7 @@ def placements(session: Session) -> dict[str, Any]:
 
 
 def plugin_of_qnn() -> Plugin:
-    return qnn.PLUGIN.plugin(qnn.RUNTIME.imported_package(), "onnxruntime-qnn", Accelerator())
+    return qnn.PLUGIN.plugin(qnn.PLUGIN.imported_package(), "onnxruntime-qnn", Accelerator())
 
 
 @pytest.mark.own

@@ -352,7 +352,7 @@ def test_options_rows_and_output_are_refused_before_loading(unloadable: Bundle, 
         run(unloadable, data, TrainConfig(batch_size=0))
     with pytest.raises(UsageError, match="warmup_steps is 9"):
         run(unloadable, data, TrainConfig(warmup_steps=9))
-    with pytest.raises(UsageError, match=r"runtime 'cuda' is unknown"):
+    with pytest.raises(UsageError, match=r"runtime is 'cuda', expected one of auto"):
         run(unloadable, data, TrainConfig(runtime="cuda"))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"absent\.jsonl"):
         run(unloadable, tmp_path / "absent.jsonl", FAST)
