@@ -78,8 +78,8 @@ class LayeredForward:
     def evaluate(self, batch: Batch) -> float:
         """See `edgetune.runtimes.contract.Session.evaluate`."""
         hidden = self._forward(batch, for_backward=False)
-        rows, labels = _trained(batch)
-        return float(self._head.losses(self._rows(hidden, rows), labels).mean())
+        positions, labels = _trained(batch)
+        return float(self._head.losses(self._trained_states(hidden, positions), labels).mean())
 
     def placements(self) -> list[Placement]:
         """Where the lowest layers run, if another device computes them."""
@@ -93,9 +93,9 @@ class LayeredForward:
     def _forward(self, batch: Batch, *, for_backward: bool) -> NDArray[Any]:
         """The last hidden state (batch, sequence, hidden_size), in storage."""
         self._workspace.fit(batch.input_ids.shape)
-        rows, length = batch.input_ids.shape
-        self._backend.begin(rows * length, rows * length**2)
-        shape = (rows, length, self._frozen.shape(EMBEDDING)[1])
+        sequences, length = batch.input_ids.shape
+        self._backend.begin(sequences * length, sequences * length**2)
+        shape = (sequences, length, self._frozen.shape(EMBEDDING)[1])
         tables = _tables(batch)
         hidden = self._states.array(2 * self._layers.start, shape, kept=for_backward)
         self._backend.store(self._backend.channels.put(self._entering(batch), -1), hidden)
@@ -134,8 +134,9 @@ class LayeredForward:
         """The system may take back the weights' pages: streamed weights are read again, resident ones are copied."""
         self._frozen.forget()
 
-    def _rows(self, hidden: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._backend.restore(hidden.reshape(-1, hidden.shape[-1])[rows])
+    def _trained_states(self, hidden: NDArray[Any], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The hidden states (positions, hidden_size) that have labels."""
+        return self._backend.restore(hidden.reshape(-1, hidden.shape[-1])[positions])
 
 
 class LayeredSession(LayeredForward):
@@ -187,14 +188,14 @@ class LayeredSession(LayeredForward):
     def _forward_and_head(self, batch: Batch, scale: float) -> tuple[float, NDArray[Any]]:
         """scale · Σ losses, and its gradient by the last hidden state; what else was made on the way is given back."""
         hidden = self._forward(batch, for_backward=True)
-        rows, labels = _trained(batch)
-        losses, d_rows = self._head.step(self._rows(hidden, rows), labels, scale)
+        positions, labels = _trained(batch)
+        losses, d_trained = self._head.step(self._trained_states(hidden, positions), labels, scale)
         self._release()
         d_output = self._workspace.like("d_hidden.0", hidden)
         d_output.fill(0)
-        stored = np.empty(d_rows.shape, dtype=d_output.dtype)
-        self._backend.store(d_rows, stored)
-        d_output.reshape(-1, hidden.shape[-1])[rows] = stored
+        stored = np.empty(d_trained.shape, dtype=d_output.dtype)
+        self._backend.store(d_trained, stored)
+        d_output.reshape(-1, hidden.shape[-1])[positions] = stored
         return scale * float(losses.sum(dtype=np.float64)), d_output
 
     def _backward(self, batch: Batch, d_output: NDArray[Any]) -> None:
@@ -234,5 +235,5 @@ def _tables(batch: Batch) -> Arrays:
 def _trained(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Indices of the trained positions among all, and their labels."""
     labels = batch.labels.reshape(-1)
-    rows = np.flatnonzero(labels != IGNORED)
-    return rows, labels[rows]
+    positions = np.flatnonzero(labels != IGNORED)
+    return positions, labels[positions]
