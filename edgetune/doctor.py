@@ -118,7 +118,7 @@ def _clashes() -> Iterator[Finding]:
     providers = sorted(set(metadata.packages_distributions().get("onnxruntime", [])))
     if len(providers) > 1:
         names = " ".join(providers)
-        fix = f"pip uninstall {names}, then pip install edgetune (ONNX Runtime Training has its own environment)"
+        fix = f"pip uninstall {names}, then pip install onnxruntime (ONNX Runtime Training has its own environment)"
         yield Finding("device", "import onnxruntime", names, "one package", "train, eval, generate", False, fix)
 
 
