@@ -128,7 +128,7 @@ def _expected(value: object, hint: Any, said: Option) -> str:
     if isinstance(value, int | float) and hint is not bool:
         # NaN compares as false.
         least, most = -math.inf if said.least is None else said.least, math.inf if said.most is None else said.most
-        if not (least <= value <= most and math.isfinite(value)):
+        if not (least <= value <= most and (isinstance(value, int) or math.isfinite(value))):
             return f"{said.least:,} at least" if said.most is None else f"{said.least:,} to {said.most:,}"
     return ""
 

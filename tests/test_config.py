@@ -60,6 +60,7 @@ def test_all_impossible_options_are_named_at_once() -> None:
         (TrainConfig(memory_budget=10**9), "memory_budget is 1000000000, expected a text"),
         (TrainConfig(init_adapter="adapter"), "init_adapter is 'adapter', expected a Path"),
         (TrainConfig(runtime="cuda"), "runtime is 'cuda', expected one of auto"),
+        (TrainConfig(seed=10**400), "seed is 1000"),
         (PrepareConfig(rank=0), "rank is 0, expected 1 at least"),
         (PrepareConfig(alpha=float("nan")), "alpha is nan"),
         (PrepareConfig(max_length=1), "max_length is 1, expected 2 at least"),
@@ -71,6 +72,10 @@ def test_all_impossible_options_are_named_at_once() -> None:
 def test_what_python_may_write_and_no_run_can_mean_is_refused(config: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_config(config)
+
+
+def test_a_number_may_be_large_where_nothing_bounds_it() -> None:
+    check_config(GenerateConfig(max_new_tokens=10**400))
 
 
 @pytest.mark.parametrize("kind", [TrainConfig, PrepareConfig, SplitConfig, ExportConfig, GenerateConfig])

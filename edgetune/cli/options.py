@@ -103,16 +103,19 @@ def _add_option(function: Function, name: str, of: Field[Any], hint: Any) -> Non
 
 def _merged(kind: type, flags: Mapping[str, Setting], path: Path | None) -> dict[str, Any]:
     """What flags give, and what only the file gives; all else has its default."""
-    given = _current(kind, flags)
+    known, quiet = fields_of(kind), bool(click.get_current_context().params.get("quiet"))
+    given = _current(kind, flags, quiet=quiet)
     if path is not None:
-        in_file = _current(kind, read_config(path, kind))
+        written = {known[name].name for name in flags}
+        read = {name: setting for name, setting in read_config(path, kind).items() if known[name].name not in written}
+        in_file = _current(kind, read, quiet=quiet)
         # A flag for one of two that exclude each other overrides a file that has the other.
         overridden = {name for pair in _exclusive(kind) if given.keys() & set(pair) for name in pair} | given.keys()
         given |= {name: setting for name, setting in in_file.items() if name not in overridden}
     return {name: setting.value for name, setting in given.items()}
 
 
-def _current(kind: type, written: Mapping[str, Setting]) -> dict[str, Setting]:
+def _current(kind: type, written: Mapping[str, Setting], *, quiet: bool) -> dict[str, Setting]:
     """What was written in one place, by the names and choices that there are now; of former ones a line is printed.
 
     Raises:
@@ -128,7 +131,7 @@ def _current(kind: type, written: Mapping[str, Setting]) -> dict[str, Setting]:
         if setting.value in option_of(of).former_values:
             meant = option_of(of).former_values[setting.value]
             emptied[of.name] = Setting(of.default, place)
-        if name not in meant:
+        if name not in meant and not quiet:
             now = " ".join(_text(known[other], Setting(value, place), other) for other, value in meant.items())
             click.echo(printable(f"{_before(place)}`{text}` is written `{now}` now"), err=True)
         for other, value in meant.items():

@@ -74,8 +74,10 @@ def footprint_of(name: str, request: RunRequest, plan: PlanName) -> Footprint | 
     if not _has_method(runtime, request):
         raise UsageError(f"--runtime {name} has no --method {request.method}; use --runtime auto")
     footprint = None if plan == "whole" else layered_footprint(runtime, request.precision)
-    if footprint is None and not (abilities.whole and plan in ("auto", "whole") and request.precision == "auto"):
+    layered = plan not in ("auto", "whole") or request.precision != "auto" or request.trunk is not None
+    if footprint is None and (layered or not abilities.whole):
         asked = f"--plan {plan}" if request.precision == "auto" else f"--precision {request.precision}"
+        asked = asked if request.trunk is None else "--trunk"
         raise UsageError(f"--runtime {name} does not execute {asked}; use --runtime auto")
     return footprint
 

@@ -62,7 +62,11 @@ class Fitting:
         except ResourceError as error:
             # Of memory or of the length of rows: for both, shorter rows are what would fit.
             raise ResourceError(f"{error}\nwhat would fit: {self._advice()}") from error
-        return replace(fit, notes=(*fit.notes, *require_form(self._request, fit.choice)))
+        try:
+            notes = require_form(self._request, fit.choice)
+        except IncompatibleError as error:
+            raise IncompatibleError("\n".join([*fit.notes, str(error)])) from error
+        return replace(fit, notes=(*fit.notes, *notes))
 
     def _fastest(self) -> Fit:
         """As `fit`, wherever the device's profile says that it runs, and without advice where nothing fits."""

@@ -44,10 +44,8 @@ def require_form(request: RunRequest, choice: Choice) -> list[str]:
     where = getattr(profile.placement, form)
     if where == "no":
         key = form.replace("_", "-")
-        raise IncompatibleError(
-            f"{profile.name} does not run {_FORMS[form]} (placement.{key} is 'no'); choose another "
-            "--plan or --method, or leave --trunk out"
-        )
+        other = "leave --trunk out" if form == "split_trunk" else "choose another --plan or --method"
+        raise IncompatibleError(f"{profile.name} does not run {_FORMS[form]} (placement.{key} is 'no'); {other}")
     provider = profile.runtime.provider
     if where == "accelerator" and not choice.on_accelerator and not (form == "split_trunk" and provider == _OF_TRUNK):
         return [f"{profile.name}: {_FORMS[form]} does not reach its accelerator on {choice.name}; the CPU computes"]

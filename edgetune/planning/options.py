@@ -81,7 +81,8 @@ def resolve(config: TrainConfig, place: Place) -> Resolved:
     accelerated = is_accelerated(config.runtime, config.plan)
     request = run_request(config, place, accelerated=accelerated)
     if problems := [*_without_effect(config, accelerated), *_contradictions(config, accelerated)]:
-        raise UsageError("\n".join(problems))
+        # Why the CPU computes explains what means nothing there.
+        raise UsageError("\n".join([*notes, *problems]))
     if place.here:
         if config.threads is not None:
             check_threads(config.threads)

@@ -22,8 +22,6 @@ class RunRows:
     train: Examples
     valid: list[Example]
     """Empty where nothing is measured."""
-    notes: tuple[str, ...]
-    """What is to be said of either file."""
     valid_sha256: str
     """Of the validation file when it was read: later it may be gone, or another. Empty where it was a pipe, which is
     gone."""
@@ -64,11 +62,6 @@ class RowReader:
         return load_encoder(self._bundle.path, self._bundle.manifest.tokenizer, self._encoding)
 
 
-def read_run_rows(reader: RowReader, data: Path, valid: Path | None) -> RunRows:
-    """Read the rows to train on, and those to measure on, if any; errors are those of `RowReader.read`."""
-    train = reader.read(data)
-    if valid is None:
-        return RunRows(train, [], tuple(train.notices), "")
-    measured = reader.read(valid)
-    notes = (*train.notices, *measured.notices)
-    return RunRows(train, measured.examples, notes, sha256_of(valid) if is_lasting(valid) else "")
+def fingerprint(path: Path | None) -> str:
+    """SHA-256 of a file of rows, by which `export` finds it again; empty without one, or where it was a pipe."""
+    return "" if path is None or not is_lasting(path) else sha256_of(path)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 
-from edgetune.config import TrainConfig
+from edgetune.config import TrainConfig, check_config
 from edgetune.devices.place import this_machine
 from edgetune.errors import EdgetuneError, VerificationError
 from edgetune.formats.adapter import MANIFEST, most_bytes, write_adapter
@@ -18,7 +18,7 @@ from edgetune.machine.threads import computing_with
 from edgetune.planning.fit import Fitting
 from edgetune.planning.flash import flash_of, require_flash
 from edgetune.planning.options import Resolved, resolve
-from edgetune.planning.rows import RowReader, read_run_rows
+from edgetune.planning.rows import RowReader, RunRows, fingerprint
 from edgetune.runtimes import install
 from edgetune.runtimes.placement import placement_record
 from edgetune.training.loop import REMEDY, learn
@@ -71,6 +71,7 @@ def train(
     data, output = Path(data), Path(output)
     valid = None if valid is None else Path(valid)
     observer = SilentObserver() if observer is None else observer
+    check_config(config)
     resolved = resolve(config, this_machine(config.device))
     _tell(observer, resolved.notes)
     run: PlannedRun | None = None
@@ -117,11 +118,15 @@ def _plan(
 ) -> PlannedRun:
     """Read the rows, and choose how the run is executed."""
     request, opened = resolved.request, as_bundle(bundle)
-    rows = read_run_rows(RowReader(opened, request), data, valid)
-    _tell(observer, rows.notes)
+    reader = RowReader(opened, request)
+    train = reader.read(data)
+    _tell(observer, train.notices)
+    measured = None if valid is None else reader.read(valid)
+    _tell(observer, () if measured is None else measured.notices)
+    rows = RunRows(train, [] if measured is None else measured.examples, fingerprint(valid))
     fit = Fitting(opened, rows.train.examples, rows.valid, request).fit()
-    require_flash(flash_of(opened, fit), opened, request.place)
     _tell(observer, fit.notes)
+    require_flash(flash_of(opened, fit), opened, request.place)
     return PlannedRun(opened, resolved.config, request, rows, fit)
 
 

@@ -245,6 +245,14 @@ def test_flags_override_what_a_former_spelling_in_the_file_means(tmp_path: Path)
     assert kettle(f"--config {file} --mode quiet") == Kettle(mode="auto", noise="low")
 
 
+@pytest.mark.parametrize(("flag", "config"), [("auto", Kettle()), ("slow", Kettle(mode="slow"))])
+def test_a_flag_overrides_a_former_choice_of_the_same_option(tmp_path: Path, flag: str, config: Kettle) -> None:
+    file = tmp_path / "kettle.toml"
+    file.write_text("mode = 'quiet'\n")
+    result, got = invoke(f"--config {file} --mode {flag}")
+    assert (result.exit_code, result.stderr, got[1]) == (0, "", config)
+
+
 def test_a_former_name_is_not_suggested() -> None:
     assert "did you mean '--noise'?" in refused("--noize low")
     assert "'--loudness'" not in refused("--loudnes low")

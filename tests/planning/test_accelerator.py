@@ -155,6 +155,13 @@ def test_an_accelerator_that_is_wanted_and_not_found_is_an_error(option: dict[st
             resolve(config, Place(profile))
 
 
+def test_why_the_cpu_computes_is_said_with_what_means_nothing_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.planning.accelerator._why_absent", lambda *given: "there is no NPU")
+    reason = r"(?s)there is no NPU; the CPU computes.*--buckets 4x64 means nothing without"
+    with pytest.raises(UsageError, match=reason):
+        resolve(TrainConfig(buckets="4x64"), Place(load_profile("intel-core-ultra")))
+
+
 def test_what_several_runtimes_lack_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgetune.planning.accelerator._why_absent", lambda *given: "there is no NPU")
     _, said = apply_profile(TrainConfig(), Place(load_profile("intel-core-ultra")))

@@ -228,6 +228,8 @@ def test_what_a_runtime_cannot_do_is_refused(manifest: BundleManifest) -> None:
     with runtimes(**{"openvino": LAYERED_ONLY, "onnxruntime": STOCK, "ort-training": FakeRuntime(exact=None)}):
         with pytest.raises(UsageError, match="--runtime openvino does not execute --precision int8"):
             request_of(TrainConfig(runtime="openvino", precision="int8"))
+        with pytest.raises(UsageError, match="--runtime ort-training does not execute --trunk"):
+            request_of(TrainConfig(runtime="ort-training", trunk=True))
         with pytest.raises(UsageError, match="--runtime ort-training does not execute --plan stream"):
             request_of(TrainConfig(runtime="ort-training", plan="stream"))
         assert chosen(manifest, TrainConfig(runtime="ort-training")) == ("ort-training", "fp32")

@@ -209,9 +209,12 @@ def test_flash_is_the_files_and_what_is_written(bundle: Bundle, tmp_path: Path) 
     small = board(tmp_path, "2GB")
     text = Path(small).read_text().replace("[runtime]", 'flash = { value = "10kB", source = "x" }\n\n[runtime]', 1)
     Path(small).write_text(text)
-    refused = run("plan", bundle.path, "--device", small, "--length", "16")
-    assert refused.exit_code == 6
-    assert "has 10.0 kB of flash, the run needs" in refused.output
+    rows = ("--data", GOLDEN / "text.jsonl", "--device", small)
+    for command in (("plan", bundle.path, *rows), ("train", bundle.path, *rows, "--output", tmp_path / "other")):
+        refused = run(*command)
+        assert refused.exit_code == 6, command
+        assert "has 10.0 kB of flash, the run needs" in refused.output
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_batch_that_does_not_fit_goes_through_in_parts(bundle: Bundle, tmp_path: Path) -> None:

@@ -452,3 +452,15 @@ def test_peak_memory_counts_a_running_child() -> None:
         thread.join()
     assert both is not None
     assert size < both - alone < size + (64 << 20)
+
+
+def test_what_is_said_of_the_rows_comes_before_what_is_wrong_with_the_others(
+    bundle: Bundle, data: Path, tmp_path: Path
+) -> None:
+    long = write_rows(tmp_path / "long.jsonl", [*some_rows(2), {"prompt": "a", "completion": "b " * (2 * MAX_LENGTH)}])
+    broken = tmp_path / "valid.jsonl"
+    broken.write_text('{"text": \n')
+    recorder = Recorder()
+    with pytest.raises(DataError):
+        train(bundle.path, long, tmp_path / "adapter", FAST, valid=broken, observer=recorder)
+    assert any("1 of 3 rows are longer" in notice for notice in recorder.notices)
