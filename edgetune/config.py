@@ -87,6 +87,12 @@ def _present(hint: Any) -> Any:
     return hint
 
 
+def is_a(value: object, hint: type) -> bool:
+    """Whether a value is of a field's type: a whole number is a number as well, and neither is True."""
+    accepted = (int, float) if hint is float else (hint,)
+    return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
+
+
 def check_config(config: Any) -> None:
     """Refuse values that cannot be meant; what the command line gives has been checked already, Python's has not.
 
@@ -122,9 +128,8 @@ def _expected(value: object, hint: Any, said: Option) -> str:
         now = said.former_values.get(str(value), {})
         written = "".join(f"; write {name}={meant!r}" for name, meant in now.items())
         return f"one of {', '.join(get_args(hint))}{written}"
-    accepted, kind = _ACCEPTED[hint]
-    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        return kind
+    if not is_a(value, hint):
+        return _KINDS[hint]
     if isinstance(value, int | float) and hint is not bool:
         # NaN compares as false.
         least, most = -math.inf if said.least is None else said.least, math.inf if said.most is None else said.most
@@ -133,14 +138,8 @@ def _expected(value: object, hint: Any, said: Option) -> str:
     return ""
 
 
-_ACCEPTED: dict[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "True or False"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a text"),
-    Path: ((Path,), "a Path"),
-}
-"""What each type of field takes, and how messages call it."""
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a Path"}
+"""How messages call what each type of field takes."""
 _MANY = 10**9
 _THREADS = Option("How many threads compute; without it, as many as this process may use.", least=1)
 _TRUNCATE = Option("Cut rows that are too long; without it they are left out and counted.")

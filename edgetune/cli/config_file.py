@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from edgetune.cli.values import fields_of, type_of
-from edgetune.config import Option, hints_of, option_of
+from edgetune.config import Option, hints_of, is_a, option_of
 from edgetune.errors import UsageError
 from edgetune.text.suggestion import did_you_mean
 from edgetune.text.toml_file import read_toml
@@ -66,17 +66,16 @@ def _typed(value: object, hint: Any, said: Option, place: str) -> Any:
         if value not in (*choices, *said.former_values):
             raise UsageError(f"{place} is {value!r:.60}, expected {' or '.join(repr(choice) for choice in choices)}")
         return value
-    accepted, name = _TYPES[hint]
-    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        raise UsageError(f"{place} is {value!r:.60}, expected {name}")
+    if not is_a(value, str if hint is Path else hint):
+        raise UsageError(f"{place} is {value!r:.60}, expected {_KINDS[hint]}")
     return hint(value)
 
 
-_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a text in quotes"),
-    Path: ((str,), "a path in quotes"),
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+    Path: "a path in quotes",
 }
-"""What TOML value each type of field takes, and how messages call it."""
+"""How messages call the TOML value that each type of field takes."""

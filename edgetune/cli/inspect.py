@@ -76,7 +76,7 @@ def _place(folder: Path, runtime: str, config: PlacementConfig, printing: Result
     from edgetune.runtimes.placement import placement_record
 
     accelerator = Accelerator(config.device_type, config.soc_model, config.require_npu)
-    place, facts = find_runtime(runtime).place, ACCELERATING[runtime]
+    found, facts = find_runtime(runtime), ACCELERATING[runtime]
     if not facts.takes(accelerator.device_type):
         devices = " or ".join(facts.device_types)
         raise UsageError(
@@ -88,9 +88,10 @@ def _place(folder: Path, runtime: str, config: PlacementConfig, printing: Result
             "compile for; leave it away, or use --placement qnn"
         )
     shapes = parse_buckets(config.buckets) if config.buckets is not None else None
-    find_runtime(runtime).abilities()
+    found.abilities()
     bundle = bundle_at(folder)
     _check_shapes(shapes or [], bundle.manifest.max_length)
+    place = found.place
     assert place is not None, "every runtime with an accelerator places"
     shapes = shapes or parse_buckets(f"1x{bundle.manifest.max_length}")
     plans = [WholePlan(accelerator=accelerator)]

@@ -86,13 +86,13 @@ def _with_runtime(profile: Profile, config: TrainConfig, runtime: str) -> TrainC
 
 def _why_absent(profile: Profile, config: TrainConfig, asked: TrainConfig) -> str:
     """Why the accelerator cannot be taken here; empty where it can."""
+    runtime = find_runtime(asked.runtime)
     try:
-        find_runtime(asked.runtime).abilities()
+        runtime.abilities()
     except MissingDependencyError as error:
         if config.runtime == asked.runtime:
             raise
         return str(error)
-    has_device = find_runtime(asked.runtime).has_device
-    if has_device is not None and not has_device(asked.device_type):
+    if runtime.has_device is not None and not runtime.has_device(asked.device_type):
         return f"OpenVINO finds no {asked.device_type} here ({profile.install.step})"
     return ""

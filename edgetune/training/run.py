@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -71,32 +72,26 @@ def train(
     data, output = Path(data), Path(output)
     valid = None if valid is None else Path(valid)
     observer = SilentObserver() if observer is None else observer
-    check_config(config)
+    check_config(config)  # before the device's name is looked up
     resolved = resolve(config, this_machine(config.device))
     _tell(observer, resolved.notes)
     run: PlannedRun | None = None
     state: RunState | None = None
-
-    def seal(folder: Path) -> None:
-        """Write what was learnt as an adapter."""
-        assert run is not None and state is not None
-        _seal(run, state, folder, valid, output)
-
     try:
-        with computing_with(config.threads), atomic_folder(output, replace=config.force, marker=MANIFEST) as partial:
+        with computing_with(config.threads), atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
             run = _plan(bundle, data, valid, resolved, observer)
             state = first_state(run)
             install(run.fit.choice.runtime, observer.on_notice)
-            reserve(partial, most_bytes(run.lora, run.fit.workload.schedule.total_steps), output)
-            learn(run, state, partial, observer)
-            seal(partial)
+            reserve(folder, most_bytes(run.lora, run.fit.workload.schedule.total_steps), output)
+            learn(run, state, folder, observer)
+            _seal(run, state, valid, output, folder)
             state.look_at_memory()
     except VerificationError:
         raise
     except (EdgetuneError, OSError) as error:
-        if state is None or state.learnt is None:
+        if run is None or state is None or state.learnt is None:
             raise
-        raise save_elsewhere(output, error, seal) from error
+        raise save_elsewhere(output, error, partial(_seal, run, state, valid, output)) from error
     if state.stopped:
         raise EdgetuneError(f"{state.stopped}; {output} holds the adapter after step {state.steps}; {REMEDY}")
     losses = state.validation_losses
@@ -130,7 +125,8 @@ def _plan(
     return PlannedRun(opened, resolved.config, request, rows, fit)
 
 
-def _seal(run: PlannedRun, state: RunState, folder: Path, valid: Path | None, output: Path) -> None:
+def _seal(run: PlannedRun, state: RunState, valid: Path | None, output: Path, folder: Path) -> None:
+    """Write what was learnt as an adapter into a folder; `output` is where it was to go from the start."""
     if state.learnt is None:
         raise ValueError("nothing was learnt yet")
     provenance = provenance_of(run, state)

@@ -18,9 +18,9 @@ import pytest
 from click.testing import CliRunner
 
 from edgetune.cli import main
-from edgetune.config import Base, RuntimeName, SplitConfig
+from edgetune.config import Base, RuntimeName
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
-from edgetune.formats.bundle import Bundle, load_bundle
+from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import LinearRange, TrunkInfo, read_trunk_info
 from edgetune.runtimes.fpga_hls import core as core_module
@@ -34,12 +34,11 @@ from edgetune.runtimes.fpga_hls.resources import KV260, CoreSize, estimate, shar
 from edgetune.runtimes.layered.lower_layers import Trunk
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
-from edgetune.split import split
 from edgetune.training import train
 from support.oracle import relative
 from support.prepared_bundles import Prepared, each_bundle
 from support.random_rows import lengths_of, rows_of
-from support.split_runs import ROWS, WHOLE, FloatLayers, options_of
+from support.split_runs import WHOLE, FloatLayers, options_of, split_in_the_middle, write_split_rows
 from support.tiny_step import OPTIMIZER, adapter_of, batch_of
 
 installed = pytest.mark.skipif(
@@ -50,16 +49,12 @@ compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not in
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
-    return path
+    return write_split_rows(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")
 def halves(prepared: Prepared, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    output = tmp_path_factory.mktemp("split") / "bundle"
-    split(prepared("multi-head", "int4").path, data, output, SplitConfig(length=48))
-    return load_bundle(output)
+    return split_in_the_middle(prepared("multi-head", "int4"), data, tmp_path_factory.mktemp("split") / "bundle")
 
 
 @pytest.mark.parametrize(

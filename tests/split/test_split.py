@@ -23,7 +23,7 @@ from edgetune.config import Base, SplitConfig
 from edgetune.errors import DataError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.evaluation import evaluate
 from edgetune.formats.adapter import read_adapter
-from edgetune.formats.bundle import Bundle, load_bundle
+from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import GRAPH, INDEX, read_trunk_info
 from edgetune.model.lora import Parameters
@@ -49,7 +49,7 @@ from support.bundle_copy import opened_copy
 from support.oracle import relative
 from support.prepared_bundles import Prepared, each_bundle
 from support.random_rows import lengths_of, rows_of
-from support.split_runs import ROWS, WHOLE, FloatLayers, options_of
+from support.split_runs import WHOLE, FloatLayers, options_of, split_in_the_middle, write_split_rows
 from support.tiny_phi3 import checkpoint
 from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
@@ -64,17 +64,13 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
-    return path
+    return write_split_rows(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")
 def halves(prepared: Prepared, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle of two layers, split in the middle."""
-    output = tmp_path_factory.mktemp("split") / "bundle"
-    split(prepared("multi-head", "int4").path, data, output, SplitConfig(length=48))
-    return load_bundle(output)
+    return split_in_the_middle(prepared("multi-head", "int4"), data, tmp_path_factory.mktemp("split") / "bundle")
 
 
 def session_above(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgetune.config import TrainConfig
+from edgetune.config import SplitConfig, TrainConfig
 from edgetune.formats.bundle import Bundle
 from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.onnx_session import open_graph
+from edgetune.split import split
 from edgetune.split.graph import build_trunk
 
 Floats = NDArray[np.float32]
@@ -26,6 +29,18 @@ ROWS = [
 
 def options_of(**options: Any) -> TrainConfig:
     return replace(TrainConfig(), runtime="onnxruntime", learning_rate=1e-2, **options)
+
+
+def write_split_rows(folder: Path) -> Path:
+    """`ROWS` as a file."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    return path
+
+
+def split_in_the_middle(whole: Bundle, data: Path, output: Path) -> Bundle:
+    """A bundle of two layers with a trunk of one."""
+    return split(whole, data, output, SplitConfig(length=48))
 
 
 class FloatLayers:

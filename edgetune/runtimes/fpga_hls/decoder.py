@@ -136,8 +136,8 @@ class AdaptedLayers:
         self.layers, self.placement = decoder.layers, decoder.placement
         self._parameters, self._scaling = parameters, scaling
         self.sublayers: tuple[SublayerForward, SublayerForward] = (
-            _Attention(decoder, self._update),
-            _Mlp(decoder, self._update),
+            _Sublayer(lambda layer, tables, hidden: decoder.attention(layer, hidden, **tables, update=self._update)),
+            _Sublayer(lambda layer, _, hidden: decoder.mlp(layer, hidden, self._update)),
         )
 
     def _update(self, module: str, states: Floats) -> Floats | float:
@@ -151,27 +151,15 @@ class AdaptedLayers:
 
 
 @dataclass(frozen=True)
-class _Attention:
-    decoder: DecoderLayers
-    update: Update
+class _Sublayer:
+    compute: Callable[[int, Arrays, Floats], Floats]
+    """Layer, tables and hidden states → hidden states after the sublayer."""
 
     def forward(
         self, layer: int, tables: Arrays, hidden: NDArray[Any], output: NDArray[Any], kept_under: str | None
     ) -> None:
         """See `SublayerForward`; nothing is kept."""
-        output[...] = self.decoder.attention(layer, hidden, **tables, update=self.update)
-
-
-@dataclass(frozen=True)
-class _Mlp:
-    decoder: DecoderLayers
-    update: Update
-
-    def forward(
-        self, layer: int, tables: Arrays, hidden: NDArray[Any], output: NDArray[Any], kept_under: str | None
-    ) -> None:
-        """See `SublayerForward`; nothing is kept."""
-        output[...] = self.decoder.mlp(layer, hidden, self.update)
+        output[...] = self.compute(layer, tables, hidden)
 
 
 def _epsilon(path: Path) -> np.float32:
