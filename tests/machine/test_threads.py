@@ -148,8 +148,8 @@ def test_evaluating(wide: Bundle, many_rows: Path) -> None:
 
 @several
 def test_answering(wide: Bundle) -> None:
-    # A prompt that takes much longer than the start, at which numpy's threads are awake for a moment.
-    one, two = shares("generate", wide.path, "--prompt", "lamp " * 1900, "--max-new-tokens", 100)
+    # The answer takes much longer than the start, at which numpy's threads are awake for a moment.
+    one, two = shares("generate", wide.path, "--prompt", "lamp " * 1900, "--max-new-tokens", 1500)
     assert one < ALONE
     assert two > TOGETHER
 
