@@ -16,6 +16,7 @@ from edgetune.errors import UsageError
 
 Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "int8", "fp16", "fp32"]
+Quantiser = Literal["least-squares", "nearest"]
 MergedPrecision = Literal["int4", "fp32"]
 RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn", "openvino-ep", "fpga-hls"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream"]
@@ -176,6 +177,8 @@ class PrepareConfig:
     targets: Targets = option("all-linear", Option("Which projections can be trained."))
     base: Base = option("int4", Option("How the frozen weights are stored."))
     """The model that is trained on is the one that answers."""
+    quantiser: Quantiser = option("least-squares", Option("How weights are rounded for --base int4."))
+    """The scale of a block is the one of least squared error, or puts its largest weight on the lowest point."""
     npu: NpuKind = option(
         "none", Option("Add the step with int8 frozen weights, for `train --runtime qnn --precision int8`.")
     )

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from edgetune.config import MergedPrecision
 from edgetune.errors import IncompatibleError
 from edgetune.exporting.projections import Product, products_of
-from edgetune.exporting.quantise import generator_of, on_grid, scales_of
-from edgetune.formats.genai import ACCURACY_LEVEL, HALF, MODEL, QUANTISED, WEIGHTS, weight_name
+from edgetune.exporting.quantise import generator_of, on_grid
+from edgetune.formats.genai import BLOCKS_DOMAIN, HALF, MODEL, QUANTISED, WEIGHTS, block_attributes, weight_name
 from edgetune.model.blocks import BITS, BLOCK_SIZE, Block, dequantised
 from edgetune.model.lora import Lora, Parameters
+from edgetune.model.rounding import least_squares_scales
 
 if TYPE_CHECKING:
     import onnx
@@ -128,8 +129,8 @@ def _write_int4(
     scales = np.empty((outputs, blocks), np.float32)
     stored, scales_name = name + QUANTISED[_INT4], f"{name}_scales"
     if weight.bits != _INT4:
-        node.op_type, node.domain, node.name = "MatMulNBits", "com.microsoft", weight_name(node.name) + QUANTISED[_INT4]
-        sizes = {"K": inputs, "N": outputs, "bits": _INT4, "block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL}
+        node.op_type, node.domain, node.name = "MatMulNBits", BLOCKS_DOMAIN, weight_name(node.name) + QUANTISED[_INT4]
+        sizes = block_attributes(outputs, inputs, _INT4)
         del node.attribute[:]
         node.attribute.extend(helper.make_attribute(key, value) for key, value in sizes.items())
     _take(node, stored, scales_name)
@@ -157,7 +158,7 @@ def _rounded(
             yield piece.values
             continue
         values = np.ascontiguousarray(dequantised(piece) if piece.bits else piece.values, dtype=np.float32)
-        base = piece.scales if piece.scales is not None and piece.bits == _INT4 else scales_of(values)
+        base = piece.scales if piece.scales is not None and piece.bits == _INT4 else least_squares_scales(values)
         a, b = update or (np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32))
         draws = generator.random(values.shape, dtype=np.float32)
         packed, scales[start : start + rows] = on_grid(values, base, b[start : start + rows] @ a, draws)

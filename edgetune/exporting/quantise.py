@@ -15,14 +15,19 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune.model.blocks import BITS, BLOCK_SIZE
+from edgetune.model.blocks import BLOCK_SIZE
+from edgetune.model.rounding import (
+    Weights,
+    in_blocks,
+    in_steps,
+    least_squares_scales,
+    lowest_point,
+    nearest_points,
+    packed_points,
+    rounded,
+)
 
-Weights = NDArray[np.float32]
-
-_BITS = BITS["int4"]
-_ZERO_POINT = 1 << (_BITS - 1)
-_LOWEST, _HIGHEST = -_ZERO_POINT, _ZERO_POINT - 1
-"""Points of the grid, in steps."""
+_LOWEST = lowest_point(4)
 _SEED = 0
 """The same bundle and adapter give the same model."""
 _ON_GRID = 1 / 32
@@ -38,19 +43,6 @@ def generator_of(name: str) -> np.random.Generator:
         name: Of the layer's weight.
     """
     return np.random.default_rng([_SEED, zlib.crc32(name.encode())])
-
-
-def scales_of(weights: Weights) -> Weights:
-    """Scales (rows, in / 32) with which the largest weight of each block lies on the grid's lowest point.
-
-    This is what GenAI's builder does for an int4 base.
-
-    Args:
-        weights: Of shape (rows, in).
-    """
-    blocks = _blocks(weights)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
-    return largest[..., 0] / np.float32(_LOWEST)
 
 
 def on_grid(weights: Weights, scales: Weights, update: Weights, draws: Weights) -> tuple[NDArray[np.uint8], Weights]:
@@ -69,37 +61,21 @@ def on_grid(weights: Weights, scales: Weights, update: Weights, draws: Weights) 
     Returns:
         The weights (rows, in / 2), two a byte and the low nibble first, and their scales (rows, in / 32).
     """
-    base, change = _in_steps(_blocks(weights), scales), _in_steps(_blocks(update), scales)
-    nearest = _rounded(base)
-    points = _clipped(nearest + np.floor(change + _blocks(draws)))
+    base, change = in_steps(in_blocks(weights), scales), in_steps(in_blocks(update), scales)
+    nearest = rounded(base)
+    points = _clipped(nearest + np.floor(change + in_blocks(draws)))
     anew = np.abs(base - nearest).max(axis=-1) > _ON_GRID
     anew |= np.square(base + change - _clipped(base + change)).sum(axis=-1) > _MOST_CLIPPED
     # Where a scale is zero, so is the base, and its update has no step to be counted in.
-    anew |= (scales == 0) & _blocks(update).any(axis=-1)
+    anew |= (scales == 0) & in_blocks(update).any(axis=-1)
     if anew.any():
-        total = (_blocks(weights) + _blocks(update))[anew]
+        total = (in_blocks(weights) + in_blocks(update))[anew]
+        found = least_squares_scales(total)
         scales = scales.copy()
-        scales[anew] = scales_of(total)[:, 0]
-        points[anew] = _clipped(_rounded(_in_steps(total[:, None], scales[anew][:, None])))[:, 0]
-    stored = (points.reshape(weights.shape) + _ZERO_POINT).astype(np.uint8)
-    return stored[:, 0::2] | stored[:, 1::2] << np.uint8(_BITS), scales
-
-
-def _blocks(weights: Weights) -> Weights:
-    """Of shape (rows, in / 32, 32)."""
-    return weights.reshape(len(weights), -1, BLOCK_SIZE)
-
-
-def _in_steps(blocks: Weights, scales: Weights) -> Weights:
-    """Of shape (rows, in / 32, 32); zero where the scale is."""
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    return blocks * inverse[..., None]
-
-
-def _rounded(steps: Weights) -> Weights:
-    """To whole steps; what lies between two goes away from zero, as in the builder's quantiser."""
-    return np.copysign(np.floor(np.abs(steps) + np.float32(0.5)), steps)
+        scales[anew] = found[:, 0]
+        points[anew] = nearest_points(total, found)
+    return packed_points(points.reshape(weights.shape)), scales
 
 
 def _clipped(steps: Weights) -> Weights:
-    return np.clip(steps, _LOWEST, _HIGHEST)
+    return np.clip(steps, _LOWEST, -1 - _LOWEST)

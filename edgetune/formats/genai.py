@@ -13,6 +13,7 @@ from edgetune.formats.bundle import Bundle, is_there, load_bundle, load_manifest
 from edgetune.formats.json_file import read_object
 from edgetune.formats.manifest import BundleManifest, ModelManifest, RowEncoding
 from edgetune.formats.storage import recover
+from edgetune.model.blocks import BLOCK_SIZE
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
@@ -21,6 +22,8 @@ MANIFEST = "edgetune.json"
 
 QUANTISED = {4: "_Q4", 8: "_Q8"}
 """What the builder adds to the name of a weight that it puts into blocks, by their bits."""
+BLOCKS_DOMAIN = "com.microsoft"
+"""Domain of `MatMulNBits`, an operator of ONNX Runtime's own."""
 HALF = ".half"
 """What the name of a weight that is stored in fp16 has at its end; a `Cast` gives the weight itself."""
 ACCURACY_LEVEL = 1
@@ -50,6 +53,11 @@ _KNOWN_KEYS = {
 }  # fmt: skip
 """All that edgetune writes into `genai_config.json`. GenAI knows more, some of it loads libraries."""
 _MAKE_ANEW = "make the folder anew"
+
+
+def block_attributes(outputs: int, inputs: int, bits: int) -> dict[str, int]:
+    """The attributes of the `MatMulNBits` that multiplies with a weight (outputs, inputs) in blocks."""
+    return {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL}
 
 
 def weight_name(stored: str) -> str:

@@ -103,7 +103,8 @@ class BundleManifest:
     gradient_coverage: dict[str, int]
     """Operators between the LoRA parameters and the loss, and how often each occurs; all have a gradient."""
     provenance: dict[str, str]
-    """Tool versions that made the bundle, and the `revision` of a checkpoint that lay in the hub's cache."""
+    """Tool versions that made the bundle, the `revision` of a checkpoint that lay in the hub's cache, and the
+    `quantiser` of an int4 base."""
     files: list[File]
     manifest_sha256: str = ""
     """SHA-256 of this manifest written with an empty value here."""

@@ -2,7 +2,7 @@
 
 As it is, the builder loads the whole model in fp32, casts it into tensors that it keeps, and for int4 serialises all of
 it once more before the quantiser starts: about nine bytes a parameter. Three of its methods are exchanged, as Olive
-exchanges others; every node and every number is still made by the builder and its quantiser.
+exchanges others. What they make is the builder's, but for the integers and scales of weights in blocks.
 """
 
 from __future__ import annotations
@@ -13,26 +13,41 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune.config import Base
-from edgetune.formats.genai import HALF
-from edgetune.model.blocks import BITS
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.config import Base, Quantiser
+from edgetune.formats.genai import BLOCKS_DOMAIN, HALF, QUANTISED, block_attributes
+from edgetune.model.blocks import BITS, BLOCK_SIZE
+from edgetune.model.rounding import (
+    Weights,
+    largest_value_scales,
+    least_squares_scales,
+    nearest_points,
+    packed_points,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+_PIECE = 1 << 20
+"""Weights that are rounded at once, roughly; a handful of arrays of this size are in memory."""
+
 
 @contextmanager
-def lean_builder(base: Base) -> Iterator[None]:
-    """Within, the builder maps, casts and quantises weight by weight. Every tensor is the same to the byte.
+def lean_builder(base: Base, quantiser: Quantiser) -> Iterator[None]:
+    """Within, the builder maps, casts and quantises weight by weight.
 
     Args:
         base: What becomes of linear layers where the builder would make them int4: that, int8, or fp16.
+        quantiser: How an int4 base is rounded: `nearest` as by the builder's own quantiser, to the byte, and otherwise
+            by scales of least squared error. An int8 base is rounded as by the builder's.
     """
     model = import_module("onnxruntime_genai.models.builder").Model
     lean = {
         "load_weights": _map_weights,
         "make_initializer": _cast_once(model.make_initializer),
-        "to_int4": _halve if base == "fp16" else _quantise_one_by_one(model.to_int4, BITS.get(base)),
+        "to_int4": _halve if base == "fp16" else _put_into_blocks(base, quantiser),
     }
     original = {name: getattr(model, name) for name in lean}
     for name, method in lean.items():
@@ -87,29 +102,48 @@ def _cast_once(make_initializer: Callable[..., None]) -> Callable[..., None]:
     return make
 
 
-def _quantise_one_by_one(to_int4: Callable[[Any], ir.Model], bits: int | None) -> Callable[[Any], ir.Model]:
-    """Let the builder quantise one `MatMul` after the other, each as a model of its own."""
+def _put_into_blocks(base: Base, quantiser: Quantiser) -> Callable[[Any], ir.Model]:
+    """Turn one `MatMul` after the other into the `MatMulNBits` that the builder's quantiser makes of it."""
+    bits = BITS.get(base, 0)
+    least_squares = base == "int4" and quantiser != "nearest"
 
-    def quantise(builder: Any) -> ir.Model:
-        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig
+    def put(builder: Any) -> ir.Model:
+        import onnx_ir as ir
 
         whole: ir.Model = builder.model
-        options = builder.quant_attrs["int4"]
-        options["algo_config"] = DefaultWeightOnlyQuantConfig(
-            block_size=options["qdq_block_size"],
-            is_symmetric=options["is_symmetric"],
-            accuracy_level=options["accuracy_level"],
-            bits=bits,
-        )
-        for node, activation, weight in _products(whole.graph):
-            builder.model = _model_of(node, activation, weight, whole)
-            (quantised,) = to_int4(builder).graph
-            _become(node, quantised, whole.graph)
-            del whole.graph.initializers[str(weight.name)]
-        builder.model = whole
+        whole.graph.opset_imports[BLOCKS_DOMAIN] = 1
+        for node, weight in list(_products(whole.graph)):
+            name = str(weight.name)
+            values = _values(weight).T  # (out, in), as the checkpoint has it
+            del whole.graph.initializers[name]
+            packed, scales = _rounded(values, bits, least_squares=least_squares)
+            stored = [
+                ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+                for tensor in (ir.Tensor(packed, name=name + QUANTISED[bits]), ir.Tensor(scales, name=f"{name}_scales"))
+            ]
+            node.op_type, node.domain, node.name = "MatMulNBits", BLOCKS_DOMAIN, f"{node.name}{QUANTISED[bits]}"
+            sizes = block_attributes(*values.shape, bits)
+            node.attributes.update({key: ir.AttrInt64(key, value) for key, value in sizes.items()})
+            node.resize_inputs(1 + len(stored))
+            for place, value in enumerate(stored, 1):
+                whole.graph.register_initializer(value)
+                node.replace_input_with(place, value)
         return whole
 
-    return quantise
+    return put
+
+
+def _rounded(values: Weights, bits: int, *, least_squares: bool) -> tuple[NDArray[np.uint8], Weights]:
+    """A weight (out, in) in blocks: integers (out, in / 32, bytes of a block) and scales (out, in / 32)."""
+    outputs, inputs = values.shape
+    packed = np.empty((outputs, inputs * bits // 8), np.uint8)
+    scales = np.empty((outputs, inputs // BLOCK_SIZE), np.float32)
+    rows = max(1, _PIECE // inputs)
+    for start in range(0, outputs, rows):
+        piece, span = np.ascontiguousarray(values[start : start + rows]), slice(start, start + rows)
+        scales[span] = least_squares_scales(piece) if least_squares else largest_value_scales(piece, bits)
+        packed[span] = packed_points(nearest_points(piece, scales[span], bits), bits)
+    return packed.reshape(*scales.shape, -1), scales
 
 
 def _halve(builder: Any) -> ir.Model:
@@ -117,7 +151,7 @@ def _halve(builder: Any) -> ir.Model:
     import onnx_ir as ir
 
     whole: ir.Model = builder.model
-    for node, _, weight in list(_products(whole.graph)):
+    for node, weight in list(_products(whole.graph)):
         name = str(weight.name)
         del whole.graph.initializers[name]
         half = ir.Value(name=name + HALF, type=ir.TensorType(ir.DataType.FLOAT16), shape=weight.shape)
@@ -132,13 +166,10 @@ def _halve(builder: Any) -> ir.Model:
 
 def _as_half(weight: ir.Value, name: str) -> ir.LazyTensor:
     """The weight in fp16, made when it is written."""
-    import numpy as np
     import onnx_ir as ir
 
     def half() -> ir.Tensor[Any]:
-        tensor = weight.const_value
-        assert tensor is not None  # for mypy: it is an initializer
-        values = tensor.numpy().astype(np.float16)
+        values = _values(weight).astype(np.float16)
         if not np.isfinite(values).all():
             raise ValueError(f"{weight.name} has numbers that fp16 cannot hold; use --base fp32 or int8")
         return ir.Tensor(values, name=name)
@@ -147,39 +178,16 @@ def _as_half(weight: ir.Value, name: str) -> ir.LazyTensor:
     return ir.LazyTensor(half, dtype=ir.DataType.FLOAT16, shape=shape, name=name)
 
 
-def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, ir.Value]]:
-    """Every `MatMul` with a weight: node, activation, weight."""
+def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Every `MatMul` with a weight, and the weight."""
     for node in graph:
-        activation, weight = node.inputs[:2] if node.op_type == "MatMul" else (None, None)
-        if activation is not None and weight is not None and weight.is_initializer():
-            yield node, activation, weight
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is not None and weight.is_initializer():
+            yield node, weight
 
 
-def _model_of(node: ir.Node, activation: ir.Value, weight: ir.Value, whole: ir.Model) -> ir.Model:
-    """The product alone."""
-    import onnx_ir as ir
-
-    source, output = ir.Value(name=activation.name), ir.Value(name=node.outputs[0].name)
-    copy = ir.Value(name=weight.name, type=weight.type, shape=weight.shape, const_value=weight.const_value)
-    alone = ir.Node("", "MatMul", [source, copy], outputs=[output], name=node.name)
-    opsets = dict(whole.graph.opset_imports)
-    graph = ir.Graph([source], [output], nodes=[alone], initializers=[copy], opset_imports=opsets)
-    return ir.Model(graph, ir_version=whole.ir_version)
-
-
-def _become(node: ir.Node, quantised: ir.Node, graph: ir.Graph) -> None:
-    """Turn the product into what the quantiser made of it."""
-    import onnx_ir as ir
-
-    node.op_type, node.domain, node.name = quantised.op_type, quantised.domain, quantised.name
-    node.attributes.update(quantised.attributes)
-    node.resize_inputs(len(quantised.inputs))
-    for index, value in enumerate(quantised.inputs):
-        if value is None or value.const_value is None:
-            continue
-        # A copy, and let go: the quantiser's own tensor keeps its whole model alive, the weight in fp32 included.
-        tensor = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
-        value.const_value = None
-        stored = ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=tensor)
-        graph.register_initializer(stored)
-        node.replace_input_with(index, stored)
+def _values(weight: ir.Value) -> Weights:
+    """The numbers of a weight in fp32, (in, out)."""
+    tensor = weight.const_value
+    assert tensor is not None  # for mypy: it is an initializer
+    return tensor.numpy()

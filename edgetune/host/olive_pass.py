@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 
-from edgetune.config import Base
+from edgetune.config import Base, PrepareConfig, Quantiser
 from edgetune.errors import EdgetuneError, MissingDependencyError, ResourceError
 from edgetune.host.lean_builder import lean_builder
 from edgetune.machine.exhaustion import ADVICE, lack_of_process
@@ -33,7 +33,12 @@ _SHOWN_LINES = 5
 
 
 def run_olive_pass(
-    name: str, config: Mapping[str, object], source: Path, output: Path, base: Base | None = None
+    name: str,
+    config: Mapping[str, object],
+    source: Path,
+    output: Path,
+    base: Base = PrepareConfig.base,
+    quantiser: Quantiser = PrepareConfig.quantiser,
 ) -> None:
     """Run a pass; what it prints is shown only when it fails.
 
@@ -43,6 +48,7 @@ def run_olive_pass(
         source: A Hugging Face folder.
         output: Folder for the result; its parent must exist and lends a scratch folder.
         base: How linear layers are to be stored.
+        quantiser: How those of an int4 base are rounded.
 
     Raises:
         MissingDependencyError: Olive is not installed.
@@ -59,6 +65,7 @@ def run_olive_pass(
             "source": str(source.absolute()),
             "output": str(output.absolute()),
             "base": base,
+            "quantiser": quantiser,
         }
         paths = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {**os.environ, **_ENVIRONMENT, "HF_HUB_CACHE": str(scratch), "PYTHONPATH": paths}
@@ -94,7 +101,7 @@ def _serve(request: str) -> None:
     cpu = AcceleratorSpec(Device.CPU, ExecutionProvider.CPUExecutionProvider)
     kind = OlivePackageConfig.load_default_config().import_pass_module(asked["name"])
     olive_pass = create_pass_from_dict(kind, asked["config"], disable_search=True, accelerator_spec=cpu)
-    with lean_builder(asked["base"]):
+    with lean_builder(asked["base"], asked["quantiser"]):
         olive_pass.run(HfModelHandler(asked["source"]), asked["output"])
 
 

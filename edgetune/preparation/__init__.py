@@ -123,7 +123,7 @@ def _int8_bytes(architecture: Architecture, config: PrepareConfig) -> int:
 def _build_inference_model(source: Checkpoint, view: Path, folder: Path, config: PrepareConfig) -> None:
     from edgetune.preparation.genai_model import build_genai_model
 
-    build_genai_model(view, folder, config.base)
+    build_genai_model(view, folder, config.base, config.quantiser)
     copy_chat_template(source, folder)
 
 
@@ -259,6 +259,7 @@ def _manifest(
     from edgetune.preparation.graphs.evaluation import describe_graph
 
     revision = {"revision": source.revision} if source.revision else {}
+    quantiser = {"quantiser": config.quantiser} if config.base == "int4" else {}
     roles = ("step", "loss", "adamw", "training_model", "eval_model", "optimizer_model", "model", *more)
     graphs = [Graph(role, f"{role}.onnx", *describe_graph(folder / f"{role}.onnx")) for role in roles]
     return BundleManifest(
@@ -271,7 +272,7 @@ def _manifest(
         max_length=config.max_length,
         graphs=graphs,
         gradient_coverage=coverage,
-        provenance={"edgetune": __version__, **versions, **revision},
+        provenance={"edgetune": __version__, **versions, **revision, **quantiser},
         files=list_files(folder, without=MANIFEST),
     )
 

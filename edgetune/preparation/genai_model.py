@@ -6,22 +6,23 @@ import json
 import tempfile
 from pathlib import Path
 
-from edgetune.config import Base
+from edgetune.config import Base, Quantiser
 from edgetune.formats.genai import ACCURACY_LEVEL, CONFIG, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.host.olive_pass import run_olive_pass
 from edgetune.model.blocks import BLOCK_SIZE
 
 
-def build_genai_model(checkpoint: Path, output: Path, base: Base) -> None:
+def build_genai_model(checkpoint: Path, output: Path, base: Base, quantiser: Quantiser) -> None:
     """Write the GenAI folder of a checkpoint.
 
-    An int4 or int8 base has all linear layers and the head rounded to nearest, symmetrically, in blocks of 32; an fp16
-    base has them in fp16, and casts them. Embedding and norms stay fp32. The weights lie in `model.onnx.data`.
+    An int4 or int8 base has all linear layers and the head rounded symmetrically, in blocks of 32; an fp16 base has
+    them in fp16, and casts them. Embedding and norms stay fp32. The weights lie in `model.onnx.data`.
 
     Args:
         checkpoint: A verified Phi-3 folder with safetensors and a tokenizer.
         output: Folder to write into; made when it is not there.
         base: How the frozen weights are stored.
+        quantiser: How those of an int4 base are rounded.
 
     Raises:
         EdgetuneError: Olive failed; the message holds the end of what it printed.
@@ -39,7 +40,7 @@ def build_genai_model(checkpoint: Path, output: Path, base: Base) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".genai-", dir=output) as scratch:
         built = Path(scratch) / "model"
-        run_olive_pass("ModelBuilder", config, checkpoint, built, base)
+        run_olive_pass("ModelBuilder", config, checkpoint, built, base, quantiser)
         for name in (MODEL, WEIGHTS, *SIDE_FILES):
             if (built / name).exists():
                 (built / name).replace(output / name)

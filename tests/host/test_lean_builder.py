@@ -41,9 +41,9 @@ def canonical(path: Path) -> bytes:
 @pytest.mark.parametrize("base", ["int4", "fp32"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_byte_is_the_builders(variant: str, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    lean = genai_model(variant, base)
-    monkeypatch.setattr(olive_pass, "lean_builder", nullcontext)
-    plain = genai_model.__wrapped__(variant, base)  # past the cache
+    lean = genai_model(variant, base, "nearest")
+    monkeypatch.setattr(olive_pass, "lean_builder", lambda *_: nullcontext())
+    plain = genai_model.__wrapped__(variant, base, "nearest")  # past the cache
     assert plain != lean
     files = sorted(path.name for path in plain.iterdir())
     assert {"model.onnx", "model.onnx.data", "genai_config.json"} <= set(files)
@@ -66,7 +66,8 @@ def test_memory_is_far_less_than_the_model_in_fp32(base: Base, tmp_path: Path) -
     make_checkpoint(tmp_path / "checkpoint", WIDE)
     precision = "fp32" if base == "fp32" else "int4"
     config = {"precision": precision, "extra_options": {"hf_remote": False, "hf_token": "false"}}
-    request = {"name": "ModelBuilder", "config": config, "source": str(tmp_path / "checkpoint"), "base": base}
+    request = {"name": "ModelBuilder", "config": config, "source": str(tmp_path / "checkpoint")}
+    request |= {"base": base, "quantiser": "least-squares"}
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, json.dumps(request | {"output": str(tmp_path / "model")})],
         capture_output=True,

@@ -51,7 +51,7 @@ def test_fp32_weights_are_the_checkpoints(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_int4_is_the_nearest_of_sixteen_steps(variant: str) -> None:
-    exact, rounded = weights(genai_model(variant, "fp32")), weights(genai_model(variant, "int4"))
+    exact, rounded = weights(genai_model(variant, "fp32")), weights(genai_model(variant, "int4", "nearest"))
     assert exact.keys() == rounded.keys() and len(exact) == 11
     for name, values in exact.items():
         blocks = values.reshape(values.shape[0], -1, 32)
@@ -59,6 +59,23 @@ def test_int4_is_the_nearest_of_sixteen_steps(variant: str) -> None:
         error = np.abs(blocks - rounded[name].reshape(blocks.shape))
         # Half a step, but for values next to the end of the side that has only seven steps.
         assert (error <= 1.001 * step).all() and np.mean(error <= 0.501 * step) > 0.95, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_int4_has_the_least_squared_error_of_eleven_scales(variant: str) -> None:
+    exact, nearest = weights(genai_model(variant, "fp32")), weights(genai_model(variant, "int4", "nearest"))
+    rounded = weights(genai_model(variant, "int4"))
+    for name, values in exact.items():
+        blocks = values.reshape(values.shape[0], -1, 32).astype(np.float64)
+        largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+        least = np.full(blocks.shape[:2], np.inf)
+        for steps in np.arange(6, 8.75, 0.25):
+            scale = np.where(largest == 0, 1, largest / -steps)
+            tried = np.clip(np.rint(blocks / scale), -8, 7) * scale
+            least = np.minimum(least, np.square(tried - blocks).sum(-1))
+        own, before = (np.square(found[name].reshape(blocks.shape) - blocks).sum(-1) for found in (rounded, nearest))
+        assert own == pytest.approx(least, rel=1e-3, abs=1e-9), name
+        assert own.sum() < 0.87 * before.sum(), name
 
 
 @pytest.mark.parametrize(("base", "steps"), [("int8", 128), ("fp16", 2048)])
@@ -89,7 +106,7 @@ def test_int4_computes_in_fp32() -> None:
 
 def test_build_is_quiet_complete_and_names_no_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "bundle"
-    build_genai_model(checkpoint("partial"), output, "int4")
+    build_genai_model(checkpoint("partial"), output, "int4", "least-squares")
     assert capfd.readouterr() == ("", "")
     assert {path.name for path in output.iterdir()} == FILES
     for path in output.iterdir():
@@ -108,7 +125,7 @@ def test_failure_says_what_olive_said(tmp_path: Path) -> None:
     for path in broken.glob("*token*"):
         path.unlink()
     with pytest.raises(EdgetuneError, match=r"(?s)Olive's ModelBuilder failed \(exit 1\).*Error") as caught:
-        build_genai_model(broken, tmp_path / "bundle", "fp32")
+        build_genai_model(broken, tmp_path / "bundle", "fp32", "least-squares")
     assert "Traceback" not in str(caught.value)
     assert list((tmp_path / "bundle").iterdir()) == []
 
@@ -124,6 +141,6 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
         "AutoModelForCausalLM": "configuration_evil.EvilModel",
     }
     (hostile / "config.json").write_text(json.dumps(config))
-    build_genai_model(hostile, tmp_path / "bundle", "fp32")
+    build_genai_model(hostile, tmp_path / "bundle", "fp32", "least-squares")
     assert not mark.exists()
     assert not list((tmp_path / "bundle").glob("*.py"))

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import pytest
 
-from edgetune.config import Base, PrepareConfig
+from edgetune.config import Base, PrepareConfig, Quantiser
 from edgetune.formats.bundle import Bundle
 from edgetune.model import pieces
 from support.tiny_phi3 import VARIANTS, checkpoint, silent
@@ -61,14 +61,16 @@ def prepare_in_pieces(variant: str, folder: Path) -> Bundle:
         return prepare_tiny(variant, folder, CONFIG)
 
 
-def _run_olive_here(name: str, config: Mapping[str, object], source: Path, output: Path, base: Base) -> None:
+def _run_olive_here(
+    name: str, config: Mapping[str, object], source: Path, output: Path, base: Base, quantiser: Quantiser
+) -> None:
     from edgetune.host import olive_pass
 
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     try:
-        places = {"source": str(source), "output": str(output)}
-        olive_pass._serve(json.dumps({"name": name, "config": dict(config), **places, "base": base}))
+        stored = {"source": str(source), "output": str(output), "base": base, "quantiser": quantiser}
+        olive_pass._serve(json.dumps({"name": name, "config": dict(config), **stored}))
     finally:
         root.setLevel(level)
         root.handlers[:] = handlers

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgetune.config import Base
+from edgetune.config import Base, PrepareConfig, Quantiser
 from edgetune.formats.adapter import write_adapter
 from edgetune.formats.bundle import Bundle, list_files, load_bundle, seal_bundle
 from edgetune.formats.manifest import BUNDLE_FORMAT, FORMAT_VERSION, BaseModel, BundleManifest, Tokenizer
@@ -122,24 +122,26 @@ def save_tokenizer(folder: Path, text: list[str], vocabulary: int) -> None:
 
 
 @cache
-def genai_model(variant: str, base: Base) -> Path:
+def genai_model(variant: str, base: Base, quantiser: Quantiser = PrepareConfig.quantiser) -> Path:
     """The variant's GenAI folder."""
-    return build_here(checkpoint(variant), _new_folder() / f"{variant}-{base}", base)
+    return build_here(checkpoint(variant), _new_folder() / f"{variant}-{base}", base, quantiser)
 
 
-def build_here(source: Path, folder: Path, base: Base) -> Path:
+def build_here(source: Path, folder: Path, base: Base, quantiser: Quantiser = PrepareConfig.quantiser) -> Path:
     """Build a GenAI folder in this process: its imports cost seconds, a build milliseconds."""
     from edgetune.host import olive_pass
     from edgetune.preparation import genai_model
 
-    def run_here(name: str, config: dict[str, object], source: Path, output: Path, base: Base) -> None:
-        places = {"source": str(source), "output": str(output)}
-        olive_pass._serve(json.dumps({"name": name, "config": config, **places, "base": base}))
+    def run_here(
+        name: str, config: dict[str, object], source: Path, output: Path, base: Base, quantiser: Quantiser
+    ) -> None:
+        stored = {"source": str(source), "output": str(output), "base": base, "quantiser": quantiser}
+        olive_pass._serve(json.dumps({"name": name, "config": config, **stored}))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OLIVE_DISABLE_TELEMETRY", "1")
         patch.setattr(genai_model, "run_olive_pass", run_here)
-        genai_model.build_genai_model(source, folder, base)
+        genai_model.build_genai_model(source, folder, base, quantiser)
     return folder
 
 
