@@ -202,6 +202,10 @@ class SplitConfig:
     """Positions of the trunk's graph, whose shapes are static."""
     calibration_rows: int = option(32, Option("How many of the rows are looked at.", least=1))
     """The int8 scales are chosen on them; they are drawn evenly from the file."""
+    largest_error: float = option(
+        0.5, Option("How far the trunk's hidden states may be from float, relative to them.", least=0.001)
+    )
+    """More is refused: the layers above would not know the states. The real model of [fpga](docs/fpga.md) has 0.13."""
     threads: int | None = option(None, _THREADS)
     force: bool = option(False, Option("Replace a bundle that is already there."))
 

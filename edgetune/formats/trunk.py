@@ -27,14 +27,6 @@ _SPLIT_AGAIN = "split the bundle again"
 
 
 @dataclass(frozen=True)
-class LinearRange:
-    """The largest magnitudes of a frozen projection, found on the calibration rows."""
-
-    input: float
-    output: float
-
-
-@dataclass(frozen=True)
 class TrunkInfo:
     """`trunk/trunk.json`."""
 
@@ -42,8 +34,11 @@ class TrunkInfo:
     """Decoder layers in the trunk, the lowest ones."""
     length: int
     """Positions that its graph takes; it takes one row at a time."""
-    linear: dict[str, LinearRange]
-    """The trunk's projections by their names in the checkpoint, such as `model.layers.0.self_attn.qkv_proj`."""
+    gains: dict[str, float]
+    """The largest magnitude that each frozen projection gave on the calibration rows, relative to the largest that it
+    was given at the same position, by its name in the checkpoint, such as `model.layers.0.self_attn.qkv_proj`."""
+    errors: list[float]
+    """How far the int8 hidden states behind each layer were from float on these rows, relative to them."""
 
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
@@ -63,7 +58,7 @@ def read_trunk_info(bundle: Bundle) -> TrunkInfo:
     """What the trunk of a verified bundle is.
 
     Raises:
-        IncompatibleError: The bundle has no trunk.
+        IncompatibleError: The bundle has no trunk, or an older edgetune's.
         VerificationError: `trunk/trunk.json` cannot be what `edgetune split` wrote.
     """
     path = bundle.path / INDEX
@@ -72,8 +67,13 @@ def read_trunk_info(bundle: Bundle) -> TrunkInfo:
             f"{bundle.path} has no trunk; make a bundle that has one with "
             f"`edgetune split {bundle.path} --data ROWS.jsonl --output SPLIT`"
         )
+    found = read_object(path, _SPLIT_AGAIN)
+    if "linear" in found:
+        raise IncompatibleError(
+            f"{path} is of an older edgetune, whose int8 scales a single enormous activation could take from all others; {_SPLIT_AGAIN}"
+        )
     try:
-        info = _converter.structure(read_object(path, _SPLIT_AGAIN), TrunkInfo)
+        info = _converter.structure(found, TrunkInfo)
     except BaseValidationError as error:
         raise VerificationError(f"{path}: cannot be read ({error}); {_SPLIT_AGAIN}") from error
     if problem := _problem(info, bundle.manifest):
@@ -93,9 +93,10 @@ def _problem(info: TrunkInfo, manifest: BundleManifest) -> str | None:
     if taken != [[1, info.length, architecture.hidden_size]]:
         return f"{info.length} positions, but the graph takes {taken or 'no hidden states'}"
     expected = {f"model.layers.{layer}.{module}" for layer in range(info.layers) for module in PROJECTIONS}
-    if info.linear.keys() != expected:
-        return f"{len(info.linear)} projections, expected {', '.join(PROJECTIONS)} of each layer"
-    ranges = [value for seen in info.linear.values() for value in (seen.input, seen.output)]
-    if not all(math.isfinite(value) and value >= 0 for value in ranges):
-        return "a range that is not finite, or below zero"
+    if info.gains.keys() != expected:
+        return f"{len(info.gains)} projections, expected {', '.join(PROJECTIONS)} of each layer"
+    if len(info.errors) != info.layers:
+        return f"{len(info.errors)} errors, expected one of each of the {info.layers} layers"
+    if not all(math.isfinite(value) and value >= 0 for value in (*info.gains.values(), *info.errors)):
+        return "a gain or an error that is not finite, or below zero"
     return None

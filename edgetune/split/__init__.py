@@ -20,7 +20,7 @@ from edgetune.formats.bundle import MANIFEST, Bundle, as_bundle, list_files, sea
 from edgetune.formats.frozen_weights import EMBEDDING, FrozenWeights
 from edgetune.formats.manifest import BundleManifest, Graph, TensorSpec
 from edgetune.formats.storage import atomic_folder, write_file
-from edgetune.formats.trunk import FOLDER, GRAPH, INDEX, LinearRange, TrunkInfo, has_trunk, write_trunk_info
+from edgetune.formats.trunk import FOLDER, GRAPH, INDEX, TrunkInfo, has_trunk, write_trunk_info
 from edgetune.host.versions import version_of
 from edgetune.machine.disk import require_room
 from edgetune.machine.threads import check_threads, computing_with
@@ -59,7 +59,7 @@ def split(
         UsageError: A value of the configuration that cannot be meant; a path is not there, the output exists, or there
             is no such split point.
         DataError: Rows that cannot be read, or none that fits the length.
-        IncompatibleError: The trunk breaks a rule of Vitis AI.
+        IncompatibleError: The trunk breaks a rule of Vitis AI, or is too far from float.
         MissingDependencyError: A host package is not installed.
         ResourceError: The trunk is larger than an ONNX file can be, or the disk has no room.
         LockedError: Another process writes the output.
@@ -68,8 +68,10 @@ def split(
     check_config(config)
     versions = {name: version_of(name) for name in _TOOLS}
     from edgetune.split.conformance import require_conformance
+    from edgetune.split.fidelity import described, layer_errors, require_fidelity
     from edgetune.split.graph import build_trunk
     from edgetune.split.quantise import observe, quantise
+    from edgetune.split.scaling import even_channels, even_positions, largest_results
 
     if config.threads is not None:
         check_threads(config.threads)
@@ -85,8 +87,11 @@ def split(
     examples = _calibration_rows(source, data, length, config.calibration_rows)
     say(f"Putting {layers} of {manifest.architecture.num_hidden_layers} layers together …")
     trunk = build_trunk(source, layers)
+    even_positions(trunk)
     say(f"Choosing scales on {len(examples)} rows …")
     with computing_with(config.threads):
+        results = largest_results(trunk, (_feed(source, example) for example in examples))
+        even_channels(trunk, results)
         seen = observe(trunk, (_feed(source, example) for example in examples))
     with atomic_folder(output, replace=config.force, marker=MANIFEST, needed=needed) as folder:
         for file in copied:
@@ -96,13 +101,16 @@ def split(
         say(f"Quantising for {length} positions (ONNX Runtime) …")
         quantise(trunk, seen, _feed(source, examples[0], length), length, folder / f"{GRAPH}.onnx")
         require_conformance(folder / f"{GRAPH}.onnx")
-        linear: dict[str, LinearRange] = {}
+        say("Comparing with float …")
+        rows = ((_feed(source, example), _feed(source, example, length)) for example in examples)
+        with computing_with(config.threads):
+            errors = layer_errors(trunk, folder / f"{GRAPH}.onnx", rows)
+        require_fidelity(errors, config.largest_error)
+        say(described(errors))
+        gains: dict[str, float] = {}
         for product, module in trunk.modules.items():
-            known = linear.get(module, LinearRange(0.0, 0.0))
-            linear[module] = LinearRange(
-                max(known.input, seen[trunk.inputs[product]].largest), max(known.output, seen[product].largest)
-            )
-        write_file(folder / INDEX, write_trunk_info(TrunkInfo(layers, length, linear)))
+            gains[module] = max(gains.get(module, 0.0), float(results[product].max()))
+        write_file(folder / INDEX, write_trunk_info(TrunkInfo(layers, length, gains, errors)))
         say("Hashing …")
         sealed = seal_bundle(folder, _manifest(manifest, folder, length, versions["onnxruntime"]))
     return Bundle(output, sealed)

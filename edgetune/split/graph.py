@@ -36,10 +36,10 @@ class TrunkGraph:
 
     model: ir.Model
     """Inputs `hidden` (batch, sequence, hidden_size), `attn_bias`, `rope_cos`, `rope_sin`; output `output`."""
-    inputs: dict[str, str] = field(default_factory=dict)
-    """Name of the activation that is multiplied, by the name of the product's result in the graph."""
     modules: dict[str, str] = field(default_factory=dict)
     """Projection in the checkpoint that the product belongs to, by the name of the product's result in the graph."""
+    layers: list[str] = field(default_factory=list)
+    """Name of what each layer gives to the next, the lowest first."""
 
 
 def build_trunk(bundle: Bundle, layers: int) -> TrunkGraph:
@@ -68,6 +68,7 @@ def build_trunk(bundle: Bundle, layers: int) -> TrunkGraph:
     for layer in range(layers):
         for name, slices in sublayers:
             composer.append(layer, name, slices)
+        composer.end_layer()
     return composer.finished()
 
 
@@ -83,8 +84,8 @@ class _Composer:
         self._input = self._hidden = _like(hidden, "hidden")
         self._nodes: list[ir.Node] = []
         self._initializers: list[ir.Value] = []
-        self._inputs: dict[str, str] = {}
         self._modules: dict[str, str] = {}
+        self._layers: list[ir.Value] = []
 
     def _given(self) -> Iterator[ir.Value]:
         return iter(self._sources["attention"].graph.inputs)
@@ -95,6 +96,10 @@ class _Composer:
         for index, slices in enumerate(pieces):
             residual = self._append_piece(f"layers.{layer}.{name}.{index}", layer, name, slices, residual)
         self._hidden = residual
+
+    def end_layer(self) -> None:
+        """Note where a layer ends."""
+        self._layers.append(self._hidden)
 
     def _append_piece(
         self, prefix: str, layer: int, sublayer: str, slices: Mapping[str, Slice], residual: ir.Value
@@ -146,8 +151,8 @@ class _Composer:
             return
         attributes = dict(node.attributes)
         inputs = [values[value] for value in own]
-        if node.op_type == "ReduceMean":
-            # Its axes are an attribute before opset 18.
+        if node.op_type in ("ReduceMean", "ReduceMax"):
+            # Their axes are an attribute before opset 18.
             axes = ir.convenience.get_const_tensor(inputs.pop())
             assert axes is not None
             attributes["axes"] = ir.AttrInt64s("axes", axes.numpy().tolist())
@@ -157,7 +162,6 @@ class _Composer:
         self._nodes.append(copy)
         values[result] = out
         if len(own) == 2 and own[1] in modules:
-            self._inputs[out.name] = str(inputs[0].name)
             self._modules[out.name] = modules[own[1]]
 
     def _matrix(self, parameter: str, slice_: Slice) -> np.ndarray:
@@ -184,7 +188,7 @@ class _Composer:
         rewrites.RemoveUnusedNodesPass()(model)
         used = {str(value.name) for node in model.graph for value in node.outputs}
         modules = {name: module for name, module in self._modules.items() if name in used}
-        return TrunkGraph(model, {name: self._inputs[name] for name in modules}, modules)
+        return TrunkGraph(model, modules, [str(value.name) for value in self._layers])
 
 
 def make_static(model: ir.Model, length: int) -> ir.Model:

@@ -22,7 +22,7 @@ from edgetune.config import Base, RuntimeName
 from edgetune.errors import IncompatibleError, MissingDependencyError, UsageError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
-from edgetune.formats.trunk import LinearRange, TrunkInfo, read_trunk_info
+from edgetune.formats.trunk import TrunkInfo, read_trunk_info
 from edgetune.runtimes.fpga_hls import core as core_module
 from edgetune.runtimes.fpga_hls import runtime as fpga_hls
 from edgetune.runtimes.fpga_hls.core import Core, simulate
@@ -132,7 +132,7 @@ def test_cores_are_slower_where_only_deeper_memories_fit() -> None:
 def exact_products(bundle: Bundle) -> dict[str, Product]:
     """Of the first layer, in float32."""
     names = [slot.name for slot in bundle.manifest.lora.slots if slot.layer == 0]
-    info = TrunkInfo(1, 128, {name: LinearRange(1.0, 1.0) for name in names})
+    info = TrunkInfo(1, 128, dict.fromkeys(names, 1.0), [0.0])
     return {core.size.name: partial(multiply, core.weight) for core in trunk_cores(bundle, info, KV260)}
 
 
@@ -295,7 +295,7 @@ def test_a_model_that_is_too_large_is_refused(halves: Bundle) -> None:
 def test_a_refusal_says_how_many_layers_fit(prepared: Prepared) -> None:
     bundle = prepared("multi-head", "int4")
     names = [slot.name for slot in bundle.manifest.lora.slots]
-    info = TrunkInfo(2, 128, {name: LinearRange(1.0, 1.0) for name in names})
+    info = TrunkInfo(2, 128, dict.fromkeys(names, 1.0), [0.0, 0.0])
     for_one_layer = replace(KV260, block_ram=100, ultra_ram=0)
     with pytest.raises(IncompatibleError, match=r"the 2 layers .* split the bundle with --layers 1"):
         trunk_cores(bundle, info, for_one_layer)

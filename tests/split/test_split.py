@@ -323,12 +323,24 @@ def test_a_broken_description_is_refused(halves: Bundle, tmp_path: Path) -> None
         "[]",
         text.replace('"length": 48', '"length": 47'),
         text.replace(".o_proj", ".p_proj"),
-        re.sub(r'"input": [0-9.]+', '"input": NaN', text, count=1),
+        re.sub(r'(_proj"): [0-9.]+', r"\1: NaN", text, count=1),
+        re.sub(r'"errors": \[[^]]*\]', '"errors": []', text),
         text.replace('"length": 48', '"length": 4800000'),
     ):
         (tmp_path / INDEX).write_text(broken)
         with pytest.raises(VerificationError):
             read_trunk_info(copy)
+
+
+def test_a_trunk_of_an_older_edgetune_is_refused(halves: Bundle, tmp_path: Path) -> None:
+    """Whose scales a single row took from all others."""
+    old = json.loads((halves.path / INDEX).read_text())
+    old["linear"] = {name: {"input": gain, "output": gain} for name, gain in old.pop("gains").items()}
+    del old["errors"]
+    (tmp_path / INDEX).parent.mkdir()
+    (tmp_path / INDEX).write_text(json.dumps(old))
+    with pytest.raises(IncompatibleError, match=r"of an older edgetune, .*; split the bundle again"):
+        read_trunk_info(replace(halves, path=tmp_path))
 
 
 def test_a_trunk_that_takes_nothing_is_refused(halves: Bundle) -> None:

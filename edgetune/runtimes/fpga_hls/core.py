@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgetune.errors import EdgetuneError, MissingDependencyError, ResourceError
 from edgetune.machine.exhaustion import ADVICE, lack_of_process
 from edgetune.machine.threads import threads_used
-from edgetune.runtimes.fpga_hls.fixed_point import FixedPoint, accumulator
+from edgetune.runtimes.fpga_hls.fixed_point import UNIT, FixedPoint, accumulator, exponents
 from edgetune.runtimes.fpga_hls.resources import CoreSize, Fpga
 
 COMPILER = "g++"
@@ -32,14 +32,20 @@ _SHOWN = 2000
 
 @dataclass(frozen=True)
 class Core:
-    """A projection y = W·x in fixed point."""
+    """A projection y = W·x in fixed point, each vector with an exponent of its own.
+
+    In trained language models the vectors of one row differ by a factor of a thousand and more. The circuit takes x · 2^-e,
+    which lies between -1 and 1, and gives y · 2^-e: e is found and both are shifted outside of it.
+    """
 
     size: CoreSize
     weight: NDArray[np.float32]
     """(outputs, inputs)."""
     weight_type: FixedPoint
-    input_type: FixedPoint
     output_type: FixedPoint
+    """Of y · 2^-e."""
+    input_type: FixedPoint = UNIT
+    """Of x · 2^-e."""
 
     @property
     def sum_type(self) -> FixedPoint:
@@ -52,8 +58,10 @@ class Core:
         Args:
             vectors: (count, inputs).
         """
-        inputs = self.input_type.rounded(vectors.astype(np.float64))
-        return self.output_type.rounded(inputs @ self.weight_type.rounded(self.weight.astype(np.float64)).T)
+        shifts = exponents(vectors)
+        inputs = self.input_type.rounded(np.ldexp(vectors.astype(np.float64), -shifts))
+        results = inputs @ self.weight_type.rounded(self.weight.astype(np.float64)).T
+        return np.ldexp(self.output_type.rounded(results), shifts)
 
 
 def require_hls4ml() -> None:
@@ -191,8 +199,9 @@ class Simulation:
 
     def run(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """Project vectors: (count, inputs) → (count, outputs)."""
-        vectors = np.ascontiguousarray(vectors, np.float32)
+        shifts = exponents(vectors)
+        vectors = np.ascontiguousarray(np.ldexp(vectors, -shifts), np.float32)
         results = np.empty((len(vectors), self._outputs), dtype=np.float32)
         for vector, result in zip(vectors, results, strict=True):
             self._function(vector.ctypes.data, result.ctypes.data)
-        return results
+        return np.ldexp(results, shifts)

@@ -1,4 +1,4 @@
-"""The cores of a bundle's trunk: one for each projection, with the ranges that were seen on calibration rows."""
+"""The cores of a bundle's trunk: one for each projection, with the gain that was seen on calibration rows."""
 
 from __future__ import annotations
 
@@ -28,21 +28,19 @@ def trunk_cores(bundle: Bundle, info: TrunkInfo, fpga: Fpga) -> list[Core]:
         IncompatibleError: The FPGA does not hold them.
     """
     frozen, backend = FrozenWeights(bundle.path, bundle.manifest.architecture), OrtBackend(bundle, "fp32")
-    shapes = {name: frozen.shape(f"{name}.weight") for name in info.linear}
+    shapes = {name: frozen.shape(f"{name}.weight") for name in info.gains}
     sizes = [(name, inputs, outputs) for name, (outputs, inputs) in shapes.items()]
     if (fitting := shared(sizes, fpga)) is None:
         raise _too_large(info, sizes, fpga)
     cores = []
     for size in fitting:
         weight = _weight(frozen, backend, f"{size.name}.weight")
-        seen = info.linear[size.name]
         cores.append(
             Core(
                 size,
                 weight,
                 weight_type=holding(float(np.abs(weight).max()), headroom=1.0),
-                input_type=holding(seen.input),
-                output_type=holding(seen.output),
+                output_type=holding(info.gains[size.name]),
             )
         )
     return cores

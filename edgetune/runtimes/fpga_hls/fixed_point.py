@@ -40,6 +40,16 @@ class FixedPoint:
         return np.clip(steps, -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1) / 2.0**self.fraction
 
 
+UNIT = FixedPoint(WIDTH, 1)
+"""Of numbers between -1 and 1."""
+
+
+def exponents(vectors: NDArray[np.float32]) -> NDArray[np.int32]:
+    """For each of some vectors (count, size) the exponent e (count, 1) with 2^(e-1) ≤ its largest magnitude < 2^e."""
+    largest: NDArray[np.float32] = np.abs(vectors).max(axis=-1, keepdims=True)
+    return np.frexp(largest)[1].astype(np.int32)
+
+
 def holding(largest: float, headroom: float = _HEADROOM) -> FixedPoint:
     """The type of `WIDTH` bits with the finest step that holds values up to `largest` · `headroom`."""
     needed = math.ceil(math.log2(max(largest * headroom, 2.0**-WIDTH))) + 1
