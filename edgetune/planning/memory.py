@@ -33,7 +33,7 @@ _WITHOUT_FIRST = 0.7
 _HALF = 2
 """Bytes of a 16-bit number: in an fp16 base, and in the hidden states that a lean plan keeps."""
 _TURNS = 2
-"""Arrays between which a lean plan alternates when it computes hidden states."""
+"""Arrays between which hidden states that are not kept as they are computed take turns."""
 _OTHERS_KEPT = 0.75
 """Share of the memory of graphs for other batch shapes where all activations are kept; measured, not derived."""
 _MASK = 8
@@ -132,13 +132,15 @@ def trunk_bytes(manifest: BundleManifest) -> int:
 
 
 def _states(s: Sizes, f: Footprint, plan: LayeredPlan) -> int:
-    """Bytes of all hidden states, per position and channel."""
+    """Bytes of all hidden states, per position and channel: float32 where computed, and as they are kept."""
     if plan.forward_only:
-        return f.storage_bytes * (_TURNS + _BETWEEN_FORWARD)
-    if not plan.lean:
-        return f.storage_bytes * (2 * s.layers + 1 + _BETWEEN_GRAPHS)
-    # What enters a layer; of layers that keep their activations, what enters the feed-forward network as well.
-    return _HALF * (s.layers + 1 + plan.kept_layers) + f.storage_bytes * (_TURNS + _BETWEEN_GRAPHS)
+        return _FLOAT_BYTES * (_TURNS + _BETWEEN_FORWARD)
+    between = _FLOAT_BYTES * _BETWEEN_GRAPHS
+    if plan.lean:
+        # What enters a layer; of layers that keep their activations, what enters the feed-forward network as well.
+        return _HALF * (s.layers + 1 + plan.kept_layers) + _FLOAT_BYTES * _TURNS + between
+    turns = 0 if f.storage_bytes == _FLOAT_BYTES else _FLOAT_BYTES * _TURNS
+    return f.storage_bytes * (2 * s.layers + 1) + turns + between
 
 
 def _weights(s: Sizes, f: Footprint, plan: LayeredPlan) -> float:

@@ -39,7 +39,7 @@ class Backend(Protocol):
     """Loads graphs, and holds numbers the way it computes with them."""
 
     storage: np.dtype[Any]
-    """Of hidden states and kept activations."""
+    """Of what is kept for the backward pass."""
     sublayers: str
     """Folder of the sublayers' graphs in the bundle."""
     fixed_shapes: bool

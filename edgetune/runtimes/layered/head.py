@@ -18,6 +18,10 @@ from edgetune.runtimes.layered.backend import Backend, LayeredGraph
 from edgetune.runtimes.layered.weights import LinearWeights
 
 NORM, WEIGHT = "model.norm.weight", HEAD
+SPLIT = np.float32(2**16 + 1)
+"""c − (c − x) with c = this times x are the 8 leading bits of x (Veltkamp's splitting)."""
+_UNLIKELY = np.float32(1e-30)
+"""A probability that nothing needs to be done for."""
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
@@ -69,7 +73,7 @@ class Head:
         """
         count = len(labels)
         logsumexp, target = self._logsumexp(*self._padded(hidden, self._label_weights(labels)))
-        return (logsumexp - target)[:count, 0]
+        return _not_negative(logsumexp - target)[:count]
 
     def step(self, hidden: Floats, labels: Labels, scale: float) -> tuple[Floats, Floats]:
         """The loss of each row (rows), and the gradient of scale · Σ losses (rows, hidden_size)."""
@@ -81,14 +85,15 @@ class Head:
             for rows in self._row_slices(len(hidden)):
                 inputs = {**shared, "hidden": hidden[rows], "label_weights": label_weights[rows]}
                 self._whole.run(inputs, {"losses": losses[rows], "hidden.grad": gradient[rows]})
-            return losses[:count, 0], gradient[:count]
+            return _not_negative(losses)[:count], gradient[:count]
         logsumexp, target = self._logsumexp(hidden, label_weights)
+        divisor, grown = _short_probability(logsumexp, target)
         gradient = np.zeros_like(hidden)
-        for rows, inputs in self._pieces(hidden, label_weights):
+        for rows, inputs in self._pieces(hidden, label_weights * grown):
             piece = np.empty_like(hidden[rows])
-            self._gradient.run({**inputs, "logsumexp": logsumexp[rows], "scale": scales}, {"hidden.grad": piece})
-            gradient[rows] += piece
-        return (logsumexp - target)[:count, 0], gradient[:count]
+            self._gradient.run({**inputs, "logsumexp": divisor[rows], "scale": scales}, {"hidden.grad": piece})
+            gradient[rows] += piece / grown[rows]
+        return _not_negative(logsumexp - target)[:count], gradient[:count]
 
     def _padded(self, hidden: Floats, label_weights: Floats) -> tuple[Floats, Floats]:
         """With rows of zeros behind, where graphs are compiled for every number of rows: then few numbers occur."""
@@ -121,10 +126,32 @@ class Head:
                 yield rows, {**shared, "hidden": hidden[rows], "label_weights": labels}
 
     def _label_weights(self, labels: Labels) -> Floats:
-        return self._channels.put(self._frozen.rows(WEIGHT, labels), 1)
+        """Rounded as the weight is that logits are products with: the loss and its gradient are differences of both."""
+        weights = self._channels.put(self._frozen.rows(WEIGHT, labels), 1)
+        stored = np.empty(weights.shape, dtype=self._backend.storage)
+        self._backend.store(weights, stored)
+        return self._backend.restore(stored)
 
     def _weight(self, first: int, last: int) -> NDArray[Any]:
         return self._linear.take({WEIGHT: Slice(WEIGHT, (first, last))})[WEIGHT]
 
     def _row_slices(self, count: int) -> list[slice]:
         return [slice(start, min(count, start + self._rows)) for start in range(0, count, self._rows)]
+
+
+def _not_negative(losses: Floats) -> Floats:
+    """(rows) of (rows, 1): a cross entropy. Logsumexp and logit are sums in different orders, off by their rounding."""
+    return np.maximum(losses, 0)[:, 0]
+
+
+def _short_probability(logsumexp: Floats, target: Floats) -> tuple[Floats, Floats]:
+    """A number in place of each logsumexp with which the label's probability has 8 bits, and by how much all grow.
+
+    Softmax(z)·W − W[label] is small where the label is likely. A product that rounds probabilities to bfloat16 would
+    leave the rounding of that one; so it gets a number that is not rounded.
+    """
+    probability = np.exp(target - logsumexp)
+    grown = probability * SPLIT
+    short = grown - (grown - probability)
+    divisor = np.where(short > _UNLIKELY, target - np.log(np.maximum(short, _UNLIKELY)), logsumexp)
+    return divisor, np.exp(logsumexp - divisor)

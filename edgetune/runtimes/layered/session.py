@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +61,7 @@ class LayeredForward:
         linear = LinearWeights(self._frozen, backend, plan.resident, self._memory)
         self._lora = parameters
         self._workspace = Workspace(backend.storage)
-        self._states = HiddenStates(self._workspace, plan.lean)
+        self._states = HiddenStates(self._workspace, backend, plan.lean)
         self._layers = range(plan.trunk_layers, layers)
         shared = (bundle, plan.wide, parameters, self._workspace)
         self._runners = sublayer_runners(*shared, backend, linear)
@@ -79,7 +78,7 @@ class LayeredForward:
         """See `edgetune.runtimes.contract.Session.evaluate`."""
         hidden = self._forward(batch, for_backward=False)
         positions, labels = _trained(batch)
-        return float(self._head.losses(self._trained_states(hidden, positions), labels).mean())
+        return float(self._head.losses(_rows(hidden)[positions], labels).mean())
 
     def placements(self) -> list[Placement]:
         """Where the lowest layers run, if another device computes them."""
@@ -90,15 +89,15 @@ class LayeredForward:
         """See `edgetune.runtimes.contract.Forward.set_parameter`."""
         self._lora.parameter(name)[...] = self._backend.channels.put_adapter(name, values)
 
-    def _forward(self, batch: Batch, *, for_backward: bool) -> NDArray[Any]:
-        """The last hidden state (batch, sequence, hidden_size), in storage."""
+    def _forward(self, batch: Batch, *, for_backward: bool) -> NDArray[np.float32]:
+        """The last hidden state (batch, sequence, hidden_size)."""
         self._workspace.fit(batch.input_ids.shape)
         sequences, length = batch.input_ids.shape
         self._backend.begin(sequences * length, sequences * length**2)
         shape = (sequences, length, self._frozen.shape(EMBEDDING)[1])
         tables = _tables(batch)
         hidden = self._states.array(2 * self._layers.start, shape, kept=for_backward)
-        self._backend.store(self._backend.channels.put(self._entering(batch), -1), hidden)
+        hidden[...] = self._backend.channels.put(self._entering(batch), -1)
         for layer in self._layers:
             kept = layer >= self._first_kept
             for number, runner in enumerate(self._forward_runners(layer), start=2 * layer):
@@ -134,9 +133,6 @@ class LayeredForward:
         """The system may take back the weights' pages: streamed weights are read again, resident ones are copied."""
         self._frozen.forget()
 
-    def _trained_states(self, hidden: NDArray[Any], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The hidden states (positions, hidden_size) that have labels."""
-        return self._backend.restore(hidden.reshape(-1, hidden.shape[-1])[positions])
 
 
 class LayeredSession(LayeredForward):
@@ -185,20 +181,18 @@ class LayeredSession(LayeredForward):
         self._backward(batch, d_output)
         return loss
 
-    def _forward_and_head(self, batch: Batch, scale: float) -> tuple[float, NDArray[Any]]:
+    def _forward_and_head(self, batch: Batch, scale: float) -> tuple[float, NDArray[np.float32]]:
         """scale · Σ losses, and its gradient by the last hidden state; what else was made on the way is given back."""
         hidden = self._forward(batch, for_backward=True)
         positions, labels = _trained(batch)
-        losses, d_trained = self._head.step(self._trained_states(hidden, positions), labels, scale)
+        losses, d_trained = self._head.step(_rows(hidden)[positions], labels, scale)
         self._release()
         d_output = self._workspace.like("d_hidden.0", hidden)
         d_output.fill(0)
-        stored = np.empty(d_trained.shape, dtype=d_output.dtype)
-        self._backend.store(d_trained, stored)
-        d_output.reshape(-1, hidden.shape[-1])[positions] = stored
+        _rows(d_output)[positions] = d_trained
         return scale * float(losses.sum(dtype=np.float64)), d_output
 
-    def _backward(self, batch: Batch, d_output: NDArray[Any]) -> None:
+    def _backward(self, batch: Batch, d_output: NDArray[np.float32]) -> None:
         tables, shape, gradient_of = _tables(batch), d_output.shape, self._optimizer.gradient
         # `d_output` is the first of them already: a layer overwrites the gradient that it was given.
         d_hidden, d_middle = (self._workspace.like(f"d_hidden.{number}", d_output) for number in (0, 1))
@@ -230,6 +224,11 @@ def _tables(batch: Batch) -> Arrays:
     tables = {"attn_bias": batch.attn_bias, "rope_cos": batch.rope_cos, "rope_sin": batch.rope_sin}
     # A graph is given the address of an array, not its strides.
     return {name: np.ascontiguousarray(table) for name, table in tables.items()}
+
+
+def _rows(states: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(positions of all sequences, hidden_size)."""
+    return states.reshape(-1, states.shape[-1])
 
 
 def _trained(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_HALF = np.dtype(np.float16)
-_SHRINK = np.float32(2**-4)
-"""Applied to what is kept in float16, which then reaches to a million."""
+from edgetune.runtimes.layered.backend import Backend
+
+_FLOAT, _HALF, _EXPONENT = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int32)
+_HALF_EXPONENT = 15
+"""Float16 reaches almost to 2^16. A trained model has rows with one number that is ten thousand times the others."""
 
 
 class Workspace:
@@ -44,38 +46,60 @@ class Workspace:
         self._arrays = {name: array for name, array in self._arrays.items() if part not in name.split(".")}
 
     def like(self, name: str, other: NDArray[Any]) -> NDArray[Any]:
-        """The same of another array's shape."""
-        return self.array(name, other.shape)
+        """The same of another array's shape and type."""
+        return self.array(name, other.shape, other.dtype)
 
 
 class HiddenStates:
     """States by their numbers: 2 · layer enters a layer, 2 · layer + 1 its feed-forward network.
 
+    They are float32 where they are computed, so that no rounding adds up from layer to layer. What the backward pass
+    takes is kept in the backend's storage, or in 16 bits.
+
     Args:
-        workspace: Gives arrays, in the backend's storage.
+        workspace: Gives arrays.
+        backend: Converts to its storage.
         short: Keep float32 in 16 bits.
     """
 
-    def __init__(self, workspace: Workspace, short: bool) -> None:
+    def __init__(self, workspace: Workspace, backend: Backend, short: bool) -> None:
         self._workspace = workspace
-        self._short = short and workspace.storage == np.float32
+        self._backend = backend
+        self._float = backend.storage == _FLOAT
+        self._short = short and self._float
 
-    def array(self, number: int, shape: tuple[int, ...], *, kept: bool) -> NDArray[Any]:
+    def array(self, number: int, shape: tuple[int, ...], *, kept: bool) -> NDArray[np.float32]:
         """Where a state is computed; when it is not kept as it is, the next but one is computed there, too."""
-        own = kept and not self._short
-        return self._workspace.array(f"hidden.{number}" if own else f"hidden.turn.{number % 2}", shape)
+        own = kept and self._as_it_is
+        return self._workspace.array(f"hidden.{number}" if own else f"hidden.turn.{number % 2}", shape, _FLOAT)
 
-    def keep(self, number: int, hidden: NDArray[Any]) -> None:
+    def keep(self, number: int, hidden: NDArray[np.float32]) -> None:
         """Keep a state that was computed where `array` said."""
         if self._short:
-            short = self._workspace.array(f"hidden.{number}", hidden.shape, _HALF)
-            np.multiply(hidden, _SHRINK, out=short, dtype=np.float32, casting="same_kind")
+            short, exponents = self._halves(number, hidden.shape)
+            # The largest of a row becomes one half to one times 2^_HALF_EXPONENT, whatever it was.
+            exponents[...] = np.frexp(np.abs(hidden).max(axis=-1, keepdims=True))[1]
+            np.ldexp(hidden, _HALF_EXPONENT - exponents, out=short, casting="same_kind", dtype=np.float32)
+        elif not self._float:
+            self._backend.store(hidden, self._workspace.array(f"hidden.{number}", hidden.shape))
 
-    def take(self, number: int, shape: tuple[int, ...]) -> NDArray[Any]:
+    def take(self, number: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """A state that was kept; valid until the next but one is taken."""
-        if not self._short:
-            return self._workspace.array(f"hidden.{number}", shape)
-        hidden = self._workspace.array(f"hidden.turn.{number % 2}", shape)
-        short = self._workspace.array(f"hidden.{number}", shape, _HALF)
-        np.divide(short, _SHRINK, out=hidden, dtype=np.float32)
+        if self._as_it_is:
+            return self._workspace.array(f"hidden.{number}", shape, _FLOAT)
+        hidden = self.array(number, shape, kept=False)
+        if self._short:
+            short, exponents = self._halves(number, shape)
+            np.ldexp(short, exponents - _HALF_EXPONENT, out=hidden, dtype=np.float32)
+        else:
+            hidden[...] = self._backend.restore(self._workspace.array(f"hidden.{number}", shape))
         return hidden
+
+    @property
+    def _as_it_is(self) -> bool:
+        return self._float and not self._short
+
+    def _halves(self, number: int, shape: tuple[int, ...]) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
+        """A state as float16 numbers, and for each row the power of two that they are to be multiplied with."""
+        exponents = self._workspace.array(f"hidden.{number}.exponents", (*shape[:-1], 1), _EXPONENT)
+        return self._workspace.array(f"hidden.{number}", shape, _HALF), exponents

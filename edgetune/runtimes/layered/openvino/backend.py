@@ -1,7 +1,7 @@
 """OpenVINO as a backend of the layered form: bfloat16 where the processor has it, otherwise float32.
 
-Hidden states, kept activations and frozen weights are held as bfloat16; adapters, their gradients and what the head
-gives are float32. Products with the sublayers' frozen weights are int8 where asked for.
+What goes from graph to graph, adapters and gradients are float32. Hidden states and activations that are kept, and
+frozen weights, are held as bfloat16. Products with the sublayers' frozen weights are int8 where asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from edgetune.runtimes.layered.openvino.tensor import BFLOAT16, from_bfloat16, t
 from edgetune.runtimes.layered.openvino.weights import OpenVinoWeights
 from edgetune.runtimes.openvino_core import MOST_SHAPES, properties_of
 
-_STATES = {"hidden", "residual", "output", "hidden.grad", "output.grad", "carry"}
 _KEPT = {"query", "key", "value", "context", "gate", "up"}
 _Shapes = tuple[tuple[int, ...], ...]
 
@@ -58,9 +57,7 @@ class OpenVinoGraph:
         self.inputs = tuple(name for plain in self._plain for name in products.inputs(plain))
         self.outputs = tuple(value.any_name for value in self._model.outputs)
         self._models: dict[_Shapes, _CompiledGraph] = {}
-        # The head's hidden rows are float32.
-        states = _KEPT | (_STATES if len(self._model.input("hidden").partial_shape) > 2 else set())
-        self._stored = {n for n in (*self.inputs, *self.outputs) if n in states or is_linear(n)}
+        self._stored = {name for name in (*self.inputs, *self.outputs) if name in _KEPT or is_linear(name)}
 
     def run(self, inputs: Arrays, outputs: Arrays, bound_as: Hashable = None) -> None:
         """See `LayeredGraph.run`."""
@@ -132,7 +129,7 @@ class OpenVinoBackend:
         self._short = "BF16" in self._core.get_property(device, "OPTIMIZATION_CAPABILITIES")
         self.storage = BFLOAT16 if self._short else np.dtype(np.float32)
         self.channels = channels
-        self._products = Products(plan.precision == "int8")
+        self._products = Products(plan.precision == "int8", self._short)
         self._weights = OpenVinoWeights(lambda model: self._compile(model, ov.Type.f32), self.storage)
 
     def exact(self) -> OpenVinoBackend:

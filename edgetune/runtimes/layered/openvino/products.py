@@ -16,6 +16,7 @@ import openvino as ov
 from openvino import opset13 as op
 
 from edgetune.formats.roles import INT8, SCALES
+from edgetune.runtimes.layered.head import SPLIT, WEIGHT
 
 _LARGEST = 127.0
 _SMALLEST_ROW = 1e-30
@@ -31,6 +32,8 @@ class Products:
 
     int8: bool
     """A weight `W` of a sublayer is an int8 matrix `W.int8` with scales `W.int8.scales` (out)."""
+    short: bool = False
+    """Exact products round what they multiply to bfloat16."""
 
     def inputs(self, name: str) -> tuple[str, ...]:
         """What takes the place of an input of the ONNX graph."""
@@ -53,10 +56,14 @@ class Products:
                 model.add_parameters(added)
                 matrix, scales = (node.output(0) for node in added)
             for product, forward in list(_products(parameter)):
+                if self.short and name == WEIGHT and forward:
+                    _round_for_others(product.input_value(0), product)
                 targets = product.output(0).get_target_inputs()
                 result = self._product(product.input_value(0), matrix, scales, forward, quantised)
                 for target in targets:
                     target.replace_source_output(result)
+                if self.short and name == WEIGHT:
+                    model.add_results(_exact_ends(result.get_node().input(0).get_source_output().get_node()))
             if scales is not None:
                 model.remove_parameter(parameter)
 
@@ -87,6 +94,30 @@ class Products:
         return op.reshape(result, op.constant([*shape[:-1], result.shape[-1]]), False).output(0)
 
 
+def _exact_ends(product: ov.Node) -> list[ov.Node]:
+    """Results that have OpenVINO compute in float32 what goes into a product, and not round what comes out.
+
+    What leads from a product to a result is float32 there, and so is a product's output that is a result itself;
+    otherwise a logit of 20 would be off by 0.06. One number is enough of what goes in.
+    """
+    left = product.input_value(0)
+    zeros, ones = (op.constant([number] * len(left.shape)) for number in (0, 1))
+    return [op.result(op.slice(left, zeros, ones, ones)), op.result(product.output(0))]
+
+
+def _round_for_others(states: ov.Output, product: ov.Node) -> None:
+    """Have whatever else takes these states take them as a product rounds them: the label's logit is one of its own.
+
+    Veltkamp's splitting: of x the 8 leading bits are c − (c − x) with c = (2¹⁶ + 1) · x. OpenVINO drops a conversion to
+    bfloat16 and back.
+    """
+    others = [target for target in states.get_target_inputs() if target.get_node() != product]
+    grown = op.multiply(states, op.constant(SPLIT))
+    rounded = op.subtract(grown, op.subtract(grown, states)).output(0)
+    for target in others:
+        target.replace_source_output(rounded)
+
+
 @dataclass(frozen=True)
 class _Quantised:
     rows: ov.Output
@@ -96,7 +127,7 @@ class _Quantised:
 
 def is_linear(name: str) -> bool:
     """Whether an input is a frozen linear weight."""
-    return name.endswith((_SUBLAYER_WEIGHT, "lm_head.weight"))
+    return name.endswith((_SUBLAYER_WEIGHT, WEIGHT))
 
 
 def _products(weight: ov.Node) -> Iterator[tuple[ov.Node, bool]]:
