@@ -16,7 +16,7 @@ from edgetune.errors import UsageError
 
 Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "int8", "fp16", "fp32"]
-Quantiser = Literal["least-squares", "nearest"]
+Quantiser = Literal["least-squares", "nearest", "gptq"]
 MergedPrecision = Literal["int4", "fp32"]
 RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn", "openvino-ep", "fpga-hls"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream"]
@@ -178,14 +178,18 @@ class PrepareConfig:
     base: Base = option("int4", Option("How the frozen weights are stored."))
     """The model that is trained on is the one that answers."""
     quantiser: Quantiser = option("least-squares", Option("How weights are rounded for --base int4."))
-    """The scale of a block is the one of least squared error, or puts its largest weight on the lowest point."""
+    """The scale of a block is the one of least squared error, or puts its largest weight on the lowest point. By `gptq`
+    inputs are rounded one after the other, and later ones make up for the errors of earlier ones on `calibration` rows.
+    """
     npu: NpuKind = option(
         "none", Option("Add the step with int8 frozen weights, for `train --runtime qnn --precision int8`.")
     )
     """The step for NPUs has 16-bit fixed-point activations (`qdq`), or blocks of weights (`blocks`). It takes two bytes
     a weight; `qdq` three for queries, keys, values and the head."""
-    calibration: Path | None = option(None, Option("Rows that --npu qdq takes its ranges from."))
-    """Without it the ranges are measured on random tokens."""
+    calibration: Path | None = option(
+        None, Option("Rows for --quantiser gptq, and those that --npu qdq takes its ranges from.")
+    )
+    """Without it `qdq` measures the ranges on random tokens."""
     max_length: int = option(512, Option("Longest row of training, in tokens.", least=2))
     """It is never more than the model's positions."""
     download: bool = option(False, Option("Fetch a hub id that is not on this machine."))

@@ -17,6 +17,7 @@ from edgetune.text.byte_size import bytes_text
 EXAMPLES = """
 edgetune prepare ./Phi-3.5-mini-instruct --output bundle
 edgetune prepare ./Phi-4-mini-instruct --output bundle --rank 16 --alpha 32 --targets attention
+edgetune prepare ./Phi-3.5-mini-instruct --output bundle --quantiser gptq --calibration train.jsonl
 edgetune prepare ./Phi-3.5-mini-instruct --output bundle --npu qdq --calibration train.jsonl
 edgetune prepare microsoft/Phi-3-mini-4k-instruct --download --output bundle
 """
@@ -36,8 +37,11 @@ def command(checkpoint: str, output: Path, config: PrepareConfig, printing: Prog
     refuse_known_folder(Path(checkpoint))
     if config.calibration is not None:
         row_sources({"--calibration": config.calibration})
-        if config.npu != "qdq":
-            raise UsageError(f"--calibration belongs to --npu qdq; --npu is {config.npu}")
+        if config.npu != "qdq" and config.quantiser != "gptq":
+            raise UsageError(
+                f"--calibration belongs to --quantiser gptq and to --npu qdq; --quantiser is {config.quantiser}, "
+                f"--npu is {config.npu}"
+            )
     from edgetune.preparation import prepare
 
     bundle = prepare(checkpoint, output, config, say=notices(quiet=printing.quiet))

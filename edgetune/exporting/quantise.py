@@ -18,16 +18,15 @@ from numpy.typing import NDArray
 from edgetune.model.blocks import BLOCK_SIZE
 from edgetune.model.rounding import (
     Weights,
+    clipped,
     in_blocks,
     in_steps,
     least_squares_scales,
-    lowest_point,
     nearest_points,
     packed_points,
     rounded,
 )
 
-_LOWEST = lowest_point(4)
 _SEED = 0
 """The same bundle and adapter give the same model."""
 _ON_GRID = 1 / 32
@@ -63,9 +62,9 @@ def on_grid(weights: Weights, scales: Weights, update: Weights, draws: Weights) 
     """
     base, change = in_steps(in_blocks(weights), scales), in_steps(in_blocks(update), scales)
     nearest = rounded(base)
-    points = _clipped(nearest + np.floor(change + in_blocks(draws)))
+    points = clipped(nearest + np.floor(change + in_blocks(draws)))
     anew = np.abs(base - nearest).max(axis=-1) > _ON_GRID
-    anew |= np.square(base + change - _clipped(base + change)).sum(axis=-1) > _MOST_CLIPPED
+    anew |= np.square(base + change - clipped(base + change)).sum(axis=-1) > _MOST_CLIPPED
     # Where a scale is zero, so is the base, and its update has no step to be counted in.
     anew |= (scales == 0) & in_blocks(update).any(axis=-1)
     if anew.any():
@@ -75,7 +74,3 @@ def on_grid(weights: Weights, scales: Weights, update: Weights, draws: Weights) 
         scales[anew] = found[:, 0]
         points[anew] = nearest_points(total, found)
     return packed_points(points.reshape(weights.shape)), scales
-
-
-def _clipped(steps: Weights) -> Weights:
-    return np.clip(steps, _LOWEST, -1 - _LOWEST)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgetune.config import Base, Quantiser
 from edgetune.formats.genai import BLOCKS_DOMAIN, HALF, QUANTISED, block_attributes
+from edgetune.host.mapped_model import mapped_model
 from edgetune.model.blocks import BITS, BLOCK_SIZE
 from edgetune.model.rounding import (
     Weights,
@@ -45,7 +46,7 @@ def lean_builder(base: Base, quantiser: Quantiser) -> Iterator[None]:
     """
     model = import_module("onnxruntime_genai.models.builder").Model
     lean = {
-        "load_weights": _map_weights,
+        "load_weights": lambda _, folder: mapped_model(Path(folder)),
         "make_initializer": _cast_once(model.make_initializer),
         "to_int4": _halve if base == "fp16" else _put_into_blocks(base, quantiser),
     }
@@ -57,27 +58,6 @@ def lean_builder(base: Base, quantiser: Quantiser) -> Iterator[None]:
     finally:
         for name, method in original.items():
             setattr(model, name, method)
-
-
-def _map_weights(builder: Any, folder: str) -> Any:
-    """transformers' model over the checkpoint's own tensors: read where they lie in the files, when they are used."""
-    import torch
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=builder.hf_remote)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=builder.hf_remote)
-    tensors = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, "pt") as listed:
-            names = list(listed.keys())
-        for name in names:
-            with safe_open(path, "pt") as mapped:  # a mapping of its own, which goes when this tensor goes
-                tensors[name] = mapped.get_tensor(name)
-    model.load_state_dict(tensors, assign=True, strict=False)  # a tied head has no tensor of its own
-    model.tie_weights()
-    return model
 
 
 def _cast_once(make_initializer: Callable[..., None]) -> Callable[..., None]:
@@ -122,7 +102,8 @@ def _put_into_blocks(base: Base, quantiser: Quantiser) -> Callable[[Any], ir.Mod
                 for tensor in (ir.Tensor(packed, name=name + QUANTISED[bits]), ir.Tensor(scales, name=f"{name}_scales"))
             ]
             node.op_type, node.domain, node.name = "MatMulNBits", BLOCKS_DOMAIN, f"{node.name}{QUANTISED[bits]}"
-            sizes = block_attributes(*values.shape, bits)
+            outputs, inputs = values.shape
+            sizes = block_attributes(outputs, inputs, bits)
             node.attributes.update({key: ir.AttrInt64(key, value) for key, value in sizes.items()})
             node.resize_inputs(1 + len(stored))
             for place, value in enumerate(stored, 1):

@@ -87,8 +87,7 @@ def nearest_points(weights: Weights, scales: Weights, bits: int = _INT4) -> Weig
         scales: Of shape (rows, in / 32).
         bits: Of a point.
     """
-    lowest = lowest_point(bits)
-    return np.clip(rounded(in_steps(in_blocks(weights), scales)), lowest, -1 - lowest).reshape(weights.shape)
+    return clipped(rounded(in_steps(in_blocks(weights), scales)), bits).reshape(weights.shape)
 
 
 def packed_points(points: Weights, bits: int = _INT4) -> NDArray[np.uint8]:
@@ -104,13 +103,23 @@ def in_blocks(weights: Weights) -> Weights:
 
 def in_steps(blocks: Weights, scales: Weights) -> Weights:
     """Blocks (…, 32) in steps of their scales (…); zero where the scale is."""
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    return blocks * inverse[..., None]
+    return blocks * inverse_of(scales)[..., None]
+
+
+def inverse_of(scales: Weights) -> Weights:
+    """One divided by each scale; zero where the scale is."""
+    return np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
 
 
 def rounded(steps: Weights) -> Weights:
     """To whole steps; what lies between two goes away from zero, as in the builder's quantiser."""
     return np.copysign(np.floor(np.abs(steps) + np.float32(0.5)), steps)
+
+
+def clipped(steps: Weights, bits: int = _INT4) -> Weights:
+    """To the points that there are."""
+    lowest = lowest_point(bits)
+    return np.clip(steps, lowest, -1 - lowest)
 
 
 def _largest(blocks: Weights) -> Weights:

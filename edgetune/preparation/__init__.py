@@ -57,8 +57,8 @@ def prepare(
         The bundle, as `load_bundle` gives it.
 
     Raises:
-        UsageError: A value of the configuration that cannot be meant; there is no checkpoint or no file of calibration
-            rows, the rank is above the features of the model's widest slot, or the output exists.
+        UsageError: A value of the configuration that cannot be meant; there is no checkpoint, no file of calibration
+            rows or none for gptq, the rank is above the features of the model's widest slot, or the output exists.
         DataError: Calibration rows that cannot be used; raised before anything is built.
         IncompatibleError: Another family, a broken chat template, or an operator without gradient.
         VerificationError: The checkpoint is incomplete or broken, holds NaN or infinity, or names no end-of-text token.
@@ -68,6 +68,14 @@ def prepare(
         EdgetuneError: Olive failed.
     """
     check_config(config)
+    if config.quantiser == "gptq":
+        if config.base != "int4":
+            raise UsageError(f"quantiser gptq belongs to base int4; base is {config.base}")
+        if config.calibration is None:
+            raise UsageError(
+                "quantiser gptq rounds on rows, and there are none: give some with --calibration, such as those to "
+                "train on; least-squares needs none"
+            )
     rows = nullcontext() if config.calibration is None else kept(config.calibration)
     with rows as calibration:
         return _prepare(fspath(checkpoint), Path(output), config, calibration, say)
@@ -86,6 +94,7 @@ def _prepare(
     bos, eos = _special_tokens(source)
     _check_rows(source, config, calibration, bos, eos, say)
     refuse_non_finite(source)
+    from edgetune.preparation.gptq import round_on_rows
     from edgetune.preparation.graphs.layered import build_layers
 
     # First what may need the network, then what takes long.
@@ -98,6 +107,10 @@ def _prepare(
             view = builder_view(source, Path(scratch) / "source")
             say(f"Building the {config.base} GenAI model (Olive) …")
             _build_inference_model(source, view, folder, config)
+            if config.quantiser == "gptq":
+                assert calibration is not None  # for mypy: there is no gptq without rows
+                rows = _encoded(calibration, folder, _tokenizer(source, folder, bos, eos), config.max_length)
+                round_on_rows(view, folder, source.architecture, rows, say)
             say("Exporting the forward graph (Optimum) …")
             lora, coverage, lowered = _build_training_graphs(source, view, Path(scratch), folder, config, say)
             say("Exporting and differentiating the sublayers …")
@@ -236,7 +249,7 @@ def _check_rows(
         encoder = load_encoder(folder, tokenizer)
         if encoder.template is not None:
             encoder.template.compile()
-        if config.npu != "none" and calibration is not None:
+        if calibration is not None:
             for line in load_examples(calibration, encoder, config.max_length, truncate=True).notices:
                 say(line)
 

@@ -22,7 +22,7 @@ def build_genai_model(checkpoint: Path, output: Path, base: Base, quantiser: Qua
         checkpoint: A verified Phi-3 folder with safetensors and a tokenizer.
         output: Folder to write into; made when it is not there.
         base: How the frozen weights are stored.
-        quantiser: How those of an int4 base are rounded.
+        quantiser: How those of an int4 base are rounded; `gptq` rounds anew, afterwards.
 
     Raises:
         EdgetuneError: Olive failed; the message holds the end of what it printed.

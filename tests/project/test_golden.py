@@ -81,7 +81,8 @@ def test_the_script_makes_the_same_manifest(bundle: Bundle, made: Path) -> None:
     for field in fields(BundleManifest):
         if field.name not in ("manifest_sha256", "provenance"):
             assert getattr(fresh, field.name) == getattr(ours, field.name), f"{field.name} differs: {ANEW}"
-    assert fresh.provenance.keys() == bundle.manifest.provenance.keys()
+    # The golden bundle is older than the choice of a quantiser, and stays a bundle that has to load and train.
+    assert fresh.provenance.keys() == bundle.manifest.provenance.keys() | {"quantiser"}
 
 
 def test_the_script_makes_the_same_bytes(made: Path) -> None:
