@@ -70,7 +70,8 @@ def read_trunk_info(bundle: Bundle) -> TrunkInfo:
     found = read_object(path, _SPLIT_AGAIN)
     if "linear" in found:
         raise IncompatibleError(
-            f"{path} is of an older edgetune, whose int8 scales a single enormous activation could take from all others; {_SPLIT_AGAIN}"
+            f"{path} is of an older edgetune, where one enormous activation took the int8 scale from all others; "
+            f"{_SPLIT_AGAIN}"
         )
     try:
         info = _converter.structure(found, TrunkInfo)

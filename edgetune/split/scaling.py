@@ -1,4 +1,4 @@
-"""Positions and channels of like size around the products with frozen weights, so that one int8 scale suits all of them.
+"""Positions and channels of like size around the products with frozen weights, so that one int8 scale suits them all.
 
 Trained language models have a few enormous activations: a channel of the first token is a thousand times larger than
 all others (Sun et al. 2024, "Massive Activations in Large Language Models"). A scale for the whole tensor, which is all

@@ -23,6 +23,7 @@ from edgetune.errors import IncompatibleError, MissingDependencyError, UsageErro
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import TrunkInfo, read_trunk_info
+from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.fpga_hls import core as core_module
 from edgetune.runtimes.fpga_hls import runtime as fpga_hls
 from edgetune.runtimes.fpga_hls.core import Core, simulate
@@ -35,10 +36,11 @@ from edgetune.runtimes.layered.lower_layers import Trunk
 from edgetune.runtimes.layered.onnxruntime.backend import OrtBackend
 from edgetune.runtimes.layered.session import LayeredSession
 from edgetune.training import train
-from support.oracle import relative
+from support.massive_activations import prepare_massive
+from support.oracle import cosine, relative
 from support.prepared_bundles import Prepared, each_bundle
 from support.random_rows import lengths_of, rows_of
-from support.split_runs import WHOLE, FloatLayers, options_of, split_in_the_middle, write_split_rows
+from support.split_runs import WHOLE, FloatLayers, encoded_rows, options_of, split_in_the_middle, write_split_rows
 from support.tiny_step import OPTIMIZER, adapter_of, batch_of
 
 installed = pytest.mark.skipif(
@@ -55,6 +57,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def halves(prepared: Prepared, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return split_in_the_middle(prepared("multi-head", "int4"), data, tmp_path_factory.mktemp("split") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def massive(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return prepare_massive(tmp_path_factory.mktemp("massive"), 24_890)
 
 
 @pytest.mark.parametrize(
@@ -155,23 +162,58 @@ def test_decoder_layers_in_numpy_are_the_graphs(prepared: Prepared, variant: str
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+def test_a_massive_activation_takes_no_bits_from_the_others(massive: Bundle, data: Path, tmp_path: Path) -> None:
+    """The first token's states are thousands of times those of the others; bits as the simulation has them."""
+    halves = split_in_the_middle(massive, data, tmp_path / "split")
+    info = read_trunk_info(halves)
+    products = {core.size.name: expected_of(core) for core in trunk_cores(halves, info, KV260)}
+    layers = DecoderLayers(halves, info.layers, products)
+    frozen = FrozenWeights(halves.path, halves.manifest.architecture)
+    batch = batch_of(halves, encoded_rows(halves, data))
+    found = Trunk(frozen, layers, 0).hidden(batch)
+    exact = Trunk(frozen, FloatLayers(massive, info.layers), 0).hidden(batch)
+    assert np.abs(exact[:, 0]).max() > 1000 * np.abs(exact[:, 1:]).max(), "nothing is massive"
+    for row in range(len(found)):
+        for position in np.flatnonzero(batch.rows[row] == row):
+            assert relative(found[row, position], exact[row, position]) < 5e-3
+    adapter, plan, backend = adapter_of(halves), LayeredPlan(kept_layers=4), OrtBackend(halves, "fp32")
+    emulated, cpu = (
+        LayeredSession(halves, adapter, OPTIMIZER, plan, backend, lowest=lowest)
+        for lowest in (layers.with_adapters, None)
+    )
+    assert emulated.evaluate(batch) == pytest.approx(cpu.evaluate(batch), rel=5e-3)
+    for session in (emulated, cpu):
+        session.step([batch], 1e-3)
+    gradients = cpu.gradients()
+    assert min(cosine(gradient, gradients[name]) for name, gradient in emulated.gradients().items()) >= 0.999
+
+
+def expected_of(core: Core) -> Product:
+    return lambda states: core.expected(states).astype(np.float32)
+
+
 @installed
 @compiles
 def test_a_simulation_computes_the_cores_bits(tmp_path: Path) -> None:
-    """Against numpy, with values that round, that lie on ties and that saturate."""
+    """Against numpy, with values that round, that lie on ties and that saturate, and vectors of every size."""
     generator = np.random.default_rng(0)
     weight = generator.uniform(-0.7, 0.7, (24, 32)).astype(np.float32)
     size = CoreSize("model.layers.0.mlp.down_proj", 32, 24, reuse=1)
-    core = Core(size, weight, holding(0.7, 1.0), FixedPoint(16, 3), FixedPoint(16, 4))
+    core = Core(size, weight, holding(0.7, 1.0), FixedPoint(16, 4))
     vectors = generator.standard_normal((12, 32)).astype(np.float32)
     vectors[0] = np.where(weight[0] > 0, -100, 100)
-    vectors[1] = np.float32(1.5 * 2.0**-13)
+    vectors[1] = np.float32(1.5 * 2.0**-15)
+    vectors[1, 0] = 0.75
+    vectors[2] = 0
+    vectors[3] *= 30_000
+    vectors[4] /= 30_000
     (simulation,) = simulate([core], tmp_path, KV260)
     found = simulation.run(vectors)
     expected = core.expected(vectors)
-    assert expected.min() == -8, "nothing saturates"
+    assert expected[0].min() == -8 * 2**7, "nothing saturates"
     np.testing.assert_array_equal(found, expected)
-    assert np.abs(found[2:] - vectors[2:] @ weight.T).max() < 2e-3
+    for row, exact in zip(found[2:], vectors[2:] @ weight.T, strict=True):
+        assert np.abs(row - exact).max() <= 1e-3 * np.abs(exact).max()
     config = (tmp_path / core.size.name / "firmware" / "parameters.h").read_text()
     assert f"reuse_factor = {size.reuse};" in config, "hls4ml took another one"
 

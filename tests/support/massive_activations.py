@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgetune.formats.bundle import Bundle
+from support.prepared_bundles import CONFIG, prepare_checkpoint
 from support.tiny_phi3 import save_checkpoint
 
 LAYERS = 4
@@ -50,3 +52,8 @@ def save_massive(folder: Path, largest: float) -> Path:
     down[_MASSIVE, _INNER] = largest / found[0]
     model.save_pretrained(folder)
     return folder
+
+
+def prepare_massive(folder: Path, largest: float) -> Bundle:
+    """The int4 bundle of `save_massive`, in a folder of its own."""
+    return prepare_checkpoint(save_massive(folder / "checkpoint", largest), folder / "bundle", CONFIG)

@@ -12,6 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgetune.config import SplitConfig, TrainConfig
+from edgetune.data.encode import Example, load_encoder
+from edgetune.data.examples import load_examples
 from edgetune.formats.bundle import Bundle
 from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.onnx_session import open_graph
@@ -38,8 +40,14 @@ def write_split_rows(folder: Path) -> Path:
     return path
 
 
+def encoded_rows(bundle: Bundle, data: Path) -> list[Example]:
+    """The rows of a file as the bundle's tokenizer has them."""
+    encoder = load_encoder(bundle.path, bundle.manifest.tokenizer)
+    return load_examples(data, encoder, bundle.manifest.max_length, truncate=False).examples
+
+
 def split_in_the_middle(whole: Bundle, data: Path, output: Path) -> Bundle:
-    """A bundle of two layers with a trunk of one."""
+    """A bundle whose lower half is a trunk."""
     return split(whole, data, output, SplitConfig(length=48))
 
 

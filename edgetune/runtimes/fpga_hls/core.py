@@ -34,8 +34,8 @@ _SHOWN = 2000
 class Core:
     """A projection y = W·x in fixed point, each vector with an exponent of its own.
 
-    In trained language models the vectors of one row differ by a factor of a thousand and more. The circuit takes x · 2^-e,
-    which lies between -1 and 1, and gives y · 2^-e: e is found and both are shifted outside of it.
+    In trained language models the vectors of one row differ by a factor of a thousand and more. The circuit takes
+    x · 2^-e, which lies between -1 and 1, and gives y · 2^-e: e is found and both are shifted outside of it.
     """
 
     size: CoreSize

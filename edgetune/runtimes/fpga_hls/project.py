@@ -116,6 +116,9 @@ def _readme(bundle: Bundle, project: HlsProject) -> str:
 The frozen projections of the {project.layers} lowest decoder layers, a core each, for the {fpga.name} ({fpga.part}).
 Attention, norms, adapters and gradients stay on the processor.
 
+Each vector has an exponent of its own, e, the power of two just above its largest magnitude. A core takes x · 2^-e,
+which lies between -1 and 1, and gives y · 2^-e. Whatever feeds it finds e and shifts before and after; no core does.
+
 Nothing here was synthesised and no FPGA was used: the figures are an estimate by counting. `./synthesise.sh` runs
 Vitis HLS over every core.
 
