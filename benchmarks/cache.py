@@ -99,7 +99,8 @@ class Cache:
             start = Edgetune("onnxruntime")
             self.make_bundle_for(start, model, say)
             say(f"Training {model.name} for a few steps …")
-            places = [self.bundle_for(start, model), "--data", real_rows()[0], "--output", self.adapter(model)]
+            places: list[str | Path] = [self.bundle_for(start, model), "--data", real_rows()[0]]
+            places += ["--output", self.adapter(model)]
             _run([EDGETUNE, "train", *places, "--runtime", start.runtime, *_FEW_STEPS, "--quiet"])
 
     def make_demo_bundle(self, contestant: Edgetune, say: Say) -> None:
