@@ -12,9 +12,13 @@ from pathlib import Path
 from benchmarks.checkpoints import make_checkpoint
 from benchmarks.experiments import Edgetune
 from benchmarks.models import Model
+from benchmarks.rows import real_rows
 from edgetune.config import Base
 from examples import demo
 
+_WITHOUT_ROWS = (None, "nearest", "least-squares")
+"""Quantisers that look at no rows."""
+_FEW_STEPS = ("--steps", "12", "--learning-rate", "1e-3", "--warmup-steps", "4")
 EDGETUNE = Path(sys.executable).with_name("edgetune")
 Say = Callable[[str], None]
 
@@ -36,6 +40,16 @@ class Cache:
         """The bundle of a model on a base."""
         return self.root / model.name / base
 
+    def bundle_for(self, contestant: Edgetune, model: Model) -> Path:
+        """The bundle of a model that a contestant trains, with all that it asks of `prepare` and `split`."""
+        npu = None if contestant.npu == "none" else contestant.npu
+        parts = (contestant.base, contestant.quantiser, npu, "split" if contestant.trunk else None)
+        return self.root / model.name / "-".join(filter(None, parts))
+
+    def adapter(self, model: Model) -> Path:
+        """An adapter of the real model, a few steps in."""
+        return self.root / model.name / "adapter"
+
     def demo_bundle(self, contestant: Edgetune) -> Path:
         """The bundle of the demo's base model that a contestant trains."""
         return self.root / "demo" / (f"{contestant.base}-split" if contestant.trunk else contestant.base)
@@ -46,7 +60,11 @@ class Cache:
         if not folder.is_dir():
             say(f"Making the checkpoint of {model.name} …")
             partial = _partial(folder)
-            make_checkpoint(partial, model.size)
+            if model.trained:
+                layers = str(model.size.layers)
+                _run([sys.executable, "-m", "benchmarks.real_model", partial, "--layers", layers])
+            else:
+                make_checkpoint(partial, model.size)
             partial.rename(folder)
 
     def make_bundle(self, model: Model, base: Base, say: Say) -> None:
@@ -56,6 +74,34 @@ class Cache:
             self.make_checkpoint(model, say)
             say(f"Preparing {model.name} on an {base} base …")
             _run(self.prepare_command(model, base, folder))
+
+    def make_bundle_for(self, contestant: Edgetune, model: Model, say: Say) -> None:
+        """Prepare a model as a contestant needs it, and split it if need be, unless that was done."""
+        unsplit = replace(contestant, trunk=False)
+        folder = self.bundle_for(unsplit, model)
+        train = str(real_rows()[0])
+        if not folder.is_dir():
+            self.make_checkpoint(model, say)
+            say(f"Preparing {folder.name} of {model.name} …")
+            command = self.prepare_command(model, contestant.base, folder)
+            calibrated = contestant.npu == "qdq" or contestant.quantiser not in _WITHOUT_ROWS
+            command += ["--quantiser", contestant.quantiser] if contestant.quantiser else []
+            command += ["--npu", contestant.npu] if contestant.npu != "none" else []
+            _run([*command, *(["--calibration", train] if calibrated and model.trained else [])])
+        if contestant.trunk and not self.bundle_for(contestant, model).is_dir():
+            say(f"Splitting {folder.name} of {model.name} …")
+            output = self.bundle_for(contestant, model)
+            _run([EDGETUNE, "split", folder, "--data", train, "--output", output, "--quiet"])
+
+    def make_adapter(self, model: Model, say: Say) -> None:
+        """Train the real model for a few steps in float32 unless that was done."""
+        if not self.adapter(model).is_dir():
+            start = Edgetune("onnxruntime")
+            self.make_bundle_for(start, model, say)
+            say(f"Training {model.name} for a few steps …")
+            places: list[str | Path] = [self.bundle_for(start, model), "--data", real_rows()[0]]
+            places += ["--output", self.adapter(model)]
+            _run([EDGETUNE, "train", *places, "--runtime", start.runtime, *_FEW_STEPS, "--quiet"])
 
     def make_demo_bundle(self, contestant: Edgetune, say: Say) -> None:
         """Train the demo's base model, prepare it as the demo does, and split it if need be, unless that was done."""

@@ -6,8 +6,8 @@ measured once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args, get_type_hints
 
 from benchmarks.experiments import (
     DemoLoss,
@@ -17,15 +17,19 @@ from benchmarks.experiments import (
     GemmLibrary,
     GemmLimit,
     GradientCosine,
+    Precision,
     Preparing,
     PyTorch,
     RaggedTraining,
+    Ranges,
+    RealLoss,
     RowLosses,
     StartUp,
     Training,
     Workload,
 )
-from benchmarks.models import FULL, SMALL, with_layers
+from benchmarks.models import FULL, REAL, SMALL, Model, with_layers
+from edgetune.config import PlanName, PrepareConfig, TrainingPrecision
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Case:
     """Of these the one counts that is best in the first goal's quantity."""
     beside: tuple[Experiment, ...] = ()
     """Measured and shown, but not held against anything."""
+    every: bool = False
+    """All of `ours` have to meet the goals; then the worst one counts."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,90 @@ def _demo_int8(name: str, learning_rate: float | None) -> Case:
         beside=(DemoLoss(STOCK_RECOMPUTED, learning_rate),),
     )
 
+
+WHOLE = Edgetune("onnxruntime", plan="whole")
+"""Float32, as one graph: what is exact where a step's precision is measured."""
+PHI3_MINI = with_layers(FULL, 2)
+"""Two layers in Phi-3-mini's width, with random weights."""
+EMULATED = with_layers(REAL, 16)
+"""As many of the real model's layers as the emulated NPU takes in bearable time; from the 12th on states are large."""
+LAYERED: tuple[PlanName, ...] = ("keep", "recompute", "stream")
+ON_NPU = Edgetune("qnn")
+NPU_INT8 = tuple(Edgetune("qnn", precision="int8", npu=kind) for kind in ("qdq", "blocks"))
+QUANTISERS: tuple[str, ...] = get_args(get_type_hints(PrepareConfig).get("quantiser"))
+"""All that `prepare` offers for an int4 base."""
+REAL_FLOAT = RealLoss(Edgetune("onnxruntime", base="fp32"), REAL, steps=0)
+STEP_LOSS = 5e-3
+"""Bound on the relative difference of a step's loss."""
+
+
+def _precision(model: Model, *contestants: Edgetune) -> tuple[Precision, ...]:
+    return tuple(Precision(each, replace(WHOLE, base=each.base), model) for each in contestants)
+
+
+def _layered(runtime: str, precision: TrainingPrecision) -> tuple[Edgetune, ...]:
+    return tuple(Edgetune(runtime, plan=plan, precision=precision) for plan in LAYERED)
+
+
+_EXACT_PLANS = (*_layered("onnxruntime", "auto"), *_layered("openvino", "auto"))
+_INT8_PLANS = (*_layered("onnxruntime", "int8"), *_layered("openvino", "int8"))
+_REAL_TRAININGS = (STOCK, STOCK_INT8, OPENVINO, OPENVINO_INT8, STOCK_SPLIT)
+PRECISION_CASES = (
+    Case(
+        "precision",
+        "real model, loss and gradients of every plan against float32, worst tensor",
+        ours=_precision(REAL, *_EXACT_PLANS),
+        every=True,
+        goals=(Goal("worst_cosine", "≥", 0.999), Goal("loss_difference", "≤", STEP_LOSS)),
+        beside=(
+            *_precision(REAL, Edgetune("openvino", plan="whole"), Edgetune("ort-training", base="fp32")),
+            *_precision(PHI3_MINI, *_EXACT_PLANS, *_INT8_PLANS),
+            Ranges(REAL),
+            *(RealLoss(each, REAL) for each in _REAL_TRAININGS),
+        ),
+    ),
+    Case(
+        "precision-int8",
+        "the same in int8",
+        ours=_precision(REAL, *_INT8_PLANS),
+        every=True,
+        goals=(Goal("worst_cosine", "≥", 0.99),),
+    ),
+    Case(
+        "precision-npu",
+        "16 layers of the real model, whole step in float16 on the emulated NPU",
+        ours=_precision(EMULATED, ON_NPU),
+        goals=(Goal("worst_cosine", "≥", 0.999), Goal("loss_difference", "≤", STEP_LOSS)),
+    ),
+    Case(
+        "precision-npu-int8",
+        "the same with int8 weights",
+        ours=_precision(EMULATED, *NPU_INT8),
+        every=True,
+        goals=(Goal("mean_cosine", "≥", 0.998),),
+    ),
+    Case(
+        "precision-split",
+        "real model, int8 trunk of half the layers: validation loss before training against the bundle's own",
+        ours=(RealLoss(STOCK_SPLIT, REAL),),
+        against=(RealLoss(STOCK, REAL),),
+        goals=(Goal("first_validation_loss", "≤", 1.05, relative=True),),
+    ),
+    Case(
+        "precision-split-drop",
+        "its drop of the validation loss against LoRA on all layers",
+        ours=(RealLoss(STOCK_SPLIT, REAL),),
+        against=(RealLoss(STOCK, REAL),),
+        goals=(Goal("loss_drop", "≥", 0.9, relative=True),),
+    ),
+    Case(
+        "precision-base",
+        "real model, validation loss of the int4 base by quantiser, against float32",
+        ours=tuple(RealLoss(replace(STOCK, quantiser=each), REAL, steps=0) for each in (None, *QUANTISERS)),
+        against=(REAL_FLOAT,),
+        goals=(Goal("first_validation_loss", "≤", 1.041, relative=True),),
+    ),
+)
 
 CASES = (
     Case(
@@ -266,6 +356,7 @@ CASES = (
         ours=tuple(StartUp(contestant, SMALL_1024) for contestant in (STOCK, OPENVINO)),
         goals=(Goal("first_step_after", "≤", 2.0),),
     ),
+    *PRECISION_CASES,
 )
 
 _ROW_LENGTH = 128

@@ -10,8 +10,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from benchmarks.cache import EDGETUNE, Cache
-from benchmarks.experiments import DemoLoss, Edgetune, Preparing, StartUp, Workload
+from benchmarks.experiments import DemoLoss, Edgetune, Preparing, RealLoss, StartUp, Workload
 from benchmarks.process import ProcessError, run_watched
+from benchmarks.rows import real_rows
 from examples import demo
 
 
@@ -61,6 +62,26 @@ def measure_demo_loss(experiment: DemoLoss, cache: Cache, seed: int) -> dict[str
     before, after = result["first_validation_loss"], result["last_validation_loss"]
     return {
         **finished.memory_quantities(),
+        "first_validation_loss": before,
+        "validation_loss": after,
+        "loss_drop": before - after,
+        "seconds": result["seconds"],
+    }
+
+
+def measure_real_loss(experiment: RealLoss, cache: Cache) -> dict[str, float]:
+    """Validation loss of the real model, before and after the steps; of the base alone where there are none."""
+    bundle, (train, valid) = cache.bundle_for(experiment.contestant, experiment.model), real_rows()
+    if not experiment.steps:
+        finished = run_watched([EDGETUNE, "eval", bundle, "--data", valid, "--quiet", "--json"])
+        return {"first_validation_loss": json.loads(finished.stdout)["loss"]}
+    with TemporaryDirectory() as scratch:
+        command = _train_command(experiment.contestant, bundle, train, Path(scratch) / "adapter")
+        command += ["--valid", valid, "--learning-rate", "1e-3", "--warmup-steps", "10"]
+        command += ["--steps", str(experiment.steps), "--seed", "0", "--quiet", "--json"]
+        result = json.loads(run_watched(command).stdout)
+    before, after = result["first_validation_loss"], result["last_validation_loss"]
+    return {
         "first_validation_loss": before,
         "validation_loss": after,
         "loss_drop": before - after,

@@ -26,7 +26,7 @@ from edgetune.planning.choice import Choice
 from edgetune.planning.fit import Fit, Fitting
 from edgetune.planning.options import resolve
 from edgetune.runtimes import find_runtime
-from edgetune.runtimes.contract import OptimizerConfig, Session
+from edgetune.runtimes.contract import OptimizerConfig, Session, StepResult
 from edgetune.runtimes.execution import ExecutionPlan
 
 Gradients = dict[str, NDArray[np.float64]]
@@ -119,13 +119,17 @@ def measure_cosine(experiment: GradientCosine, folders: Mapping[Edgetune, Path])
 
 def gradients(contestant: Edgetune, bundle: Bundle, workload: Workload) -> Gradients:
     """LoRA gradients of a workload where A and B are both random; see `gradients_at`."""
+    found, batches = _fit(contestant, bundle, workload)
+    return gradients_at(random_adapter(bundle), found.choice, bundle, batches)
+
+
+def random_adapter(bundle: Bundle) -> Parameters:
+    """A and B, both random."""
     generator = np.random.default_rng(1)
-    before = {
+    return {
         name: array if ".lora_A." in name else (_B_SPREAD * generator.standard_normal(array.shape)).astype(np.float32)
         for name, array in initial_parameters(bundle.manifest.lora, seed=0).items()
     }
-    found, batches = _fit(contestant, bundle, workload)
-    return gradients_at(before, found.choice, bundle, batches)
 
 
 def gradients_at(before: Parameters, choice: Choice, bundle: Bundle, batches: Sequence[Batch]) -> Gradients:
@@ -140,10 +144,17 @@ def gradients_at(before: Parameters, choice: Choice, bundle: Bundle, batches: Se
         bundle: What is trained.
         batches: What goes through in each pass of the step.
     """
+    return step_at(before, choice, bundle, batches)[1]
+
+
+def step_at(
+    before: Parameters, choice: Choice, bundle: Bundle, batches: Sequence[Batch]
+) -> tuple[StepResult, Gradients]:
+    """What a step says of itself, and its gradients; see `gradients_at`."""
     with open_session(choice, bundle, before, OptimizerConfig(0.0, _LINEAR_NORM)) as session:
-        session.step(batches, _LINEAR_RATE)
+        result = session.step(batches, _LINEAR_RATE)
         after = session.adapter()
-    return {name: before[name].astype(np.float64) - after[name] for name in before}
+    return result, {name: before[name].astype(np.float64) - after[name] for name in before}
 
 
 _B_SPREAD = 0.02
@@ -155,18 +166,19 @@ _LINEAR_RATE = 1e7
 
 def _fit(contestant: Edgetune, bundle: Bundle, workload: Workload) -> tuple[Fit, list[Batch]]:
     """How the contestant fits, and the batches of its step."""
-    found = fit(contestant, bundle, _examples(workload), workload.rows, packing=False)
+    found = fit(contestant, bundle, examples_of(workload), workload.rows, packing=False)
     return found, next(found.workload.steps())
 
 
 def batch_of(bundle: Bundle, workload: Workload) -> Batch:
     """The rows of a step in one batch."""
-    rows = _examples(workload)
+    rows = examples_of(workload)
     (batch,) = Batcher(bundle.manifest, rows, workload.rows, packing=False).step([rows])
     return batch
 
 
-def _examples(workload: Workload) -> list[Example]:
+def examples_of(workload: Workload) -> list[Example]:
+    """Its random rows."""
     return [Example(line, ids, ids) for line, ids in enumerate(random_rows(workload).tolist(), 1)]
 
 

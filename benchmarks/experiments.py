@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.models import Model
-from edgetune.config import Base, PlanName, TrainingPrecision
+from edgetune.config import Base, NpuKind, PlanName, TrainingPrecision
 
 Dtype = Literal["fp32", "bf16", "int8"]
 GemmLibrary = Literal["torch", "onnxruntime", "openvino"]
@@ -25,13 +25,18 @@ class Edgetune:
     """What the planner may use, such as `2.5GB`."""
     base: Base = "int4"
     """How the bundle stores the frozen weights."""
+    quantiser: str | None = None
+    """How they are rounded; as `prepare` does it by itself without one."""
+    npu: NpuKind = "none"
+    """The step for NPUs that the bundle has beside the others."""
 
     def __str__(self) -> str:
         """As tables call it."""
         budget = f"within {self.memory_budget}" if self.memory_budget else None
         chosen = [choice for choice in (self.plan, self.precision) if choice != "auto"]
         words = [f"edgetune {self.runtime}", *chosen, "split" if self.trunk else None, budget, f"{self.base} base"]
-        return ", ".join(filter(None, words))
+        further = [self.quantiser, f"--npu {self.npu}" if self.npu != "none" else None]
+        return ", ".join(filter(None, [*words, *further]))
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,48 @@ class DemoLoss:
 
 
 @dataclass(frozen=True)
+class Precision:
+    """Loss and LoRA gradients of one step, held to those of another contestant.
+
+    On the real model: four rows, by an adapter that was trained for a few steps. On a random one: random rows and
+    adapters.
+    """
+
+    contestant: Edgetune
+    exact: Edgetune
+    model: Model
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        return f"a step of {self.contestant} against {self.exact}: {self.model.name}"
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The largest numbers of a model's own forward pass in float32."""
+
+    model: Model
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        return f"ranges: {self.model.name}"
+
+
+@dataclass(frozen=True)
+class RealLoss:
+    """Validation loss of the real model, before and after training."""
+
+    contestant: Edgetune
+    model: Model
+    steps: int = 105
+    """Of training; with none the base alone is measured."""
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        return f"{self.contestant}: {self.model.name}, {self.steps} steps"
+
+
+@dataclass(frozen=True)
 class Preparing:
     """`edgetune prepare` of a model."""
 
@@ -177,4 +224,16 @@ class GemmLimit:
         return f"{self.library} {self.dtype}, {self.m} × {self.k} × {self.n}"
 
 
-Experiment = Training | RaggedTraining | RowLosses | GradientCosine | DemoLoss | Preparing | StartUp | GemmLimit
+Experiment = (
+    Training
+    | RaggedTraining
+    | RowLosses
+    | GradientCosine
+    | DemoLoss
+    | Precision
+    | Ranges
+    | RealLoss
+    | Preparing
+    | StartUp
+    | GemmLimit
+)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from benchmarks.cases import MINIMUM_FIT, SGEMM, Case, Goal, Reference, Series
-from benchmarks.experiments import Edgetune, Experiment, GemmLimit, PyTorch, Training, Workload
+from benchmarks.experiments import (
+    Edgetune,
+    Experiment,
+    GemmLimit,
+    Precision,
+    PyTorch,
+    RealLoss,
+    Training,
+    Workload,
+)
 from benchmarks.machine import Machine
 from benchmarks.quantities import QUANTITIES
 from benchmarks.record import Outcome, Sitting
@@ -24,6 +33,9 @@ _TRAINING_COLUMNS = (
     "first_loss",
 )
 
+_PRECISION_COLUMNS = ("loss", "loss_difference", "worst_cosine", "mean_cosine", "norm_ratio")
+_LOSS_COLUMNS = ("first_validation_loss", "validation_loss")
+
 
 def write_report(
     sitting: Sitting, cases: Sequence[Case], series: Sequence[Series], references: Sequence[Reference]
@@ -41,6 +53,7 @@ def write_report(
         _goals(sitting, cases),
         _limits(sitting),
         *_trainings(sitting, references),
+        *_precision(sitting),
         _others(sitting),
         *(_series(each, sitting) for each in series),
         _not_run(sitting),
@@ -156,12 +169,34 @@ def _contestant_is(outcome: Outcome, kind: type[Edgetune] | type[PyTorch]) -> bo
     return isinstance(outcome.experiment, Training) and isinstance(outcome.experiment.contestant, kind)
 
 
+def _precision(sitting: Sitting) -> list[str]:
+    """How far each contestant's step is from the exact one, a table a model; and what came of training."""
+    steps = [outcome for outcome in sitting.outcomes if isinstance(outcome.experiment, Precision) and outcome.samples]
+    losses = [outcome for outcome in sitting.outcomes if isinstance(outcome.experiment, RealLoss) and outcome.samples]
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in steps:
+        assert isinstance(outcome.experiment, Precision)
+        groups.setdefault(f"Precision of a step: {outcome.experiment.model.name}", []).append(outcome)
+    tables: list[tuple[str, list[Outcome], tuple[str, ...]]]
+    tables = [(title, outcomes, _PRECISION_COLUMNS) for title, outcomes in groups.items()]
+    tables += [("Validation loss of the real model", losses, _LOSS_COLUMNS)] if losses else []
+    return [f"## {title}\n\n{_figures(outcomes, columns)}" for title, outcomes, columns in tables]
+
+
+def _figures(outcomes: Sequence[Outcome], columns: Sequence[str]) -> str:
+    rows = [
+        [str(outcome.experiment), *(QUANTITIES[name].spread_text(outcome.spread(name)) for name in columns)]
+        for outcome in outcomes
+    ]
+    return _table(["what", *(QUANTITIES[name].title for name in columns)], rows)
+
+
 def _others(sitting: Sitting) -> str:
     """Gradients, start-up and whatever else is neither a training step nor a limit: a row a quantity."""
     rows = [
         [str(outcome.experiment), QUANTITIES[name].title, QUANTITIES[name].spread_text(outcome.spread(name))]
         for outcome in sitting.outcomes
-        if outcome.samples and not isinstance(outcome.experiment, (Training, GemmLimit))
+        if outcome.samples and not isinstance(outcome.experiment, (Training, GemmLimit, Precision, RealLoss))
         for name in outcome.samples[0]
     ]
     return "## Other measurements\n\n" + _table(["what", "quantity", "found"], rows) if rows else ""

@@ -11,15 +11,18 @@ from typing import Protocol
 
 from benchmarks.cache import Cache
 from benchmarks.cases import LIMITS, Case, Series
-from benchmarks.commands import measure_demo_loss, measure_preparing, measure_start_up
+from benchmarks.commands import measure_demo_loss, measure_preparing, measure_real_loss, measure_start_up
 from benchmarks.experiments import (
     DemoLoss,
     Edgetune,
     Experiment,
     GradientCosine,
+    Precision,
     Preparing,
     PyTorch,
     RaggedTraining,
+    Ranges,
+    RealLoss,
     RowLosses,
     StartUp,
     Training,
@@ -27,7 +30,7 @@ from benchmarks.experiments import (
 from benchmarks.process import ProcessError, run_watched
 from benchmarks.record import Outcome, write_experiment
 
-ONCE = (RowLosses, GradientCosine, Preparing)
+ONCE = (RowLosses, GradientCosine, Precision, Ranges, RealLoss, Preparing)
 """Experiments that give the same figures again, or take too long for more than one run."""
 
 
@@ -110,6 +113,15 @@ def _provide(experiment: Experiment, cache: Cache, say: Callable[[str], None]) -
         case GradientCosine(contestant, exact, workload):
             for each in (contestant, exact):
                 cache.make_bundle(workload.model, each.base, say)
+        case Precision(contestant, exact, model):
+            for each in (contestant, exact):
+                cache.make_bundle_for(each, model, say)
+            if model.trained:
+                cache.make_adapter(model, say)
+        case Ranges(model):
+            cache.make_bundle_for(Edgetune("onnxruntime"), model, say)
+        case RealLoss(contestant, model):
+            cache.make_bundle_for(contestant, model, say)
         case DemoLoss(contestant=contestant):
             cache.make_demo_bundle(contestant, say)
 
@@ -120,6 +132,8 @@ def _measure(experiment: Experiment, cache: Cache, run: int) -> dict[str, float]
             return measure_preparing(experiment, cache)
         case StartUp():
             return measure_start_up(experiment, cache)
+        case RealLoss():
+            return measure_real_loss(experiment, cache)
         case DemoLoss():
             # Seeds differ by more than plans do: every run has its own.
             return measure_demo_loss(experiment, cache, seed=run)

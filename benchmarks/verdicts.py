@@ -55,7 +55,7 @@ class Fit:
 
 
 def judge(case: Case, sitting: Sitting) -> Verdict:
-    """Hold a case's goals against the medians; the contestant that meets most of them counts."""
+    """Hold a case's goals against the medians; the contestant that meets most of them counts, or fewest if all must."""
     reasons = [
         f"{outcome.experiment}: {outcome.failure}"
         for outcome in map(sitting.outcome, (*case.ours, *case.against))
@@ -68,10 +68,11 @@ def judge(case: Case, sitting: Sitting) -> Verdict:
         for outcome in map(sitting.outcome, case.ours)
         if (findings := _findings(case.goals, outcome, rival)) is not None
     ]
-    if not judged:
+    if not judged or (case.every and len(judged) < len(case.ours)):
         return Verdict(case, reasons=tuple(reasons))
     sign = 1 if first.direction == "≥" else -1
-    outcome, findings = max(judged, key=lambda each: (sum(f.met for f in each[1]), sign * each[1][0].value))
+    choose = min if case.every else max
+    outcome, findings = choose(judged, key=lambda each: (sum(f.met for f in each[1]), sign * each[1][0].value))
     return Verdict(case, outcome.experiment, rival.experiment if rival else None, tuple(findings), tuple(reasons))
 
 

@@ -12,13 +12,16 @@ from benchmarks.experiments import (
     Experiment,
     GemmLimit,
     GradientCosine,
+    Precision,
     PyTorch,
     RaggedTraining,
+    Ranges,
     RowLosses,
     Training,
 )
 from benchmarks.record import read_experiment
 from edgetune.errors import EdgetuneError
+from edgetune.formats.bundle import load_bundle
 
 
 def measure(experiment: Experiment, cache: Cache) -> dict[str, float]:
@@ -53,6 +56,15 @@ def measure(experiment: Experiment, cache: Cache) -> dict[str, float]:
 
             both = experiment.contestant, experiment.exact
             return measure_cosine(experiment, {each: cache.bundle(workload.model, each.base) for each in both})
+        case Precision():
+            from benchmarks.precision_worker import measure_precision
+
+            return measure_precision(experiment, cache)
+        case Ranges(model):
+            from benchmarks.precision_worker import measure_ranges
+
+            bundle = load_bundle(cache.bundle_for(Edgetune("onnxruntime"), model))
+            return measure_ranges(model, cache.checkpoint(model), bundle)
     raise TypeError(f"{experiment} is not measured in a worker")
 
 

@@ -23,12 +23,13 @@ from benchmarks.cases import CASES, LIMITS, ONNXSIM, SERIES, SGEMM, Case, Goal, 
 from benchmarks.checkpoints import Size
 from benchmarks.commands import measure_start_up, text_rows
 from benchmarks.edgetune_worker import _B_SPREAD, batch_of, gradients
-from benchmarks.experiments import Edgetune, Experiment, GemmLimit, PyTorch, StartUp, Training, Workload
+from benchmarks.experiments import Edgetune, Experiment, GemmLimit, Precision, PyTorch, StartUp, Training, Workload
 from benchmarks.flops import step_flops
 from benchmarks.machine import Machine
 from benchmarks.memory import MemoryWatch, process_tree, read_status
 from benchmarks.models import Model
 from benchmarks.plots import Curve, Mark, line_plot, svg_text
+from benchmarks.precision_worker import measure_precision
 from benchmarks.process import ProcessError, run_watched
 from benchmarks.quantities import QUANTITIES
 from benchmarks.record import Outcome, Sitting, read_experiment, read_sitting, write_experiment, write_sitting
@@ -130,6 +131,29 @@ def test_gradients_are_read_off_a_step(prepared: Prepared) -> None:
     )
     for name, array in exact.items():
         np.testing.assert_allclose(factor * found[name], array, rtol=1e-3, atol=1e-3 * np.abs(array).max())
+
+
+def test_a_step_is_held_to_the_exact_one(prepared: Prepared, tmp_path: Path) -> None:
+    cache, whole = Cache(tmp_path), Edgetune("onnxruntime", plan="whole")
+    folder = cache.bundle_for(whole, TINY)
+    folder.parent.mkdir()
+    folder.symlink_to(prepared("multi-head", "int4").path)
+    exact, rounded = (
+        measure_precision(Precision(Edgetune("onnxruntime", plan="keep", precision=precision), whole, TINY), cache)
+        for precision in ("auto", "int8")
+    )
+    assert exact["loss_difference"] < 1e-5
+    assert exact["norm_ratio"] == pytest.approx(1, abs=1e-3)
+    assert exact["worst_cosine"] > 0.9999 > rounded["mean_cosine"] > rounded["worst_cosine"] > 0.9
+    assert rounded["loss_difference"] > 1e-5
+
+
+def test_each_request_has_a_bundle_of_its_own(tmp_path: Path) -> None:
+    stock = Edgetune("onnxruntime")
+    requests = [stock, replace(stock, base="fp32"), replace(stock, npu="qdq"), replace(stock, quantiser="nearest")]
+    folders = [Cache(tmp_path).bundle_for(each, TINY) for each in [*requests, replace(stock, trunk=True)]]
+    assert len(set(folders)) == len(folders)
+    assert folders[0] == Cache(tmp_path).bundle(TINY, "int4")
 
 
 # Memory and processes
@@ -283,6 +307,15 @@ def test_all_goals_have_to_be_met_by_the_same_contestant() -> None:
     assert (verdict.winner, verdict.met) == (OTHER, True)
     verdict = judge(case(FASTER, replace(LEANER, bound=0.4)), found)
     assert (verdict.winner, verdict.met) == (OURS, False)
+
+
+def test_where_every_contestant_has_to_the_worst_counts() -> None:
+    every = replace(case(Goal("worst_cosine", "≥", 0.99)), every=True)
+    good, bad = outcome(OURS, worst_cosine=0.999), outcome(OTHER, worst_cosine=0.9)
+    verdict = judge(every, sitting(good, bad))
+    assert (verdict.winner, verdict.met) == (OTHER, False)
+    assert judge(every, sitting(good, outcome(OTHER, worst_cosine=0.995))).met
+    assert judge(every, sitting(good, Outcome(OTHER, failure="no runtime"))).met is None
 
 
 def test_an_absolute_goal_needs_no_rival() -> None:
