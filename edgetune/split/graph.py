@@ -146,8 +146,8 @@ class _Composer:
             return
         attributes = dict(node.attributes)
         inputs = [values[value] for value in own]
-        if node.op_type == "ReduceMean":
-            # Its axes are an attribute before opset 18.
+        if node.op_type in ("ReduceMax", "ReduceMean"):
+            # Their axes are an attribute before opset 18.
             axes = ir.convenience.get_const_tensor(inputs.pop())
             assert axes is not None
             attributes["axes"] = ir.AttrInt64s("axes", axes.numpy().tolist())
