@@ -152,13 +152,20 @@ def has_device(kind: str) -> bool:
 
 def _graphs(bundle: Bundle, plan: WholePlan) -> AcceleratorGraphs:
     from edgetune.runtimes.whole.compiled import AcceleratorGraphs
+    from edgetune.runtimes.whole.first_batch import HALF, FirstBatch
 
-    return AcceleratorGraphs(_compiler(bundle, plan))
+    # Of its devices the CPU alone has float32's range.
+    first = None if _device(plan) == DEVICE else FirstBatch(bundle, HALF)
+    return AcceleratorGraphs(_compiler(bundle, plan), first=first)
+
+
+def _device(plan: WholePlan) -> str:
+    asked = (plan.accelerator or Accelerator()).device_type
+    return DEVICE if asked == "auto" else asked
 
 
 def _compiler(bundle: Bundle, plan: WholePlan) -> OpenVinoCompiler:
-    accelerator = plan.accelerator or Accelerator()
-    device = DEVICE if accelerator.device_type == "auto" else accelerator.device_type
+    accelerator, device = plan.accelerator or Accelerator(), _device(plan)
     if not has_device(device):
         found = ", ".join(core().available_devices)
         raise IncompatibleError(

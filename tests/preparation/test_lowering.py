@@ -23,6 +23,7 @@ from support.tiny_phi3 import silent
 
 WORKER = ROOT / "tests" / "support" / "kernel_worker.py"
 TRAINING = "com.microsoft"
+RMS_NORM = "SimplifiedLayerNormalization"
 Arrays = dict[str, NDArray[np.generic]]
 _random = np.random.default_rng(7)
 
@@ -63,7 +64,7 @@ def node(
     op_type: str, inputs: Sequence[str], outputs: Sequence[str] = ("loss",), **attributes: float | str
 ) -> onnx.NodeProto:
     # The only one of them that ONNX Runtime registers beside the standard operators.
-    standard = op_type == "SimplifiedLayerNormalization" or onnx.defs.has(op_type)
+    standard = op_type == RMS_NORM or onnx.defs.has(op_type)
     return helper.make_node(
         op_type, inputs, outputs, f"{op_type}_of_{outputs[0]}", domain="" if standard else TRAINING, **attributes
     )
@@ -137,7 +138,7 @@ def norm_cases() -> dict[str, Case]:
         cases[f"rms-norm-{name}"] = Case(
             [
                 node(
-                    "SimplifiedLayerNormalization", ["x", "weight"], ["loss", "predictions"],
+                    RMS_NORM, ["x", "weight"], ["loss", "predictions"],
                     axis=-1, epsilon=epsilon, stash_type=1,
                 )
             ],
@@ -146,9 +147,7 @@ def norm_cases() -> dict[str, Case]:
         )  # fmt: skip
         cases[f"rms-norm-grad-{name}"] = Case(
             [
-                node(
-                    "SimplifiedLayerNormalizationGrad", ["d_y", "x", "weight", "inverse"], ["loss", "d_weight"], axis=-1
-                )
+                node(f"{RMS_NORM}Grad", ["d_y", "x", "weight", "inverse"], ["loss", "d_weight"], axis=-1)
             ],
             {"d_y": floats(*shape), "x": x, "weight": weight, "inverse": inverse},
         )
@@ -239,6 +238,48 @@ def test_standard_form_computes_what_the_kernel_does(name: str, kernels: dict[st
         # The lowered loss is of shape (1) where the kernel's is a scalar.
         actual = found[output] if expected.ndim else found[output].reshape(())
         np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("largest", [1e-30, 1e-3, 1.0, 1e25, 3e38])
+def test_norms_square_nothing_large(largest: float) -> None:
+    """Half the range of exponents is enough for a square: what float16 makes of 24,890, float32 makes of 1e25."""
+    epsilon = 1e-5
+    x, d_y, weight = floats(2, 3, 8), floats(2, 3, 8), 1 + floats(8)
+    x *= np.float32(largest / np.abs(x).max())
+    names = ["x", "weight"]
+    norm = node(RMS_NORM, names, ["loss", "inverse"], axis=-1, epsilon=epsilon, stash_type=1)
+    gradient = node(f"{RMS_NORM}Grad", ["d_y", *names, "inverse"], ["predictions", "d_weight"], axis=-1)
+    found = run(
+        lowered(Case([norm, gradient], {"d_y": d_y, "x": x, "weight": weight}, ("loss", "predictions"))),
+        {"d_y": d_y, "x": x, "weight": weight},
+    )
+    inverse = 1 / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + epsilon)
+    d_normal, normal = d_y * weight.astype(np.float64), x * inverse
+    expected = inverse * (d_normal - normal * (d_normal * normal).mean(-1, keepdims=True))
+    np.testing.assert_allclose(found["loss"], normal * weight, rtol=2e-5, atol=2e-6 * min(1, largest))
+    # Up to the gradient's own size: where rows cancel, little is left.
+    np.testing.assert_allclose(found["predictions"], expected, rtol=2e-5, atol=5e-6 * np.abs(expected).max())
+
+
+def test_a_norm_that_is_written_out_has_the_same_form() -> None:
+    """As the exporter writes it in the forward graphs, which are not differentiated."""
+    constants: Arrays = {"two": np.array(2, np.float32), "axis": np.array([-1]), "one": np.array(1, np.float32)}
+    constants |= {"epsilon": np.array(1e-5, np.float32)}
+    inputs: Arrays = {"x": 1e25 * floats(2, 3, 8), "weight": 1 + floats(8)}
+    nodes = [
+        node("Pow", ["x", "two"], ["square"]),
+        node("ReduceMean", ["square", "axis"], ["mean"], keepdims=1),
+        node("Add", ["mean", "epsilon"], ["sum"]),
+        node("Sqrt", ["sum"], ["root"]),
+        node("Div", ["one", "root"], ["inverse"]),
+        node("Mul", ["x", "inverse"], ["normal"]),
+        node("Mul", ["weight", "normal"]),
+    ]
+    model = lowered(Case(nodes, inputs, constants=constants))
+    assert "Pow" not in {each.op_type for each in model.graph}
+    x = inputs["x"].astype(np.float64)
+    expected = x / np.sqrt((x * x).mean(-1, keepdims=True)) * inputs["weight"]
+    np.testing.assert_allclose(run(model, inputs)["loss"], expected, rtol=2e-5, atol=2e-6)
 
 
 def test_every_lowering_has_a_case() -> None:

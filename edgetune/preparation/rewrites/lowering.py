@@ -7,6 +7,7 @@ no tensor of rank 0 among its outputs, LoRA parameters as inputs and their gradi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from edgetune.preparation.rewrites.operators import CONTRIB, Operators, remove_u
 from edgetune.preparation.rewrites.shapes import dimensions, fold, resolve_shapes
 
 _IGNORED_LABEL = -100
+_RMS_NORM = "SimplifiedLayerNormalization"
 
 Values = Sequence[ir.Value | None]
 Lowering = Callable[[Operators, Values, dict[str, Any]], Sequence[ir.Value | None]]
@@ -133,11 +135,25 @@ def _scaled(op: Operators, x: ir.Value | None, alpha: float) -> ir.Value | None:
 
 
 def _rms_norm(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
-    """x / √(mean(x²) + ε) · w; and the factor 1 / √(…) itself."""
+    """x / √(mean(x²) + ε) · w; and the factor 1 / √(…) itself.
+
+    Trained language models have activations of tens of thousands, whose squares float16 does not hold. So a row is
+    divided by its largest magnitude m before it is squared: the factor is 1 / √(mean((x / m)²) + (√ε / m)²) / m, where
+    nothing is above the root of the number of channels. And it is divided by √m twice: accelerators multiply with a
+    reciprocal, and 1 / m has no normal float16 where m is above 16,384.
+    """
     x, weight = inputs
-    square = op.op("ReduceMean", [op.op("Mul", [x, x]), op.integers(-1)], attributes={"keepdims": 1})
-    root = op.op("Sqrt", [op.op("Add", [square, op.floats(attributes["epsilon"])])])
-    inverse = op.op("Reciprocal", [root])
+    root_of_epsilon = op.floats(math.sqrt(attributes["epsilon"]))
+    largest = op.op("ReduceMax", [op.op("Abs", [x]), op.integers(-1)], attributes={"keepdims": 1})
+    shrink = op.op("Reciprocal", [op.op("Sqrt", [op.op("Max", [largest, root_of_epsilon])])])
+
+    def shrunk(value: ir.Value | None) -> ir.Value:
+        return op.op("Mul", [op.op("Mul", [value, shrink]), shrink])
+
+    row, epsilon = shrunk(x), shrunk(root_of_epsilon)
+    square = op.op("ReduceMean", [op.op("Mul", [row, row]), op.integers(-1)], attributes={"keepdims": 1})
+    root = op.op("Sqrt", [op.op("Add", [square, op.op("Mul", [epsilon, epsilon])])])
+    inverse = shrunk(op.op("Reciprocal", [root]))
     return op.op("Mul", [op.op("Mul", [x, inverse]), weight]), inverse
 
 
@@ -194,7 +210,7 @@ LOWERINGS: dict[str, Lowering] = {
     "SoftmaxGrad_13": _softmax_grad,
     "QuickGelu": _quick_gelu,
     "QuickGeluGrad": _quick_gelu_grad,
-    "SimplifiedLayerNormalization": _rms_norm,
+    _RMS_NORM: _rms_norm,
     "SimplifiedLayerNormalizationGrad": _rms_norm_grad,
     "ConcatTraining": _concat,
     "FusedMatMul": _fused_matmul,
@@ -218,12 +234,36 @@ def lower(model: ir.Model, parameters: Sequence[str], outputs: Sequence[str] = (
         if name != CONTRIB:
             del model.opset_imports[name]
     fold(model)
+    _recognise_norms(model.graph)
     _lower_nodes(model)
     foreign = sorted({f"{n.op_type} ({n.name})" for n in model.graph if n.domain not in ("", "ai.onnx")})
     if foreign:
         raise IncompatibleError("no standard form is known for " + ", ".join(foreign))
     model.opset_imports.pop(CONTRIB, None)
     return resolve_shapes(model)
+
+
+_NORM = ("Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul", "Mul")
+"""x², its mean, with ε, the root, 1 / root, with x, with the weight: what the exporter writes."""
+
+
+def _recognise_norms(graph: ir.Graph) -> None:
+    """Norms that are written out become the operator that ONNX Runtime Training makes of them, for one lowering."""
+    for node in list(graph):
+        chain = [node]
+        while len(chain) < len(_NORM) and len(users := list(chain[-1].outputs[0].consumers())) == 1:
+            chain += users
+        if tuple(each.op_type for each in chain) != _NORM:
+            continue
+        x, normal = node.inputs[0], chain[-2].outputs[0]
+        constants = (ir.convenience.get_const_tensor(value) for value in chain[2].inputs if value is not None)
+        epsilon = next((value for value in constants if value is not None), None)
+        (weight,) = (value for value in chain[-1].inputs if value is not normal)
+        if epsilon is None or x not in chain[-2].inputs:
+            continue
+        op = Operators()
+        attributes = {"axis": -1, "epsilon": float(epsilon.numpy().item())}
+        op.replace(graph, chain[-1], {chain[-1].outputs[0]: op.op(_RMS_NORM, [x, weight], attributes=attributes)})
 
 
 def _lower_nodes(model: ir.Model) -> None:

@@ -7,7 +7,10 @@ Slice has constant bounds. ONNX Runtime's symbolic shape inference supplies the 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as rewrites
 from onnxscript import optimizer
@@ -30,12 +33,24 @@ def infer_shapes(model: ir.Model) -> ir.Model:
     proto = ir.to_proto(model)
     # Shapes of an earlier inference may name dimensions that are equal by now.
     del proto.graph.value_info[:]
+    # It does not read the axes of a ReduceMax, whose result has the shape of a mean's.
+    largest = {node.output[0] for node in proto.graph.node if node.op_type == "ReduceMax"}
+    _rename(proto, largest, "ReduceMean")
     try:
-        inferred: ir.Model = ir.from_proto(SymbolicShapeInference.infer_shapes(proto, auto_merge=True))
+        proto = SymbolicShapeInference.infer_shapes(proto, auto_merge=True)
     except Exception as error:  # it raises Exception itself, and AssertionError without a word
         reason = str(error) or type(error).__name__
         raise IncompatibleError(f"shapes cannot be inferred ({reason}); this architecture is not supported") from error
+    _rename(proto, largest, "ReduceMax")
+    inferred: ir.Model = ir.from_proto(proto)
     return inferred
+
+
+def _rename(proto: onnx.ModelProto, results: Collection[str], operator: str) -> None:
+    """Let the nodes with these results have another operator."""
+    for node in proto.graph.node:
+        if node.output[0] in results:
+            node.op_type = operator
 
 
 def resolve_shapes(model: ir.Model) -> ir.Model:

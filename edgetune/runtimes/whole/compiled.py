@@ -15,14 +15,13 @@ from edgetune.formats.bundle import Bundle
 from edgetune.model.lora import Parameters
 from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.placement import Placement
+from edgetune.runtimes.whole.first_batch import LARGEST_HALF, FirstBatch
 from edgetune.runtimes.whole.loss_scale import LossScale
-from edgetune.runtimes.whole.session import PortableForward, PortableSession
+from edgetune.runtimes.whole.session import Buffers, PortableForward, PortableSession
 
 Arrays = Mapping[str, NDArray[Any]]
 _MOST_GRAPHS = 8
 """Compiled graphs that are held at a time, each with the frozen weights; the one that was not used for longest goes."""
-_LARGEST_HALF = 65504.0
-"""Of float16; an accelerator that saturates instead of overflowing gives it."""
 
 
 class CompiledGraph(Protocol):
@@ -61,10 +60,13 @@ class AcceleratorGraphs:
         compiler: Of the accelerator.
         step: Role of the graph that gives loss and gradients.
         loss: Role of the graph that gives the loss.
+        first: Compares the first batch with float32, where the accelerator computes in less.
     """
 
-    def __init__(self, compiler: Compiler, step: str = "step", loss: str = "loss") -> None:
-        self._compiler = compiler
+    def __init__(
+        self, compiler: Compiler, step: str = "step", loss: str = "loss", first: FirstBatch | None = None
+    ) -> None:
+        self._compiler, self._first = compiler, first
         self._step, self._loss = step, loss
         self._graphs: OrderedDict[tuple[str, int, int], CompiledGraph] = OrderedDict()
         self._scale = LossScale()
@@ -72,9 +74,13 @@ class AcceleratorGraphs:
         """Of every graph that was compiled."""
 
     def gradients(
-        self, batch: Batch, share: float, parameters: Mapping[str, ort.OrtValue], sums: Mapping[str, NDArray[Any]]
+        self, batch: Batch, share: float, parameters: Buffers, sums: Mapping[str, NDArray[Any]]
     ) -> float:
-        """Loss of a batch; the gradient of share · loss is written into `sums`."""
+        """Loss of a batch; the gradient of share · loss is written into `sums`.
+
+        Raises:
+            IncompatibleError: The session's first batch is too far from float32.
+        """
         graph = self._graph(self._step, batch)
         feed = {**batch.tensors(), **_arrays(parameters)}
         while True:
@@ -86,17 +92,29 @@ class AcceleratorGraphs:
             if not np.isfinite(loss).all():
                 break  # no scale helps
             if not self._scale.overflowed():
-                # The caller sees what is not finite and drops the step; a saturated number would pass for a gradient.
-                found = [np.where(np.abs(array) < _LARGEST_HALF, array, np.inf) for array in found]
+                # The caller sees what is not finite and drops the step; a saturated number would pass for a gradient:
+                # an accelerator that saturates instead of overflowing gives float16's largest.
+                found = [np.where(np.abs(array) < LARGEST_HALF, array, np.inf) for array in found]
                 break
         for out, array in zip(sums.values(), found, strict=True):
             np.multiply(array, np.float32(share / scale), out=out)
-        return float(loss.reshape(-1)[0])
+        result = float(loss.reshape(-1)[0])
+        if self._first is not None:
+            self._first.gradients(graph.placement.provider, batch, share, parameters, result, sums)
+        return result
 
-    def loss(self, batch: Batch, parameters: Mapping[str, ort.OrtValue]) -> float:
-        """Loss of a batch."""
-        (loss,) = self._graph(self._loss, batch).run({**batch.tensors(), **_arrays(parameters)}, ["loss"])
-        return float(loss.reshape(-1)[0])
+    def loss(self, batch: Batch, parameters: Buffers) -> float:
+        """Loss of a batch.
+
+        Raises:
+            IncompatibleError: The session's first loss is too far from float32.
+        """
+        graph = self._graph(self._loss, batch)
+        (loss,) = graph.run({**batch.tensors(), **_arrays(parameters)}, ["loss"])
+        result = float(loss.reshape(-1)[0])
+        if self._first is not None:
+            self._first.loss(graph.placement.provider, batch, parameters, result)
+        return result
 
     def _graph(self, role: str, batch: Batch) -> CompiledGraph:
         key = (role, *batch.input_ids.shape)
@@ -115,7 +133,7 @@ def _arrays(values: Mapping[str, ort.OrtValue]) -> dict[str, NDArray[Any]]:
 
 
 def _fits(array: NDArray[Any]) -> bool:
-    return bool((np.abs(array) < _LARGEST_HALF).all())
+    return bool((np.abs(array) < LARGEST_HALF).all())
 
 
 class _Placing:

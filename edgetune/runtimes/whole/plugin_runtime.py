@@ -18,7 +18,7 @@ from edgetune.formats.bundle import Bundle
 from edgetune.formats.roles import INT8_LOSS, INT8_STEP
 from edgetune.model.lora import Parameters
 from edgetune.runtimes.contract import Abilities, Forward, OptimizerConfig, Runtime, Session
-from edgetune.runtimes.execution import Accelerator, ExecutionPlan, WholePlan
+from edgetune.runtimes.execution import ACCELERATING, Accelerator, ExecutionPlan, WholePlan
 from edgetune.runtimes.placement import Placement
 
 if TYPE_CHECKING:
@@ -119,8 +119,12 @@ class PluginRuntime(ABC):
                 f"the {self._name} runtime takes no plan but `whole`; use --runtime onnxruntime for the others"
             )
         from edgetune.runtimes.whole.compiled import AcceleratorGraphs
+        from edgetune.runtimes.whole.first_batch import HALF, INT8, FirstBatch
 
-        return AcceleratorGraphs(self._compiler(bundle, plan), *_roles(plan))
+        accelerator = plan.accelerator or Accelerator()
+        exact = ACCELERATING[self._name].device(accelerator.device_type) == "CPU"
+        first = None if exact else FirstBatch(bundle, INT8 if plan.precision == "int8" else HALF)
+        return AcceleratorGraphs(self._compiler(bundle, plan), *_roles(plan), first)
 
     def _compiler(self, bundle: Bundle, plan: WholePlan) -> PluginCompiler:
         from edgetune.runtimes.whole.plugin import PluginCompiler

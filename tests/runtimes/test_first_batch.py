@@ -1,0 +1,125 @@
+"""Massive activations on Qualcomm's emulated NPU: right, or refused before the first step."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgetune.data.batches import Batch
+from edgetune.data.encode import Example
+from edgetune.errors import IncompatibleError
+from edgetune.formats.bundle import Bundle
+from edgetune.runtimes import onnxruntime as stock
+from edgetune.runtimes import qnn
+from edgetune.runtimes.execution import Accelerator, WholePlan
+from edgetune.runtimes.whole.first_batch import HALF, FirstBatch, first_beyond_half
+from edgetune.runtimes.whole.session import Buffers, CpuGraphs
+from support.massive_activations import save_massive
+from support.oracle import cosine
+from support.prepared_bundles import CONFIG, prepare_checkpoint
+from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
+
+installed = pytest.mark.skipif(find_spec("onnxruntime_qnn") is None, reason="onnxruntime-qnn is not installed")
+NPU_ONLY = WholePlan(accelerator=Accelerator(require=True))
+LOSS, WORST_COSINE = 5e-3, 0.97
+"""The massive token's own gradient is what cancels; of rows without one the cosine is 0.9999."""
+HELD, BEYOND = [24_890.0, 60_000.0], 100_000.0
+"""Largest activations that float16 holds, and one that it does not."""
+
+
+@cache
+def massive(largest: float) -> Bundle:
+    """A bundle that lives as long as the process: two tests take it."""
+    folder = Path(mkdtemp(prefix="edgetune-tests-"))
+    return prepare_checkpoint(save_massive(folder / "checkpoint", largest), folder / "bundle", CONFIG)
+
+
+def batch(bundle: Bundle) -> Batch:
+    """One row that begins as the massive activation wants it."""
+    ids = [1, *np.random.default_rng(3).integers(3, 400, 23).tolist()]
+    return batch_of(bundle, [Example(1, ids, ids)])
+
+
+def on_the_cpu(bundle: Bundle) -> tuple[float, dict[str, NDArray[np.float32]]]:
+    with stock.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()) as session:
+        result = session.step([batch(bundle)], LEARNING_RATE)
+        return result.loss, dict(session.gradients())  # type: ignore[attr-defined]
+
+
+@pytest.mark.own
+@installed
+@pytest.mark.parametrize("largest", HELD)
+def test_float16_holds_what_it_can(largest: float) -> None:
+    bundle = massive(largest)
+    expected, gradients = on_the_cpu(bundle)
+    with qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
+        result = session.step([batch(bundle)], LEARNING_RATE)
+        found = dict(session.gradients())  # type: ignore[attr-defined]
+    assert result.loss == pytest.approx(expected, rel=LOSS)
+    assert min(cosine(found[name], value) for name, value in gradients.items()) >= WORST_COSINE
+
+
+@pytest.mark.own
+@installed
+def test_what_float16_cannot_hold_is_right_or_refused() -> None:
+    """Where the accelerator saturates, the norm's direction may be right all the same."""
+    bundle = massive(BEYOND)
+    expected, gradients = on_the_cpu(bundle)
+    with qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
+        try:
+            result = session.step([batch(bundle)], LEARNING_RATE)
+        except IncompatibleError as error:
+            assert re.search(r"where float32 has .*the tensor '.*' reaches \d+,\d+, and float16", str(error))
+            return
+        found = dict(session.gradients())  # type: ignore[attr-defined]
+    assert result.loss == pytest.approx(expected, rel=HALF.loss)
+    together = [np.concatenate([each[name].ravel() for name in gradients]) for each in (found, gradients)]
+    assert cosine(*together) >= HALF.cosine
+
+
+def results(bundle: Bundle) -> tuple[Buffers, float, dict[str, NDArray[np.float32]]]:
+    import onnxruntime as ort
+
+    parameters = adapter_of(bundle)
+    buffers = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in parameters.items()}
+    sums = {f"{name}.grad": np.zeros_like(array) for name, array in parameters.items()}
+    loss = CpuGraphs(bundle).gradients(batch(bundle), 0.5, buffers, sums)
+    return buffers, loss, sums
+
+
+@pytest.mark.parametrize("case", ["equal", "loss", "no number", "direction", "zero"])
+def test_the_first_batch_alone_is_compared(case: str) -> None:
+    bundle = massive(HELD[0])
+    buffers, loss, sums = results(bundle)
+    if case == "direction":
+        sums = {name: np.abs(array) for name, array in sums.items()}
+    if case == "zero":
+        sums = {name: np.zeros_like(array) for name, array in sums.items()}
+    loss = {"loss": 1.1 * loss, "no number": float("nan")}.get(case, loss)
+    first = FirstBatch(bundle, HALF)
+    if case == "equal":
+        first.gradients("NPU", batch(bundle), 0.5, buffers, loss, sums)
+        first.loss("NPU", batch(bundle), buffers, loss)
+    else:
+        what = "a loss of" if case in ("loss", "no number") else "gradients of norm"
+        with pytest.raises(IncompatibleError, match=f"NPU computes {what} .* where float32 has .*first batch;"):
+            first.gradients("NPU", batch(bundle), 0.5, buffers, loss, sums)
+    # Once for a session: steps are not computed twice.
+    first.gradients("NPU", batch(bundle), 0.5, buffers, 2 * loss, sums)
+
+
+def test_the_tensor_is_named_that_float16_does_not_hold() -> None:
+    for largest, found in ((HELD[1], False), (BEYOND, True)):
+        bundle = massive(largest)
+        feed = {**batch(bundle).tensors(), **adapter_of(bundle), "loss_scale": np.ones(1, np.float32)}
+        beyond = first_beyond_half(bundle.file("step"), feed)
+        assert (beyond is not None) is found
+        if beyond is not None:
+            assert beyond[1] == pytest.approx(largest, rel=0.05)
