@@ -104,7 +104,7 @@ def _put_into_blocks(base: Base, quantiser: Quantiser) -> Callable[[Any], ir.Mod
             node.op_type, node.domain, node.name = "MatMulNBits", BLOCKS_DOMAIN, f"{node.name}{QUANTISED[bits]}"
             outputs, inputs = values.shape
             sizes = block_attributes(outputs, inputs, bits)
-            node.attributes.update({key: ir.AttrInt64(key, value) for key, value in sizes.items()})
+            node.attributes.update({key: ir.AttrInt64(key, value) for key, value in sorted(sizes.items())})
             node.resize_inputs(1 + len(stored))
             for place, value in enumerate(stored, 1):
                 whole.graph.register_initializer(value)
