@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -33,11 +33,14 @@ SQUARED, HELD, BEYOND = 11_112.0, 60_000.0, 134_000.0
 _SHARE = 0.44646
 """What the adapter and the int4 base leave of the activation that the checkpoint was made for."""
 
+_folders: list[TemporaryDirectory[str]] = []
+
 
 @cache
 def massive(largest: float) -> Bundle:
     """A bundle that lives as long as the process: two tests take it."""
-    folder = Path(mkdtemp(prefix="edgetune-tests-"))
+    _folders.append(TemporaryDirectory(prefix="edgetune-tests-"))
+    folder = Path(_folders[-1].name)
     return prepare_checkpoint(save_massive(folder / "checkpoint", largest / _SHARE), folder / "bundle", CONFIG)
 
 
