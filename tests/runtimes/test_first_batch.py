@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -28,17 +27,21 @@ from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 installed = pytest.mark.skipif(find_spec("onnxruntime_qnn") is None, reason="onnxruntime-qnn is not installed")
 NPU_ONLY = WholePlan(accelerator=Accelerator(require=True))
-LOSS, WORST_COSINE = 5e-3, 0.97
-"""The massive token's own gradient is what cancels; of rows without one the cosine is 0.9999."""
-HELD, BEYOND = [24_890.0, 60_000.0], 100_000.0
-"""Largest activations that float16 holds, and one that it does not."""
+LOSS, WORST_COSINE = 5e-3, 0.99
+SQUARED, HELD, BEYOND = 11_112.0, 60_000.0, 134_000.0
+"""Activations whose square float16 does not hold, that it just holds itself, and that it does not."""
+_SHARE = 0.44646
+"""What the adapter and the int4 base leave of the activation that the checkpoint was made for."""
+
+_folders: list[TemporaryDirectory[str]] = []
 
 
 @cache
 def massive(largest: float) -> Bundle:
     """A bundle that lives as long as the process: two tests take it."""
-    folder = Path(mkdtemp(prefix="edgetune-tests-"))
-    return prepare_checkpoint(save_massive(folder / "checkpoint", largest), folder / "bundle", CONFIG)
+    _folders.append(TemporaryDirectory(prefix="edgetune-tests-"))
+    folder = Path(_folders[-1].name)
+    return prepare_checkpoint(save_massive(folder / "checkpoint", largest / _SHARE), folder / "bundle", CONFIG)
 
 
 def batch(bundle: Bundle) -> Batch:
@@ -55,9 +58,8 @@ def on_the_cpu(bundle: Bundle) -> tuple[float, dict[str, NDArray[np.float32]]]:
 
 @pytest.mark.own
 @installed
-@pytest.mark.parametrize("largest", HELD)
-def test_float16_holds_what_it_can(largest: float) -> None:
-    bundle = massive(largest)
+def test_float16_holds_what_it_cannot_square() -> None:
+    bundle = massive(SQUARED)
     expected, gradients = on_the_cpu(bundle)
     with qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
         result = session.step([batch(bundle)], LEARNING_RATE)
@@ -68,15 +70,17 @@ def test_float16_holds_what_it_can(largest: float) -> None:
 
 @pytest.mark.own
 @installed
-def test_what_float16_cannot_hold_is_right_or_refused() -> None:
+@pytest.mark.parametrize("largest", [HELD, BEYOND])
+def test_what_float16_hardly_holds_is_right_or_refused(largest: float) -> None:
     """Where the accelerator saturates, the norm's direction may be right all the same."""
-    bundle = massive(BEYOND)
+    bundle = massive(largest)
     expected, gradients = on_the_cpu(bundle)
     with qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
         try:
             result = session.step([batch(bundle)], LEARNING_RATE)
         except IncompatibleError as error:
-            assert re.search(r"where float32 has .*the tensor '.*' reaches \d+,\d+, and float16", str(error))
+            assert "where float32 has" in str(error)
+            assert (" reaches " in str(error)) is (largest == BEYOND)
             return
         found = dict(session.gradients())  # type: ignore[attr-defined]
     assert result.loss == pytest.approx(expected, rel=HALF.loss)
@@ -96,7 +100,7 @@ def results(bundle: Bundle) -> tuple[Buffers, float, dict[str, NDArray[np.float3
 
 @pytest.mark.parametrize("case", ["equal", "loss", "no number", "direction", "zero"])
 def test_the_first_batch_alone_is_compared(case: str) -> None:
-    bundle = massive(HELD[0])
+    bundle = massive(SQUARED)
     buffers, loss, sums = results(bundle)
     if case == "direction":
         sums = {name: np.abs(array) for name, array in sums.items()}
@@ -116,7 +120,7 @@ def test_the_first_batch_alone_is_compared(case: str) -> None:
 
 
 def test_the_tensor_is_named_that_float16_does_not_hold() -> None:
-    for largest, found in ((HELD[1], False), (BEYOND, True)):
+    for largest, found in ((HELD, False), (BEYOND, True)):
         bundle = massive(largest)
         feed = {**batch(bundle).tensors(), **adapter_of(bundle), "loss_scale": np.ones(1, np.float32)}
         beyond = first_beyond_half(bundle.file("step"), feed)
