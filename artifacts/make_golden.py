@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 BASE, BUNDLE, ADAPTER, EXPECTED = "edgetune-golden-base", "bundle", "initial_adapter", "expected.json"
 
-PREPARE = PrepareConfig(rank=4, alpha=8.0, base="int4", quantiser="nearest", max_length=64)
+PREPARE = PrepareConfig(rank=4, alpha=8.0, base="int4", max_length=64)
 OPTIONS: dict[str, Any] = {
     "steps": 20,
     "batch_size": 3,

@@ -87,7 +87,7 @@ def nearest_points(weights: Weights, scales: Weights, bits: int = _INT4) -> Weig
         scales: Of shape (rows, in / 32).
         bits: Of a point.
     """
-    return clipped(rounded(in_steps(in_blocks(weights), scales)), bits).reshape(weights.shape)
+    return clipped(rounded(in_steps(in_blocks(weights), scales), bits), bits).reshape(weights.shape)
 
 
 def packed_points(points: Weights, bits: int = _INT4) -> NDArray[np.uint8]:
@@ -111,9 +111,10 @@ def inverse_of(scales: Weights) -> Weights:
     return np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
 
 
-def rounded(steps: Weights) -> Weights:
-    """To whole steps; what lies between two goes away from zero, as in the builder's quantiser."""
-    return np.copysign(np.floor(np.abs(steps) + np.float32(0.5)), steps)
+def rounded(steps: Weights, bits: int = _INT4) -> Weights:
+    """To whole steps; what lies between two goes up, counted from the lowest point, as in the builder's quantiser."""
+    lowest = np.float32(lowest_point(bits))
+    return np.floor(steps - lowest + np.float32(0.5)) + lowest
 
 
 def clipped(steps: Weights, bits: int = _INT4) -> Weights:
@@ -123,8 +124,9 @@ def clipped(steps: Weights, bits: int = _INT4) -> Weights:
 
 
 def _largest(blocks: Weights) -> Weights:
-    """The weight of largest magnitude in each block, with its sign."""
-    return np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)[..., 0]
+    """The weight of largest magnitude in each block, with its sign; of two that differ in it, the one below zero."""
+    least, most = blocks.min(axis=-1), blocks.max(axis=-1)
+    return np.where(most > -least, most, least)
 
 
 def _representable(scales: Weights) -> Weights:

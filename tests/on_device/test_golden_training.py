@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from edgetune.generation import generate_ids
-from support.golden import ADAPTER, BUNDLE, GOLDEN, TRAIN, VALID
-from support.golden_run import Trained, flags_of
+from support.golden import ADAPTER, BUNDLE, EARLIER, GOLDEN, TRAIN, VALID
+from support.golden_run import Trained, flags_of, train_golden
 from support.installed_command import edgetune
 
 CLOSE = 1e-4
@@ -33,6 +33,17 @@ def test_validation_loss_falls_as_pytorchs_does(trained: Trained, expected: Expe
     assert last < 0.6 * first
     assert trained.result.first_validation_loss == pytest.approx(first, rel=CLOSE)
     assert trained.result.last_validation_loss == pytest.approx(last, rel=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("plan", "precision"), [("keep", "auto"), ("stream", "auto"), ("whole", "auto"), ("keep", "int8")]
+)
+def test_a_bundle_of_an_earlier_version_trains(plan: str, precision: str, tmp_path: Path) -> None:
+    wanted = json.loads((EARLIER / "expected.json").read_text(encoding="utf-8"))
+    options = {**wanted["options"], "runtime": "onnxruntime", "plan": plan, "precision": precision}
+    trained = train_golden(EARLIER / "bundle", tmp_path / "adapter", options)
+    close = CLOSE if precision == "auto" else 0.05
+    np.testing.assert_allclose([step.loss for step in trained.recorder.steps], wanted["losses"], rtol=close)
 
 
 def test_the_command_trains_the_same_adapter(tmp_path: Path, trained: Trained, expected: Expected) -> None:

@@ -81,8 +81,7 @@ def test_the_script_makes_the_same_manifest(bundle: Bundle, made: Path) -> None:
     for field in fields(BundleManifest):
         if field.name not in ("manifest_sha256", "provenance"):
             assert getattr(fresh, field.name) == getattr(ours, field.name), f"{field.name} differs: {ANEW}"
-    # The golden bundle is older than the choice of a quantiser, and stays a bundle that has to load and train.
-    assert fresh.provenance.keys() == bundle.manifest.provenance.keys() | {"quantiser"}
+    assert fresh.provenance.keys() == bundle.manifest.provenance.keys()
 
 
 def test_the_script_makes_the_same_bytes(made: Path) -> None:
@@ -222,8 +221,10 @@ def test_int4_blocks_are_laid_out_as_described(bundle: Bundle, script: ModuleTyp
     scales = np.frombuffer(read("weight_scales"), np.float32).reshape(64, 128 // 32)
     values = np.stack([octets % 16, octets // 16], axis=-1).reshape(64, 128).astype(np.float32)
     decoded = (values - 8) * np.repeat(scales, 32, axis=1)
-    # A block's largest value may be clipped: −8 · scale exists, 8 · scale does not.
-    assert (np.abs(decoded - weight) <= np.repeat(np.abs(scales), 32, axis=1) * 1.001).all()
+    # What the scale of least squared error puts beyond a block's points is clipped: up to 8.5 steps where 7 are the most.
+    off = np.abs(decoded - weight) / np.repeat(np.abs(scales), 32, axis=1)
+    assert off.max() <= 1.501
+    assert (off <= 0.501).mean() > 0.97
     assert np.corrcoef(decoded.ravel(), weight.ravel())[0, 1] > 0.98
 
 

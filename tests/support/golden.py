@@ -6,4 +6,6 @@ from support.repository import ROOT
 
 GOLDEN = ROOT / "artifacts" / "golden"
 BUNDLE, ADAPTER = GOLDEN / "bundle", GOLDEN / "initial_adapter"
+EARLIER = ROOT / "artifacts" / "earlier"
+"""Bundle and expectations as an earlier version made them, of the same checkpoint: they have to load and train."""
 TRAIN, VALID = GOLDEN / "train.jsonl", GOLDEN / "valid.jsonl"
