@@ -221,7 +221,7 @@ def test_int4_blocks_are_laid_out_as_described(bundle: Bundle, script: ModuleTyp
     scales = np.frombuffer(read("weight_scales"), np.float32).reshape(64, 128 // 32)
     values = np.stack([octets % 16, octets // 16], axis=-1).reshape(64, 128).astype(np.float32)
     decoded = (values - 8) * np.repeat(scales, 32, axis=1)
-    # What the scale of least squared error puts beyond a block's points is clipped: up to 8.5 steps where 7 are the most.
+    # What lies beyond the points of a block is clipped: up to 8.5 steps where 7 are the most.
     off = np.abs(decoded - weight) / np.repeat(np.abs(scales), 32, axis=1)
     assert off.max() <= 1.501
     assert (off <= 0.501).mean() > 0.97
