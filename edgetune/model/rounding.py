@@ -114,7 +114,8 @@ def inverse_of(scales: Weights) -> Weights:
 def rounded(steps: Weights, bits: int = _INT4) -> Weights:
     """To whole steps; what lies between two goes up, counted from the lowest point, as in the builder's quantiser."""
     lowest = np.float32(lowest_point(bits))
-    return np.floor(steps - lowest + np.float32(0.5)) + lowest
+    whole: Weights = np.floor(steps - lowest + np.float32(0.5)) + lowest
+    return whole
 
 
 def clipped(steps: Weights, bits: int = _INT4) -> Weights:
@@ -126,7 +127,8 @@ def clipped(steps: Weights, bits: int = _INT4) -> Weights:
 def _largest(blocks: Weights) -> Weights:
     """The weight of largest magnitude in each block, with its sign; of two that differ in it, the one below zero."""
     least, most = blocks.min(axis=-1), blocks.max(axis=-1)
-    return np.where(most > -least, most, least)
+    largest: Weights = np.where(most > -least, most, least)
+    return largest
 
 
 def _representable(scales: Weights) -> Weights:
