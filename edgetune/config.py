@@ -187,9 +187,9 @@ class PrepareConfig:
     """The step for NPUs has 16-bit fixed-point activations (`qdq`), or blocks of weights (`blocks`). It takes two bytes
     a weight; `qdq` three for queries, keys, values and the head."""
     calibration: Path | None = option(
-        None, Option("Rows for --quantiser gptq, and those that --npu qdq takes its ranges from.")
+        None, Option("Rows for --quantiser gptq and the ranges of --npu qdq, and to see what float16 does not hold.")
     )
-    """Without it `qdq` measures the ranges on random tokens."""
+    """Without it `qdq` measures the ranges on random tokens, and nothing is said of float16."""
     max_length: int = option(512, Option("Longest row of training, in tokens.", least=2))
     """It is never more than the model's positions."""
     download: bool = option(False, Option("Fetch a hub id that is not on this machine."))

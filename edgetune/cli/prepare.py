@@ -11,7 +11,6 @@ from edgetune.cli.inputs import PATH, refuse_known_folder, row_sources
 from edgetune.cli.options import options_of
 from edgetune.cli.output import notices, print_json
 from edgetune.config import PrepareConfig, ProgressConfig
-from edgetune.errors import UsageError
 from edgetune.text.byte_size import bytes_text
 
 EXAMPLES = """
@@ -37,11 +36,6 @@ def command(checkpoint: str, output: Path, config: PrepareConfig, printing: Prog
     refuse_known_folder(Path(checkpoint))
     if config.calibration is not None:
         row_sources({"--calibration": config.calibration})
-        if config.npu != "qdq" and config.quantiser != "gptq":
-            raise UsageError(
-                f"--calibration belongs to --quantiser gptq and to --npu qdq; --quantiser is {config.quantiser}, "
-                f"--npu is {config.npu}"
-            )
     from edgetune.preparation import prepare
 
     bundle = prepare(checkpoint, output, config, say=notices(quiet=printing.quiet))

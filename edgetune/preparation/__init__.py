@@ -84,7 +84,7 @@ def prepare(
 def _prepare(
     checkpoint: str, output: Path, config: PrepareConfig, calibration: Source | None, say: Callable[[str], None]
 ) -> Bundle:
-    versions = {name: version_of(name) for name in HOST_TOOLS}
+    provenance = {"edgetune": __version__, **{name: version_of(name) for name in HOST_TOOLS}}
     source = open_checkpoint(checkpoint, download=config.download, blocks=config.base in BITS)
     _check_rank(source.architecture, config)
     positions = source.architecture.max_position_embeddings
@@ -116,12 +116,17 @@ def _prepare(
             say("Exporting and differentiating the sublayers …")
             roles = build_layers(view, Path(scratch), folder, source, config, say)
         tokenizer = _tokenizer(source, folder, bos, eos)
+        if calibration is not None:
+            say("Looking for what float16 does not hold …")
+            rows = _encoded(calibration, folder, tokenizer, config.max_length)
+            provenance["float16"] = _in_float16(source, folder, config, lora, lowered["step"], rows)
+            say(f"In float16: {provenance['float16']}")
         if config.npu != "none":
             say(f"Writing the step with int8 weights ({config.npu}) …")
             roles += _build_int8_step(source, folder, config, calibration, lora, lowered, tokenizer)
         _learn_ends(folder, tokenizer, say)
         say("Hashing …")
-        manifest = _manifest(source, folder, config, tokenizer, lora, coverage, roles, versions)
+        manifest = _manifest(source, folder, config, tokenizer, lora, coverage, roles, provenance)
         sealed = seal_bundle(folder, manifest)
     return Bundle(output, sealed)
 
@@ -221,6 +226,20 @@ def _build_int8_step(
     return write_int8_graphs(lowered, folder, architecture, base, config.npu, ranges)
 
 
+def _in_float16(
+    source: Checkpoint, folder: Path, config: PrepareConfig, lora: Lora, step: ir.Model, rows: list[Example]
+) -> str:
+    """Whether an NPU that computes in half precision holds the step's tensors on these rows, in words."""
+    from edgetune.preparation.rewrites.ranges import largest_magnitudes
+    from edgetune.runtimes.whole.first_batch import LARGEST_HALF
+
+    found = largest_magnitudes(step, folder, source.architecture, config.base, lora, rows)
+    beyond = {name: largest for name, largest in found.items() if not largest <= LARGEST_HALF}
+    name = next(iter(beyond), None) or max(found, key=lambda each: found[each])
+    which = f"{name!r} reaches {found[name]:,.0f} of {LARGEST_HALF:,.0f}"
+    return f"{len(beyond)} tensors are not held, the first {which}" if beyond else f"every tensor is held, {which}"
+
+
 def _check_rank(architecture: Architecture, config: PrepareConfig) -> None:
     """Refuse a rank with which no bundle opens, before the long stages."""
     modules = MODULES_OF_TARGETS[config.targets]
@@ -267,7 +286,7 @@ def _manifest(
     lora: Lora,
     coverage: dict[str, int],
     more: list[str],
-    versions: dict[str, str],
+    provenance: dict[str, str],
 ) -> BundleManifest:
     from edgetune.preparation.graphs.evaluation import describe_graph
 
@@ -285,7 +304,7 @@ def _manifest(
         max_length=config.max_length,
         graphs=graphs,
         gradient_coverage=coverage,
-        provenance={"edgetune": __version__, **versions, **revision, **quantiser},
+        provenance={**provenance, **revision, **quantiser},
         files=list_files(folder, without=MANIFEST),
     )
 

@@ -1,4 +1,4 @@
-"""Ranges of the factors and results of products with frozen weights, measured on rows, for fixed-point accelerators."""
+"""What numbers a step computes on rows: ranges for fixed-point accelerators, and what float16 does not hold."""
 
 from __future__ import annotations
 
@@ -74,6 +74,48 @@ def calibrate(
             least, largest = float(next(values)), float(next(values))
             before = found.get(name, (least, largest))
             found[name] = min(before[0], least), max(before[1], largest)
+    return found
+
+
+def largest_magnitudes(
+    step: ir.Model,
+    folder: Path,
+    architecture: Architecture,
+    base: Base,
+    lora: Lora,
+    rows: Sequence[Example],
+) -> dict[str, float]:
+    """The largest magnitude of every tensor that a step computes, forward and backward, by its name in the graph.
+
+    Args:
+        step: The lowered step graph whose frozen weights are inputs; it is left as it is.
+        folder: Holds the GenAI model.
+        architecture: Sizes of the model.
+        base: How the GenAI model stores linear layers.
+        lora: The slots.
+        rows: Of these some are run, at regular intervals.
+    """
+    model = ir.from_proto(ir.to_proto(step))
+    values = [value for node in model.graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
+    op = Operators()
+    model.graph.outputs.clear()
+    for value in values:
+        result = op.op("ReduceMax", [op.op("Abs", [value])], attributes={"keepdims": 0})
+        result.name, result.dtype, result.shape = f"{value.name}.largest", ir.DataType.FLOAT, ir.Shape([])
+        model.graph.outputs.append(result)
+    for number, node in enumerate(op.nodes):
+        node.name = f"magnitude/{number}"
+    model.graph.extend(op.nodes)
+    attach_weights(model, folder, architecture, base)
+    session = open_graph(ir.to_proto(model).SerializeToString(), folder)
+    found: dict[str, float] = {}
+    few = rows[:: -(-len(rows) // (_BATCHES * _ROWS))]
+    for number, batch in enumerate(_batches(few, architecture)):
+        feed = {**_feed(batch, lora, number), "loss_scale": np.ones(1, np.float32)}
+        for value, largest in zip(values, session.run(None, feed), strict=True):
+            # Comparisons with what is no number are false: it stays.
+            before = found.get(str(value.name), 0.0)
+            found[str(value.name)] = before if float(largest) <= before else float(largest)
     return found
 
 
