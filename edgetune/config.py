@@ -185,7 +185,7 @@ class PrepareConfig:
         "none", Option("Add the step with int8 frozen weights, for `train --runtime qnn --precision int8`.")
     )
     """The step for NPUs has 16-bit fixed-point activations (`qdq`), or blocks of weights (`blocks`). It takes two bytes
-    a weight; `qdq` three for queries, keys, values and the head."""
+    a weight, `qdq` three."""
     calibration: Path | None = option(
         None, Option("Rows for --quantiser gptq and the ranges of --npu qdq, and to see what float16 does not hold.")
     )

@@ -132,10 +132,9 @@ def _prepare(
 
 
 def _int8_bytes(architecture: Architecture, config: PrepareConfig) -> int:
-    """Bytes of the step with int8 weights, at least: each weight lies there as it is and transposed."""
-    if config.npu == "none":
-        return 0
-    return 2 * architecture.num_hidden_layers * sum(frozen_weights(architecture).values())
+    """Bytes of the step with int8 weights, at least: each weight as it is, and transposed in one term or two."""
+    copies = {"none": 0, "blocks": 2, "qdq": 3}[config.npu]
+    return copies * architecture.num_hidden_layers * sum(frozen_weights(architecture).values())
 
 
 def _build_inference_model(source: Checkpoint, view: Path, folder: Path, config: PrepareConfig) -> None:

@@ -32,8 +32,8 @@ MEAN_COSINE, LOSS = {"blocks": 0.9999, "qdq": 0.9993}, {"blocks": 5e-3, "qdq": 1
 """Blocks of int4 are taken over as they are, so that the forward pass loses nothing."""
 PRODUCTS = 17
 """With frozen weights: four a layer and the head, forward and backward, but for the first layer's qkv backward."""
-TWO_TERMS = 3
-"""As `qdq`: forward, each layer's qkv and the head."""
+TWO_TERMS = 9
+"""As `qdq`: forward, the four of each layer and the head."""
 
 
 @pytest.fixture(scope="module", params=[("blocks", "grouped-query"), ("qdq", "grouped-query"), ("qdq", "longrope")])

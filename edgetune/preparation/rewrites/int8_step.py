@@ -1,14 +1,15 @@
 """The whole step with int8 frozen weights, for NPUs: half the weights of float16, and integer products.
 
-Two kinds. `qdq`: factor and result of each product are rounded to 16 bits over ranges that were measured, weights to 8
-bits with a scale for each column of the product; compilers recognise the pattern of QuantizeLinear and
-DequantizeLinear around MatMul and multiply integers. `blocks`: ONNX Runtime's `MatMulNBits` with 8 bits, a scale for 32
-neighbours along the sum, activations as they are. Each product has a matrix of its own, so that its scales are those of
-its columns: W (out, in) backward, its transpose forward. Everything else stays as in `step` and `loss`.
+Two kinds. `qdq`: each row of a product's factor is divided by its largest magnitude and rounded to 16 bits, as the
+result is over a range that was measured, and multiplied by that magnitude again; with one range for all rows the
+massive activations of the first token would leave the others a handful of steps. Weights have 8 bits with a scale for
+each column of the product; compilers recognise the pattern of QuantizeLinear and DequantizeLinear around MatMul and
+multiply integers. `blocks`: ONNX Runtime's `MatMulNBits` with 8 bits, a scale for 32 neighbours along the sum,
+activations as they are. Each product has a matrix of its own, so that its scales are those of its columns: W (out, in)
+backward, its transpose forward. Everything else stays as in `step` and `loss`.
 
-Where a softmax follows, rounding weighs most: two thirds of the gradients' error came from the forward product that
-gives queries and keys. There a `qdq` weight is the sum of two int8 matrices, the second being what rounding left of
-the first.
+What the forward pass rounds goes through all layers above, and into every gradient. There a `qdq` weight is the sum of
+two int8 matrices, the second being what rounding left of the first.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from edgetune.model.blocks import BLOCK_SIZE
 from edgetune.preparation.rewrites.frozen_weights import attach_weights, cancel_transposes
 from edgetune.preparation.rewrites.int8_products import frozen_product
 from edgetune.preparation.rewrites.operators import CONTRIB, Operators, remove_unused
-from edgetune.preparation.rewrites.ranges import Range
+from edgetune.preparation.rewrites.ranges import Range, row_factors
 from edgetune.preparation.rewrites.shapes import dimensions
 
 DATA = "int8.onnx.data"
@@ -41,8 +42,6 @@ _MARGIN = 2.0
 _LEVELS = 65535
 _LARGEST = 127
 _BLOCK_ZERO = 128
-_BEFORE_SOFTMAX = ("qkv_proj", "lm_head")
-"""Modules whose forward product, as `qdq`, has two terms."""
 _ALIGNMENT = 4096
 """Tensors begin at multiples of so many bytes in the file, so that they can be mapped."""
 _Scaled = tuple[ir.ExternalTensor, NDArray[np.float32]]
@@ -95,9 +94,9 @@ class _Int8Weights:
         self._scales: dict[str, NDArray[np.float32]] = {}
 
     def columns(self, weight: str, direction: str) -> list[_Scaled]:
-        """The weight as a sum of int8 matrices (K, N), with a scale for each of the N columns; mostly there is one."""
+        """The weight as a sum of int8 matrices (K, N), with a scale for each of the N columns; backward of one."""
         terms = [f"{weight}.{direction}"]
-        if direction == FORWARD and any(module in weight for module in _BEFORE_SOFTMAX):
+        if direction == FORWARD:
             terms.append(f"{terms[0]}.rest")
         if terms[0] not in self._tensors:
             rest = self._matrix(weight, direction)
@@ -175,20 +174,23 @@ def _rounded_product(
     terms: Sequence[_Scaled],
     ranges: Mapping[str, Range],
 ) -> ir.Value:
-    rows = _rounded(op, x, ranges[str(x.name)])
+    shrink, grow = row_factors(op, x)
+    rows = _rounded(op, op.op("Mul", [op.op("Mul", [x, shrink]), shrink]), (-1.0, 1.0))
+    least, largest = ranges[str(result.name)]
     products = []
     for tensor, scales in terms:
         inputs = [_initializer(graph, tensor), op.constant(scales), op.constant(np.zeros(scales.shape, np.int8))]
         matrix = op.op("DequantizeLinear", inputs, attributes={"axis": 1})
-        products.append(_rounded(op, op.op("MatMul", [rows, matrix]), ranges[str(result.name)]))
-    return reduce(lambda total, product: op.op("Add", [total, product]), products)
+        product = op.op("MatMul", [rows, matrix])
+        products.append(_rounded(op, product, (_MARGIN * min(least, 0.0), _MARGIN * max(largest, 0.0))))
+    total = reduce(lambda total, product: op.op("Add", [total, product]), products)
+    return op.op("Mul", [op.op("Mul", [total, grow]), grow])
 
 
-def _rounded(op: Operators, value: ir.Value, measured: Range) -> ir.Value:
-    """A tensor in 65,536 steps over its range, which holds zero exactly."""
-    least, largest = _MARGIN * min(measured[0], 0.0), _MARGIN * max(measured[1], 0.0)
-    step = np.float32(max(largest - least, float(np.finfo(np.float32).tiny)) / _LEVELS)
-    parameters = [op.constant(np.array(step)), op.constant(np.array(round(-least / step), np.uint16))]
+def _rounded(op: Operators, value: ir.Value, bounds: Range) -> ir.Value:
+    """A tensor in 65,536 steps over a range that holds zero, which is exact."""
+    step = np.float32(max(bounds[1] - bounds[0], float(np.finfo(np.float32).tiny)) / _LEVELS)
+    parameters = [op.constant(np.array(step)), op.constant(np.array(round(-bounds[0] / step), np.uint16))]
     return op.op("DequantizeLinear", [op.op("QuantizeLinear", [value, *parameters]), *parameters])
 
 

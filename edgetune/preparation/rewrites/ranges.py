@@ -24,7 +24,19 @@ _BATCHES, _ROWS, _LENGTH = 4, 2, 64
 """Number of synthetic batches, rows in each, and tokens in each row."""
 _ADAPTER = 0.02
 """Standard deviation of the B matrices in every second batch: the ranges have to hold for trained adapters, too."""
+_SMALLEST_ROW = 2.0**-14
+"""float16's smallest normal number: no row is taken for smaller."""
 Range = tuple[float, float]
+
+
+def row_factors(op: Operators, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """1 / √m and √m of every row's largest magnitude m, each (…, 1).
+
+    A row times the first twice lies in [-1, 1]. Twice, because 1 / m has no normal float16 where m is above 16,384.
+    """
+    largest = op.op("ReduceMax", [op.op("Abs", [x]), op.integers(-1)], attributes={"keepdims": 1})
+    root = op.op("Sqrt", [op.op("Max", [largest, op.floats(_SMALLEST_ROW)])])
+    return op.op("Reciprocal", [root]), root
 
 
 def synthetic_rows(architecture: Architecture, max_length: int) -> list[Example]:
@@ -59,7 +71,8 @@ def calibrate(
         rows: The rows to run.
 
     Returns:
-        The range of each factor and each result of a product with a frozen weight, by the name of the value.
+        The range of each result of a product with a frozen weight, as it is where the rows of the other factor are
+        divided by their largest magnitudes; by the name of the result.
     """
     model = ir.from_proto(ir.to_proto(step))
     names = _observe(model)
@@ -120,13 +133,15 @@ def largest_magnitudes(
 
 
 def _observe(model: ir.Model) -> list[str]:
-    """Make the bounds of every factor and result the only outputs; returns the names of the values."""
+    """Make the bounds of every product of divided rows the only outputs; returns the names of the results."""
     cancel_transposes(model.graph)
+    op = Operators()
     values: dict[str, ir.Value] = {}
     for node in model.graph:
         if (product := frozen_product(node)) is not None:
-            values |= {str(value.name): value for value in (product[0], node.outputs[0])}
-    op = Operators()
+            shrink, _ = row_factors(op, product[0])
+            (result,) = node.outputs
+            values[str(result.name)] = op.op("Mul", [op.op("Mul", [result, shrink]), shrink])
     model.graph.outputs.clear()
     for name, value in values.items():
         for bound, operator in (("least", "ReduceMin"), ("largest", "ReduceMax")):
