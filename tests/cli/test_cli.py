@@ -146,7 +146,7 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 
 OPTIONS = {
     "prepare": "output rank alpha targets base quantiser npu calibration max-length download force quiet json",
-    "split": "data output layers length calibration-rows threads force quiet json",
+    "split": "data output layers length calibration-rows largest-error threads force quiet json",
     "plan": "device data valid length runtime plan precision trunk method queries memory-budget threads device-type "
     "soc-model buckets steps epochs batch-size gradient-accumulation-steps packing no-packing truncate raw-prompts "
     "content-as-text json",
