@@ -64,13 +64,16 @@ class Backend(Protocol):
         """
         ...
 
-    def weight(self, layout: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
+    def weight(
+        self, layout: str, block: Block, allocate: Allocate, scales: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """What graphs take of a linear weight W (out, in).
 
         Args:
             layout: Empty for an input `W`; what follows the dot for an input such as `W.forward`.
             block: The weight as it is stored.
-            allocate: Makes the arrays.
+            allocate: Makes the arrays, but for scales.
+            scales: Those that came with this weight before; without them they are found.
 
         Returns:
             The array for this input, named "", and those of other inputs by what follows this one's name.

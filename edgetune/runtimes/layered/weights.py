@@ -1,4 +1,7 @@
-"""The frozen weights as the graphs take them: all resident, or made in reused memory where they are needed."""
+"""The frozen weights as the graphs take them: all resident, or made in reused memory where they are needed.
+
+The scales of an int8 matrix stay in either case: they are small, and to find them takes longer than the matrix.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.formats.frozen_weights import FrozenWeights
+from edgetune.formats.roles import SCALES
 from edgetune.model.pieces import Slice
 from edgetune.runtimes.layered.backend import Allocate, Backend
 
@@ -32,6 +36,7 @@ class LinearWeights:
         self.frozen, self.resident = frozen, resident
         self._backend = backend
         self._made: dict[tuple[str, Slice], dict[str, NDArray[Any]]] = {}
+        self._scales: dict[tuple[str, Slice], NDArray[np.float32]] = {}
         self._memory = memory
 
     def take(self, slices: Mapping[str, Slice]) -> dict[str, NDArray[Any]]:
@@ -56,7 +61,10 @@ class LinearWeights:
     def _make(self, layout: str, slice_: Slice, allocate: Allocate) -> dict[str, NDArray[Any]]:
         block = self.frozen.linear(slice_.parameter, slice_.rows, slice_.columns)
         ordered = self._backend.channels.block(slice_, block)
-        return self._backend.weight(layout, ordered, allocate)
+        made = self._backend.weight(layout, ordered, allocate, self._scales.get((layout, slice_)))
+        if SCALES in made:
+            self._scales[layout, slice_] = made[SCALES]
+        return made
 
 
 def weight_and_layout(name: str) -> tuple[str, str]:

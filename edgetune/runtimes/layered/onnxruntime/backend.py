@@ -102,8 +102,10 @@ class OrtBackend:
         }
         self._dequantise.run_and_release(block)
 
-    def weight(self, layout: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
-        """See `Backend.weight`."""
+    def weight(
+        self, layout: str, block: Block, allocate: Allocate, scales: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """See `Backend.weight`: scales are found from those of blocks every time."""
         if layout:
             return self._requantiser.weight(layout, block, allocate)
         out = allocate(block.shape, self.storage)

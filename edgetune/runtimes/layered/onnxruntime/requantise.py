@@ -15,7 +15,7 @@ from edgetune.formats.roles import BACKWARD, FORWARD, SCALES
 from edgetune.model.blocks import BLOCK_SIZE, Block
 from edgetune.runtimes.layered.backend import Allocate, LayeredGraph
 
-_INT8, _FLOAT = np.dtype(np.int8), np.dtype(np.float32)
+_INT8 = np.dtype(np.int8)
 LARGEST_INT8 = 127
 SMALLEST = 1e-30
 """The least scale, for weights that are all zero."""
@@ -35,7 +35,7 @@ class Requantiser:
     def weight(self, layout: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
         """`W.forward`, int8 (in, out), with scales (out); or `W.backward`, int8 (out, in), with scales (in)."""
         shape, axis = (block.shape[::-1], 1) if layout == FORWARD else (block.shape, 0)
-        weight, scales = allocate(shape, _INT8), allocate(shape[1:], _FLOAT)
+        weight, scales = allocate(shape, _INT8), np.empty(shape[1], np.float32)
         largest = np.abs(block.values if block.scales is None else block.scales).max(axis, keepdims=True)
         if block.scales is None:
             steps = np.maximum(largest.astype(np.float32) / LARGEST_INT8, SMALLEST)

@@ -130,7 +130,7 @@ class OpenVinoBackend:
         self.storage = BFLOAT16 if self._short else np.dtype(np.float32)
         self.channels = channels
         self._products = Products(plan.precision == "int8", self._short)
-        self._weights = OpenVinoWeights(lambda model: self._compile(model, ov.Type.f32), self.storage)
+        self._weights = OpenVinoWeights(self._compile, self.storage)
 
     def exact(self) -> OpenVinoBackend:
         """See `Backend.exact`."""
@@ -146,9 +146,13 @@ class OpenVinoBackend:
     def begin(self, positions: int, scores: int) -> None:
         """See `Backend.begin`: graphs have memory of their own for each shape."""
 
-    def weight(self, layout: str, block: Block, allocate: Allocate) -> dict[str, NDArray[Any]]:
+    def weight(
+        self, layout: str, block: Block, allocate: Allocate, scales: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """See `Backend.weight`."""
-        return self._weights.int8(block, allocate) if layout == INT8 else {"": self._weights.exact(block, allocate)}
+        if layout == INT8:
+            return self._weights.int8(block, allocate, scales)
+        return {"": self._weights.exact(block, allocate)}
 
     def store(self, values: NDArray[np.float32], out: NDArray[Any]) -> None:
         """See `Backend.store`."""

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 from openvino import opset13 as op
 
 from edgetune.formats.roles import INT8, SCALES
+from edgetune.model.rotation import signs_of
 from edgetune.runtimes.layered.head import SPLIT, WEIGHT
 
 _LARGEST = 127.0
@@ -31,7 +33,7 @@ class Products:
     """What graphs expect of frozen weights, and how they multiply with them."""
 
     int8: bool
-    """A weight `W` of a sublayer is an int8 matrix `W.int8` with scales `W.int8.scales` (out)."""
+    """A weight `W` of a sublayer is a rotated int8 matrix `W.int8` with scales `W.int8.scales` (out)."""
     short: bool = False
     """Exact products round what they multiply to bfloat16."""
 
@@ -86,11 +88,12 @@ class Products:
                 left = _quantised_rows(op.multiply(rows, scales).output(0))
             else:
                 if place not in quantised:
-                    quantised[place] = _quantised_rows(rows)
+                    quantised[place] = _quantised_rows(multiplied_by(signs_of(shape[-1]), rows))
                 left = quantised[place]
             right = op.multiply(op.convert(matrix, ov.Type.f32), op.constant(_UNIT))
             result = op.multiply(op.matmul(left.rows, right, False, forward), left.scales).output(0)
-            result = op.multiply(result, scales).output(0) if forward else result
+            signs = signs_of(result.shape[-1])
+            result = op.multiply(result, scales).output(0) if forward else multiplied_by(signs, result)
         return op.reshape(result, op.constant([*shape[:-1], result.shape[-1]]), False).output(0)
 
 
@@ -128,6 +131,13 @@ class _Quantised:
 def is_linear(name: str) -> bool:
     """Whether an input is a frozen linear weight."""
     return name.endswith((_SUBLAYER_WEIGHT, WEIGHT))
+
+
+def multiplied_by(block: NDArray[np.float32], x: ov.Output) -> ov.Output:
+    """Each block of neighbours in rows (rows, channels), multiplied with a matrix of a block's size."""
+    blocks = op.reshape(x, op.constant([-1, len(block)]), False)
+    product = op.matmul(blocks, op.constant(block), False, False)
+    return op.reshape(product, op.constant(list(x.shape)), False).output(0)
 
 
 def _products(weight: ov.Node) -> Iterator[tuple[ov.Node, bool]]:
