@@ -188,7 +188,7 @@ def _build_training_graphs(
     say(f"Gradient coverage: {sum(coverage.values())} operators of {len(coverage)} kinds, all have a gradient")
     say("Lowering to standard operators …")
     graphs = {name: ir.load(scratch / file) for name, file in ARTIFACTS.items()}
-    graphs["step"] = lower(ir.load(scratch / ARTIFACTS["training_model"]), list(parameters))
+    graphs["step"] = lower(ir.load(scratch / ARTIFACTS["training_model"]), list(parameters), half=True)
     graphs["loss"] = evaluation
     lowered = {role: ir.from_proto(ir.to_proto(graphs[role])) for role in ("step", "loss")}
     for role in ("training_model", "eval_model", "step", "loss"):

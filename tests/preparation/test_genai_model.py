@@ -75,7 +75,7 @@ def test_int4_has_the_least_squared_error_of_eleven_scales(variant: str) -> None
             least = np.minimum(least, np.square(tried - blocks).sum(-1))
         own, before = (np.square(found[name].reshape(blocks.shape) - blocks).sum(-1) for found in (rounded, nearest))
         assert own == pytest.approx(least, rel=1e-3, abs=1e-9), name
-        assert own.sum() < 0.87 * before.sum(), name
+        assert own.sum() < 0.92 * before.sum(), name
 
 
 @pytest.mark.parametrize(("base", "steps"), [("int8", 128), ("fp16", 2048)])

@@ -99,7 +99,8 @@ def test_weights_are_rounded_to_a_step(
     # Most of the 127 steps are used: by some weight of each row; by one of each 32 neighbours where columns are scaled.
     largest = np.abs(weight.astype(np.int32)).max(axis=0)
     used = largest if form == FORWARD or base == "fp32" else largest.reshape(-1, 32).max(axis=1)
-    assert used.min() >= 110
+    # Of int4 the scales say where the steps end, and the largest weight of a block may lie on -6 of -8.
+    assert used.min() >= (110 if base == "fp32" else 95)
 
 
 def test_every_frozen_product_is_quantised(prepared: Prepared) -> None:

@@ -213,8 +213,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Arrays]:
     return {name: dict(np.load(folder / f"{number}.out.npz")) for number, name in enumerate(CASES)}
 
 
-def lowered(case: Case) -> ir.Model:
-    return lower(ir.from_proto(case.model()), [])
+def lowered(case: Case, *, half: bool = False) -> ir.Model:
+    return lower(ir.from_proto(case.model()), [], half=half)
 
 
 def run(model: ir.Model, inputs: Arrays) -> Arrays:
@@ -250,7 +250,7 @@ def test_norms_square_nothing_large(largest: float) -> None:
     norm = node(RMS_NORM, names, ["loss", "inverse"], axis=-1, epsilon=epsilon, stash_type=1)
     gradient = node(f"{RMS_NORM}Grad", ["d_y", *names, "inverse"], ["predictions", "d_weight"], axis=-1)
     found = run(
-        lowered(Case([norm, gradient], {"d_y": d_y, "x": x, "weight": weight}, ("loss", "predictions"))),
+        lowered(Case([norm, gradient], {"d_y": d_y, "x": x, "weight": weight}, ("loss", "predictions")), half=True),
         {"d_y": d_y, "x": x, "weight": weight},
     )
     inverse = 1 / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + epsilon)
@@ -275,7 +275,7 @@ def test_a_norm_that_is_written_out_has_the_same_form() -> None:
         node("Mul", ["x", "inverse"], ["normal"]),
         node("Mul", ["weight", "normal"]),
     ]
-    model = lowered(Case(nodes, inputs, constants=constants))
+    model = lowered(Case(nodes, inputs, constants=constants), half=True)
     assert "Pow" not in {each.op_type for each in model.graph}
     x = inputs["x"].astype(np.float64)
     expected = x / np.sqrt((x * x).mean(-1, keepdims=True)) * inputs["weight"]

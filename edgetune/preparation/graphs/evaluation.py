@@ -31,7 +31,7 @@ def evaluation_graph(forward: ir.Model, parameters: Sequence[str]) -> ir.Model:
     graph.outputs.append(predictions)
     graph.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
-    return lower(model, parameters)
+    return lower(model, parameters, half=True)
 
 
 def describe_graph(path: Path) -> tuple[list[TensorSpec], list[TensorSpec]]:

@@ -8,7 +8,7 @@ no tensor of rank 0 among its outputs, LoRA parameters as inputs and their gradi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -135,7 +135,16 @@ def _scaled(op: Operators, x: ir.Value | None, alpha: float) -> ir.Value | None:
 
 
 def _rms_norm(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
-    """x / √(mean(x²) + ε) · w; and the factor 1 / √(…) itself.
+    """x / √(mean(x²) + ε) · w; and the factor 1 / √(…) itself."""
+    x, weight = inputs
+    square = op.op("ReduceMean", [op.op("Mul", [x, x]), op.integers(-1)], attributes={"keepdims": 1})
+    root = op.op("Sqrt", [op.op("Add", [square, op.floats(attributes["epsilon"])])])
+    inverse = op.op("Reciprocal", [root])
+    return op.op("Mul", [op.op("Mul", [x, inverse]), weight]), inverse
+
+
+def _rms_norm_in_half(op: Operators, inputs: Values, attributes: dict[str, Any]) -> Sequence[ir.Value]:
+    """The same for float16.
 
     Trained language models have activations of tens of thousands, whose squares float16 does not hold. So a row is
     divided by its largest magnitude m before it is squared: the factor is 1 / √(mean((x / m)²) + (√ε / m)²) / m, where
@@ -218,13 +227,21 @@ LOWERINGS: dict[str, Lowering] = {
 """Standard form of every operator with a fixed number of outputs; `SplitTraining` is beside it."""
 
 
-def lower(model: ir.Model, parameters: Sequence[str], outputs: Sequence[str] = ("loss", "predictions")) -> ir.Model:
+def lower(
+    model: ir.Model,
+    parameters: Sequence[str],
+    outputs: Sequence[str] = ("loss", "predictions"),
+    *,
+    half: bool = False,
+) -> ir.Model:
     """Write a gradient graph in standard operators.
 
     Args:
         model: ONNX Runtime Training's `training_model.onnx`, or the forward graph.
         parameters: LoRA parameters; `<parameter>.grad` becomes an output where the graph accumulates its gradient.
         outputs: Which of the graph's own outputs stay, where it has them.
+        half: Write norms for float16. In bfloat16, which squares anything but rounds to eight bits, the plain form is
+            more exact, and runtimes know it as one operator.
 
     Raises:
         IncompatibleError: An operator without a standard form occurs; all of them are named.
@@ -234,8 +251,9 @@ def lower(model: ir.Model, parameters: Sequence[str], outputs: Sequence[str] = (
         if name != CONTRIB:
             del model.opset_imports[name]
     fold(model)
-    _recognise_norms(model.graph)
-    _lower_nodes(model)
+    if half:
+        _recognise_norms(model.graph)
+    _lower_nodes(model, LOWERINGS | {_RMS_NORM: _rms_norm_in_half} if half else LOWERINGS)
     foreign = sorted({f"{n.op_type} ({n.name})" for n in model.graph if n.domain not in ("", "ai.onnx")})
     if foreign:
         raise IncompatibleError("no standard form is known for " + ", ".join(foreign))
@@ -266,14 +284,14 @@ def _recognise_norms(graph: ir.Graph) -> None:
         op.replace(graph, chain[-1], {chain[-1].outputs[0]: op.op(_RMS_NORM, [x, weight], attributes=attributes)})
 
 
-def _lower_nodes(model: ir.Model) -> None:
+def _lower_nodes(model: ir.Model, lowerings: Mapping[str, Lowering]) -> None:
     for node in list(model.graph):
         op = Operators()
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         if node.op_type == "SplitTraining":
             results: Sequence[ir.Value | None] = _split(op, node.inputs, attributes, len(node.outputs))
-        elif node.op_type in LOWERINGS:
-            results = LOWERINGS[node.op_type](op, node.inputs, attributes)
+        elif node.op_type in lowerings:
+            results = lowerings[node.op_type](op, node.inputs, attributes)
         else:
             continue
         kept = {old: new for old, new in zip(node.outputs, results, strict=False) if new is not None}
