@@ -58,15 +58,7 @@ def measure_demo_loss(experiment: DemoLoss, cache: Cache, seed: int) -> dict[str
         if experiment.learning_rate is not None:
             train += ["--learning-rate", str(experiment.learning_rate)]
         finished = run_watched(train)
-    result = json.loads(finished.stdout)
-    before, after = result["first_validation_loss"], result["last_validation_loss"]
-    return {
-        **finished.memory_quantities(),
-        "first_validation_loss": before,
-        "validation_loss": after,
-        "loss_drop": before - after,
-        "seconds": result["seconds"],
-    }
+    return {**finished.memory_quantities(), **_losses(json.loads(finished.stdout))}
 
 
 def measure_real_loss(experiment: RealLoss, cache: Cache) -> dict[str, float]:
@@ -79,7 +71,11 @@ def measure_real_loss(experiment: RealLoss, cache: Cache) -> dict[str, float]:
         command = _train_command(experiment.contestant, bundle, train, Path(scratch) / "adapter")
         command += ["--valid", valid, "--learning-rate", "1e-3", "--warmup-steps", "10"]
         command += ["--steps", str(experiment.steps), "--seed", "0", "--quiet", "--json"]
-        result = json.loads(run_watched(command).stdout)
+        return _losses(json.loads(run_watched(command).stdout))
+
+
+def _losses(result: dict[str, float]) -> dict[str, float]:
+    """What a training's result says of its validation."""
     before, after = result["first_validation_loss"], result["last_validation_loss"]
     return {
         "first_validation_loss": before,

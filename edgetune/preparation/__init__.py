@@ -17,7 +17,7 @@ from edgetune.config import MODULES_OF_TARGETS, PrepareConfig, check_config
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.data.source import Source, kept
-from edgetune.errors import UsageError, VerificationError
+from edgetune.errors import DataError, UsageError, VerificationError
 from edgetune.formats.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.formats.frozen_weights import stored_bytes
 from edgetune.formats.manifest import BUNDLE_FORMAT, FORMAT_VERSION, BaseModel, BundleManifest, Graph, Tokenizer
@@ -107,23 +107,21 @@ def _prepare(
             view = builder_view(source, Path(scratch) / "source")
             say(f"Building the {config.base} GenAI model (Olive) …")
             _build_inference_model(source, view, folder, config)
+            tokenizer = _tokenizer(source, folder, bos, eos)
+            rows = [] if calibration is None else _encoded(calibration, folder, tokenizer, config.max_length)
             if config.quantiser == "gptq":
-                assert calibration is not None  # for mypy: there is no gptq without rows
-                rows = _encoded(calibration, folder, _tokenizer(source, folder, bos, eos), config.max_length)
                 round_on_rows(view, folder, source.architecture, rows, say)
             say("Exporting the forward graph (Optimum) …")
             lora, coverage, lowered = _build_training_graphs(source, view, Path(scratch), folder, config, say)
             say("Exporting and differentiating the sublayers …")
             roles = build_layers(view, Path(scratch), folder, source, config, say)
-        tokenizer = _tokenizer(source, folder, bos, eos)
-        if calibration is not None:
+        if rows:
             say("Looking for what float16 does not hold …")
-            rows = _encoded(calibration, folder, tokenizer, config.max_length)
             provenance["float16"] = _in_float16(source, folder, config, lora, lowered["step"], rows)
             say(f"In float16: {provenance['float16']}")
         if config.npu != "none":
             say(f"Writing the step with int8 weights ({config.npu}) …")
-            roles += _build_int8_step(source, folder, config, calibration, lora, lowered, tokenizer)
+            roles += _build_int8_step(source, folder, config, rows, lora, lowered)
         _learn_ends(folder, tokenizer, say)
         say("Hashing …")
         manifest = _manifest(source, folder, config, tokenizer, lora, coverage, roles, provenance)
@@ -206,21 +204,16 @@ def _build_int8_step(
     source: Checkpoint,
     folder: Path,
     config: PrepareConfig,
-    calibration: Source | None,
+    rows: list[Example],
     lora: Lora,
     lowered: dict[str, ir.Model],
-    tokenizer: Tokenizer,
 ) -> list[str]:
-    """Write the graphs for NPUs; returns their roles."""
+    """Write the graphs for NPUs; returns their roles. Without rows ranges are measured on random tokens."""
     from edgetune.preparation.rewrites.int8_step import write_int8_graphs
     from edgetune.preparation.rewrites.ranges import calibrate, synthetic_rows
 
     architecture, base = source.architecture, config.base
-    if calibration is None:
-        rows = synthetic_rows(architecture, config.max_length)
-    else:
-        # The model builder may have written another tokenizer.json than the checkpoint's; training uses this one.
-        rows = _encoded(calibration, folder, tokenizer, config.max_length)
+    rows = rows or synthetic_rows(architecture, config.max_length)
     ranges = calibrate(lowered["step"], folder, architecture, base, lora, rows)
     return write_int8_graphs(lowered, folder, architecture, base, config.npu, ranges)
 
@@ -268,12 +261,18 @@ def _check_rows(
         if encoder.template is not None:
             encoder.template.compile()
         if calibration is not None:
-            for line in load_examples(calibration, encoder, config.max_length, truncate=True).notices:
+            rows = load_examples(calibration, encoder, config.max_length, truncate=True)
+            for line in rows.notices:
                 say(line)
+            if not rows.examples:
+                raise DataError([f"{config.calibration}: no row can be used"])
 
 
 def _encoded(rows: Source, folder: Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """Rows as token ids, long ones cut."""
+    """Rows as token ids, long ones cut.
+
+    By the folder's tokenizer.json, as in training: the model builder may have written another than the checkpoint's.
+    """
     return load_examples(rows, load_encoder(folder, tokenizer), max_length, truncate=True).examples
 
 

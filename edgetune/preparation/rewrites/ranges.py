@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -76,8 +77,7 @@ def calibrate(
     """
     model = ir.from_proto(ir.to_proto(step))
     names = _observe(model)
-    attach_weights(model, folder, architecture, base)
-    session = open_graph(ir.to_proto(model).SerializeToString(), folder)
+    session = _opened(model, folder, architecture, base)
     found: dict[str, Range] = {}
     for number, batch in enumerate(_batches(rows, architecture)):
         feed = _feed(batch, lora, number)
@@ -111,25 +111,36 @@ def largest_magnitudes(
     model = ir.from_proto(ir.to_proto(step))
     values = [value for node in model.graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
     op = Operators()
-    model.graph.outputs.clear()
-    for value in values:
-        result = op.op("ReduceMax", [op.op("Abs", [value])], attributes={"keepdims": 0})
-        result.name, result.dtype, result.shape = f"{value.name}.largest", ir.DataType.FLOAT, ir.Shape([])
-        model.graph.outputs.append(result)
-    for number, node in enumerate(op.nodes):
-        node.name = f"magnitude/{number}"
-    model.graph.extend(op.nodes)
-    attach_weights(model, folder, architecture, base)
-    session = open_graph(ir.to_proto(model).SerializeToString(), folder)
-    found: dict[str, float] = {}
+    names = [str(value.name) for value in values]
+    largest = [("ReduceMax", op.op("Abs", [value])) for value in values]
+    _give_bounds(model, op, dict(zip((f"{name}.largest" for name in names), largest, strict=True)))
+    session = _opened(model, folder, architecture, base)
+    found = dict.fromkeys(names, 0.0)
     few = rows[:: -(-len(rows) // (_BATCHES * _ROWS))]
     for number, batch in enumerate(_batches(few, architecture)):
         feed = {**_feed(batch, lora, number), "loss_scale": np.ones(1, np.float32)}
-        for value, largest in zip(values, session.run(None, feed), strict=True):
-            # Comparisons with what is no number are false: it stays.
-            before = found.get(str(value.name), 0.0)
-            found[str(value.name)] = before if float(largest) <= before else float(largest)
+        for name, reached in zip(names, session.run(None, feed), strict=True):
+            # What is no number stays.
+            found[name] = float(np.maximum(found[name], reached))
     return found
+
+
+def _opened(model: ir.Model, folder: Path, architecture: Architecture, base: Base) -> Any:
+    """A session of a graph whose frozen weights are inputs, with the weights of a GenAI model."""
+    attach_weights(model, folder, architecture, base)
+    return open_graph(ir.to_proto(model).SerializeToString(), folder)
+
+
+def _give_bounds(model: ir.Model, op: Operators, bounds: Mapping[str, tuple[str, ir.Value]]) -> None:
+    """Make numbers the only outputs: by their names the reduction of a tensor that gives each."""
+    model.graph.outputs.clear()
+    for name, (reduction, value) in bounds.items():
+        result = op.op(reduction, [value], attributes={"keepdims": 0})
+        result.name, result.dtype, result.shape = name, ir.DataType.FLOAT, ir.Shape([])
+        model.graph.outputs.append(result)
+    for number, node in enumerate(op.nodes):
+        node.name = f"calibration/{number}"
+    model.graph.extend(op.nodes)
 
 
 def _observe(model: ir.Model) -> list[str]:
@@ -142,15 +153,11 @@ def _observe(model: ir.Model) -> list[str]:
             shrink, _ = row_factors(op, product[0])
             (result,) = node.outputs
             values[str(result.name)] = op.op("Mul", [op.op("Mul", [result, shrink]), shrink])
-    model.graph.outputs.clear()
-    for name, value in values.items():
-        for bound, operator in (("least", "ReduceMin"), ("largest", "ReduceMax")):
-            result = op.op(operator, [value], attributes={"keepdims": 0})
-            result.name, result.dtype, result.shape = f"{name}.{bound}", ir.DataType.FLOAT, ir.Shape([])
-            model.graph.outputs.append(result)
-    for number, node in enumerate(op.nodes):
-        node.name = f"calibration/{number}"
-    model.graph.extend(op.nodes)
+    reductions = {"least": "ReduceMin", "largest": "ReduceMax"}
+    bounds = {
+        f"{name}.{bound}": (operator, value) for name, value in values.items() for bound, operator in reductions.items()
+    }
+    _give_bounds(model, op, bounds)
     return list(values)
 
 
