@@ -176,7 +176,7 @@ def test_what_has_no_size_has_a_limit(tmp_path: Path, monkeypatch: pytest.Monkey
 # Pipes
 
 
-@pytest.mark.parametrize("content", [b"".join(LINES), PACKED])
+@pytest.mark.parametrize("content", [b"".join(LINES), PACKED], ids=["plain", "packed"])
 def test_a_named_pipe(tmp_path: Path, content: bytes) -> None:
     with fifo(tmp_path / "pipe", content) as pipe:
         assert rows_of(pipe) == ROWS
