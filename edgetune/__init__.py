@@ -22,9 +22,11 @@ _OFFERED = {
         "DataError",
         "EdgetuneError",
         "IncompatibleError",
+        "InterruptedRunError",
         "LockedError",
         "MissingDependencyError",
         "NoRoomError",
+        "PausedRunError",
         "ResourceError",
         "TemplateStoppedError",
         "UsageError",
@@ -52,9 +54,11 @@ if TYPE_CHECKING:
     from edgetune.errors import DataError as DataError
     from edgetune.errors import EdgetuneError as EdgetuneError
     from edgetune.errors import IncompatibleError as IncompatibleError
+    from edgetune.errors import InterruptedRunError as InterruptedRunError
     from edgetune.errors import LockedError as LockedError
     from edgetune.errors import MissingDependencyError as MissingDependencyError
     from edgetune.errors import NoRoomError as NoRoomError
+    from edgetune.errors import PausedRunError as PausedRunError
     from edgetune.errors import ResourceError as ResourceError
     from edgetune.errors import TemplateStoppedError as TemplateStoppedError
     from edgetune.errors import UsageError as UsageError

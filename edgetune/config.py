@@ -311,7 +311,45 @@ class TrainConfig:
     raw_prompts: bool = option(False, _RAW_PROMPTS)
     content_as_text: bool = option(False, _CONTENT_AS_TEXT)
     init_adapter: Path | None = option(None, Option("Adapter to start from, PEFT's as well.", only="train"))
-    force: bool = option(False, Option("Replace an adapter that is already there.", only="train"))
+    resume: bool = option(
+        False, Option("Go on with the run that was interrupted: the same command, and this.", only="train")
+    )
+    """Where it never came to save a state, it starts over."""
+    save_steps: int | None = option(
+        None,
+        Option(
+            "Save the run's state after so many steps, 0 for never; without it, as often as takes 2% of the time.",
+            least=0,
+            most=_MANY,
+            only="train",
+        ),
+    )
+    eval_steps: int | None = option(
+        None,
+        Option("Measure the validation rows after so many steps; without it, after every epoch.", least=1, most=_MANY),
+    )
+    patience: int | None = option(
+        None,
+        Option(
+            "End when the validation loss has not fallen for so many measurements, and keep the best step.",
+            least=1,
+            most=_MANY,
+            only="train",
+        ),
+    )
+    keep_best: bool = option(
+        False, Option("Write the adapter of the step with the lowest validation loss, not of the last.", only="train")
+    )
+    keep_state: bool = option(
+        False, Option("Keep the last state, so that --resume with more --steps or --epochs goes on.", only="train")
+    )
+    time_budget: str | None = option(
+        None, Option("Pause after so much time, such as 20m or 1.5h: exit code 75.", only="train")
+    )
+    pause_file: Path | None = option(None, Option("Pause when this file is there: exit code 75.", only="train"))
+    force: bool = option(
+        False, Option("Replace an adapter that is already there, and forget an unfinished run.", only="train")
+    )
 
 
 @dataclass(frozen=True)

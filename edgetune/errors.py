@@ -55,6 +55,14 @@ class NoRoomError(ResourceError):
     """A disk has less room than is needed; the message says how much is needed and how much is free."""
 
 
+class InterruptedRunError(EdgetuneError):
+    """A signal ended a run between two steps; the message says how it goes on."""
+
+
+class PausedRunError(EdgetuneError):
+    """A run ended between two steps because that was asked for; the message says how it goes on."""
+
+
 class LockedError(EdgetuneError):
     """Another process works on the same folder."""
 

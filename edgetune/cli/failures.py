@@ -16,8 +16,10 @@ from edgetune.errors import (
     DataError,
     EdgetuneError,
     IncompatibleError,
+    InterruptedRunError,
     LockedError,
     MissingDependencyError,
+    PausedRunError,
     ResourceError,
     UsageError,
     VerificationError,
@@ -34,9 +36,11 @@ EXIT_CODES: dict[type[EdgetuneError], int] = {
     VerificationError: 5,
     ResourceError: 6,
     LockedError: 7,
+    PausedRunError: 75,
+    InterruptedRunError: 130,
 }
 """By who must act; a more special error has the code of the nearest class that is listed."""
-INTERRUPTED = 130
+INTERRUPTED = EXIT_CODES[InterruptedRunError]
 DEBUG = "EDGETUNE_DEBUG"
 """Environment variable that shows tracebacks."""
 _SHOWN = 160

@@ -119,7 +119,9 @@ def start_text(info: StartInfo) -> str:
     """What will be trained, in one line."""
     tokens = f"{info.tokens_per_epoch:,} tokens, {info.trained_tokens_per_epoch:,} of them trained"
     epochs = f"{info.steps} steps ({info.steps_per_epoch} an epoch)"
-    return f"{info.rows} rows ({tokens}), {epochs}, {info.trainable_parameters:,} parameters, {_plan_text(info)}"
+    on = "" if info.first_step == 1 else f"going on with step {info.first_step}: "
+    what = f"{info.rows} rows ({tokens}), {epochs}, {info.trainable_parameters:,} parameters"
+    return f"{on}{what}, {_plan_text(info)}, state saved {info.saved}"
 
 
 def _plan_text(info: StartInfo) -> str:

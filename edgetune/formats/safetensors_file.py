@@ -6,12 +6,13 @@ The format: eight bytes that say how long the header is (little-endian), a heade
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetune.errors import VerificationError
 from edgetune.formats.git_lfs import refuse_pointers
@@ -24,6 +25,9 @@ _LONGEST_HEADER = 100_000_000
 """Bytes; no reader of the format takes more."""
 _EXPONENTS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
 """The bits of the exponent by type: all of them are set in NaN and infinity, and in no other number (IEEE 754)."""
+NUMPY_TYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "|u1"}
+"""Types that `write_tensors` writes and `read_tensor` reads, by the format's names."""
+_NAMES = {numpy: name for name, numpy in NUMPY_TYPES.items()}
 FLOATS = tuple(_EXPONENTS)
 """Types whose numbers can be looked at."""
 
@@ -39,6 +43,42 @@ class StoredTensor:
     """Byte of the file that it begins at."""
     end: int
     """The byte after its last one."""
+
+
+def write_tensors(file: IO[bytes], tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file without a second copy of its tensors in memory, as the format's own library makes.
+
+    Args:
+        file: Open for writing.
+        tensors: By name; of the types in `NUMPY_TYPES`.
+        metadata: What else the header says.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
+    end = 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": _NAMES[array.dtype.str], "shape": list(array.shape), "data_offsets": [begin, end]}
+    data = json.dumps(header).encode()
+    data += b" " * (-len(data) % _LENGTH)  # the tensors are aligned
+    file.write(len(data).to_bytes(_LENGTH, "little") + data)
+    for array in arrays.values():
+        file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a file that `read_header` took says beside its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
+
+
+def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[Any]:
+    """The values of one entry of a header, of a type in `NUMPY_TYPES`."""
+    dtype = np.dtype(NUMPY_TYPES[tensor.dtype])
+    count = (tensor.end - tensor.start) // dtype.itemsize
+    return np.fromfile(path, dtype, count, offset=tensor.start).reshape(tensor.shape)
 
 
 def read_header(path: Path, again: str = "copy or download it again") -> dict[str, StoredTensor]:

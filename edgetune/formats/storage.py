@@ -196,7 +196,7 @@ def _put_in_place(partial: Path, path: Path, *, replace: bool) -> None:
     if replace and path.exists():
         os.rename(path, _beside(path, "previous"))
     os.rename(partial, path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def _settle(path: Path) -> None:
@@ -205,9 +205,14 @@ def _settle(path: Path) -> None:
     if previous.exists():
         # Removing takes many steps; renamed first, what is left of it can never be taken for the folder.
         os.rename(previous, _beside(path, f"partial-{secrets.token_hex(4)}") if path.exists() else path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     for stale in path.parent.glob(glob.escape(_beside(path, "partial-").name) + "*"):
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk: what was renamed or removed in it stays so."""
+    _sync(folder)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -164,7 +164,9 @@ def _fitting(planned: Sequence[_Planned], request: RunRequest) -> Choice:
     # What is free here counts as well, unless a budget was given on this very machine.
     limits = list(_limits(request))
     sizes = [limit.size for limit in limits]
-    free_bytes = free_memory_bytes() if request.place.here else None
+    free_bytes = request.free_memory_bytes
+    if free_bytes is None and request.place.here:
+        free_bytes = free_memory_bytes()
     if free_bytes is not None and (request.place.profile is not None or not limits):
         sizes.append(int(_SHARE * free_bytes))
     limit = min(sizes, default=None)

@@ -13,6 +13,7 @@ from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.execution import Accelerator
 from edgetune.runtimes.forward_only import QueryConfig
 from edgetune.text.byte_size import parse_bytes
+from edgetune.text.time_span import parse_seconds
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class RunLength:
     epochs: float | None
     """Counts where `steps` is none; `DEFAULT_EPOCHS` where both are."""
     warmup_steps: int
+    eval_steps: int | None = None
+    """Steps after which the validation rows are measured; none where they are after every epoch."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,10 @@ class RunRequest:
     """Cut rows that are longer than the bundle takes, or than the device does; otherwise those that the bundle does not
     take are left out, and those that the device does not take are refused."""
     encoding: RowEncoding
+    time_budget_seconds: float | None = None
+    """Wall time after which the run pauses; none for as long as it takes."""
+    free_memory_bytes: int | None = None
+    """Memory to take as free here: what was free when a run that goes on was planned. None where it is asked for."""
 
     @property
     def forward_only(self) -> bool:
@@ -119,7 +126,8 @@ def run_request(config: TrainConfig, place: Place, *, accelerated: bool) -> RunR
         batching=Batching(
             config.batch_size, config.gradient_accumulation_steps, config.packing, config.shuffle, config.seed
         ),
-        length=RunLength(config.steps, config.epochs, config.warmup_steps),
+        length=RunLength(config.steps, config.epochs, config.warmup_steps, config.eval_steps),
         truncate=config.truncate,
         encoding=RowEncoding(raw_prompts=config.raw_prompts, content_as_text=config.content_as_text),
+        time_budget_seconds=None if config.time_budget is None else parse_seconds(config.time_budget),
     )

@@ -39,6 +39,8 @@ class StepSchedule:
     gradient_accumulation_steps: int
     steps_per_epoch: int
     total_steps: int
+    eval_steps: int | None = None
+    """Steps between two validations; none where epochs are."""
 
     def batches(self, step: int) -> int:
         """Batches of the step after `step` finished ones."""
@@ -46,19 +48,20 @@ class StepSchedule:
         return min(self.gradient_accumulation_steps, self.batches_per_epoch - done)
 
     def validates_after(self, step: int) -> bool:
-        """Whether validation loss is due after `step` steps: at the end, and after each epoch where there are two."""
-        if step == self.total_steps:
-            return True
-        return self._validates_epochs and step % self.steps_per_epoch == 0
+        """Whether validation loss is due after `step` steps: at the end, each `eval_steps`, or each of two epochs."""
+        return step == self.total_steps or (step % self._between == 0 and self._validates_between)
 
     def validations(self) -> int:
         """How often validation loss is due: before the first step, and after those of `validates_after`."""
-        epochs, rest = divmod(self.total_steps, self.steps_per_epoch)
-        return 2 if not self._validates_epochs else 1 + epochs + (rest > 0)
+        return 2 if not self._validates_between else 1 + math.ceil(self.total_steps / self._between)
 
     @property
-    def _validates_epochs(self) -> bool:
-        return self.total_steps >= 2 * self.steps_per_epoch
+    def _between(self) -> int:
+        return self.eval_steps or self.steps_per_epoch
+
+    @property
+    def _validates_between(self) -> bool:
+        return self.eval_steps is not None or self.total_steps >= 2 * self.steps_per_epoch
 
 
 def schedule_steps(rows: int, request: RunRequest) -> StepSchedule:
@@ -77,7 +80,7 @@ def schedule_steps(rows: int, request: RunRequest) -> StepSchedule:
             f"warmup_steps is {length.warmup_steps}, but the run has {total} steps in all; "
             f"use fewer than {total}, or more steps or epochs"
         )
-    return StepSchedule(batches, batching.gradient_accumulation_steps, steps_per_epoch, total)
+    return StepSchedule(batches, batching.gradient_accumulation_steps, steps_per_epoch, total, length.eval_steps)
 
 
 def _steps_of(epochs: float, steps_per_epoch: int) -> int:

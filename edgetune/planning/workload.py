@@ -69,9 +69,9 @@ class Workload:
         """The same rows in passes with room for so many of the longest."""
         return Workload(self._manifest, self._rows, self._valid, self._request, self.buckets, rows)
 
-    def steps(self) -> Iterator[list[Batch]]:
-        """The batches of every step."""
-        return map(self._batcher.step, self._drawn())
+    def steps(self, done: int = 0) -> Iterator[list[Batch]]:
+        """The batches of every step after so many."""
+        return map(self._batcher.step, islice(self._drawn(), done, None))
 
     def validation(self) -> Iterator[Batch]:
         """The batches of the validation rows."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,11 @@ class StepResult:
     """False when loss or gradient is not finite: then nothing was changed."""
 
 
+SessionState = Mapping[str, NDArray[Any]]
+"""All that the next step depends on beside its batches: parameters, moments and counters, under the session's own
+names. A number is an array of no dimensions."""
+
+
 class Session(Protocol):
     """A model in training."""
 
@@ -52,6 +57,14 @@ class Session(Protocol):
 
     def adapter(self) -> Parameters:
         """The LoRA parameters; arrays that the next step may change."""
+        ...
+
+    def state(self) -> SessionState:
+        """Between two steps, what `restore` takes; arrays that the next step may change."""
+        ...
+
+    def restore(self, state: SessionState) -> None:
+        """Go on where a session of the same plan and parameters was when it gave this state; arrays are copied."""
         ...
 
 

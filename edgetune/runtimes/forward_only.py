@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from edgetune.data.batches import Batch
 from edgetune.model.adamw import clip_factor
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.contract import Forward, OptimizerConfig, Placed, StepResult
+from edgetune.runtimes.contract import Forward, OptimizerConfig, Placed, SessionState, StepResult
 from edgetune.runtimes.placement import Placement
 
 Floats = NDArray[np.float32]
@@ -47,6 +47,8 @@ _PROBE = 10.0
 _LEAST_RESPONSE = 1e-4
 """Of the mean: a matrix that changes nothing is not moved without end."""
 _EPSILON = 1e-8
+_AVERAGES, _HIGHEST_RATE, _STEPS = "averages", "highest_rate", "steps"
+"""Of a session's state, beside its parameters."""
 _WORD = 64
 """Bits that the generator gives at a time."""
 
@@ -99,6 +101,14 @@ class _Average:
     def mean(self) -> float:
         return self._sum / self._weight if self._weight else 0.0
 
+    @property
+    def state(self) -> tuple[float, float]:
+        """What `restore` takes."""
+        return self._sum, self._weight
+
+    def restore(self, state: Sequence[float]) -> None:
+        self._sum, self._weight = map(float, state)
+
 
 class _Responses:
     """How the loss answers to each trained parameter, and by what each is moved for it.
@@ -114,6 +124,10 @@ class _Responses:
     def add(self, place: int, slope: float) -> None:
         """Take in how the loss changed with all elements of one parameter, by so much for each unit of their size."""
         self._squares[place].add(slope**2 / self._sizes[place])
+
+    def averages(self) -> list[_Average]:
+        """Of each parameter, whose state is that of all of this."""
+        return self._squares
 
     def scales(self) -> NDArray[np.float64]:
         """A factor for each parameter's perturbations; their squares are 1 in the mean over all elements.
@@ -185,6 +199,28 @@ class ForwardOnlySession:
     def adapter(self) -> Parameters:
         """See `edgetune.runtimes.contract.Session.adapter`."""
         return self._parameters
+
+    def state(self) -> SessionState:
+        """See `edgetune.runtimes.contract.Session.state`."""
+        return {
+            **self._parameters,
+            _AVERAGES: np.array([average.state for average in self._averages()], np.float64),
+            _HIGHEST_RATE: np.array(self._highest_rate, np.float64),
+            _STEPS: np.array(self._steps_done, np.int64),
+        }
+
+    def restore(self, state: SessionState) -> None:
+        """See `edgetune.runtimes.contract.Session.restore`."""
+        for name, array in self._parameters.items():
+            array[...] = state[name]
+            self._forward.set_parameter(name, array)
+        for average, values in zip(self._averages(), state[_AVERAGES], strict=True):
+            average.restore(values)
+        self._highest_rate, self._steps_done = float(state[_HIGHEST_RATE]), int(state[_STEPS])
+        self._scales = self._responses.scales()
+
+    def _averages(self) -> list[_Average]:
+        return [self._square, self._clipped_square, self._curvature, *self._responses.averages()]
 
     def placements(self) -> list[Placement]:
         """Where the forward graphs run that were compiled so far; none on a runtime without an accelerator."""

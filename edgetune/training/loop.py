@@ -14,15 +14,27 @@ from edgetune.planning.schedule import learning_rate
 from edgetune.planning.trainer import open_trainer
 from edgetune.runtimes.contract import Placed, Session, StepResult
 from edgetune.text.pulse import Pulse
+from edgetune.training.early_end import EarlyEnd, held_back
 from edgetune.training.observer import Observer, StartInfo, StepMetrics
 from edgetune.training.record import RunRecord
+from edgetune.training.saved_run import RunIdentity, SavedState
+from edgetune.training.saver import Saver
 from edgetune.training.state import PlannedRun, RunState
 
 REMEDY = "try a lower --learning-rate, more --warmup-steps, or --max-grad-norm 1"
 """Where a loss or gradient is not finite."""
 
 
-def learn(run: PlannedRun, state: RunState, folder: Path, observer: Observer) -> None:
+def learn(
+    run: PlannedRun,
+    state: RunState,
+    folder: Path,
+    observer: Observer,
+    *,
+    identity: RunIdentity,
+    saver: Saver,
+    earlier: SavedState | None,
+) -> None:
     """Do the steps of a run, and take what was learnt into its state. No session is left afterwards.
 
     Args:
@@ -30,48 +42,115 @@ def learn(run: PlannedRun, state: RunState, folder: Path, observer: Observer) ->
         state: What changes on the way.
         folder: Where the record is written.
         observer: Is told what happens.
+        identity: What the run is, for the states that are saved.
+        saver: Saves them.
+        earlier: Where the run goes on; none where it begins.
 
     Raises:
         EdgetuneError: Not even the first step was finite.
+        InterruptedRunError: A signal came; the state is saved.
+        PausedRunError: The run was asked to pause; the state is saved.
     """
     request, choice = run.request, run.fit.choice
-    with open_trainer(run.bundle, state.first, choice, request.optimizer, request.queries) as session:
-        observer.on_start(_start_info(run, state))
+    with (
+        held_back(observer.on_notice) as signals,
+        open_trainer(run.bundle, state.first, choice, request.optimizer, request.queries) as session,
+    ):
+        if earlier is not None:
+            session.restore(earlier.session)
+            state.take_up(earlier.progress, earlier.best)
+        observer.on_start(_start_info(run, state, saver))
         # The session has its own.
         state.first.clear()
-        begin = perf_counter()
-        with RunRecord(folder, observer.on_notice) as record:
-            _Loop(run, state, session, observer).run(record)
-        state.seconds = perf_counter() - begin
+        end = EarlyEnd(signals, request.time_budget_seconds, run.config.pause_file)
+        with RunRecord(folder, observer.on_notice, b"" if earlier is None else earlier.record) as record:
+            _Loop(run, state, session, observer, record, identity, saver).run(end)
         if state.stopped and not state.steps:
             raise EdgetuneError(f"{state.stopped}; nothing was learnt, so nothing is written; {REMEDY}")
-        state.learnt = session.adapter()
+        state.learnt = state.best or session.adapter()
 
 
 class _Loop:
-    def __init__(self, run: PlannedRun, state: RunState, session: Session, observer: Observer) -> None:
+    def __init__(
+        self,
+        run: PlannedRun,
+        state: RunState,
+        session: Session,
+        observer: Observer,
+        record: RunRecord,
+        identity: RunIdentity,
+        saver: Saver,
+    ) -> None:
         self._run, self._state, self._session, self._observer = run, state, session, observer
+        self._record, self._identity, self._saver = record, identity, saver
         self._workload, self._schedule = run.fit.workload, run.fit.workload.schedule
-        self._spent = 0.0
-        """Seconds of the steps alone."""
+        self._spent, self._done_before = 0.0, state.steps
+        """Seconds of the steps alone, and steps of earlier processes."""
+        self._seconds_before, self._begin = state.seconds, perf_counter()
 
-    def run(self, record: RunRecord) -> None:
-        """All steps, or those before one that is not finite."""
-        first_validation = self._validate()
-        steps, config, total = self._workload.steps(), self._run.config, self._schedule.total_steps
-        for step in range(total):
+    def run(self, end: EarlyEnd) -> None:
+        """All steps that are left, or those before one that is not finite, or before an early end."""
+        state, config, total = self._state, self._run.config, self._schedule.total_steps
+        first_validation = self._validate() if not state.steps else None
+        steps = self._workload.steps(state.steps)
+        for step in range(state.steps, total):
             rate = learning_rate(config.schedule, config.learning_rate, step, total, config.warmup_steps)
             metrics = self._step(steps, rate)
             if metrics is None:
-                return
+                break
             self._tell_placements()
             self._observer.on_step(metrics)
             validation = self._validate() if self._schedule.validates_after(step + 1) else None
-            record.write(
+            self._record.write(
                 metrics,
                 validation_loss=validation,
                 initial_validation_loss=first_validation if step == 0 else None,
             )
+            if self._saver.is_due(state.steps):
+                self._save()
+            if self._lost_patience():
+                break
+            if state.steps < total:
+                self._end_early(end)
+        state.seconds = self._elapsed()
+        if state.steps and (state.stopped or config.keep_state):
+            self._save(again=bool(state.stopped))
+
+    def _end_early(self, end: EarlyEnd) -> None:
+        steps = self._state.steps
+        if (cause := end.cause()) is None:
+            return
+        kind, reason = cause
+        saved = steps > 0 and self._save()
+        if saved:
+            how = "the same command and --resume go on from there"
+        elif (last := self._saver.last_steps) is not None:
+            how = f"its state is not saved, the same command and --resume go on from step {last}"
+        else:
+            how = "no state is saved, so the run starts over"
+        raise kind(f"{reason} after step {steps} of {self._schedule.total_steps}; {how}")
+
+    def _save(self, *, again: bool = False) -> bool:
+        self._state.seconds = self._elapsed()
+        return self._saver.save(self._saved_state, self._state.steps, again=again)
+
+    def _saved_state(self) -> SavedState:
+        state, total = self._state, self._schedule.total_steps
+        session = self._session.state()
+        return SavedState(self._identity, total, state.progress, session, self._record.lines(), state.best)
+
+    def _elapsed(self) -> float:
+        return self._seconds_before + perf_counter() - self._begin
+
+    def _lost_patience(self) -> bool:
+        patience = self._run.config.patience
+        if patience is None or self._state.worse < patience:
+            return False
+        best = self._state.best_step
+        self._observer.on_notice(
+            f"the validation loss has not fallen since step {best}; the run ends after step {self._state.steps}"
+        )
+        return True
 
     def _step(self, steps: Iterator[list[Batch]], rate: float) -> StepMetrics | None:
         """The next step; none where it was not applied, and the state says why."""
@@ -94,7 +173,7 @@ class _Loop:
             tokens=tokens,
             tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
             peak_memory_bytes=state.look_at_memory(),
-            eta_seconds=self._spent / state.steps * (total - state.steps),
+            eta_seconds=self._spent / (state.steps - self._done_before) * (total - state.steps),
         )
 
     def _validate(self) -> float | None:
@@ -111,8 +190,20 @@ class _Loop:
         self._tell_placements()
         loss = loss_sum / tokens
         self._state.validation_losses.append(loss)
+        if self._state.steps:
+            self._compare(loss)
         self._observer.on_validation(self._state.steps, loss)
         return loss
+
+    def _compare(self, loss: float) -> None:
+        """Take note of the best step."""
+        state, config = self._state, self._run.config
+        if loss >= state.best_loss:
+            state.worse += 1
+            return
+        state.best_step, state.best_loss, state.worse = state.steps, loss, 0
+        if config.keep_best or config.patience is not None:
+            state.best = {name: array.copy() for name, array in self._session.adapter().items()}
 
     def _tell_placements(self) -> None:
         """Say where each graph runs, once it is compiled."""
@@ -123,7 +214,7 @@ class _Loop:
             self._state.placements = placements
 
 
-def _start_info(run: PlannedRun, state: RunState) -> StartInfo:
+def _start_info(run: PlannedRun, state: RunState, saver: Saver) -> StartInfo:
     train, schedule = run.rows.train, run.fit.workload.schedule
     return StartInfo(
         **asdict(run.execution),
@@ -137,6 +228,8 @@ def _start_info(run: PlannedRun, state: RunState) -> StartInfo:
         tokens_per_epoch=sum(len(example.input_ids) for example in train.examples),
         trained_tokens_per_epoch=train.trained_tokens,
         trainable_parameters=sum(state.first[name].size for name in run.trained_names()),
+        first_step=state.steps + 1,
+        saved=saver.rhythm,
     )
 
 

@@ -42,6 +42,10 @@ class StartInfo(Execution):
     trained_tokens_per_epoch: int
     """Those of them that count for the loss."""
     trainable_parameters: int
+    first_step: int = 1
+    """Not 1 where the run goes on after an interruption."""
+    saved: str = "never"
+    """How often the run's state is saved, in a few words: what is lost at most."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class TrainResult(Execution):
     path: Path
     """The adapter folder."""
     steps: int
+    """That were done; of a run that went on, all of them."""
     final_loss: float
     """Loss of the last step."""
     first_validation_loss: float | None
@@ -81,6 +86,8 @@ class TrainResult(Execution):
     """Wall time of the steps and validations."""
     peak_memory_bytes: int | None
     """Highest resident memory; none where the system does not tell."""
+    best_step: int | None = None
+    """The step that the adapter is of, where it is the one with the lowest validation loss; else it is the last."""
     placement: list[dict[str, Any]] = field(default_factory=list)
     """Of each compiled graph on an accelerator: its shape, what runs where, and what fell back to the CPU."""
 

@@ -14,7 +14,9 @@ from edgetune.formats.adapter import VALIDATION_DATA, VALIDATION_GIVEN, VALIDATI
 from edgetune.machine.threads import threads_used
 from edgetune.training.state import PlannedRun, RunState
 
-_PRIVATE = ("force", "init_adapter", "vitisai_config")
+_PRIVATE = (
+    "force", "init_adapter", "keep_state", "pause_file", "resume", "save_steps", "time_budget", "vitisai_config",
+)  # fmt: skip
 """Neither how the folder came to its place nor a path of this machine belongs to what was learnt."""
 
 
@@ -41,6 +43,8 @@ def provenance_of(run: PlannedRun, state: RunState) -> dict[str, str]:
         provenance["init_adapter"] = config.init_adapter.resolve().name
     if state.validation_losses:
         provenance["validation_loss"] = repr(state.validation_losses[-1])
+    if state.best:
+        provenance["best_step"] = str(state.best_step)
     if state.placements:
         provenance["placement"] = "; ".join(sorted({placement.place for placement in state.placements}))
     if state.stopped:

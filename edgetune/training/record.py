@@ -27,12 +27,15 @@ class RunRecord:
     Args:
         folder: The folder in which `metrics.jsonl` appears, or has its room.
         say: Hears that the record cannot be written any more.
+        before: Lines of the steps before.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self._file, self._say = write_in_place(folder / RECORD), say
+    def __init__(self, folder: Path, say: Callable[[str], None], before: bytes = b"") -> None:
+        self._path, self._say = folder / RECORD, say
+        self._file = write_in_place(self._path)
         self._written = 0
         self._fails = False
+        self._append(before, "its first line")
 
     def __enter__(self) -> RunRecord:
         """The record itself."""
@@ -64,14 +67,21 @@ class RunRecord:
         if validation_loss is not None:
             line["validation_loss"] = validation_loss
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in line.items()}
-        data = json.dumps(finite, allow_nan=False).encode() + b"\n"
+        self._append(json.dumps(finite, allow_nan=False).encode() + b"\n", f"step {metrics.step}")
+
+    def lines(self) -> bytes:
+        """What was written so far."""
+        with self._path.open("rb") as file:
+            return file.read(self._written)
+
+    def _append(self, data: bytes, what: str) -> None:
         try:
             self._file.write(data)
             self._file.flush()
             self._written += len(data)
         except OSError as error:
             self._fails = True
-            self._say(f"{RECORD} ends before step {metrics.step}: {error.strerror}; the training goes on")
+            self._say(f"{RECORD} ends before {what}: {error.strerror}; the training goes on")
 
 
 def peak_memory_bytes() -> int | None:

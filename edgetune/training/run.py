@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 
 from edgetune.config import TrainConfig, check_config
 from edgetune.devices.place import this_machine
-from edgetune.errors import EdgetuneError, VerificationError
+from edgetune.errors import EdgetuneError, UsageError, VerificationError
 from edgetune.formats.adapter import MANIFEST, most_bytes, write_adapter
 from edgetune.formats.bundle import Bundle, as_bundle
 from edgetune.formats.storage import atomic_folder
 from edgetune.machine.disk import reserve
+from edgetune.machine.memory import free_memory_bytes
 from edgetune.machine.threads import computing_with
 from edgetune.planning.fit import Fitting
 from edgetune.planning.flash import flash_of, require_flash
@@ -22,11 +23,17 @@ from edgetune.planning.options import Resolved, resolve
 from edgetune.planning.rows import RowReader, RunRows, fingerprint
 from edgetune.runtimes import install
 from edgetune.runtimes.placement import placement_record
+from edgetune.training.continuation import identity_of, require_same
 from edgetune.training.loop import REMEDY, learn
 from edgetune.training.observer import Observer, SilentObserver, TrainResult
 from edgetune.training.output import save_elsewhere
 from edgetune.training.provenance import provenance_of, validation_rows
+from edgetune.training.saved_run import SavedRun, SavedState
+from edgetune.training.saver import Saver
 from edgetune.training.state import PlannedRun, RunState, first_state
+
+_STATES = 3
+"""Arrays of a parameter's size that a state has: AdamW's two moments beside it."""
 
 
 def train(
@@ -72,20 +79,34 @@ def train(
     data, output = Path(data), Path(output)
     valid = None if valid is None else Path(valid)
     observer = SilentObserver() if observer is None else observer
+    _require_rows_to_measure(config, valid)
     check_config(config)  # before the device's name is looked up
     resolved = resolve(config, this_machine(config.device))
     _tell(observer, resolved.notes)
+    saved = SavedRun(output)
+    # Who goes on replaces what the run left when it stopped at a step that was not finite, or was to keep its state.
+    replace_output = config.force or (config.resume and saved.steps() is not None)
     run: PlannedRun | None = None
     state: RunState | None = None
     try:
-        with computing_with(config.threads), atomic_folder(output, replace=config.force, marker=MANIFEST) as folder:
+        with computing_with(config.threads), atomic_folder(output, replace=replace_output, marker=MANIFEST) as folder:
+            earlier = _earlier(saved, output, config)
+            resolved = _with_memory(resolved, earlier)
             run = _plan(bundle, data, valid, resolved, observer)
             state = first_state(run)
             install(run.fit.choice.runtime, observer.on_notice)
-            reserve(folder, most_bytes(run.lora, run.fit.workload.schedule.total_steps), output)
-            learn(run, state, folder, observer)
+            total_steps = run.fit.workload.schedule.total_steps
+            identity = identity_of(run, state, resolved.request.free_memory_bytes)
+            if earlier is not None:
+                require_same(earlier, identity, total_steps, observer.on_notice)
+            reserve(folder, most_bytes(run.lora, total_steps), output)
+            size = sum(_STATES * array.nbytes for array in state.first.values())
+            saver = Saver(saved, config.save_steps, size, observer.on_notice)
+            learn(run, state, folder, observer, identity=identity, saver=saver, earlier=earlier)
             _seal(run, state, valid, output, folder)
             state.look_at_memory()
+        if not (state.stopped or config.keep_state):
+            saved.remove()
     except VerificationError:
         raise
     except (EdgetuneError, OSError) as error:
@@ -93,7 +114,9 @@ def train(
             raise
         raise save_elsewhere(output, error, partial(_seal, run, state, valid, output)) from error
     if state.stopped:
-        raise EdgetuneError(f"{state.stopped}; {output} holds the adapter after step {state.steps}; {REMEDY}")
+        after = f"{output} holds the adapter after step {state.steps}"
+        on = "" if saved.steps() is None else "; with --resume the run goes on from there"
+        raise EdgetuneError(f"{state.stopped}; {after}; {REMEDY}{on}")
     losses = state.validation_losses
     return TrainResult(
         **asdict(run.execution),
@@ -104,8 +127,48 @@ def train(
         last_validation_loss=losses[-1] if losses else None,
         seconds=state.seconds,
         peak_memory_bytes=state.peak_memory_bytes,
+        best_step=state.best_step if state.best else None,
         placement=[placement_record(placement) for placement in state.placements],
     )
+
+
+def _earlier(saved: SavedRun, output: Path, config: TrainConfig) -> SavedState | None:
+    """Where the run goes on; none where it begins.
+
+    Raises:
+        UsageError: There is an unfinished run, and nobody said what is to become of it.
+        VerificationError: No state of it can be read.
+    """
+    if config.force and not config.resume:
+        saved.remove()
+        return None
+    steps = saved.steps()
+    if config.resume:
+        return saved.load()
+    if steps is not None:
+        raise UsageError(
+            f"{output}: an unfinished run has its state of step {steps} in {saved.folder}; add --resume to go on with "
+            "it, or --force to start over"
+        )
+    return None
+
+
+def _with_memory(resolved: Resolved, earlier: SavedState | None) -> Resolved:
+    """With the memory to plan with: what is free, or what was when the run began, so that its plan is the same."""
+    if not resolved.request.place.here:
+        return resolved
+    free = free_memory_bytes() if earlier is None else earlier.identity.free_memory_bytes
+    return replace(resolved, request=replace(resolved.request, free_memory_bytes=free))
+
+
+def _require_rows_to_measure(config: TrainConfig, valid: Path | None) -> None:
+    """Refuse what only validation rows give a meaning."""
+    if valid is not None:
+        return
+    given = {"--eval-steps": config.eval_steps, "--patience": config.patience, "--keep-best": config.keep_best or None}
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise UsageError(f"{' and '.join(names)} mean nothing without --valid; give rows to measure as well")
 
 
 def _plan(

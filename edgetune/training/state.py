@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,7 @@ from edgetune.planning.run import RunRequest
 from edgetune.runtimes.placement import Placement
 from edgetune.training.observer import Execution
 from edgetune.training.record import peak_memory_bytes
+from edgetune.training.saved_run import Progress
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,44 @@ class RunState:
     """Highest resident memory; none where the system does not tell."""
     stopped: str = ""
     """Why the run ended early; empty when it did not."""
+    best_step: int | None = None
+    """After which the validation loss was lowest; none before it was measured after a step."""
+    best_loss: float = math.inf
+    best: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """The parameters after that step, where the run keeps them."""
+    worse: int = 0
+    """Validations since then."""
     learnt: Parameters | None = None
-    """The last values, once there are any to write."""
+    """The last values, or the best ones where these are asked for, once there are any to write."""
 
     def look_at_memory(self) -> int | None:
         """Take note of the peak while the worker of a session lives, whose memory counts as well; returns the peak."""
         found = [peak for peak in (self.peak_memory_bytes, peak_memory_bytes()) if peak is not None]
         self.peak_memory_bytes = max(found, default=None)
         return self.peak_memory_bytes
+
+
+    @property
+    def progress(self) -> Progress:
+        """How far it came, without its arrays."""
+        measured = self.best_step is not None
+        return Progress(
+            self.steps,
+            self.final_loss,
+            self.validation_losses,
+            self.seconds,
+            self.stopped,
+            self.best_step,
+            self.best_loss if measured else None,
+            self.worse,
+        )
+
+    def take_up(self, progress: Progress, best: Mapping[str, NDArray[np.float32]]) -> None:
+        """Be where an earlier run was, whose steps are not finished."""
+        self.steps, self.final_loss, self.seconds = progress.steps, progress.final_loss, progress.seconds
+        self.validation_losses = list(progress.validation_losses)
+        self.best_step, self.worse, self.best = progress.best_step, progress.worse, dict(best)
+        self.best_loss = math.inf if progress.best_loss is None else progress.best_loss
 
 
 def first_state(run: PlannedRun) -> RunState:

@@ -149,11 +149,12 @@ OPTIONS = {
     "split": "data output layers length calibration-rows largest-error threads force quiet json",
     "plan": "device data valid length runtime plan precision trunk method queries memory-budget threads device-type "
     "soc-model buckets steps epochs batch-size gradient-accumulation-steps packing no-packing truncate raw-prompts "
-    "content-as-text json",
+    "content-as-text eval-steps json",
     "train": "data valid output config runtime device plan precision trunk trunk-cache vitisai-config method queries "
     "perturbation-size memory-budget threads device-type require-npu soc-model buckets steps epochs batch-size "
     "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "
-    "seed shuffle no-shuffle truncate raw-prompts content-as-text init-adapter force quiet json",
+    "seed shuffle no-shuffle truncate raw-prompts content-as-text init-adapter resume save-steps eval-steps patience "
+    "keep-best keep-state time-budget pause-file force quiet json",
     "preview": "data raw-prompts content-as-text json",
     "eval": "data adapter truncate raw-prompts content-as-text threads quiet json",
     "export": "adapter output merge keep-adapter precision valid least-kept unmeasured threads force quiet json",
@@ -225,7 +226,7 @@ def test_every_field_of_a_config_is_an_option_with_its_default(name: str, config
         (["--verison"], "no such option '--verison'; did you mean '--version'?"),
         (["train", "--stepz", "3"], "no such option '--stepz'; did you mean '--steps'?"),
         (["train", "--learning_rate=1e-3"], "no such option '--learning_rate'; did you mean '--learning-rate'?"),
-        (["train", "-steps", "3"], "no such option '-steps'; did you mean '--steps'?"),
+        (["train", "-epochs", "3"], "no such option '-epochs'; did you mean '--epochs'?"),
         (["train", "--lr", "3"], "no such option '--lr'; did you mean '--learning-rate'?"),
         (["train", "--norm", "3"], "no such option '--norm'; did you mean '--max-grad-norm'?"),
         (["train", "--no-shufle"], "no such option '--no-shufle'; did you mean '--no-shuffle'"),
@@ -674,7 +675,7 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
     assert result.stderr.splitlines() == [
         "1 row is too long",
         "5 rows (1,200 tokens, 300 of them trained), 3 steps (2 an epoch), 4,096 parameters, on onnxruntime "
-        f"({PLAN}, room for 1 row at a time, about 250.0 MB)",
+        f"({PLAN}, room for 1 row at a time, about 250.0 MB), state saved never",
         "validation loss 2.0000 before training",
         "step 1/3: loss 1.0000, lr 2.00e-04, 1,234 tokens/s, ETA 0:01:00, peak 1.5 GB",
         "step 2/3: loss 0.5000, lr 2.00e-04, 1,234 tokens/s, ETA 0:02:00, peak 1.5 GB",
@@ -694,6 +695,7 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
         "pass_rows": 4,
         "predicted_peak_memory_bytes": None,
         "peak_memory_bytes": 2_000_000,
+        "best_step": None,
         "placement": [],
     }
 

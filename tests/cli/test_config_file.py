@@ -54,6 +54,14 @@ truncate = true
 raw-prompts = true
 content-as-text = true
 init-adapter = "old/adapter"
+resume = true
+save-steps = 5
+eval-steps = 6
+patience = 7
+keep-best = true
+keep-state = true
+time-budget = "20m"
+pause-file = "pause"
 force = true
 """,
     )
@@ -92,6 +100,14 @@ force = true
         raw_prompts=True,
         content_as_text=True,
         init_adapter=Path("old/adapter"),
+        resume=True,
+        save_steps=5,
+        eval_steps=6,
+        patience=7,
+        keep_best=True,
+        keep_state=True,
+        time_budget="20m",
+        pause_file=Path("pause"),
         force=True,
     )
     assert settings.keys() == {field.name for field in fields(TrainConfig)}

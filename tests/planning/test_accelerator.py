@@ -288,7 +288,8 @@ def test_without_a_device_the_plan_is_the_run_that_train_makes() -> None:
 def test_a_budget_takes_the_place_of_free_memory_in_plan_and_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: 1_000_000)
+    for module in ("planning.choice", "training.run"):
+        monkeypatch.setattr(f"edgetune.{module}.free_memory_bytes", lambda: 1_000_000)
     options = (GOLDEN / "bundle", *ROWS, "--runtime", "onnxruntime", "--steps", 1, "--batch-size", 4, "--json")
     for budget in ((), ("--memory-budget", "2GB")):
         planned = json.loads(call("plan", *options, *budget).stdout)["plan"]

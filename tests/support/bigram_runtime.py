@@ -10,7 +10,7 @@ import numpy as np
 from edgetune.data.batches import Batch
 from edgetune.formats.bundle import Bundle
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.contract import Abilities, OptimizerConfig, Runtime, StepResult
+from edgetune.runtimes.contract import Abilities, OptimizerConfig, Runtime, SessionState, StepResult
 from edgetune.runtimes.execution import ExecutionPlan
 from support.tiny_bundle import BASE_LOGITS, LORA, SLOT, VOCABULARY
 
@@ -72,6 +72,12 @@ class BigramSession:
 
     def adapter(self) -> Parameters:
         return {name: value.copy() for name, value in self.parameters.items()}
+
+    def state(self) -> SessionState:
+        return self.parameters
+
+    def restore(self, state: SessionState) -> None:
+        self.parameters = {name: state[name].copy() for name in self.parameters}
 
 
 def abilities() -> Abilities:

@@ -144,6 +144,8 @@ def test_the_start_says_what_is_trained(bundle: Bundle, data: Path, tmp_path: Pa
             tokens_per_epoch=words + len(rows),  # and an end of sequence each
             trained_tokens_per_epoch=words,  # but for the prompt's one word
             trainable_parameters=2 * 4 * 16,
+            first_step=1,
+            saved="about every 0.3 s",
         )
     ]
     assert seen.notices == []

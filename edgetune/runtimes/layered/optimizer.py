@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgetune.model.adamw import clip_factor
-from edgetune.runtimes.contract import OptimizerConfig
+from edgetune.runtimes.contract import OptimizerConfig, SessionState
 from edgetune.runtimes.layered.parameters import Array, FlatParameters
 from edgetune.runtimes.onnx_session import open_graph
 
@@ -40,6 +40,16 @@ class FlatAdamW(FlatParameters):
     def forget_gradients(self) -> None:
         """Set every gradient to zero."""
         self._gradient.fill(0)
+
+    def state(self) -> SessionState:
+        """Parameters and moments as flat vectors (parameters of all slots,), and how many steps were done."""
+        return {**self._updated(), "steps": np.array(self._steps_done, np.int64)}
+
+    def restore(self, state: SessionState) -> None:
+        """Take over what another one's `state` gave."""
+        for name, array in self._updated().items():
+            array[...] = state[name]
+        self._steps_done = int(state["steps"])
 
     def step(self, learning_rate: float, loss: float) -> tuple[float, bool]:
         """Clip and update.
@@ -72,12 +82,15 @@ class FlatAdamW(FlatParameters):
         for name, array in vectors.items():
             _bind(binding.bind_input, name, array)
         _bind(binding.bind_input, "gradient", self._gradient[stretch])
-        state = {"parameter": self._parameter, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
-        for name, array in state.items():
+        for name, array in self._updated().items():
             # In place: every operator works element by element, and reads an old value before it writes the new.
             _bind(binding.bind_input, name, array[stretch])
             _bind(binding.bind_output, f"{name}.next", array[stretch])
         self._session.run_with_iobinding(binding)
+
+    def _updated(self) -> dict[str, Array]:
+        """What a step changes, by its name in the graph."""
+        return {"parameter": self._parameter, "exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
 
 
 def _bind(bind: object, name: str, array: Array) -> None:

@@ -13,7 +13,7 @@ from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import EMBEDDING, FrozenWeights
 from edgetune.formats.roles import LAYERS
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.contract import OptimizerConfig, StepResult
+from edgetune.runtimes.contract import OptimizerConfig, SessionState, StepResult
 from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.layered.backend import Arrays, Backend
 from edgetune.runtimes.layered.head import Head
@@ -165,6 +165,14 @@ class LayeredSession(LayeredForward):
     def adapter(self) -> Parameters:
         """See `edgetune.runtimes.contract.Session.adapter`."""
         return self._restored(self._optimizer.parameter)
+
+    def state(self) -> SessionState:
+        """See `edgetune.runtimes.contract.Session.state`; channels are in the backend's order."""
+        return self._optimizer.state()
+
+    def restore(self, state: SessionState) -> None:
+        """See `edgetune.runtimes.contract.Session.restore`."""
+        self._optimizer.restore(state)
 
     def gradients(self) -> Parameters:
         """The last step's gradients, before clipping, until the next step."""

@@ -17,7 +17,7 @@ from edgetune.formats.bundle import Bundle
 from edgetune.machine.exhaustion import ADVICE, lack_of_process
 from edgetune.machine.threads import thread_count
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.contract import Abilities, OptimizerConfig, Runtime, StepResult
+from edgetune.runtimes.contract import Abilities, OptimizerConfig, Runtime, SessionState, StepResult
 from edgetune.runtimes.execution import ExecutionPlan, WholePlan
 from edgetune.runtimes.ort_training import wire
 from edgetune.side_environment import (
@@ -104,6 +104,15 @@ class OrtTrainingSession:
         """See `edgetune.runtimes.contract.Session.adapter`."""
         _, arrays = self._ask("adapter", {}, {})
         return cast(Parameters, arrays)
+
+    def state(self) -> SessionState:
+        """See `edgetune.runtimes.contract.Session.state`: ONNX Runtime's own file, as bytes."""
+        _, arrays = self._ask("state", {}, {})
+        return arrays
+
+    def restore(self, state: SessionState) -> None:
+        """See `edgetune.runtimes.contract.Session.restore`."""
+        self._ask("restore", {}, state)
 
     def _ask(
         self, request: str, header: Mapping[str, object], arrays: Mapping[str, np.ndarray[Any, Any]]

@@ -28,6 +28,7 @@ from onnxruntime.training.api import CheckpointState, Module, Optimizer  # noqa:
 
 _INPUTS = ("input_ids", "labels", "attn_bias", "rope_cos", "rope_sin", "loss_scale")
 _NO_CLIPPING = 3e38
+_SAVED = "saved"
 
 
 class Trainer:
@@ -40,11 +41,19 @@ class Trainer:
         for name in ("training_model.onnx", "eval_model.onnx"):
             # This release predates fixes around external data: refuse what leaves the folder before it is opened.
             _check_external_data(bundle / name)
-        self._state = CheckpointState.load_checkpoint(bundle / "checkpoint")
-        self._module = Module(bundle / "training_model.onnx", self._state, bundle / "eval_model.onnx", "cpu", options)
+        self._bundle, self._options = bundle, options
+        self._hyperparameters = (weight_decay, max_grad_norm)
+        self._open(bundle / "checkpoint")
+
+    def _open(self, saved: Path) -> None:
+        """Module and optimizer with the values that ONNX Runtime saved there."""
+        bundle = self._bundle
+        self._state = CheckpointState.load_checkpoint(saved)
+        models = bundle / "training_model.onnx", bundle / "eval_model.onnx"
+        self._module = Module(models[0], self._state, models[1], "cpu", self._options)
         with TemporaryDirectory() as scratch:
             optimizer = Path(scratch) / "optimizer_model.onnx"
-            _configure_optimizer(bundle / "optimizer_model.onnx", optimizer, weight_decay, max_grad_norm)
+            _configure_optimizer(bundle / "optimizer_model.onnx", optimizer, *self._hyperparameters)
             self._optimizer = Optimizer(optimizer, self._module)
 
     def parameters(self, header: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -79,6 +88,21 @@ class Trainer:
     def adapter(self, header: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The LoRA parameters."""
         return {}, {name: np.array(parameter.data) for name, parameter in self._state.parameters}
+
+    def state(self, header: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parameters, moments and steps done, as ONNX Runtime's own file (bytes,)."""
+        with TemporaryDirectory() as scratch:
+            saved = Path(scratch) / _SAVED
+            CheckpointState.save_checkpoint(self._state, saved, include_optimizer_state=True)
+            return {}, {_SAVED: np.fromfile(saved, np.uint8)}
+
+    def restore(self, header: dict[str, Any], arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Go on where `state` was."""
+        with TemporaryDirectory() as scratch:
+            saved = Path(scratch) / _SAVED
+            saved.write_bytes(arrays[_SAVED].tobytes())
+            self._open(saved)
+        return {}, {}
 
 
 def _check_external_data(path: Path) -> None:

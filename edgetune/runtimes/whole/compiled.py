@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from edgetune.data.batches import Batch
 from edgetune.formats.bundle import Bundle
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.contract import OptimizerConfig
+from edgetune.runtimes.contract import OptimizerConfig, SessionState
 from edgetune.runtimes.placement import Placement
 from edgetune.runtimes.whole.first_batch import LARGEST_HALF, FirstBatch
 from edgetune.runtimes.whole.loss_scale import LossScale
 from edgetune.runtimes.whole.session import Buffers, PortableForward, PortableSession
 
 Arrays = Mapping[str, NDArray[Any]]
+_LOSS_SCALE = "loss_scale"
+"""Of a session's state."""
 _MOST_GRAPHS = 8
 """Compiled graphs that are held at a time, each with the frozen weights; the one that was not used for longest goes."""
 
@@ -69,7 +71,7 @@ class AcceleratorGraphs:
         self._compiler, self._first = compiler, first
         self._step, self._loss = step, loss
         self._graphs: OrderedDict[tuple[str, int, int], CompiledGraph] = OrderedDict()
-        self._scale = LossScale()
+        self.scale = LossScale()
         self.placements: dict[tuple[str, int, int], Placement] = {}
         """Of every graph that was compiled."""
 
@@ -84,14 +86,14 @@ class AcceleratorGraphs:
         graph = self._graph(self._step, batch)
         feed = {**batch.tensors(), **_arrays(parameters)}
         while True:
-            scale = self._scale.of(batch.trained_tokens)
+            scale = self.scale.of(batch.trained_tokens)
             loss, *found = graph.run({**feed, "loss_scale": np.array([scale], np.float32)}, ["loss", *sums])
             if all(_fits(array) for array in found):
-                self._scale.fitted()
+                self.scale.fitted()
                 break
             if not np.isfinite(loss).all():
                 break  # no scale helps
-            if not self._scale.overflowed():
+            if not self.scale.overflowed():
                 # The caller sees what is not finite and drops the step; a saturated number would pass for a gradient:
                 # an accelerator that saturates instead of overflowing gives float16's largest.
                 found = [np.where(np.abs(array) < LARGEST_HALF, array, np.inf) for array in found]
@@ -158,6 +160,15 @@ class AcceleratorSession(_Placing, PortableSession):
     ) -> None:
         super().__init__(bundle, parameters, optimizer, graphs)
         self._placed = graphs
+
+    def state(self) -> SessionState:
+        """See `edgetune.runtimes.contract.Session.state`; the loss scale is a part of it."""
+        return {**super().state(), _LOSS_SCALE: np.array(self._placed.scale.state, np.int64)}
+
+    def restore(self, state: SessionState) -> None:
+        """See `edgetune.runtimes.contract.Session.restore`."""
+        super().restore(state)
+        self._placed.scale.restore(state[_LOSS_SCALE].tolist())
 
 
 class AcceleratorForward(_Placing, PortableForward):

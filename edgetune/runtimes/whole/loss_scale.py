@@ -10,6 +10,7 @@ Precision Training", section 3.2).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 _HEADROOM = 3
 """Log2 of the gradient that a wrong token starts with."""
@@ -26,6 +27,15 @@ class LossScale:
     def __init__(self) -> None:
         self._headroom = _HEADROOM
         self._calm = 0
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """What `restore` takes."""
+        return self._headroom, self._calm
+
+    def restore(self, state: Iterable[int]) -> None:
+        """Go on where another one was when it gave this state."""
+        self._headroom, self._calm = map(int, state)
 
     def of(self, trained_tokens: int) -> float:
         """What the loss of a batch is multiplied with.

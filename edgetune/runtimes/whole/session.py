@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from edgetune.data.batches import Batch
 from edgetune.formats.bundle import Bundle
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.contract import OptimizerConfig, StepResult
+from edgetune.runtimes.contract import OptimizerConfig, SessionState, StepResult
 from edgetune.runtimes.onnx_session import open_graph
 
 _STATES = ("", ".exp_avg", ".exp_avg_sq")
 """Suffixes of what the optimizer updates: a parameter and its two moments."""
+_STEPS = "steps"
+"""Of a session's state: how many were done."""
 
 Buffers = dict[str, ort.OrtValue]
 
@@ -131,6 +133,17 @@ class PortableSession:
     def adapter(self) -> Parameters:
         """See `edgetune.runtimes.contract.Session.adapter`."""
         return {name: value.numpy().copy() for name, value in self._parameters().items()}
+
+    def state(self) -> SessionState:
+        """See `edgetune.runtimes.contract.Session.state`."""
+        arrays: dict[str, NDArray[Any]] = {name: value.numpy() for name, value in self._state.items()}
+        return {**arrays, _STEPS: np.array(self._steps_done, np.int64)}
+
+    def restore(self, state: SessionState) -> None:
+        """See `edgetune.runtimes.contract.Session.restore`."""
+        for name, value in self._state.items():
+            value.update_inplace(np.ascontiguousarray(state[name], np.float32))
+        self._steps_done = int(state[_STEPS])
 
     def gradients(self) -> Parameters:
         """The last step's gradients, before clipping, until the next step."""

@@ -1,0 +1,158 @@
+"""A run that goes on ends like one that was never interrupted, on the real runtimes; another run is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from edgetune.config import TrainConfig
+from edgetune.errors import EdgetuneError, IncompatibleError, PausedRunError, UsageError
+from edgetune.training import train
+from edgetune.training.observer import SilentObserver, StepMetrics
+from edgetune.training.saved_run import SavedRun
+from support.bigram_runtime import BigramSession
+from support.golden import BUNDLE, TRAIN, VALID
+from support.recorder import Recorder, metrics
+from support.tiny_bundle import make_bundle, some_rows, write_rows
+
+WEIGHTS = "adapter_model.safetensors"
+STEPS = 12
+BASE = TrainConfig(runtime="onnxruntime", steps=STEPS, batch_size=2, learning_rate=1e-2, save_steps=1)
+RUNS: dict[str, dict[str, Any]] = {
+    # This one is cut off at every step, the others at some.
+    "layered": {},
+    "whole": {"plan": "whole"},
+    "int8": {"precision": "int8"},
+    "openvino": {"runtime": "openvino"},
+    "accumulation": {"gradient_accumulation_steps": 3, "packing": False},
+    "several passes": {"plan": "recompute", "batch_size": 8},
+    "validation": {"eval_steps": 5, "keep_best": True},
+    "forward-only": {"method": "forward-only", "queries": 4, "learning_rate": 1e-3},
+}
+
+
+class Killed(BaseException):
+    """The process is gone: nothing else is saved."""
+
+
+class KillAfter(SilentObserver):
+    """Ends the process after a step, before its state is saved."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        if metrics.step == self._step:
+            raise Killed
+
+
+def learn(output: Path, config: TrainConfig, observer: Any = None, data: Path = TRAIN) -> None:
+    measured = config.eval_steps is not None or config.keep_best or config.patience is not None
+    train(BUNDLE, data, output, config, valid=VALID if measured else None, observer=observer)
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_a_run_that_is_cut_off_ends_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
+    config = replace(BASE, **options)
+    learn(tmp_path / "whole", config)
+    expected = (tmp_path / "whole" / WEIGHTS).read_bytes()
+    losses = [line["loss"] for line in metrics(tmp_path / "whole")]
+    for step in range(1, STEPS + 1) if not options else (1, 6, STEPS):
+        output = tmp_path / f"cut{step}"
+        with pytest.raises(Killed):
+            learn(output, config, KillAfter(step))
+        seen = Recorder()
+        learn(output, replace(config, resume=True), seen)
+        assert seen.starts[0].first_step == step, "the step that was not saved is done again"
+        assert (output / WEIGHTS).read_bytes() == expected, f"cut off after step {step}"
+        assert [line["loss"] for line in metrics(output)] == losses
+        assert not SavedRun(output).folder.exists()
+
+
+def test_ort_training_goes_on_to_the_last_digits(tmp_path: Path) -> None:
+    """Two undisturbed runs of it differ by 4e-8; without the moments, a run that goes on differs by 1e-2."""
+    config = replace(BASE, runtime="ort-training")
+    learn(tmp_path / "whole", config)
+    with pytest.raises(Killed):
+        learn(tmp_path / "cut", config, KillAfter(6))
+    learn(tmp_path / "cut", replace(config, resume=True))
+    expected, found = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "cut"))
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_a_run_without_a_state_starts_over(tmp_path: Path) -> None:
+    learn(tmp_path / "whole", BASE)
+    with pytest.raises(Killed):
+        learn(tmp_path / "adapter", replace(BASE, save_steps=0), KillAfter(5))
+    learn(tmp_path / "adapter", replace(BASE, resume=True))
+    assert (tmp_path / "adapter" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+def test_an_unfinished_run_is_told(tmp_path: Path) -> None:
+    output = tmp_path / "adapter"
+    with pytest.raises(Killed):
+        learn(output, BASE, KillAfter(5))
+    with pytest.raises(UsageError, match=r"state of step 4 in .*add --resume to go on with it, or --force"):
+        learn(output, BASE)
+    learn(output, replace(BASE, force=True))
+    assert len(metrics(output)) == STEPS
+
+
+def test_all_that_changed_is_named_at_once(tmp_path: Path) -> None:
+    output = tmp_path / "adapter"
+    with pytest.raises(Killed):
+        learn(output, BASE, KillAfter(5))
+    other = tmp_path / "rows.jsonl"
+    other.write_text("".join(TRAIN.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(IncompatibleError) as caught:
+        learn(output, replace(BASE, resume=True, learning_rate=3e-3, batch_size=4, plan="whole", steps=3), data=other)
+    for part in ("training rows:", "--learning-rate: 0.01 then, 0.003 now", "--batch-size: 2 then, 4 now",
+                 "the plan:", "done 4 steps, and is now to end after 3", "--force"):  # fmt: skip
+        assert part in str(caught.value)
+    assert not output.exists() and SavedRun(output).steps() == 4, "nothing is lost"
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path) -> None:
+    constant = replace(BASE, schedule="constant")
+    learn(tmp_path / "long", constant)
+    output = tmp_path / "adapter"
+    learn(output, replace(constant, steps=5, keep_state=True))
+    seen = Recorder()
+    learn(output, replace(constant, resume=True), seen)
+    assert any("goes to step 12 instead of 5" in notice for notice in seen.notices)
+    assert (output / WEIGHTS).read_bytes() == (tmp_path / "long" / WEIGHTS).read_bytes()
+
+
+def test_a_step_that_is_not_finite_goes_on_with_another_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.runtimes.RUNTIMES", {"onnxruntime": "support.bigram_runtime"})
+    bundle = make_bundle(tmp_path / "bundle")
+    data, output = write_rows(tmp_path / "train.jsonl", some_rows(10)), tmp_path / "adapter"
+    monkeypatch.setattr(BigramSession, "break_at", 4)
+    with pytest.raises(EdgetuneError, match="with --resume the run goes on from there"):
+        train(bundle, data, output, TrainConfig(learning_rate=0.5, steps=6))
+    assert len(metrics(output)) == 3
+    monkeypatch.setattr(BigramSession, "break_at", 0)
+    with pytest.raises(IncompatibleError, match="--batch-size"):
+        train(bundle, data, output, TrainConfig(learning_rate=0.1, steps=6, batch_size=2, resume=True))
+    train(bundle, data, output, TrainConfig(learning_rate=0.1, steps=6, resume=True))
+    assert len(BigramSession.opened.rates) == 3 and max(BigramSession.opened.rates) < 0.1
+    assert len(metrics(output)) == 6 and not SavedRun(output).folder.exists()
+
+
+def test_a_time_budget_and_a_pause_file_pause(tmp_path: Path) -> None:
+    learn(tmp_path / "whole", BASE)
+    output, pause = tmp_path / "adapter", tmp_path / "pause"
+    with pytest.raises(PausedRunError, match=r"--time-budget after step \d+ of 12; the same command and --resume"):
+        learn(output, replace(BASE, time_budget="0.000001s"), KillAfter(99))
+    pause.touch()
+    with pytest.raises(PausedRunError, match="is there after step"):
+        learn(output, replace(BASE, pause_file=pause, resume=True))
+    pause.unlink()
+    learn(output, replace(BASE, pause_file=pause, resume=True))
+    assert (output / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
