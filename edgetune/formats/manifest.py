@@ -17,6 +17,9 @@ ADAPTER_FORMAT = "edgetune-adapter"
 MODEL_FORMAT = "edgetune-model"
 SHIPPED_FORMAT = "edgetune-target"
 FORMAT_VERSION = 1
+"""Of adapters, models and shipped folders."""
+BUNDLE_VERSION = 2
+"""Of bundles. In those of version 1 int8 rows are not rotated."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class BundleManifest:
     """`manifest.json` of a bundle."""
 
     FORMAT: ClassVar[str] = BUNDLE_FORMAT
+    VERSIONS: ClassVar[tuple[int, ...]] = (1, BUNDLE_VERSION)
 
     format: str
     format_version: int
@@ -126,6 +130,7 @@ class AdapterManifest:
     """`edgetune.json` of an adapter: the contract with its base, checked before anything is loaded."""
 
     FORMAT: ClassVar[str] = ADAPTER_FORMAT
+    VERSIONS: ClassVar[tuple[int, ...]] = (FORMAT_VERSION,)
 
     format: str
     format_version: int
@@ -144,6 +149,7 @@ class ModelManifest:
     """`edgetune.json` of an exported GenAI folder."""
 
     FORMAT: ClassVar[str] = MODEL_FORMAT
+    VERSIONS: ClassVar[tuple[int, ...]] = (FORMAT_VERSION,)
 
     format: str
     format_version: int
@@ -170,6 +176,8 @@ class Manifest(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
     FORMAT: ClassVar[str]
     """What the key `format` says."""
+    VERSIONS: ClassVar[tuple[int, ...]]
+    """Format versions that are read."""
 
     @property
     def manifest_sha256(self) -> str:

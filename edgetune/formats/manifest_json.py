@@ -18,7 +18,7 @@ from cattrs.gen import make_dict_unstructure_fn, override
 from cattrs.v import format_exception
 
 from edgetune.errors import IncompatibleError, VerificationError
-from edgetune.formats.manifest import FORMAT_VERSION, AdapterManifest, Manifest, ModelManifest
+from edgetune.formats.manifest import AdapterManifest, Manifest, ModelManifest
 
 _SHOWN = 10
 """Reasons in one message."""
@@ -108,9 +108,10 @@ def read_manifest(data: bytes, kind: type[ManifestT], source: str) -> ManifestT:
     if not isinstance(raw, dict) or raw.get("format") != kind.FORMAT:
         found = _shown(raw.get("format") if isinstance(raw, dict) else raw)
         raise IncompatibleError(f"{source}: format is {found}, expected {kind.FORMAT!r}")
-    if raw.get("format_version") != FORMAT_VERSION:
+    if raw.get("format_version") not in kind.VERSIONS:
+        read = " and ".join(map(str, kind.VERSIONS))
         raise IncompatibleError(
-            f"{source}: format version {_shown(raw.get('format_version'))}, this edgetune reads {FORMAT_VERSION}; "
+            f"{source}: format version {_shown(raw.get('format_version'))}, this edgetune reads {read}; "
             "make it again with this edgetune, or install the edgetune that wrote it"
         )
     try:

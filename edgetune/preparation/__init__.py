@@ -20,7 +20,7 @@ from edgetune.data.source import Source, kept
 from edgetune.errors import DataError, UsageError, VerificationError
 from edgetune.formats.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.formats.frozen_weights import stored_bytes
-from edgetune.formats.manifest import BUNDLE_FORMAT, FORMAT_VERSION, BaseModel, BundleManifest, Graph, Tokenizer
+from edgetune.formats.manifest import BUNDLE_FORMAT, BUNDLE_VERSION, BaseModel, BundleManifest, Graph, Tokenizer
 from edgetune.formats.storage import atomic_folder, sha256_of
 from edgetune.host.versions import version_of
 from edgetune.model.architecture import Architecture, frozen_weights, slots_of
@@ -294,7 +294,7 @@ def _manifest(
     graphs = [Graph(role, f"{role}.onnx", *describe_graph(folder / f"{role}.onnx")) for role in roles]
     return BundleManifest(
         format=BUNDLE_FORMAT,
-        format_version=FORMAT_VERSION,
+        format_version=BUNDLE_VERSION,
         base=BaseModel(source.name, source.sha256(), config.base),
         architecture=source.architecture,
         tokenizer=tokenizer,

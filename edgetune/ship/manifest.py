@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from edgetune.formats.manifest import SHIPPED_FORMAT, BaseModel, Graph, TensorSpec
+from edgetune.formats.manifest import FORMAT_VERSION, SHIPPED_FORMAT, BaseModel, Graph, TensorSpec
 from edgetune.model.architecture import Architecture
 from edgetune.model.lora import Lora
 
@@ -132,6 +132,7 @@ class ShippedManifest:
     """`target.json`."""
 
     FORMAT: ClassVar[str] = SHIPPED_FORMAT
+    VERSIONS: ClassVar[tuple[int, ...]] = (FORMAT_VERSION,)
 
     format: str
     format_version: int

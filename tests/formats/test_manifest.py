@@ -18,6 +18,7 @@ from edgetune.errors import EdgetuneError, IncompatibleError, VerificationError
 from edgetune.formats.manifest import (
     ADAPTER_FORMAT,
     BUNDLE_FORMAT,
+    BUNDLE_VERSION,
     FORMAT_VERSION,
     MODEL_FORMAT,
     AdapterManifest,
@@ -45,7 +46,7 @@ SPEC = TensorSpec("input_ids", "int64", ["batch", "sequence", 1])
 FILE = File("adapters/größe.bin", 2**40, HASH)
 
 BUNDLE = BundleManifest(
-    BUNDLE_FORMAT, FORMAT_VERSION, BASE, ARCHITECTURE, TOKENIZER, LORA, 512, [Graph("step", "step.onnx", [SPEC], [])],
+    BUNDLE_FORMAT, BUNDLE_VERSION, BASE, ARCHITECTURE, TOKENIZER, LORA, 512, [Graph("step", "step.onnx", [SPEC], [])],
     {"MatMul": 3}, {"edgetune": "1.0"}, [FILE],
 )  # fmt: skip
 ADAPTER = AdapterManifest(ADAPTER_FORMAT, FORMAT_VERSION, BASE, TOKENIZER, LORA, {"note": 'ü "\\ \n\u2028😀'}, [FILE])
@@ -265,6 +266,14 @@ def test_another_format_or_version_is_incompatible(key: str, value: object, mess
     assert len(str(caught.value)) < 250
 
 
+def test_bundles_of_the_first_version_are_read_and_later_ones_are_not() -> None:
+    first = dataclasses.replace(BUNDLE, format_version=1)
+    assert read_manifest(write_manifest(first), BundleManifest, "here.json").format_version == 1
+    later = write_manifest(dataclasses.replace(BUNDLE, format_version=3))
+    with pytest.raises(IncompatibleError, match="format version 3, this edgetune reads 1 and 2"):
+        read_manifest(later, BundleManifest, "here.json")
+
+
 @pytest.mark.parametrize("value", [True, 1.0])
 def test_a_version_that_only_equals_one_is_refused(value: object) -> None:
     with pytest.raises(VerificationError, match="format_version"):
@@ -387,7 +396,8 @@ ropes = st.builds(Rope, whole, number, number, factors, factors, whole)
 architectures = st.builds(Architecture, *[whole] * 8, st.none() | whole, st.booleans(), ropes)
 manifests: st.SearchStrategy[Manifest] = st.one_of(
     st.builds(
-        BundleManifest, st.just(BUNDLE_FORMAT), st.just(FORMAT_VERSION), bases, architectures, tokenizers, loras, whole,
+        BundleManifest, st.just(BUNDLE_FORMAT), st.sampled_from(BundleManifest.VERSIONS), bases, architectures,
+        tokenizers, loras, whole,
         st.lists(st.builds(Graph, text, text, specs, specs), max_size=2),
         st.dictionaries(text, whole, max_size=2), notes, files,
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from edgetune.formats.bundle import Bundle, list_files, load_bundle, seal_bundle
-from edgetune.formats.manifest import BUNDLE_FORMAT, FORMAT_VERSION, BaseModel, BundleManifest, Graph, Tokenizer
+from edgetune.formats.manifest import BUNDLE_FORMAT, BUNDLE_VERSION, BaseModel, BundleManifest, Graph, Tokenizer
 from edgetune.formats.storage import sha256_of
 from edgetune.model.architecture import Architecture
 from edgetune.model.lora import Lora, Slot
@@ -40,7 +40,7 @@ def make_bundle(folder: Path) -> Bundle:
         folder,
         BundleManifest(
             format=BUNDLE_FORMAT,
-            format_version=FORMAT_VERSION,
+            format_version=BUNDLE_VERSION,
             base=BASE,
             architecture=Architecture(8, 8, 1, 1, 1, 8, VOCABULARY, 64, None, False, Rope(8, 1e4, 1.0, None, None, 64)),
             tokenizer=Tokenizer(sha256_of(folder / "tokenizer.json"), None, None, "<eos>", 0),

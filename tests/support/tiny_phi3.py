@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgetune.config import Base, PrepareConfig, Quantiser
 from edgetune.formats.adapter import write_adapter
 from edgetune.formats.bundle import Bundle, list_files, load_bundle, seal_bundle
-from edgetune.formats.manifest import BUNDLE_FORMAT, FORMAT_VERSION, BaseModel, BundleManifest, Tokenizer
+from edgetune.formats.manifest import BUNDLE_FORMAT, BUNDLE_VERSION, BaseModel, BundleManifest, Tokenizer
 from edgetune.formats.storage import sha256_of
 from edgetune.model.architecture import Architecture
 from edgetune.model.lora import Lora, Slot
@@ -171,7 +171,7 @@ def bundle(variant: str, base: Base) -> Bundle:
     rope = Rope(32, 1e4, 1.0, None, None, 64)
     manifest = BundleManifest(
         format=BUNDLE_FORMAT,
-        format_version=FORMAT_VERSION,
+        format_version=BUNDLE_VERSION,
         base=BaseModel(variant, sha256_of(checkpoint(variant) / "model.safetensors"), base),
         architecture=Architecture(128, 192, 2, 4, 4, 32, 448, 256, None, False, rope),
         tokenizer=Tokenizer(

@@ -1,7 +1,8 @@
 """The layered form with int8 products: what is multiplied with a frozen weight is quantised at run time, row by row.
 
-A row of x becomes u = round(x / s) + 128 with s = max|x| / 127, a weight an int8 matrix with a scale for every column
-of the product (edgetune.runtimes.layered.onnxruntime.requantise makes both). Products with adapters, attention, norms
+A row of x, rotated (edgetune.model.rotation), becomes u = round(x / s) + 128 with s = max|x| / 127, a rotated weight an
+int8 matrix with a scale for every column of the product (edgetune.runtimes.layered.onnxruntime.requantise makes both);
+what comes out of a backward product is rotated back. Products with adapters, attention, norms
 and the head stay float32. ONNX Runtime has fast kernels for unsigned activations only; `MatMulIntegerToFloat` takes the
 scales of columns, and the row's is multiplied afterwards.
 """
@@ -14,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgetune.formats.roles import BACKWARD, FORWARD, INT8, SCALES
+from edgetune.model.rotation import signs_of
 from edgetune.preparation.graphs.dequantise import build_requantise
 from edgetune.preparation.rewrites.operators import CONTRIB, Operators, remove_unused
 from edgetune.preparation.rewrites.shapes import dimensions, fold
@@ -46,16 +48,18 @@ def quantise_products(model: ir.Model) -> ir.Model:
     `W.backward.scales` (in).
     """
     graph = model.graph
-    activations: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+    activations: dict[tuple[ir.Value, str], tuple[ir.Value, ir.Value]] = {}
+    signs: dict[int, ir.Value] = {}
     for node in list(graph):
         found = frozen_product(node)
         if found is None:
             continue
         x, weight, layout = found
         op = Operators()
-        if x not in activations:
-            activations[x] = _quantised_rows(op, x)
-        quantised, row_scales = activations[x]
+        if (x, layout) not in activations:
+            rows = _rotated(op, signs, x, x) if layout == FORWARD else x
+            activations[x, layout] = _quantised_rows(op, rows)
+        quantised, row_scales = activations[x, layout]
         matrix, scales = _operand(graph, weight, layout)
         product = op.op(
             "MatMulIntegerToFloat",
@@ -63,6 +67,7 @@ def quantise_products(model: ir.Model) -> ir.Model:
             domain=CONTRIB,
         )
         result = op.op("Mul", [product, row_scales])
+        result = result if layout == FORWARD else _rotated(op, signs, result, node.outputs[0])
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         op.replace(graph, node, {node.outputs[0]: result})
     model.opset_imports[CONTRIB] = 1
@@ -81,6 +86,24 @@ def frozen_product(node: ir.Node) -> tuple[ir.Value, ir.Value, str] | None:
         weight, layout = producer.inputs[0], FORWARD
     frozen = weight.is_graph_input() and str(weight.name).endswith(_LINEAR)
     return (node.inputs[0], weight, layout) if frozen else None
+
+
+def _rotated(op: Operators, signs: dict[int, ir.Value], rows: ir.Value, like: ir.Value) -> ir.Value:
+    """Rows of the shape of `like`, rotated.
+
+    Args:
+        op: Takes the nodes.
+        signs: Those of blocks that the graph has already, by their size.
+        rows: What is rotated.
+        like: Of the same shape, which is known.
+    """
+    *others, width = dimensions(like)
+    block = signs_of(int(width))
+    if len(block) not in signs:
+        signs[len(block)] = op.constant(block)
+    blocks = op.op("Reshape", [rows, op.integers(*[0] * len(others), -1, len(block))])
+    product = op.op("MatMul", [blocks, signs[len(block)]])
+    return op.op("Reshape", [product, op.integers(*[0] * len(others), int(width))])
 
 
 def _quantised_rows(op: Operators, x: ir.Value) -> tuple[ir.Value, ir.Value]:

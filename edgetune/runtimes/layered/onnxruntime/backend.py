@@ -73,9 +73,8 @@ class OrtBackend:
         self._most_positions = self._most_scores = 0
         self._dequantise = self.load(bundle.file(f"{LAYERS}/dequantise"))
         layouts = (FORWARD, BACKWARD) if precision == "int8" else ()
-        self._requantiser = Requantiser(
-            {layout: self.load(bundle.file(f"{LAYERS}/{INT8}/{layout}")) for layout in layouts}
-        )
+        graphs = {layout: self.load(bundle.file(f"{LAYERS}/{INT8}/{layout}")) for layout in layouts}
+        self._requantiser = Requantiser(self._dequantise, graphs)
 
     def exact(self) -> OrtBackend:
         """See `Backend.exact`."""
@@ -105,9 +104,9 @@ class OrtBackend:
     def weight(
         self, layout: str, block: Block, allocate: Allocate, scales: NDArray[np.float32] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """See `Backend.weight`: scales are found from those of blocks every time."""
+        """See `Backend.weight`."""
         if layout:
-            return self._requantiser.weight(layout, block, allocate)
+            return self._requantiser.weight(layout, block, allocate, scales)
         out = allocate(block.shape, self.storage)
         if block.scales is None:
             out[...] = block.values
