@@ -261,6 +261,10 @@ class TrainConfig:
     precision: TrainingPrecision = option(
         "auto", Option("In what frozen weights are multiplied; auto is as exact as the processor does at full speed.")
     )
+    layers: str | None = option(
+        None, Option("Train these decoder layers alone, counted from 0: 16-31, 16- for all from there on, or 16.")
+    )
+    """Those below compute no gradients, keep no activations and have no optimizer state."""
     trunk: bool = option(
         False, Option("Let a split bundle's trunk compute the lowest layers, which are not trained then.")
     )

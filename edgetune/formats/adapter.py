@@ -104,9 +104,9 @@ def write_adapter(
         folder: A folder under construction (`storage.atomic_folder`).
         base: The base the adapter was trained on.
         tokenizer: The tokenizer its rows went through.
-        lora: Ranks, scaling and the slots that were trained; where they leave whole layers out, PEFT is told which to
-            take (`layers_to_transform`).
-        parameters: The values, of the shapes that `lora` lists; written as float32, bit for bit.
+        lora: The bundle's ranks, scaling and slots.
+        parameters: The values, of the shapes that `lora` lists; written as float32, bit for bit. Where those of whole
+            layers are not there, PEFT is told which to take (`layers_to_transform`).
         provenance: How the adapter came to be; for people.
         encoding: How its rows were encoded, and prompts are to be.
 
@@ -116,9 +116,11 @@ def write_adapter(
     from safetensors.numpy import save
 
     _require_finite(parameters, "the trained adapter")
+    everything, lora = lora, lora.of_layers({slot.layer for slot in lora.slots if slot.a in parameters})
     tensors = {PREFIX + name: np.ascontiguousarray(parameters[name], np.float32) for name in lora.shapes()}
     write_file(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    config = json.dumps(_peft_config(base, lora), indent=2, sort_keys=True, ensure_ascii=False)
+    peft = _peft_config(base, lora, all_layers=lora.layers() == everything.layers())
+    config = json.dumps(peft, indent=2, sort_keys=True, ensure_ascii=False)
     write_file(folder / CONFIG, f"{config}\n".encode())
     manifest = AdapterManifest(
         format=ADAPTER_FORMAT,
@@ -134,7 +136,7 @@ def write_adapter(
     return manifest
 
 
-def _peft_config(base: BaseModel, lora: Lora) -> dict[str, Any]:
+def _peft_config(base: BaseModel, lora: Lora, *, all_layers: bool = True) -> dict[str, Any]:
     """PEFT's LoraConfig: the fields that every release since 0.10 reads; the others stay at its defaults."""
     return {
         "alpha_pattern": {module: _shortest(alpha) for module, alpha in lora.alpha_pattern.items()},
@@ -145,8 +147,8 @@ def _peft_config(base: BaseModel, lora: Lora) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
-        # None where it goes without saying: the layers begin with the first one.
-        "layers_to_transform": lora.layers() if lora.layers()[0] else None,
+        # None where it goes without saying.
+        "layers_to_transform": None if all_layers and not lora.layers()[0] else lora.layers(),
         "lora_alpha": _shortest(lora.alpha),
         "lora_dropout": 0.0,
         "modules_to_save": None,

@@ -1,8 +1,9 @@
-"""rsLoRA, patterns of ranks and alphas, and named targets: from `prepare` to answers, against PyTorch + PEFT."""
+"""rsLoRA, patterns, named targets and some of the layers: from `prepare` to answers, against PyTorch + PEFT."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -15,22 +16,27 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 
-from edgetune.config import Base, ExportConfig, PrepareConfig
+from edgetune.config import Base, ExportConfig, PlanName, PrepareConfig, TrainConfig
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Example
+from edgetune.errors import IncompatibleError, UsageError
 from edgetune.exporting import export
 from edgetune.formats.adapter import read_adapter, write_adapter
 from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.formats.genai import open_model
 from edgetune.formats.storage import atomic_folder
 from edgetune.generation import generate_ids
+from edgetune.model.architecture import slots_of
+from edgetune.planning.memory import Work
+from edgetune.planning.planner import Planner
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes import openvino
 from edgetune.runtimes.execution import ExecutionPlan, LayeredPlan, WholePlan
 from edgetune.runtimes.onnx_session import open_graph
+from edgetune.training import train
 from support import oracle
 from support.oracle import relative
-from support.prepared_bundles import prepare_tiny
+from support.prepared_bundles import Prepared, prepare_tiny
 from support.random_rows import lengths_of, rows_of
 from support.tiny_phi3 import checkpoint, greedy, torch_model
 from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
@@ -205,3 +211,175 @@ def test_genai_answers_as_the_evaluation_graph_and_peft_do(of: Of, method: str, 
     for merge in (False, True):
         model = export(bundle, adapter, tmp_path / f"model-{merge}", ExportConfig(merge=merge)).path
         assert generate_ids(model, PROMPT, NEW_TOKENS) == wanted
+
+
+LAYERS = {"upper": range(1, 2), "lower": range(1)}
+LAYER_PLANS = {
+    "recompute": LayeredPlan(kept_layers=0, resident=False, head_rows=16, head_tokens=100),
+    "keep": LayeredPlan(kept_layers=1, resident=True, head_rows=1024),
+    "lean": LayeredPlan(kept_layers=0, resident=False, lean=True),
+}
+each_layers = pytest.mark.parametrize("layers", LAYERS)
+
+
+def of_layers(bundle: Bundle, layers: range) -> dict[str, NDArray[np.float32]]:
+    names = bundle.manifest.lora.of_layers(layers).shapes()
+    return {name: value for name, value in adapter_of(bundle).items() if name in names}
+
+
+def peft_of(folder: Path, bundle: Bundle) -> PeftModel:
+    """What PEFT makes of an adapter folder beside the bundle's weights, to be trained."""
+    return PeftModel.from_pretrained(torch_model(VARIANT, bundle.path), folder, is_trainable=True).eval()
+
+
+@pytest.mark.parametrize("plan", LAYER_PLANS)
+@each_layers
+@each_base
+def test_gradients_of_some_layers_are_pefts(
+    prepared: Prepared, base: Base, layers: str, plan: str, tmp_path: Path
+) -> None:
+    """The oracle has `layers_to_transform`; in other layers it has no slots at all."""
+    bundle, span = prepared(VARIANT, base), LAYERS[layers]
+    parameters = of_layers(bundle, span)
+    model = peft_of(written(tmp_path / "adapter", bundle, parameters), bundle)
+    rows = rows_of(1, lengths_of(VARIANT, 1))
+    loss = oracle.loss(model, rows)
+    loss.backward()
+    how = replace(LAYER_PLANS[plan], layers=span)
+    with stock.open_session(bundle, parameters, OPTIMIZER, how) as session:
+        assert session.evaluate(batch_of(bundle, rows)) == pytest.approx(loss.item(), rel=1e-4)
+        result = session.step([batch_of(bundle, rows)], LEARNING_RATE)
+        found = session.gradients()  # type: ignore[attr-defined]
+    assert result.loss == pytest.approx(loss.item(), rel=1e-4)
+    trainable = oracle.trainable(model)
+    assert set(trainable) == set(found) == set(parameters)
+    within = 2e-3 if LAYER_PLANS[plan].lean else WITHIN[base]
+    for name, parameter in trainable.items():
+        assert parameter.grad is not None
+        assert relative(found[name], parameter.grad.numpy()) <= within, name
+
+
+@each_layers
+def test_openvinos_gradients_of_some_layers_are_pefts(prepared: Prepared, layers: str, tmp_path: Path) -> None:
+    bundle, span = prepared(VARIANT, "int4"), LAYERS[layers]
+    parameters = of_layers(bundle, span)
+    model = peft_of(written(tmp_path / "adapter", bundle, parameters), bundle)
+    rows = rows_of(1, lengths_of(VARIANT, 1))
+    loss = oracle.loss(model, rows)
+    loss.backward()
+    exact = openvino.abilities().exact
+    assert exact is not None
+    plan = LayeredPlan(precision=exact.precision, kept_layers=1, layers=span)
+    with openvino.open_session(bundle, parameters, OPTIMIZER, plan) as session:
+        session.step([batch_of(bundle, rows)], LEARNING_RATE)
+        found = session.gradients()  # type: ignore[attr-defined]
+    assert set(found) == set(parameters)
+    for name, parameter in oracle.trainable(model).items():
+        assert parameter.grad is not None
+        assert relative(found[name], parameter.grad.numpy()) <= 5e-2, name
+
+
+@each_layers
+def test_twenty_steps_of_some_layers_follow_peft(prepared: Prepared, layers: str, tmp_path: Path) -> None:
+    bundle, span = prepared(VARIANT, "int4"), LAYERS[layers]
+    parameters = of_layers(bundle, span)
+    model = peft_of(written(tmp_path / "adapter", bundle, parameters), bundle)
+    trainable = oracle.trainable(model)
+    optimizer = torch.optim.AdamW(trainable.values(), lr=LEARNING_RATE, weight_decay=OPTIMIZER.weight_decay)
+    plan = replace(LAYER_PLANS["keep"], layers=span)
+    with stock.open_session(bundle, parameters, OPTIMIZER, plan) as session:
+        for step in range(STEPS):
+            rows = rows_of(step, lengths_of(VARIANT, step))
+            loss = oracle.loss(model, rows)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable.values(), OPTIMIZER.max_grad_norm)
+            optimizer.step()
+            result = session.step([batch_of(bundle, rows)], LEARNING_RATE)
+            assert result.loss == pytest.approx(loss.item(), rel=1e-3)
+
+
+@each_layers
+def test_a_run_of_some_layers_writes_what_peft_loads_and_goes_on_from_it(
+    prepared: Prepared, layers: str, tmp_path: Path
+) -> None:
+    bundle, span = prepared(VARIANT, "int4"), LAYERS[layers]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "what is it?", "completion": " the lamp in the kitchen"}\n' * 4)
+    config = TrainConfig("onnxruntime", layers=str(span.start), steps=3, learning_rate=0.01)
+    result = train(bundle, rows, tmp_path / "adapter", config)
+    assert f"layer {span.start} trained" in result.plan
+    written_config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written_config["layers_to_transform"] == list(span)
+    manifest = bundle.manifest
+    found = read_adapter(tmp_path / "adapter", manifest.lora, manifest.base, manifest.tokenizer)
+    moved = {slot.layer for slot in manifest.lora.slots if found[slot.b].any()}
+    assert moved == set(span)
+    theirs = peft_of(tmp_path / "adapter", bundle)
+    assert oracle.trainable(theirs).keys() == manifest.lora.of_layers(span).shapes().keys()
+    whole = oracle.peft_model(checkpoint(VARIANT), bundle, found)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, whole(ids).logits, rtol=1e-5, atol=1e-5)
+    train(bundle, rows, tmp_path / "further", replace(config, init_adapter=tmp_path / "adapter"))
+    other = replace(config, layers=str(1 - span.start), init_adapter=tmp_path / "adapter")
+    with pytest.raises(IncompatibleError, match=f"changes 4 projections of layers that .*layer.?s?.{span.start}"):
+        train(bundle, rows, tmp_path / "other", other)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (TrainConfig(layers="1-0"), "--layers '1-0': expected layers counted from 0, such as 16-31, 16- or 16"),
+        (TrainConfig(layers="-1"), "--layers '-1': expected"),
+        (TrainConfig(layers="1,2"), "--layers '1,2': expected"),
+        (TrainConfig(layers="1-2"), "--layers 1-2: the bundle has layers 0 to 1"),
+        (TrainConfig(layers="2-"), "--layers 2-: the bundle has layers 0 to 1"),
+        (TrainConfig(layers="1", plan="whole"), "--layers 1 trains layer by layer, and the whole step as one graph"),
+        (TrainConfig("ort-training", layers="1"), "--layers 1 trains layer by layer, and the whole step as one graph"),
+        (TrainConfig("qnn", layers="1"), "--layers 1 trains layer by layer, and the whole step as one graph"),
+    ],
+    ids=str,
+)
+def test_layers_that_cannot_be_meant_are_refused_by_name(
+    prepared: Prepared, config: TrainConfig, reason: str, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "what is it?", "completion": " the lamp"}\n')
+    with pytest.raises(UsageError, match=re.escape(reason)):
+        train(prepared(VARIANT, "int4"), rows, tmp_path / "adapter", config)
+
+
+def test_a_run_of_all_layers_is_that_without_the_option(prepared: Prepared, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "what is it?", "completion": " the lamp"}\n')
+    bundle, files = prepared(VARIANT, "int4"), []
+    for name, layers in (("all", None), ("asked", "0-")):
+        config = TrainConfig("onnxruntime", plan="keep", layers=layers, steps=2)
+        train(bundle, rows, tmp_path / name, config)
+        files.append(
+            [(tmp_path / name / file).read_bytes() for file in ("adapter_model.safetensors", "adapter_config.json")]
+        )
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("plan", ["keep", "recompute", "stream"])
+def test_fewer_layers_take_less_memory_and_less_work(prepared: Prepared, plan: PlanName) -> None:
+    """Of gradients, activations and the optimizer's state; as many weights."""
+    manifest, footprint = prepared(VARIANT, "int4").manifest, stock.abilities().exact
+    assert footprint is not None
+    architecture = replace(manifest.architecture, num_hidden_layers=32)
+    lora = replace(manifest.lora, slots=slots_of(architecture, manifest.lora.target_modules))
+    deep = replace(manifest, architecture=architecture, lora=lora)
+    work = Work(positions=100_000, scores=10_000)
+    found = [
+        Planner(deep, footprint, work, LayeredPlan(layers=layers)).choose(plan, None)
+        for layers in (None, range(16, 32), range(16))
+    ]
+    every, upper, lower = (prediction for prediction in found if prediction is not None)
+    assert upper.peak_memory_bytes < 0.9 * every.peak_memory_bytes
+    assert upper.cost < 0.8 * every.cost
+    assert upper.plan.kept_layers == (16 if plan == "keep" else 0)
+    # All gradients pass through the layer above; its slots' are not kept.
+    assert lower.cost == every.cost
+    assert every.peak_memory_bytes - lower.peak_memory_bytes == 5 * 4 * lora.of_layers(range(16, 32)).parameters
