@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from edgetune.errors import UsageError
 
-Targets = Literal["all-linear", "attention"]
 Base = Literal["int4", "int8", "fp16", "fp32"]
 Quantiser = Literal["least-squares", "nearest", "gptq"]
 MergedPrecision = Literal["int4", "fp32"]
@@ -27,11 +26,11 @@ Method = Literal["backpropagation", "forward-only"]
 Schedule = Literal["constant", "linear", "cosine"]
 PlatformName = Literal["android", "ios", "web", "linux-arm64"]
 
-MODULES_OF_TARGETS: dict[Targets, tuple[str, ...]] = {
+MODULES_OF_TARGETS: dict[str, tuple[str, ...]] = {
     "all-linear": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "attention": ("qkv_proj", "o_proj"),
 }
-"""The Phi-3 projections that each `--targets` choice trains."""
+"""The Phi-3 projections that `--targets` means by each of its words; it takes their names as well."""
 
 Value = TypeVar("Value")
 
@@ -129,6 +128,8 @@ def _expected(value: object, hint: Any, said: Option) -> str:
         now = said.former_values.get(str(value), {})
         written = "".join(f"; write {name}={meant!r}" for name, meant in now.items())
         return f"one of {', '.join(get_args(hint))}{written}"
+    if get_origin(hint) is dict:
+        return _expected_entries(value, get_args(hint)[1], said)
     if not is_a(value, hint):
         return _KINDS[hint]
     if isinstance(value, int | float) and hint is not bool:
@@ -137,6 +138,14 @@ def _expected(value: object, hint: Any, said: Option) -> str:
         if not (least <= value <= most and (isinstance(value, int) or math.isfinite(value))):
             return f"{said.least:,} at least" if said.most is None else f"{said.least:,} to {said.most:,}"
     return ""
+
+
+def _expected_entries(value: object, hint: Any, said: Option) -> str:
+    """The same of a value that has one for each of some names."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        return f"a dict of {_KINDS[hint]} for each name"
+    wrong = {name: expected for name, each in value.items() if (expected := _expected(each, hint, said))}
+    return "; ".join(f"for {name}: {expected}" for name, expected in wrong.items())
 
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a Path"}
@@ -174,7 +183,22 @@ class PrepareConfig:
 
     rank: int = option(8, Option("Rank of every LoRA slot.", least=1))
     alpha: float = option(16.0, Option("The update is scaled by alpha / rank.", least=1e-9))
-    targets: Targets = option("all-linear", Option("Which projections can be trained."))
+    rslora: bool = option(
+        False, Option("Scale the update by alpha / √rank, so that high ranks learn as fast as low ones.")
+    )
+    """Rank-stabilised LoRA (Kalajdzievski 2023)."""
+    rank_pattern: dict[str, int] | None = option(
+        None, Option("Another rank for one projection, such as down_proj=32; can be given again.", least=1)
+    )
+    """As PEFT's `rank_pattern`, whose keys match the end of a module's name: here it is one of the projections."""
+    alpha_pattern: dict[str, float] | None = option(
+        None, Option("Another alpha for one projection, such as down_proj=64; can be given again.", least=1e-9)
+    )
+    """As PEFT's `alpha_pattern`."""
+    targets: str = option(
+        "all-linear",
+        Option("Which projections can be trained: all-linear, attention, or names such as qkv_proj,down_proj."),
+    )
     base: Base = option("int4", Option("How the frozen weights are stored."))
     """The model that is trained on is the one that answers."""
     quantiser: Quantiser = option("least-squares", Option("How weights are rounded for --base int4."))
@@ -237,6 +261,10 @@ class TrainConfig:
     precision: TrainingPrecision = option(
         "auto", Option("In what frozen weights are multiplied; auto is as exact as the processor does at full speed.")
     )
+    layers: str | None = option(
+        None, Option("Train these decoder layers alone, counted from 0: 16-31, 16- for all from there on, or 16.")
+    )
+    """Those below compute no gradients, keep no activations and have no optimizer state."""
     trunk: bool = option(
         False, Option("Let a split bundle's trunk compute the lowest layers, which are not trained then.")
     )

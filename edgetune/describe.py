@@ -11,6 +11,7 @@ from typing import Literal
 from edgetune.errors import UsageError, VerificationError
 from edgetune.formats.adapter import CONFIG as ADAPTER_CONFIG
 from edgetune.formats.adapter import MANIFEST as ADAPTER_MANIFEST
+from edgetune.formats.adapter import PATTERNS, is_pattern
 from edgetune.formats.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from edgetune.formats.bundle import MANIFEST, is_there, list_files, load_bundle, load_manifest, verify_files
 from edgetune.formats.genai import CONFIG as GENAI_CONFIG
@@ -68,6 +69,17 @@ class AdapterShape:
     """Projections that carry an adapter."""
     parameters: int
     """Numbers in all A and B matrices."""
+    rank_stabilised: bool
+    """Whether alpha is divided by the root of the rank."""
+    rank_pattern: dict[str, int]
+    """Ranks of projections that have another one, as PEFT writes it."""
+    alpha_pattern: dict[str, float]
+    """Their alphas, in the same way."""
+
+    def in_words(self) -> str:
+        """Ranks and alphas."""
+        fields = (self.rank_stabilised, self.rank_pattern, self.alpha_pattern)
+        return Lora(self.rank, self.alpha, [], [], *fields).in_words()
 
 
 @dataclass(frozen=True)
@@ -167,6 +179,11 @@ def _describe_peft(path: Path) -> Description:
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
         message = f"{path / ADAPTER_CONFIG}: r and lora_alpha are {rank!r:.40} and {alpha!r:.40}, expected numbers"
         raise VerificationError(f"{message}; only LoRA adapters of PEFT are known")
+    patterns = {key: config.get(key) or {} for key in PATTERNS}
+    for key, pattern in patterns.items():
+        if not is_pattern(key, pattern):
+            message = f"{path / ADAPTER_CONFIG}: {key} is {pattern!r:.40}, expected numbers by names of modules"
+            raise VerificationError(f"{message}; {_COPY_AGAIN}")
     # PEFT takes a pattern in the place of names as well.
     names = targets if isinstance(targets, list) else [targets]
     if not all(isinstance(name, str) for name in names):
@@ -187,6 +204,8 @@ def _describe_peft(path: Path) -> Description:
             target_modules=names,
             slots=sum(".lora_A." in tensor for tensor in shapes),
             parameters=sum(_count(shape) for shape in shapes.values()),
+            rank_stabilised=config.get("use_rslora") is True,
+            **patterns,
         ),
     )
 
@@ -248,6 +267,9 @@ def _shape(lora: Lora) -> AdapterShape:
         target_modules=lora.target_modules,
         slots=len(lora.slots),
         parameters=lora.parameters,
+        rank_stabilised=lora.rank_stabilised,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
     )
 
 

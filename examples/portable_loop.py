@@ -56,9 +56,10 @@ def first_parameters(lora: dict, generator: np.random.Generator) -> Arrays:
     """A random, B zero: the model starts as its base."""
     parameters = {}
     for slot in lora["slots"]:
-        a = generator.uniform(-1, 1, (lora["rank"], slot["in_features"])) / slot["in_features"] ** 0.5
+        rank = lora.get("rank_pattern", {}).get(slot["name"].rpartition(".")[2], lora["rank"])
+        a = generator.uniform(-1, 1, (rank, slot["in_features"])) / slot["in_features"] ** 0.5
         parameters[f"{slot['name']}.lora_A.weight"] = a.astype(np.float32)
-        parameters[f"{slot['name']}.lora_B.weight"] = np.zeros((slot["out_features"], lora["rank"]), np.float32)
+        parameters[f"{slot['name']}.lora_B.weight"] = np.zeros((slot["out_features"], rank), np.float32)
     return parameters
 
 
@@ -76,6 +77,9 @@ def write_adapter(folder: Path, parameters: Arrays, lora: dict) -> None:
         "r": lora["rank"],
         "lora_alpha": lora["alpha"],
         "target_modules": lora["target_modules"],
+        "use_rslora": lora.get("rank_stabilised", False),
+        "rank_pattern": lora.get("rank_pattern", {}),
+        "alpha_pattern": lora.get("alpha_pattern", {}),
     }
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + data)

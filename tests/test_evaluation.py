@@ -79,7 +79,7 @@ def test_base_and_adapter(bundle: Bundle, tmp_path: Path) -> None:
     values, rows = parameters(1), some_rows(7)
     data = write_rows(tmp_path / "data.jsonl", rows)
     adapter = write(tmp_path / "adapter", bundle, values)
-    table = BASE_LOGITS + LORA.scaling * (values[SLOT.b] @ values[SLOT.a]).T
+    table = BASE_LOGITS + LORA.scaling_of(SLOT.module) * (values[SLOT.b] @ values[SLOT.a]).T
     expected = by_hand(rows, table)
     assert expected.loss != pytest.approx(by_hand(rows, BASE_LOGITS).loss, rel=1e-2)
     assert expected.token_accuracy > 0
@@ -103,7 +103,7 @@ def test_rows_that_are_given_exactly(bundle: Bundle, tmp_path: Path) -> None:
     adapter = write(tmp_path / "adapter", bundle, {SLOT.a: a, SLOT.b: b})
     found = evaluate(bundle.path, data, adapter=adapter)
     assert found.exact_match == 0.5
-    assert_close(found, by_hand(rows, BASE_LOGITS + LORA.scaling * (b @ a).T))
+    assert_close(found, by_hand(rows, BASE_LOGITS + LORA.scaling_of(SLOT.module) * (b @ a).T))
 
 
 def test_the_order_of_rows_does_not_matter(bundle: Bundle, tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def _facts(description: Description) -> list[tuple[str, str]]:
         layers = f"{shape.num_hidden_layers} layers, hidden {shape.hidden_size}"
         facts.append(("architecture", f"{layers}, {heads}, vocabulary {shape.vocab_size:,}"))
     if lora := description.lora:
-        slots = f"{lora.slots} slots, rank {lora.rank}, alpha {lora.alpha:g}, {lora.parameters:,} parameters"
+        slots = f"{lora.slots} slots, {lora.in_words()}, {lora.parameters:,} parameters"
         facts.append(("LoRA", f"{slots} on {', '.join(lora.target_modules)}"))
     if tokenizer := description.tokenizer:
         facts.append(("tokenizer", tokenizer.sha256))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import click
 from click.core import ParameterSource
@@ -51,7 +51,7 @@ def options_of(
         def with_config(*arguments: Any, **values: Any) -> None:
             context = click.get_current_context()
             path = values.pop(_FILE) if with_file else None
-            written = {name: values.pop(name) for name in known}
+            written = {name: _given(each, values.pop(name)) for name, each in known.items()}
             # What was written counts, even where it is the default: it overrides the file.
             flags = {
                 name: Setting(value, place="")
@@ -71,6 +71,20 @@ def options_of(
     return decorate
 
 
+def _given(of: Field[Any], value: Any) -> Any:
+    """What was given for a field; of one that has a value for each of some names, the entries together.
+
+    Raises:
+        UsageError: A name was given twice.
+    """
+    if not isinstance(value, tuple):
+        return value
+    entries: dict[str, Any] = dict(value)
+    if len(entries) < len(value):
+        raise UsageError(f"{flag_of(of)} is given for {', '.join(name for name, _ in value)}; give each name once")
+    return entries or None
+
+
 def flag_of(of: Field[Any], value: object = True, *, name: str = "") -> str:
     """How a field gets a value on the command line: `--packing`, `--no-packing`, `--batch-size 4`.
 
@@ -84,6 +98,8 @@ def flag_of(of: Field[Any], value: object = True, *, name: str = "") -> str:
         # Another flag that switches it off belongs to the name that it has now.
         off = option_of(of).off if name in ("", of.name) else None
         return f"--{off or f'no-{word}'}"
+    if isinstance(value, dict):
+        return " ".join(f"--{word} {entry}={each}" for entry, each in value.items())
     return f"--{word}" if value is True else f"--{word} {value}"
 
 
@@ -94,6 +110,7 @@ def _add_option(function: Function, name: str, of: Field[Any], hint: Any) -> Non
         name,
         type=type_of(hint, said),
         is_flag=hint is bool,
+        multiple=get_origin(hint) is dict,
         default=of.default,
         show_default=is_on or not (of.default is None or of.default is False),
         help=said.help,
@@ -128,7 +145,7 @@ def _current(kind: type, written: Mapping[str, Setting], *, quiet: bool) -> dict
     for name, setting in written.items():
         of, place, text = known[name], setting.place, _text(known[name], setting, name)
         meant: Mapping[str, object] = {of.name: setting.value}
-        if setting.value in option_of(of).former_values:
+        if isinstance(setting.value, str) and setting.value in option_of(of).former_values:
             meant = option_of(of).former_values[setting.value]
             emptied[of.name] = Setting(of.default, place)
         if name not in meant and not quiet:

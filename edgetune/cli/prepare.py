@@ -45,4 +45,5 @@ def command(checkpoint: str, output: Path, config: PrepareConfig, printing: Prog
         slots = len(manifest.lora.slots)
         print_json({"bundle": bundle.path, "bytes": size, "slots": slots, "base": manifest.base.sha256})
         return
-    click.echo(f"{bundle.path}: {bytes_text(size)}, {len(manifest.lora.slots)} LoRA slots of rank {manifest.lora.rank}")
+    lora = manifest.lora
+    click.echo(f"{bundle.path}: {bytes_text(size)}, {len(lora.slots)} LoRA slots of {lora.in_words()}")

@@ -53,6 +53,21 @@ class Choice(click.Choice):  # type: ignore[type-arg]
         return str(value) if value in self.former else super().convert(value, param, ctx)
 
 
+class Entry(click.ParamType):  # type: ignore[type-arg]
+    """One entry of a field that has a value for each of some names, such as `down_proj=32`."""
+
+    def __init__(self, of_value: click.ParamType[Any]) -> None:
+        self._of_value = of_value
+        self.name = f"name={of_value.name}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        """The name and its value."""
+        name, equals, text = str(value).partition("=")
+        if not name or not equals:
+            self.fail(f"{value!r} is not a name and a value, such as down_proj=32", param, ctx)
+        return name, self._of_value.convert(text, param, ctx)
+
+
 def fields_of(kind: type) -> dict[str, Field[Any]]:
     """The fields of a config dataclass by every name that is taken for them, former ones as well."""
     named = {each.name: each for each in fields(kind)}
@@ -68,6 +83,8 @@ def type_of(hint: Any, said: Option) -> click.ParamType[Any]:
     """
     if get_origin(hint) is Literal:
         return Choice(get_args(hint), said.former_values)
+    if get_origin(hint) is dict:
+        return Entry(type_of(get_args(hint)[1], said))
     if hint is int:
         least, most = (None if bound is None else int(bound) for bound in (said.least, said.most))
         return click.IntRange(least, most)

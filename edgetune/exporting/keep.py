@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx
 
 RANK = "lora_rank"
-"""Name of the symbolic dimension."""
+"""Name of the symbolic dimension; a projection with a rank of its own has one of its own, with its name behind it."""
 
 
 def add_lora_inputs(model: onnx.ModelProto, lora: Lora) -> None:
@@ -40,9 +40,11 @@ def add_lora_inputs(model: onnx.ModelProto, lora: Lora) -> None:
     after: dict[str, onnx.NodeProto] = {}
     for products in products_of(graph, lora):
         slot = products[0].slot
+        # One name means one size to ONNX Runtime.
+        rank = f"{RANK}_{slot.module}" if slot.module in lora.rank_pattern else RANK
         shapes: list[tuple[str, list[str | int | None], tuple[int, int]]] = [
-            (slot.a, [slot.in_features, RANK], (slot.in_features, 1)),
-            (slot.b, [RANK, slot.out_features], (1, slot.out_features)),
+            (slot.a, [slot.in_features, rank], (slot.in_features, 1)),
+            (slot.b, [rank, slot.out_features], (1, slot.out_features)),
         ]
         for name, shape, default in shapes:
             graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
@@ -96,7 +98,7 @@ def graph_values(lora: Lora, parameters: Parameters) -> dict[str, NDArray[np.flo
     values: dict[str, NDArray[np.float32]] = {}
     for slot in lora.slots:
         values[slot.a] = np.ascontiguousarray(parameters[slot.a].T)
-        values[slot.b] = np.ascontiguousarray(parameters[slot.b].T) * np.float32(lora.scaling)
+        values[slot.b] = np.ascontiguousarray(parameters[slot.b].T) * np.float32(lora.scaling_of(slot.module))
     return values
 
 

@@ -63,7 +63,7 @@ def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters
             name = weight_name(tensor.name)
             if name in layers:
                 weight = _read_weight(layers[name], tensor, tensors, mapped)
-                update = _update_of(products[name], lora.scaling, parameters) if name in products else None
+                update = _update_of(products[name], lora, parameters) if name in products else None
                 written += write_layer(data, layers[name], name, weight, update)
             elif tensor.name not in scales:
                 written.append(_append(data, tensor.name, tensor.data_type, tensor.dims, [_bytes_of(tensor, mapped)]))
@@ -74,8 +74,9 @@ def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters
     onnx.save(model, str(output / MODEL))
 
 
-def _update_of(product: Product, scaling: float, parameters: Parameters) -> _Update:
-    return parameters[product.slot.a], parameters[product.slot.b][product.start : product.stop] * np.float32(scaling)
+def _update_of(product: Product, lora: Lora, parameters: Parameters) -> _Update:
+    slot, scaling = product.slot, np.float32(lora.scaling_of(product.slot.module))
+    return parameters[slot.a], parameters[slot.b][product.start : product.stop] * scaling
 
 
 def _write_fp32(

@@ -3,13 +3,15 @@
 A folder holds `adapter_config.json` and `adapter_model.safetensors`. One that edgetune wrote also holds
 `edgetune.json`, the contract with its base: SHA-256 of base, tokenizer and chat template, the LoRA slots, and every
 file with its hash.
-A folder without a contract is judged by its configuration and its tensors alone: plain LoRA (scaling alpha / rank, no
-bias) on exactly the bundle's projections, in float32, float16 or bfloat16. Pickle is never opened.
+A folder without a contract is judged by its configuration and its tensors alone: LoRA without bias, with the bundle's
+ranks and scaling, on exactly its projections, in float32, float16 or bfloat16. Pickle is never opened.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +28,7 @@ from edgetune.formats.manifest import ADAPTER_FORMAT, FORMAT_VERSION, AdapterMan
 from edgetune.formats.manifest_json import write_manifest
 from edgetune.formats.safetensors_file import StoredTensor, read_header
 from edgetune.formats.storage import recover, write_file
-from edgetune.model.lora import Lora, Parameters, _require_slots, initial_parameters
+from edgetune.model.lora import Lora, Parameters, Slot, _require_slots, initial_parameters
 
 MANIFEST = "edgetune.json"
 CONFIG = "adapter_config.json"
@@ -50,6 +52,12 @@ _FLOAT_BYTES = 4
 _HEADER, _FILE, _PROVENANCE = 128, 4096, 1 << 15
 """Bytes that a tensor takes beside its name and values, a short file, and what is said of how an adapter came to be."""
 
+_PROJECTIONS = MODULES_OF_TARGETS["all-linear"]
+PATTERNS = ("rank_pattern", "alpha_pattern")
+"""Fields that give some modules another rank or alpha."""
+_SCALE_KEYS = ("r", "lora_alpha", "use_rslora", *PATTERNS)
+"""Fields that say ranks, and what an update is scaled with."""
+_PLAIN_KEY = re.compile(r"\^?[A-Za-z0-9_.]{1,255}")
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is; the others (PiSSA, OLoRA, …) rewrite its weights."""
 _SILENT_FIELDS = frozenset(
@@ -96,9 +104,9 @@ def write_adapter(
         folder: A folder under construction (`storage.atomic_folder`).
         base: The base the adapter was trained on.
         tokenizer: The tokenizer its rows went through.
-        lora: Rank, alpha and the slots that were trained; where they leave whole layers out, PEFT is told which to take
-            (`layers_to_transform`).
-        parameters: The values, of the shapes that `lora` lists; written as float32, bit for bit.
+        lora: The bundle's ranks, scaling and slots.
+        parameters: The values, of the shapes that `lora` lists; written as float32, bit for bit. Where those of whole
+            layers are not there, PEFT is told which to take (`layers_to_transform`).
         provenance: How the adapter came to be; for people.
         encoding: How its rows were encoded, and prompts are to be.
 
@@ -108,9 +116,11 @@ def write_adapter(
     from safetensors.numpy import save
 
     _require_finite(parameters, "the trained adapter")
+    everything, lora = lora, lora.of_layers({slot.layer for slot in lora.slots if slot.a in parameters})
     tensors = {PREFIX + name: np.ascontiguousarray(parameters[name], np.float32) for name in lora.shapes()}
     write_file(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    config = json.dumps(_peft_config(base, lora), indent=2, sort_keys=True, ensure_ascii=False)
+    peft = _peft_config(base, lora, all_layers=lora.layers() == everything.layers())
+    config = json.dumps(peft, indent=2, sort_keys=True, ensure_ascii=False)
     write_file(folder / CONFIG, f"{config}\n".encode())
     manifest = AdapterManifest(
         format=ADAPTER_FORMAT,
@@ -126,10 +136,10 @@ def write_adapter(
     return manifest
 
 
-def _peft_config(base: BaseModel, lora: Lora) -> dict[str, Any]:
+def _peft_config(base: BaseModel, lora: Lora, *, all_layers: bool = True) -> dict[str, Any]:
     """PEFT's LoraConfig: the fields that every release since 0.10 reads; the others stay at its defaults."""
     return {
-        "alpha_pattern": {},
+        "alpha_pattern": {module: _shortest(alpha) for module, alpha in lora.alpha_pattern.items()},
         "auto_mapping": None,
         "base_model_name_or_path": base.name,
         "bias": "none",
@@ -137,20 +147,24 @@ def _peft_config(base: BaseModel, lora: Lora) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
-        # None where it goes without saying: the layers begin with the first one.
-        "layers_to_transform": lora.layers() if lora.layers()[0] else None,
-        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        # None where it goes without saying.
+        "layers_to_transform": None if all_layers and not lora.layers()[0] else lora.layers(),
+        "lora_alpha": _shortest(lora.alpha),
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": lora.rank,
-        "rank_pattern": {},
+        "rank_pattern": lora.rank_pattern,
         "revision": None,
         "target_modules": sorted(lora.target_modules),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": lora.rank_stabilised,
     }
+
+
+def _shortest(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) -> dict[str, NDArray[np.float32]]:
@@ -158,7 +172,7 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
 
     Args:
         path: The adapter folder.
-        lora: The bundle's slots, rank and alpha.
+        lora: The bundle's slots, ranks and scaling.
         base: The bundle's base.
         tokenizer: The bundle's tokenizer.
 
@@ -168,7 +182,7 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
 
     Raises:
         UsageError: There is no adapter at `path`.
-        IncompatibleError: It belongs to another base or tokenizer, or has another rank, alpha or slots; names all
+        IncompatibleError: It belongs to another base or tokenizer, or has other ranks, scaling or slots; names all
             that differs.
         VerificationError: A file was changed, cut off, holds pickle or numbers that are not finite; or the bundle has
             no slots.
@@ -191,7 +205,7 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
     if problems:
         title = f"{path} does not fit a bundle of {base.name} with {_described(lora)}:"
         modules = {name.removesuffix(_A).rpartition(".")[2] for name in found if name.endswith(_A)}
-        advice = _advice(config.get("r"), config.get("lora_alpha"), modules, lora)
+        advice = _advice(config, modules, lora)
         raise IncompatibleError("\n".join([title, *problems, *advice]))
     parameters = _read_tensors(weights, trained)
     _require_finite(parameters, str(weights))
@@ -233,12 +247,11 @@ def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenize
     if manifest.tokenizer.chat_template_sha256 != tokenizer.chat_template_sha256:
         theirs, ours = manifest.tokenizer.chat_template_sha256 or "none", tokenizer.chat_template_sha256 or "none"
         problems.append(f"the adapter's chat template is {theirs[:16]}, the bundle's {ours[:16]}")
-    shapes = lora.of_layers(manifest.lora.layers()).shapes()
-    if (manifest.lora.rank, manifest.lora.alpha, manifest.lora.shapes()) != (lora.rank, lora.alpha, shapes):
+    if not manifest.lora.computes_as(lora.of_layers(manifest.lora.layers())):
         problems.append(f"the adapter has {_described(manifest.lora)}, the bundle {_described(lora)}")
     if problems:
         fix = "use the bundle it was trained with, or train it anew"
-        advice = _advice(manifest.lora.rank, manifest.lora.alpha, set(manifest.lora.target_modules), lora)
+        advice = _advice(_peft_config(manifest.base, manifest.lora), set(manifest.lora.target_modules), lora)
         raise IncompatibleError("\n".join([f"{path} does not fit the bundle:", *problems, fix, *advice]))
     if unlisted := {CONFIG, WEIGHTS} - {entry.path for entry in manifest.files}:
         raise VerificationError(f"{source}: does not list {', '.join(sorted(unlisted))}; copy the folder again")
@@ -247,31 +260,56 @@ def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenize
 
 def _described(lora: Lora) -> str:
     modules = ", ".join(sorted(lora.target_modules))
-    return f"rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.slots)} slots on {modules}"
+    return f"{lora.in_words()}, {len(lora.slots)} slots on {modules}"
 
 
-def _advice(rank: object, alpha: object, modules: set[str], lora: Lora) -> list[str]:
-    """How to get a bundle with an adapter's rank, alpha and slots, or why there can be none; nothing if this fits."""
+def _advice(config: Mapping[str, Any], modules: set[str], lora: Lora) -> list[str]:
+    """How to get a bundle with an adapter's ranks, alphas and slots, or why there can be none; nothing if this fits."""
     if not modules:
         return []
-    targets = next((name for name, of in MODULES_OF_TARGETS.items() if modules == set(of)), None)
-    if targets is None:
-        choices = ", or ".join(f"{', '.join(of)} ({name})" for name, of in MODULES_OF_TARGETS.items())
+    if unknown := sorted(modules - set(_PROJECTIONS)):
         return [
-            f"the adapter is on {_short(sorted(modules))}, and no `edgetune prepare` line gives exactly such slots; "
-            f"train it again on {choices}"
+            f"the adapter is on {_short(sorted(modules))}, and no `edgetune prepare` line gives slots on "
+            f"{_short(unknown)}; train it again on some of {', '.join(_PROJECTIONS)}"
         ]
+    rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= lora.highest_rank or not _is_positive(alpha):
         return [
             f"no `edgetune prepare` line takes r {_short(rank)} and lora_alpha {_short(alpha)}; train it again with a "
             f"whole number from 1 to {lora.highest_rank} and a number above 0"
         ]
-    if (rank, alpha, modules) == (lora.rank, lora.alpha, set(lora.target_modules)):
+    patterns = {key: config.get(key) or {} for key in PATTERNS}
+    for key, pattern in patterns.items():
+        if not is_pattern(key, pattern) or not pattern.keys() <= modules:
+            return [
+                f"no `edgetune prepare` line takes {key} {_short(pattern)}; train it again with a pattern of the "
+                "projections' names, such as down_proj"
+            ]
+    asked = Lora(rank, alpha, sorted(modules), [], bool(config.get("use_rslora")), **patterns)
+    if set(lora.target_modules) == modules and all(
+        (asked.rank_of(module), asked.scaling_of(module)) == (lora.rank_of(module), lora.scaling_of(module))
+        for module in modules
+    ):
         return []
+    targets = next((name for name, of in MODULES_OF_TARGETS.items() if modules == set(of)), "")
+    flags = "".join(
+        f" --{key.replace('_', '-')} {module}={value:g}" for key in PATTERNS for module, value in patterns[key].items()
+    )
+    rslora = " --rslora" if asked.rank_stabilised else ""
     return [
         "a bundle of the adapter's rank, alpha and projections: "
-        f"edgetune prepare CHECKPOINT --rank {rank} --alpha {alpha:g} --targets {targets} --output BUNDLE"
+        f"edgetune prepare CHECKPOINT --rank {rank} --alpha {alpha:g}{rslora}{flags} "
+        f"--targets {targets or ','.join(name for name in _PROJECTIONS if name in modules)} --output BUNDLE"
     ]
+
+
+def is_pattern(key: str, value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether it is a pattern of PEFT's whose keys are plain names, as ends of modules' names or whole ones.
+
+    Others are regular expressions, which take as long as whoever wrote them likes.
+    """
+    fits = (lambda each: type(each) is int and each >= 1) if key == "rank_pattern" else _is_positive
+    return isinstance(value, dict) and all(_PLAIN_KEY.fullmatch(name) and fits(each) for name, each in value.items())
 
 
 def _is_positive(value: object) -> TypeGuard[float]:
@@ -283,10 +321,7 @@ def _config_problems(config: Mapping[str, Any], lora: Lora) -> list[str]:
     problems = []
     if (kind := left.pop("peft_type", None)) != "LORA":
         problems.append(f"{CONFIG}: peft_type is {_short(kind)}, expected 'LORA'")
-    for key, expected in (("r", lora.rank), ("lora_alpha", lora.alpha)):
-        value = left.pop(key, None)
-        if isinstance(value, bool) or value != expected:
-            problems.append(f"{CONFIG}: {key} is {_short(value)}, the bundle's is {expected:g}")
+    problems += _scale_problems({key: left.pop(key, None) for key in _SCALE_KEYS}, lora)
     modules = left.pop("target_modules", None)
     # A pattern names modules only together with a model: then the tensors' names decide alone.
     if isinstance(modules, list):
@@ -301,11 +336,51 @@ def _config_problems(config: Mapping[str, Any], lora: Lora) -> list[str]:
     if left.get("bias") == "none":
         del left["bias"]
     problems += [
-        f"{CONFIG}: {key} is {_short(value)}; edgetune takes plain LoRA, without it"
+        f"{CONFIG}: {key} is {_short(value)}; edgetune takes LoRA without it"
         for key, value in sorted(left.items())
         if value
     ]
     return problems
+
+
+def _scale_problems(given: Mapping[str, Any], lora: Lora) -> list[str]:
+    """What of an adapter's ranks and scaling is not the bundle's; nothing where both compute the same."""
+    rank, alpha, rslora = given["r"], given["lora_alpha"], given["use_rslora"] or False
+    patterns = {key: given[key] or {} for key in PATTERNS}
+    told = [
+        f"{CONFIG}: {key} is {_short(pattern)}, expected numbers above 0 by the names of modules or the ends of names"
+        for key, pattern in patterns.items()
+        if not is_pattern(key, pattern)
+    ]
+    if not told and type(rank) is int and rank >= 1 and _is_positive(alpha) and isinstance(rslora, bool):
+        ranks, alphas = (patterns[key] for key in PATTERNS)
+        if all(
+            _computes(lora, slot, _of_pattern(ranks, slot.name, rank), _of_pattern(alphas, slot.name, alpha), rslora)
+            for slot in lora.slots
+        ):
+            return []
+    ours = {"r": lora.rank, "lora_alpha": _shortest(lora.alpha), "use_rslora": lora.rank_stabilised}
+    theirs = {"r": rank, "lora_alpha": alpha, "use_rslora": rslora}
+    own_patterns: dict[str, Any] = {"rank_pattern": lora.rank_pattern, "alpha_pattern": lora.alpha_pattern}
+    return told + [
+        f"{CONFIG}: {key} is {_short(value)}, the bundle's is {expected}"
+        for key, expected in (ours | own_patterns).items()
+        if isinstance(value := (theirs | patterns)[key], bool) != isinstance(expected, bool) or value != expected
+    ]
+
+
+def _computes(lora: Lora, slot: Slot, rank: int, alpha: float, rslora: bool) -> bool:
+    asked = Lora(rank, alpha, [], [], rslora)
+    scaling, expected = asked.scaling_of(slot.module), lora.scaling_of(slot.module)
+    return rank == lora.rank_of(slot.module) and math.isclose(scaling, expected, rel_tol=1e-6)
+
+
+def _of_pattern(pattern: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    """What a pattern says of a module: the first key that is its name or an end of it (`get_pattern_key` of PEFT)."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return otherwise
 
 
 def _short(value: object) -> str:

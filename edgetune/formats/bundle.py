@@ -250,8 +250,18 @@ def _impossible_parameters(lora: Lora) -> list[str]:
         for slot in lora.slots
         if not all(1 <= size <= _LARGEST_SIZE for size in (slot.in_features, slot.out_features))
     ]
-    if lora.rank > (widest := lora.highest_rank):
-        problems.append(f"lora.rank is {lora.rank}, expected at most the {widest} features of the widest slot")
+    widest = lora.highest_rank
+    ranks = {"rank": lora.rank, **{f"rank_pattern.{module}": rank for module, rank in lora.rank_pattern.items()}}
+    problems += [
+        f"lora.{name:.80} is {rank}, expected at most the {widest} features of the widest slot"
+        for name, rank in ranks.items()
+        if rank > widest
+    ]
+    problems += [
+        f"lora has a pattern for {module!r:.80}, expected one of target_modules {', '.join(lora.target_modules):.80}"
+        for module in (*lora.rank_pattern, *lora.alpha_pattern)
+        if module not in lora.target_modules
+    ]
     if (count := lora.parameters) > _MOST_PARAMETERS:
         problems.append(f"the slots have {count:,} parameters, expected at most {_MOST_PARAMETERS:,}")
     return problems

@@ -19,6 +19,7 @@ from cattrs.v import format_exception
 
 from edgetune.errors import IncompatibleError, VerificationError
 from edgetune.formats.manifest import AdapterManifest, Manifest, ModelManifest
+from edgetune.model.lora import Lora
 
 _SHOWN = 10
 """Reasons in one message."""
@@ -54,9 +55,14 @@ for _type, (_expected, _fits) in _VALUES.items():
     _converter.register_structure_hook(_type, _structure)
 
 
+# Not written where they have their defaults, as in manifests that are older than they are.
+_absent = override(omit_if_default=True)
+_converter.register_unstructure_hook(
+    Lora,
+    make_dict_unstructure_fn(Lora, _converter, rank_stabilised=_absent, rank_pattern=_absent, alpha_pattern=_absent),
+)
 for _kind in (AdapterManifest, ModelManifest):
-    # Not written where it has its default, as in manifests that are older than it.
-    _write = make_dict_unstructure_fn(_kind, _converter, encoding=override(omit_if_default=True))
+    _write = make_dict_unstructure_fn(_kind, _converter, encoding=_absent)
     _converter.register_unstructure_hook(_kind, _write)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,11 @@ class Slot:
         return int(found[1]) if found else 0
 
     @property
+    def module(self) -> str:
+        """The last part of its name, such as `qkv_proj`: what targets and patterns say."""
+        return self.name.rpartition(".")[2]
+
+    @property
     def a(self) -> str:
         """Name of the A parameter in the checkpoint and in the whole step's graphs; layered ones take slices of it."""
         return f"{self.name}.lora_A.weight"
@@ -49,15 +54,39 @@ class Lora:
     alpha: float
     target_modules: list[str]
     slots: list[Slot]
+    rank_stabilised: bool = False
+    """Whether alpha is divided by the root of the rank (rsLoRA, Kalajdzievski 2023), not by the rank."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of projections, such as `down_proj`, that have another one, in all layers."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Their alphas, in the same way."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; expected at least 1")
+        for module, rank in {"": self.rank, **self.rank_pattern}.items():
+            if rank < 1:
+                raise ValueError(f"rank{module and f' of {module}'} is {rank}; expected at least 1")
 
-    @property
-    def scaling(self) -> float:
-        """What B·A is multiplied with (Hu et al. 2021): alpha / rank."""
-        return self.alpha / self.rank
+    def rank_of(self, module: str) -> int:
+        """The rank of the slots of a projection, by the last part of its name."""
+        return self.rank_pattern.get(module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """What B·A of a projection's slots is multiplied with: alpha / rank (Hu et al. 2021), or alpha / √rank."""
+        rank = self.rank_of(module)
+        return self.alpha_pattern.get(module, self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+    def in_words(self) -> str:
+        """Ranks and alphas, such as `rank 8 (down_proj 32), alpha 16, rsLoRA`."""
+        patterns = (self.rank_pattern, self.alpha_pattern)
+        ranks, alphas = ("".join(f" ({module} {value:g})" for module, value in each.items()) for each in patterns)
+        return f"rank {self.rank}{ranks}, alpha {self.alpha:g}{alphas}{', rsLoRA' if self.rank_stabilised else ''}"
+
+    def computes_as(self, other: Lora) -> bool:
+        """Whether the same parameters mean the same: the slots, and what each is scaled with, up to rounding."""
+        return self.shapes() == other.shapes() and all(
+            math.isclose(self.scaling_of(slot.module), other.scaling_of(slot.module), rel_tol=1e-6)
+            for slot in self.slots
+        )
 
     @property
     def highest_rank(self) -> int:
@@ -85,8 +114,9 @@ class Lora:
         """Name and shape of every parameter, A before B, slot by slot."""
         shapes: dict[str, tuple[int, int]] = {}
         for slot in self.slots:
-            shapes[slot.a] = (self.rank, slot.in_features)
-            shapes[slot.b] = (slot.out_features, self.rank)
+            rank = self.rank_of(slot.module)
+            shapes[slot.a] = (rank, slot.in_features)
+            shapes[slot.b] = (slot.out_features, rank)
         return shapes
 
 
@@ -112,7 +142,7 @@ def initial_parameters(lora: Lora, seed: int) -> dict[str, NDArray[np.float32]]:
     parameters = {name: piece.reshape(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
     for slot in lora.slots:
         bound = slot.in_features**-0.5
-        parameters[slot.a][...] = generator.uniform(-bound, bound, (lora.rank, slot.in_features))
+        parameters[slot.a][...] = generator.uniform(-bound, bound, shapes[slot.a])
     return parameters
 
 

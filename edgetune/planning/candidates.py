@@ -74,9 +74,10 @@ def footprint_of(name: str, request: RunRequest, plan: PlanName) -> Footprint | 
     if not _has_method(runtime, request):
         raise UsageError(f"--runtime {name} has no --method {request.method}; use --runtime auto")
     footprint = None if plan == "whole" else layered_footprint(runtime, request.precision)
-    layered = plan not in ("auto", "whole") or request.precision != "auto" or request.trunk is not None
+    layered = plan not in ("auto", "whole") or request.needs_layers
     if footprint is None and (layered or not abilities.whole):
         asked = f"--plan {plan}" if request.precision == "auto" else f"--precision {request.precision}"
+        asked = asked if request.layers is None else f"--layers {request.layers}"
         asked = asked if request.trunk is None else "--trunk"
         raise UsageError(f"--runtime {name} does not execute {asked}; use --runtime auto")
     return footprint

@@ -81,7 +81,13 @@ class Choice:
         return self.runtime.abilities().emulation
 
 
-def choose(manifest: BundleManifest, request: RunRequest, work: Work, trunk: TrunkUse | None = None) -> Choice:
+def choose(
+    manifest: BundleManifest,
+    request: RunRequest,
+    work: Work,
+    trunk: TrunkUse | None = None,
+    layers: range | None = None,
+) -> Choice:
     """The fastest runtime and plan that the request, its place and the bundle allow.
 
     Args:
@@ -89,6 +95,7 @@ def choose(manifest: BundleManifest, request: RunRequest, work: Work, trunk: Tru
         request: What the run asks for.
         work: The largest pass of training and of validation.
         trunk: What the bundle's trunk does in the run; none where the request has none.
+        layers: Those that are trained; none where the request has none.
 
     Raises:
         IncompatibleError: The bundle does not have the form that was asked for, or the device not the runtime.
@@ -96,7 +103,7 @@ def choose(manifest: BundleManifest, request: RunRequest, work: Work, trunk: Tru
         UsageError: No runtime executes the plan.
     """
     plan = request.plan if request.accelerator is not None else _plan_of_bundle(manifest, request)
-    given = LayeredPlan(trunk=trunk, forward_only=request.forward_only)
+    given = LayeredPlan(trunk=trunk, layers=layers, forward_only=request.forward_only)
     names, notes = candidates(request, plan)
     planned = []
     for name in names:
@@ -122,11 +129,11 @@ def _plan_of_bundle(manifest: BundleManifest, request: RunRequest) -> PlanName:
     folder = f"{LAYERS}/{INT8}/" if request.precision == "int8" else f"{LAYERS}/"
     if any(graph.role.startswith(folder) for graph in manifest.graphs):
         return request.plan
-    layered = request.plan not in ("auto", "whole") or request.precision != "auto" or request.trunk is not None
+    layered = request.plan not in ("auto", "whole") or request.needs_layers
     if layered or request.memory_budget_bytes is not None or request.runtime == "openvino":
         raise IncompatibleError(
             f"the bundle has no graphs under {folder}; prepare it again, or leave --runtime, --plan and --precision at "
-            "auto and give no --memory-budget"
+            "auto and give no --memory-budget and no --layers"
         )
     return "whole"
 

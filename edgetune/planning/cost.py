@@ -37,21 +37,22 @@ def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, 
         weights = s.layers * sum(s.weights.values())
         dequantised = dequantise * (weights + s.head) if layered and not layered.resident else 0.0
         return weights * positions + repeated + attention * s.layers + s.head * logits + dequantised
-    kept = layered.kept_layers if layered else s.layers
-    again = s.layers - kept
+    kept = layered.kept_layers if layered else s.backward_layers
+    again = s.backward_layers - kept
+    both = s.layers + s.backward_layers
     # Forward and backward; of what is computed again, the last product of a sublayer is not needed.
-    products = 2.0 * s.layers * sum(s.weights.values())
+    products = float(both) * sum(s.weights.values())
     products += again * sum(s.weights[name] - s.hidden * width for name, width in _last_products(s).items())
     # Attention multiplies queries with keys and scores with values: forward, twice in the backward pass, and again.
-    passes_of_attention = 3 * s.layers + again
+    passes_of_attention = s.layers + 2 * s.backward_layers + again
     if layered and layered.lean:
         products += s.weights["attention"] * again
         passes_of_attention += again
     passes = 2 if layered is None or head_tokens(s, layered) == s.vocabulary else 3
-    cost = products * positions + 2 * repeated + attention * passes_of_attention
+    cost = products * positions + both / s.layers * repeated + attention * passes_of_attention
     cost += passes * s.head * logits
     if layered and not layered.resident:
-        read = 2 * s.layers * sum(s.weights.values()) + (passes - 1) * s.head
+        read = both * sum(s.weights.values()) + (passes - 1) * s.head
         read += s.weights["attention"] * again if layered.lean else 0
         cost += dequantise * read
     return cost

@@ -80,7 +80,7 @@ def predict_times(bundle: Bundle, workload: Workload, choice: Choice, request: R
         return Times(None, None, None, f"unknown: the profile {profile.name} has no figure hardware.products")
     seconds, starts = measured.seconds, _starts(measured, choice, steps)
     # All matrices but one that the first step moves alone, and others do not.
-    probes = len(bundle.manifest.lora.from_layer(choice.plan.trunk_layers).slots) - 1
+    probes = len(choice.plan.trained_slots(bundle.manifest.lora).slots) - 1
     passes = 1 if request.queries is None else passes_a_step(request.queries.queries)
     if choice.plan.forward_only:
         starts[0] += probes * sum(seconds(work(shape)) for shape in steps[0])

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from edgetune.data.encode import Example
-from edgetune.errors import IncompatibleError, ResourceError
+from edgetune.errors import IncompatibleError, ResourceError, UsageError
 from edgetune.formats.bundle import Bundle
+from edgetune.formats.manifest import BundleManifest
 from edgetune.formats.trunk import read_trunk_info
 from edgetune.planning.choice import Choice, TooLargeError, choose
 from edgetune.planning.cost import CostModel
@@ -74,6 +75,7 @@ class Fitting:
         workload = Workload(self._bundle.manifest, self._rows, self._valid, request)
         require_rows_fit(request, workload.longest())
         trunk = trunk_use(self._bundle, request, [*self._rows, *self._valid])
+        layers = trained_layers(self._bundle.manifest, request, 0 if trunk is None else trunk.layers)
         found: dict[Work, Fit] = {}
         refused: list[TooLargeError] = []
         for rows in self._pass_rows():
@@ -82,7 +84,7 @@ class Fitting:
             if work in found:
                 continue
             try:
-                choice = choose(self._bundle.manifest, request, work, trunk)
+                choice = choose(self._bundle.manifest, request, work, trunk, layers)
             except TooLargeError as error:
                 refused.append(error)
                 continue
@@ -138,6 +140,31 @@ class Fitting:
             for rows in (self._rows, self._valid)
         )
         return Fitting(self._bundle, cut, valid, self._request)._fastest().choice
+
+
+def trained_layers(manifest: BundleManifest, request: RunRequest, below: int) -> range | None:
+    """The decoder layers that a run trains; none where it trains all that it can.
+
+    Args:
+        manifest: The bundle's.
+        request: What the run asks for.
+        below: Layers of the trunk.
+
+    Raises:
+        UsageError: There are no such layers, or the trunk computes some of them.
+    """
+    asked, count = request.layers, manifest.architecture.num_hidden_layers
+    if asked is None:
+        return None
+    layers = range(asked.first, count if asked.last is None else asked.last + 1)
+    if not layers or layers.stop > count:
+        raise UsageError(f"--layers {asked}: the bundle has layers 0 to {count - 1}; give some of these")
+    if layers.start < below:
+        raise UsageError(
+            f"--layers {asked}: the trunk computes layers 0 to {below - 1}, which have no adapter then; give some of "
+            f"{below} to {count - 1}, or train without --trunk"
+        )
+    return None if layers == range(below, count) else layers
 
 
 def trunk_use(bundle: Bundle, request: RunRequest, examples: Sequence[Example]) -> TrunkUse | None:

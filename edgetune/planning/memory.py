@@ -73,6 +73,9 @@ class Sizes:
         layered = any(graph.role.startswith(f"{LAYERS}/") for graph in manifest.graphs)
         pieces = pieces_of(manifest, wide=plan.wide) if layered else cut(a)
         self.layers = a.num_hidden_layers - plan.trunk_layers
+        """Those that the plan runs itself."""
+        self.backward_layers = a.num_hidden_layers - plan.first_trained
+        """Those of them that have a backward pass: from the lowest that is trained on."""
         self.trunk_layers = plan.trunk_layers
         self.trunk = trunk_bytes(manifest) if plan.trunk_layers else 0
         """Bytes of the trunk's graph: its weights as they are stored and as they are multiplied."""
@@ -82,7 +85,7 @@ class Sizes:
         """Query channels of a piece; `heads` counts the heads of a piece, too."""
         self.inner = a.intermediate_size // pieces.mlp
         self.vocabulary = a.vocab_size
-        self.adapter = manifest.lora.from_layer(plan.trunk_layers).parameters
+        self.adapter = plan.trained_slots(manifest.lora).parameters
         """Number of trainable parameters."""
         self.pieces = dict(zip(SUBLAYERS, (pieces.attention, pieces.mlp), strict=True))
         self.weights = frozen_weights(a)
@@ -114,7 +117,7 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: LayeredPla
     layer = sum(s.pieces[name] * s.kept[name] for name in SUBLAYERS)
     # A layer that keeps nothing writes what it could keep to one place that all of them share; a lean one its
     # attention's to a place for each piece.
-    shared = 0 if plan.kept_layers == s.layers else sum(s.kept.values())
+    shared = 0 if plan.kept_layers == s.backward_layers else sum(s.kept.values())
     if plan.lean and shared:
         shared += s.pieces["attention"] * s.kept["attention"]
     copies = _FORWARD_COPIES if plan.forward_only else _ADAPTER_COPIES
@@ -138,9 +141,11 @@ def _states(s: Sizes, f: Footprint, plan: LayeredPlan) -> int:
     between = _FLOAT_BYTES * _BETWEEN_GRAPHS
     if plan.lean:
         # What enters a layer; of layers that keep their activations, what enters the feed-forward network as well.
-        return _HALF * (s.layers + 1 + plan.kept_layers) + _FLOAT_BYTES * _TURNS + between
-    turns = 0 if f.storage_bytes == _FLOAT_BYTES else _FLOAT_BYTES * _TURNS
-    return f.storage_bytes * (2 * s.layers + 1) + turns + between
+        return _HALF * (s.backward_layers + 1 + plan.kept_layers) + _FLOAT_BYTES * _TURNS + between
+    # Layers without a backward pass keep none of theirs.
+    as_computed = f.storage_bytes == _FLOAT_BYTES and s.backward_layers == s.layers
+    turns = 0 if as_computed else _FLOAT_BYTES * _TURNS
+    return f.storage_bytes * (2 * s.backward_layers + 1) + turns + between
 
 
 def _weights(s: Sizes, f: Footprint, plan: LayeredPlan) -> float:
@@ -152,7 +157,7 @@ def _weights(s: Sizes, f: Footprint, plan: LayeredPlan) -> float:
     # The head's weight shares memory with a piece's first one.
     rest = max(_WITHOUT_FIRST * s.weights[name] / s.pieces[name] for name in SUBLAYERS)
     # Exact ones are given back before a backward pass, which needs more unless all activations are kept.
-    exact = plan.exact_layers and (plan.forward_only or plan.kept_layers == s.layers)
+    exact = plan.exact_layers and (plan.forward_only or plan.kept_layers == s.backward_layers)
     weight = max(f.weight_bytes, f.storage_bytes) if exact else f.weight_bytes
     return weight * rest + f.storage_bytes * head_tokens(s, plan) * s.hidden
 
@@ -163,17 +168,17 @@ def _graphs(s: Sizes, f: Footprint, work: Work, plan: LayeredPlan) -> float:
     head = rows * (f.logit_bytes * tokens + f.hidden_state_bytes * s.hidden)
     share = f.forward_share if plan.forward_only else 1.0
     # A lean plan's attention keeps its activations until the backward pass, which comes next.
-    score = f.kept_score_bytes if plan.lean or plan.kept_layers == s.layers else f.attention_score_bytes
+    score = f.kept_score_bytes if plan.lean or plan.kept_layers == s.backward_layers else f.attention_score_bytes
     largest = (work.positions, work.scores)
     if not f.together:
         sublayers = share * max(_sublayers(s, f, *largest, score))
         return max(sublayers, head) + f.apart_share * min(sublayers, head)
     # Where some layers are computed again and others are not, there are two graphs for the backward pass.
-    both = 0 < plan.kept_layers < s.layers
+    both = 0 < plan.kept_layers < s.backward_layers
     each = [f.shape_bytes + sum(_sublayers(s, f, *shape, score)) for shape in (largest, *work.others)]
     # Beside the largest are those that came last, whichever they are.
     others = sum(each[1:]) * min(1.0, (f.shapes_held - 1) / max(1, len(work.others)))
-    held = each[0] + (_OTHERS_KEPT if plan.kept_layers == s.layers else 1.0) * others
+    held = each[0] + (_OTHERS_KEPT if plan.kept_layers == s.backward_layers else 1.0) * others
     exact = f.forward_share * held if plan.exact_layers else 0.0
     return share * (1.4 if both else 1.0) * held + exact + head
 

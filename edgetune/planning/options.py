@@ -14,6 +14,8 @@ from edgetune.planning.candidates import require_runtime
 from edgetune.planning.run import RunRequest, run_request
 from edgetune.runtimes.execution import ACCELERATING
 
+_WHOLE_ALONE = ("ort-training", "qnn", "openvino-ep")
+"""Runtimes that have the whole step and no other form."""
 _OF_BACKWARD = ("keep", "recompute")
 
 
@@ -117,6 +119,11 @@ def _contradictions(config: TrainConfig, accelerated: bool) -> Iterator[str]:
         yield f"--runtime {name} does not execute the whole step in --precision {config.precision}; leave that out"
     if config.trunk and (accelerated or config.plan == "whole"):
         yield "--trunk trains the layers above the trunk layer by layer, not as one graph; leave --plan at auto"
+    if config.layers is not None and (accelerated or config.plan == "whole" or name in _WHOLE_ALONE):
+        yield (
+            f"--layers {config.layers} trains layer by layer, and the whole step as one graph has every gradient; "
+            "leave --plan and --runtime at auto, or --layers out"
+        )
     if config.trunk and config.precision != "auto":
         yield f"--trunk trains the layers above the trunk exactly; leave --precision {config.precision} out"
     if facts is not None and accelerated and config.require_npu and facts.device(config.device_type) != "NPU":

@@ -45,7 +45,7 @@ class Planner:
         manifest: Of a bundle with the layered form.
         footprint: The runtime's.
         work: The largest pass.
-        given: What every plan has: the trunk, and whether it runs forward alone.
+        given: What every plan has: the trunk, the layers that are trained, and whether it runs forward alone.
     """
 
     def __init__(self, manifest: BundleManifest, footprint: Footprint, work: Work, given: LayeredPlan) -> None:
@@ -88,7 +88,7 @@ class Planner:
         s, precision = self._sizes[wide], self._footprint.precision
         exact = max(0, s.layers - _INT8_LAYERS) // _EXACT_EVERY if precision == "int8" else 0
         given = replace(self._given, precision=precision, exact_layers=exact, wide=wide)
-        kept = {"keep": [s.layers], "recompute": [0], "stream": [0]}.get(name, range(s.layers + 1))
+        kept = {"keep": [s.backward_layers], "recompute": [0], "stream": [0]}.get(name, range(s.backward_layers + 1))
         kept = [0] if self._given.forward_only else kept
         for resident in {"keep": [True], "recompute": [True], "stream": [False]}.get(name, [True, False]):
             for tokens in [s.vocabulary] if resident else _head_tokens(s):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune.config import Method, PlanName, RuntimeName, TrainConfig, TrainingPrecision
 from edgetune.data.buckets import Bucket, parse_buckets
 from edgetune.devices.place import Place
+from edgetune.errors import UsageError
 from edgetune.formats.manifest import RowEncoding
 from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.execution import Accelerator
 from edgetune.runtimes.forward_only import QueryConfig
 from edgetune.text.byte_size import parse_bytes
 from edgetune.text.time_span import parse_seconds
+
+_LAYERS = re.compile(r"(\d{1,6})(-(\d{1,6})?)?")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,34 @@ class TrunkRequest:
 
 
 @dataclass(frozen=True)
+class LayerSpan:
+    """Which decoder layers are to be trained, whatever the model's number of them."""
+
+    first: int
+    last: int | None
+    """None is the model's last."""
+
+    def __str__(self) -> str:
+        """As `--layers` takes it."""
+        if self.last is None:
+            return f"{self.first}-"
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+def parse_layers(text: str) -> LayerSpan:
+    """Read `16-31`, `16-` or `16`.
+
+    Raises:
+        UsageError: It is none of them.
+    """
+    found = _LAYERS.fullmatch(text)
+    if found is None or (found[3] and int(found[3]) < int(found[1])):
+        raise UsageError(f"--layers {text!r:.40}: expected layers counted from 0, such as 16-31, 16- or 16")
+    first = int(found[1])
+    return LayerSpan(first, int(found[3]) if found[3] else None if found[2] else first)
+
+
+@dataclass(frozen=True)
 class RunRequest:
     """A run, as planning sees it: every option is checked and has its own type."""
 
@@ -63,7 +95,9 @@ class RunRequest:
     plan: PlanName
     precision: TrainingPrecision
     trunk: TrunkRequest | None
-    """None where all layers are trained."""
+    """None where the plan runs all layers itself."""
+    layers: LayerSpan | None
+    """None where all layers above the trunk are trained."""
     queries: QueryConfig | None
     """How forward-only training estimates the gradient; none where a backward pass computes it."""
     memory_budget_bytes: int | None
@@ -82,6 +116,11 @@ class RunRequest:
     """Wall time after which the run pauses; none for as long as it takes."""
     free_memory_bytes: int | None = None
     """Memory to take as free here: what was free when a run that goes on was planned. None where it is asked for."""
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether only the layered form does what is asked for, whatever the plan."""
+        return self.precision != "auto" or self.trunk is not None or self.layers is not None
 
     @property
     def forward_only(self) -> bool:
@@ -107,7 +146,7 @@ def run_request(config: TrainConfig, place: Place, *, accelerated: bool) -> RunR
         accelerated: Whether the runtime executes the whole step in static shapes.
 
     Raises:
-        UsageError: A size or a list of shapes that is none.
+        UsageError: A size, a list of shapes or layers that are none.
     """
     accelerator = Accelerator(config.device_type, config.soc_model, config.require_npu)
     queries = QueryConfig(config.queries, config.perturbation_size, config.seed)
@@ -118,6 +157,7 @@ def run_request(config: TrainConfig, place: Place, *, accelerated: bool) -> RunR
         plan=config.plan,
         precision=config.precision,
         trunk=TrunkRequest(parse_bytes(config.trunk_cache), config.vitisai_config) if config.trunk else None,
+        layers=None if config.layers is None else parse_layers(config.layers),
         queries=queries if config.method == "forward-only" else None,
         memory_budget_bytes=None if config.memory_budget is None else parse_bytes(config.memory_budget),
         shapes=() if config.buckets is None else tuple(parse_buckets(config.buckets)),

@@ -183,7 +183,7 @@ class _Sample:
             batches: That are timed again and again; the first in any case.
             once: Of which what the first step takes more is of interest, and which follow the others.
         """
-        parameters = initial_parameters(self._bundle.manifest.lora, 0)
+        parameters = initial_parameters(self._choice.plan.trained_slots(self._bundle.manifest.lora), 0)
         queries = _QUERIES if self._choice.plan.forward_only else None
         with open_trainer(self._bundle, parameters, self._choice, _OPTIMIZER, queries) as session:
             taken: list[Batch] = []
@@ -261,8 +261,11 @@ def _cut(bundle: Bundle, choice: Choice, layers: int) -> tuple[Bundle, Choice]:
         architecture=replace(manifest.architecture, num_hidden_layers=trunk + layers),
         lora=manifest.lora.of_layers(range(trunk, trunk + layers)),
     )
+    end = trunk + layers
+    backward = manifest.architecture.num_hidden_layers - choice.plan.first_trained
     plan = replace(
         choice.plan,
+        layers=None if choice.plan.layers is None else range(end - max(1, round(share * backward)), end),
         kept_layers=round(share * choice.plan.kept_layers),
         exact_layers=round(share * choice.plan.exact_layers),
     )

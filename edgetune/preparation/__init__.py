@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from edgetune import __version__
-from edgetune.config import MODULES_OF_TARGETS, PrepareConfig, check_config
+from edgetune.config import PrepareConfig, check_config
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.data.source import Source, kept
@@ -23,11 +23,12 @@ from edgetune.formats.frozen_weights import stored_bytes
 from edgetune.formats.manifest import BUNDLE_FORMAT, BUNDLE_VERSION, BaseModel, BundleManifest, Graph, Tokenizer
 from edgetune.formats.storage import atomic_folder, sha256_of
 from edgetune.host.versions import version_of
-from edgetune.model.architecture import Architecture, frozen_weights, slots_of
+from edgetune.model.architecture import Architecture, frozen_weights
 from edgetune.model.blocks import BITS
 from edgetune.model.lora import Lora
 from edgetune.preparation.builder_view import builder_view
 from edgetune.preparation.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
+from edgetune.preparation.slots import check_slots, lora_of
 from edgetune.side_environment import ensure_side_environment
 from edgetune.text.pulse import silent
 
@@ -58,7 +59,8 @@ def prepare(
 
     Raises:
         UsageError: A value of the configuration that cannot be meant; there is no checkpoint, no file of calibration
-            rows or none for gptq, the rank is above the features of the model's widest slot, or the output exists.
+            rows or none for gptq, targets or patterns name what there is not, a rank is above the features of the
+            model's widest slot, or the output exists.
         DataError: Calibration rows that cannot be used; raised before anything is built.
         IncompatibleError: Another family, a broken chat template, or an operator without gradient.
         VerificationError: The checkpoint is incomplete or broken, holds NaN or infinity, or names no end-of-text token.
@@ -68,6 +70,7 @@ def prepare(
         EdgetuneError: Olive failed.
     """
     check_config(config)
+    lora_of(config)
     if config.quantiser == "gptq":
         if config.base != "int4":
             raise UsageError(f"quantiser gptq belongs to base int4; base is {config.base}")
@@ -86,7 +89,7 @@ def _prepare(
 ) -> Bundle:
     provenance = {"edgetune": __version__, **{name: version_of(name) for name in HOST_TOOLS}}
     source = open_checkpoint(checkpoint, download=config.download, blocks=config.base in BITS)
-    _check_rank(source.architecture, config)
+    check_slots(source.architecture, config)
     positions = source.architecture.max_position_embeddings
     if config.max_length > positions:
         say(f"The longest row is {positions} tokens, the model's positions, not {config.max_length}")
@@ -230,17 +233,6 @@ def _in_float16(
     name = next(iter(beyond), None) or max(found, key=lambda each: found[each])
     which = f"{name!r} reaches {found[name]:,.0f} of {LARGEST_HALF:,.0f}"
     return f"{len(beyond)} tensors are not held, the first {which}" if beyond else f"every tensor is held, {which}"
-
-
-def _check_rank(architecture: Architecture, config: PrepareConfig) -> None:
-    """Refuse a rank with which no bundle opens, before the long stages."""
-    modules = MODULES_OF_TARGETS[config.targets]
-    lora = Lora(config.rank, config.alpha, list(modules), slots_of(architecture, modules))
-    if lora.rank > lora.highest_rank:
-        raise UsageError(
-            f"rank {lora.rank} is more than the {lora.highest_rank} features of the model's widest slot; "
-            f"give a --rank of at most {lora.highest_rank}"
-        )
 
 
 def _check_rows(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgetune.config import DeviceType, PlanName, TrainingPrecision
+from edgetune.model.lora import Lora
 
 Precision = Literal["fp32", "bf16", "int8"]
 """In which products are computed."""
@@ -73,6 +74,10 @@ class WholePlan:
         """Lowest layers that are left to a trunk: none."""
         return 0
 
+    def trained_slots(self, lora: Lora) -> Lora:
+        """Those of a bundle's slots that steps change: all."""
+        return lora
+
     def __str__(self) -> str:
         """In a few words."""
         whole = "whole forward pass" if self.forward_only else "whole step"
@@ -114,7 +119,9 @@ class LayeredPlan:
     head_tokens: int | None = None
     """Tokens of the vocabulary whose logits exist at the same time; all when it is not given."""
     trunk: TrunkUse | None = None
-    """What computes the lowest layers; none where all of them are trained."""
+    """What computes the lowest layers; none where the plan runs them itself."""
+    layers: range | None = None
+    """The decoder layers that are trained; without it all that are above the trunk."""
     forward_only: bool = False
     """Run forward alone, and keep nothing for a backward pass."""
 
@@ -122,6 +129,15 @@ class LayeredPlan:
     def trunk_layers(self) -> int:
         """Lowest layers that are left to the trunk."""
         return 0 if self.trunk is None else self.trunk.layers
+
+    @property
+    def first_trained(self) -> int:
+        """The lowest layer that is trained: those below have no backward pass."""
+        return self.trunk_layers if self.layers is None else self.layers.start
+
+    def trained_slots(self, lora: Lora) -> Lora:
+        """Those of a bundle's slots that steps change."""
+        return lora.from_layer(self.trunk_layers) if self.layers is None else lora.of_layers(self.layers)
 
     def __str__(self) -> str:
         """In a few words."""
@@ -131,7 +147,15 @@ class LayeredPlan:
         trunk = [] if self.trunk is None else [f"split, {self.trunk.layers} layers in the trunk"]
         precision = f"{self.precision} above layer {self.exact_layers}" if self.exact_layers else self.precision
         further = [word for word, given in (("lean", self.lean), ("wide pieces", self.wide)) if given]
-        return ", ".join([*trunk, precision, kept, weights, *further])
+        span = self.layers
+        trained = [] if span is None else [f"{layers_text(span)} trained"]
+        return ", ".join([*trunk, *trained, precision, kept, weights, *further])
+
+
+def layers_text(layers: range) -> str:
+    """Layers in words: `layers 16-31`, or `layer 16`."""
+    first, last = layers[0], layers[-1]
+    return f"layer {first}" if first == last else f"layers {first}-{last}"
 
 
 ExecutionPlan = WholePlan | LayeredPlan

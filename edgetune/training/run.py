@@ -199,7 +199,7 @@ def _seal(run: PlannedRun, state: RunState, valid: Path | None, output: Path, fo
         folder,
         base=run.bundle.manifest.base,
         tokenizer=run.bundle.manifest.tokenizer,
-        lora=run.lora,
+        lora=run.bundle.manifest.lora,
         parameters=state.learnt,
         provenance=provenance,
         encoding=run.rows.train.encoding,

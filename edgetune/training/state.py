@@ -37,8 +37,8 @@ class PlannedRun:
 
     @property
     def lora(self) -> Lora:
-        """The slots that are trained: those above the trunk."""
-        return self.bundle.manifest.lora.from_layer(self.fit.choice.plan.trunk_layers)
+        """The slots that are trained."""
+        return self.fit.choice.plan.trained_slots(self.bundle.manifest.lora)
 
     @property
     def execution(self) -> Execution:
@@ -115,7 +115,7 @@ def first_state(run: PlannedRun) -> RunState:
 
     Raises:
         UsageError: That adapter is not there.
-        IncompatibleError: It does not fit the bundle, or changes layers that the trunk computes.
+        IncompatibleError: It does not fit the bundle, or changes layers that are not trained.
         VerificationError: A file of it was changed.
     """
     manifest, start = run.bundle.manifest, run.config.init_adapter
@@ -125,6 +125,11 @@ def first_state(run: PlannedRun) -> RunState:
         parameters = read_adapter(start, manifest.lora, manifest.base, manifest.tokenizer)
     trained = run.lora.shapes()
     lost = [slot for slot in manifest.lora.slots if slot.b not in trained and parameters[slot.b].any()]
+    if lost and run.config.layers is not None:
+        raise IncompatibleError(
+            f"{start} changes {len(lost)} projections of layers that this run does not train, such as {lost[0].name}; "
+            f"start from an adapter of layers {run.config.layers}, or leave --layers out"
+        )
     if lost:
         raise IncompatibleError(
             f"{start} changes {len(lost)} projections of the trunk, such as {lost[0].name}, and a trunk has no "

@@ -19,12 +19,13 @@ from safetensors.numpy import load_file, save_file
 
 from edgetune.cli import main
 from edgetune.cli.prepare import command
-from edgetune.config import MODULES_OF_TARGETS
+from edgetune.config import PrepareConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
-from edgetune.formats.adapter import CONFIG, MANIFEST, WEIGHTS, read_adapter, write_adapter
+from edgetune.formats.adapter import CONFIG, MANIFEST, PREFIX, WEIGHTS, read_adapter, write_adapter
 from edgetune.formats.manifest import AdapterManifest, BaseModel, Tokenizer
 from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.model.lora import Lora, Slot, initial_parameters
+from edgetune.preparation.slots import lora_of
 from support.small_checkpoint import POINTER
 
 HIDDEN, INTERMEDIATE, LAYERS = 16, 24, 2
@@ -126,7 +127,8 @@ def test_peft_loads_what_was_written(tmp_path: Path, phi3: Any) -> None:
         merged.load_state_dict(phi3.state_dict())
         for slot in LORA.slots:
             weight = merged.get_submodule(slot.name).weight
-            weight += LORA.scaling * torch.from_numpy(parameters[slot.b]) @ torch.from_numpy(parameters[slot.a])
+            a, b = (torch.from_numpy(parameters[name]) for name in (slot.a, slot.b))
+            weight += LORA.scaling_of(slot.module) * b @ a
         expected, base = merged(ids).logits, phi3(ids).logits
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # PEFT warns of missing and of unexpected keys
@@ -288,6 +290,13 @@ def test_other_forms_of_lora_are_refused(
         ({"lora_alpha": 0.5}, "--rank 4 --alpha 0.5 --targets all-linear --output BUNDLE"),
         ({"target_modules": ["o_proj", "qkv_proj"]}, "--rank 4 --alpha 6 --targets attention --output BUNDLE"),
         ({"target_modules": r".*(qkv|o)_proj"}, "--rank 4 --alpha 6 --targets attention --output BUNDLE"),
+        ({"target_modules": ["down_proj", "o_proj"]}, "--rank 4 --alpha 6 --targets o_proj,down_proj --output BUNDLE"),
+        ({"use_rslora": True}, "--rank 4 --alpha 6 --rslora --targets all-linear --output BUNDLE"),
+        (
+            {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"o_proj": 5}},
+            "--rank 4 --alpha 6 --rank-pattern down_proj=2 --alpha-pattern o_proj=5 --targets all-linear "
+            "--output BUNDLE",
+        ),
     ],
     ids=str,
 )
@@ -303,16 +312,74 @@ def test_a_form_that_prepare_can_make_comes_with_the_line_that_fits(
     # click keeps the help option of the first context for good: it has to be that of the command line.
     group = click.Context(main, **main.context_settings)
     given = command.make_context("prepare", shlex.split(line.partition("edgetune prepare ")[2]), parent=group).params
-    modules = list(MODULES_OF_TARGETS[given["targets"]])
-    slots = [slot for slot in LORA.slots if slot.name.rpartition(".")[2] in modules]
-    read_adapter(folder, Lora(given["rank"], given["alpha"], modules, slots), BASE, TOKENIZER)
+    patterns = {key: dict(given[key]) for key in ("rank_pattern", "alpha_pattern")}
+    config = PrepareConfig(**{key: given[key] for key in ("rank", "alpha", "targets", "rslora")}, **patterns)
+    slots = [slot for slot in LORA.slots if slot.module in lora_of(config).target_modules]
+    read_adapter(folder, lora_of(config, slots), BASE, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True, "lora_alpha": 3},
+        {"r": 2, "rank_pattern": dict.fromkeys(LORA.target_modules, 4)},
+        {"lora_alpha": 1, "alpha_pattern": dict.fromkeys(MODULES, 6)},
+        {"lora_alpha": 1, "alpha_pattern": {slot.name: 6 for slot in LORA.slots}},
+        {"use_rslora": True, "alpha_pattern": dict.fromkeys(LORA.target_modules, 3)},
+    ],
+    ids=str,
+)
+def test_fields_that_come_to_the_same_are_taken(tmp_path: Path, phi3: Any, options: dict[str, Any]) -> None:
+    """What PEFT computes with them is what the bundle's rank 4 and alpha 6 compute."""
+    folder = saved(tmp_path / "peft", phi3, **options)
+    for name, value in read(folder).items():
+        np.testing.assert_array_equal(value, load_file(folder / WEIGHTS)[PREFIX + name])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_rslora": True}, "use_rslora is True, the bundle's is False"),
+        ({"rank_pattern": {"down_proj": 2}}, "rank_pattern is {'down_proj': 2}, the bundle's is {}"),
+        ({"alpha_pattern": {"layers.1.mlp.down_proj": 2}}, "alpha_pattern is {'layers.1.mlp.down_proj': 2}, the"),
+        ({"alpha_pattern": {".*down_proj": 6}}, "alpha_pattern is {'.*down_proj': 6}, expected numbers"),
+        ({"alpha_pattern": {"down_proj": float("inf")}}, "alpha_pattern is {'down_proj': inf}, expected numbers"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_scaling_is_refused_by_name(tmp_path: Path, phi3: Any, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(IncompatibleError) as caught:
+        read(saved(tmp_path / "peft", phi3, **options))
+    assert f"{CONFIG}: {reason}" in str(caught.value)
+
+
+def test_a_hostile_pattern_takes_no_time(tmp_path: Path, phi3: Any) -> None:
+    """As a regular expression this one would run for as long as the world stands."""
+    folder = saved(tmp_path / "peft", phi3)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"rank_pattern": {"([a-z_.]+)+1x": 4}}))
+    with pytest.raises(IncompatibleError, match="rank_pattern is"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    "method", [{"rank_stabilised": True}, {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 9.0}}], ids=str
+)
+def test_ranks_and_scaling_are_part_of_the_contract(tmp_path: Path, method: dict[str, Any]) -> None:
+    own = replace(LORA, **method)
+    folder = write(tmp_path / "adapter", initial_parameters(own, 0), lora=own)
+    config = json.loads((folder / CONFIG).read_text())
+    assert config["use_rslora"] is own.rank_stabilised
+    assert (config["rank_pattern"], config["alpha_pattern"]) == (own.rank_pattern, own.alpha_pattern)
+    assert read_adapter(folder, own, BASE, TOKENIZER).keys() == own.shapes().keys()
+    with pytest.raises(IncompatibleError, match=r"the adapter has rank 4.*the bundle rank 4, alpha 6"):
+        read_adapter(folder, LORA, BASE, TOKENIZER)
 
 
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        ({"target_modules": ["qkv_proj"]}, "the adapter is on ['qkv_proj'], and no `edgetune prepare` line gives"),
-        ({"target_modules": ["gate_up_proj", "down_proj"]}, "on ['down_proj', 'gate_up_proj'], and no `edgetune"),
+        ({"rank_pattern": {"layers.1.mlp.down_proj": 2}}, "takes rank_pattern {'layers.1.mlp.down_proj': 2}; train"),
         ({"target_modules": [*LORA.target_modules, "lm_head"]}, "'lm_head', 'o_proj', 'qkv_proj'], and no"),
         ({"lora_alpha": 0}, "no `edgetune prepare` line takes r 4 and lora_alpha 0; train it again with a whole"),
     ],
@@ -328,13 +395,12 @@ def test_a_form_that_prepare_cannot_make_says_what_would_fit(
     assert advice in message
     assert "edgetune prepare CHECKPOINT" not in message
     if "target_modules" in options:
-        choices = "qkv_proj, o_proj, gate_up_proj, down_proj (all-linear), or qkv_proj, o_proj (attention)"
-        assert message.endswith(f"train it again on {choices}")
+        assert message.endswith("train it again on some of qkv_proj, o_proj, gate_up_proj, down_proj")
 
 
 def test_no_line_where_rank_alpha_and_projections_fit_already(tmp_path: Path, phi3: Any) -> None:
     with pytest.raises(IncompatibleError) as caught:
-        read(saved(tmp_path / "peft", phi3, use_rslora=True))
+        read(saved(tmp_path / "peft", phi3, lora_bias=True))
     assert "edgetune prepare" not in str(caught.value)
 
 

@@ -470,4 +470,4 @@ def test_slots_name_their_parameters() -> None:
         "model.layers.0.self_attn.qkv_proj.lora_A.weight": (8, 3072),
         "model.layers.0.self_attn.qkv_proj.lora_B.weight": (9216, 8),
     }
-    assert LORA.scaling == 2.0
+    assert LORA.scaling_of("qkv_proj") == 2.0

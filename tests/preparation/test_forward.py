@@ -111,7 +111,7 @@ def test_contract(targets: str, modules: tuple[str, ...], tmp_path: Path) -> Non
         "mlp.gate_up_proj": (128, 384),
         "mlp.down_proj": (192, 128),
     }
-    assert (lora.rank, lora.alpha, lora.scaling) == (5, 7.5, 1.5)
+    assert (lora.rank, lora.alpha, lora.scaling_of("qkv_proj")) == (5, 7.5, 1.5)
     assert sorted(lora.target_modules) == sorted(name.partition(".")[2] for name in modules)
     assert lora.slots == [Slot(f"model.layers.{i}.{name}", *sizes[name]) for i in (0, 1) for name in modules]
     graph = onnx.load(path).graph

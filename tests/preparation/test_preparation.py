@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from edgetune.config import Base, PrepareConfig, Targets
+from edgetune.config import Base, PrepareConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.rows import ChatRow, Message
 from edgetune.errors import ResourceError, UsageError
@@ -193,7 +193,7 @@ def test_answers_end_where_training_ends_them(prepared: Prepared) -> None:
 
 @pytest.mark.parametrize(("targets", "highest"), [("all-linear", 384), ("attention", 256)])
 def test_a_rank_with_which_no_bundle_opens_is_refused_before_anything_is_built(
-    tmp_path: Path, targets: Targets, highest: int
+    tmp_path: Path, targets: str, highest: int
 ) -> None:
     config = PrepareConfig(rank=highest + 1, targets=targets, max_length=64)
     with pytest.raises(UsageError, match=f"^rank {highest + 1} is more than the {highest} .*at most {highest}$"):

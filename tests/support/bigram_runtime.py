@@ -14,10 +14,12 @@ from edgetune.runtimes.contract import Abilities, OptimizerConfig, Runtime, Sess
 from edgetune.runtimes.execution import ExecutionPlan
 from support.tiny_bundle import BASE_LOGITS, LORA, SLOT, VOCABULARY
 
+SCALING = LORA.scaling_of(SLOT.module)
+
 
 def loss_and_gradient(batch: Batch, parameters: Parameters) -> tuple[float, np.ndarray]:
     """Summed loss and d(summed loss)/d(logit table)."""
-    table = (BASE_LOGITS + LORA.scaling * (parameters[SLOT.b] @ parameters[SLOT.a]).T).astype(np.float64)
+    table = (BASE_LOGITS + SCALING * (parameters[SLOT.b] @ parameters[SLOT.a]).T).astype(np.float64)
     log_p = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
     trained = batch.labels != -100
     seen, target = batch.input_ids[trained], batch.labels[trained]
@@ -55,7 +57,7 @@ class BigramSession:
         tokens = sum(batch.trained_tokens for batch in batches)
         gradient = np.sum([gradient for _, gradient in sums], axis=0) / tokens
         a, b = self.parameters[SLOT.a], self.parameters[SLOT.b]
-        grad_a, grad_b = LORA.scaling * (gradient @ b).T, LORA.scaling * (gradient.T @ a.T)
+        grad_a, grad_b = SCALING * (gradient @ b).T, SCALING * (gradient.T @ a.T)
         a -= learning_rate * grad_a
         b -= learning_rate * grad_b
         self.passes.append(len(batches))

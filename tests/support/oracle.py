@@ -34,7 +34,15 @@ def peft_model(checkpoint: Path, bundle: Bundle, parameters: dict[str, Array]) -
     if bundle.manifest.base.weights != "fp32":
         load_stored(model, bundle.path)
     lora = bundle.manifest.lora
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+        use_rslora=lora.rank_stabilised,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+    )
     peft = get_peft_model(model, config).eval()
     for name, parameter in trainable(peft).items():
         parameter.data = torch.from_numpy(np.array(parameters[name]))

@@ -84,7 +84,7 @@ def write_loss_graph(path: Path) -> None:
     ]
     constants = [
         numpy_helper.from_array(BASE_LOGITS, "table"),
-        numpy_helper.from_array(np.array(LORA.scaling, np.float32), "scaling"),
+        numpy_helper.from_array(np.array(LORA.scaling_of(SLOT.module), np.float32), "scaling"),
         numpy_helper.from_array(np.array([1], np.int64), "one"),
     ]
     outputs = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
+from edgetune.config import PrepareConfig
 from edgetune.model.lora import Lora, Slot
 from edgetune.preparation.graphs.skeleton import (
     EXAMPLE_BATCH,
@@ -17,6 +17,7 @@ from edgetune.preparation.graphs.skeleton import (
     skeleton,
     take_parameters,
 )
+from edgetune.preparation.slots import lora_of
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ def export_forward(checkpoint: Path, output: Path, config: PrepareConfig) -> Lor
     }
     forward = _training_forward(model)
     export_module(forward, forward.parameters_taken, arguments, {"objective": {}, "loss": {}, "logits": ROWS}, output)
-    return Lora(config.rank, config.alpha, list(MODULES_OF_TARGETS[config.targets]), slots)
+    return lora_of(config, slots)
 
 
 def _training_forward(model: torch.nn.Module) -> Any:

@@ -25,7 +25,7 @@ from edgetune.preparation.graphs.adamw import build_flat_adamw
 from edgetune.preparation.graphs.dequantise import build_dequantise
 from edgetune.preparation.graphs.head import build_head
 from edgetune.preparation.graphs.skeleton import skeleton
-from edgetune.preparation.graphs.sublayers import ANCHOR, SUBLAYERS, Sublayer, export_sublayer
+from edgetune.preparation.graphs.sublayers import ANCHOR, SUBLAYERS, export_sublayer
 from edgetune.preparation.rewrites.frozen_weights import cancel_transposes, index_weights
 from edgetune.preparation.rewrites.int8_products import build_int8
 from edgetune.preparation.rewrites.lowering import lower
@@ -125,19 +125,23 @@ def build_sublayers(
             name: np.zeros([int(size) for size in dimensions(_value(forward, name))], np.float32)
             for name in [*trainable, ANCHOR]
         }
-        graphs[sublayer.name] = _forward_graph(_copy(forward), hidden, trainable, sublayer)
+        undifferentiated = _copy(forward)
         differentiate(forward, parameters, folder, say)
         gradient = _vector_jacobian_product(ir.load(folder / ARTIFACTS["training_model"]), hidden, trainable)
+        # What only the gradient of a projection without a slot would take is not kept.
+        taken = ir.convenience.create_value_mapping(gradient.graph)
+        kept = [name for name in sublayer.kept if name in taken]
+        graphs[sublayer.name] = _forward_graph(undifferentiated, hidden, trainable, kept)
         graphs[f"{sublayer.name}_grad"] = gradient
-        graphs[f"{sublayer.name}_grad_kept"] = _with_inputs(_copy(gradient), sublayer.kept)
+        graphs[f"{sublayer.name}_grad_kept"] = _with_inputs(_copy(gradient), kept)
     return graphs
 
 
-def _forward_graph(forward: ir.Model, hidden: str, trainable: list[str], sublayer: Sublayer) -> ir.Model:
+def _forward_graph(forward: ir.Model, hidden: str, trainable: list[str], kept: list[str]) -> ir.Model:
     forward.graph.opset_imports[""] = OPSET
     forward.ir_version = IR_VERSION
     _value(forward, hidden).replace_all_uses_with(_value(forward, "hidden"))
-    return _finished(lower(forward, trainable, ["output", *sublayer.kept]))
+    return _finished(lower(forward, trainable, ["output", *kept]))
 
 
 def _vector_jacobian_product(training: ir.Model, hidden: str, trainable: list[str]) -> ir.Model:

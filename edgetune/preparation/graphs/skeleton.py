@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
+from edgetune.config import PrepareConfig
+from edgetune.preparation.slots import lora_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,10 +75,17 @@ def skeleton(checkpoint: Path, config: PrepareConfig, layers: int | None = None)
     architecture.tie_word_embeddings = False
     if layers is not None:
         architecture.num_hidden_layers = layers
-    modules = MODULES_OF_TARGETS[config.targets]
+    lora = lora_of(config)
     with torch.device("meta"):
         model = Phi3ForCausalLM(architecture)
-        adapter = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(modules))
+        adapter = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=lora.target_modules,
+            use_rslora=lora.rank_stabilised,
+            rank_pattern=lora.rank_pattern,
+            alpha_pattern=lora.alpha_pattern,
+        )
         inject_adapter_in_model(adapter, model)
     _scale_early(model)
     model.eval()
@@ -85,7 +93,7 @@ def skeleton(checkpoint: Path, config: PrepareConfig, layers: int | None = None)
 
 
 def _scale_early(model: torch.nn.Module) -> None:
-    """Let alpha / rank scale the few columns that A gives, not the many that B makes of them."""
+    """Let what scales an update scale the few columns that A gives, not the many that B makes of them."""
     from peft.tuners.lora import Linear
 
     for slot in (module for module in model.modules() if isinstance(module, Linear)):

@@ -2,8 +2,8 @@
 
 A sublayer computes output = residual + f(norm(hidden)); of several pieces (edgetune.model.pieces) each adds
 its own. All layers share the graphs: the weights are inputs. Queries, keys and values, and gate and up, which a packed
-projection has together, are computed one by one, so that nothing has to be split or joined; LoRA's alpha / rank scales
-the few columns that A gives.
+projection has together, are computed one by one, so that nothing has to be split or joined; what scales an update
+scales the few columns that A gives.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from transformers import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, apply_rotary_pos_emb
 
-from edgetune.config import MODULES_OF_TARGETS, PrepareConfig
+from edgetune.config import PrepareConfig
 from edgetune.model.architecture import Architecture
+from edgetune.model.lora import Lora
 from edgetune.model.pieces import Pieces, Slice, attention_slices, mlp_slices
 from edgetune.preparation.graphs.skeleton import (
     EXAMPLE_BATCH,
@@ -28,6 +29,7 @@ from edgetune.preparation.graphs.skeleton import (
     export_module,
     rotary_arguments,
 )
+from edgetune.preparation.slots import lora_of
 
 ANCHOR = "anchor"
 """A zero (hidden_size,) that is added to `hidden`: ONNX Runtime Training differentiates parameters only, and passes the
@@ -77,7 +79,8 @@ def export_sublayer(
     model_config = Phi3Config.from_pretrained(checkpoint)
     attention = sublayer.name == "attention"
     cut = attention_slices(architecture, pieces.attention) if attention else mlp_slices(architecture, pieces.mlp)
-    found = {name: _shape(slice_, architecture, config) for name, slice_ in next(cut).items()}
+    lora = lora_of(config)
+    found = {name: _shape(slice_, architecture, lora) for name, slice_ in next(cut).items()}
     shapes = {name: shape for name, shape in found.items() if shape is not None}
     parameters = Parameters(tuple(shapes), tuple(shapes.values()), ())
     states = torch.ones(EXAMPLE_BATCH, EXAMPLE_SEQUENCE, architecture.hidden_size)
@@ -88,18 +91,17 @@ def export_sublayer(
     }
     kept: Axes = ROWS
     module: _Piece
-    scaling = config.alpha / config.rank
     if attention:
-        module, kept = _Attention(model_config, parameters.names, scaling, architecture), {0: "batch", 3: "sequence"}
+        module, kept = _Attention(model_config, parameters.names, lora, architecture), {0: "batch", 3: "sequence"}
         arguments |= rotary_arguments(model_config)
     else:
-        module = _Mlp(model_config, parameters.names, scaling)
+        module = _Mlp(model_config, parameters.names, lora)
     outputs: dict[str, Axes] = {"objective": {}, "output": ROWS, **dict.fromkeys(sublayer.kept, kept)}
     export_module(module, parameters, arguments, outputs, output)
     return [name for name in parameters.names if ".lora_" in name]
 
 
-def _shape(slice_: Slice, architecture: Architecture, config: PrepareConfig) -> tuple[int, ...] | None:
+def _shape(slice_: Slice, architecture: Architecture, lora: Lora) -> tuple[int, ...] | None:
     """Shape of a slice; None for a LoRA parameter of a projection without a slot."""
     a = architecture
     queries = a.num_attention_heads * a.head_dim
@@ -113,23 +115,23 @@ def _shape(slice_: Slice, architecture: Architecture, config: PrepareConfig) -> 
         return (a.hidden_size,)
     _, module, *kind = slice_.parameter.split(".")
     rows, columns = features[module]
-    if kind[0] != "weight" and module not in MODULES_OF_TARGETS[config.targets]:
+    if kind[0] != "weight" and module not in lora.target_modules:
         return None
     if kind[0] == "lora_A":
-        rows = config.rank
+        rows = lora.rank_of(module)
     if kind[0] == "lora_B":
-        columns = config.rank
+        columns = lora.rank_of(module)
     return tuple(stop - start for start, stop in (slice_.rows or (0, rows), slice_.columns or (0, columns)))
 
 
 class _Piece(torch.nn.Module):
     """What the modules of both sublayers have in common."""
 
-    def __init__(self, config: Phi3Config, names: tuple[str, ...], scaling: float) -> None:
+    def __init__(self, config: Phi3Config, names: tuple[str, ...], lora: Lora) -> None:
         super().__init__()
         self.config = config
         self._names = names
-        self._scaling = scaling
+        self._lora = lora
 
     def normal(self, hidden: torch.Tensor, weights: Tensors) -> torch.Tensor:
         norm = Phi3RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
@@ -142,9 +144,9 @@ class _Piece(torch.nn.Module):
         return dict(zip(self._names, weights, strict=True))
 
     def small(self, x: torch.Tensor, slot: str, weights: Tensors) -> torch.Tensor | None:
-        """(alpha / rank) · x·Aᵀ; None where the projection is not trained."""
+        """Scaling · x·Aᵀ; None where the projection is not trained."""
         a = weights.get(f"{slot}.lora_A.weight")
-        return None if a is None else torch.nn.functional.linear(x, a) * self._scaling
+        return None if a is None else torch.nn.functional.linear(x, a) * self._lora.scaling_of(slot)
 
     def project(self, x: torch.Tensor, small: torch.Tensor | None, name: str, weights: Tensors) -> torch.Tensor:
         """x·Wᵀ + small·Bᵀ."""
@@ -155,8 +157,8 @@ class _Piece(torch.nn.Module):
 
 
 class _Attention(_Piece):
-    def __init__(self, config: Phi3Config, names: tuple[str, ...], scaling: float, architecture: Architecture) -> None:
-        super().__init__(config, names, scaling)
+    def __init__(self, config: Phi3Config, names: tuple[str, ...], lora: Lora, architecture: Architecture) -> None:
+        super().__init__(config, names, lora)
         self._head_dim = architecture.head_dim
         self._groups = architecture.num_attention_heads // architecture.num_key_value_heads
 

@@ -15,6 +15,7 @@ from edgetune.errors import VerificationError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.json_file import read_object
+from edgetune.model.lora import Lora
 from edgetune.model.pieces import LAYER_PREFIX
 from edgetune.runtimes.layered.backend import Arrays
 from edgetune.runtimes.layered.lower_layers import SublayerForward
@@ -52,14 +53,14 @@ class DecoderLayers:
         self, bundle: Bundle, layers: int, products: Mapping[str, Product], placement: Placement | None = None
     ) -> None:
         self.layers, self.placement = layers, placement
-        self._architecture, self._scaling = bundle.manifest.architecture, bundle.manifest.lora.scaling
+        self._architecture, self._lora = bundle.manifest.architecture, bundle.manifest.lora
         self._frozen = FrozenWeights(bundle.path, self._architecture)
         self._products = products
         self._epsilon = _epsilon(bundle.path / "config.json")
 
     def with_adapters(self, parameters: FlatParameters) -> AdaptedLayers:
         """The same layers with adapters beside their products."""
-        return AdaptedLayers(self, parameters, np.float32(self._scaling))
+        return AdaptedLayers(self, parameters, self._lora)
 
     def forward(self, hidden: Floats, rope_cos: Floats, rope_sin: Floats) -> Floats:
         """See `TrunkLayers.forward`."""
@@ -129,12 +130,12 @@ class AdaptedLayers:
     Args:
         decoder: Computes them.
         parameters: LoRA parameters, as they are when a sublayer runs.
-        scaling: alpha / rank.
+        lora: What each slot is scaled with.
     """
 
-    def __init__(self, decoder: DecoderLayers, parameters: FlatParameters, scaling: np.float32) -> None:
+    def __init__(self, decoder: DecoderLayers, parameters: FlatParameters, lora: Lora) -> None:
         self.layers, self.placement = decoder.layers, decoder.placement
-        self._parameters, self._scaling = parameters, scaling
+        self._parameters, self._lora = parameters, lora
         self.sublayers: tuple[SublayerForward, SublayerForward] = (
             _Sublayer(lambda layer, tables, hidden: decoder.attention(layer, hidden, **tables, update=self._update)),
             _Sublayer(lambda layer, _, hidden: decoder.mlp(layer, hidden, self._update)),
@@ -145,7 +146,8 @@ class AdaptedLayers:
         a, b = (f"{module}.lora_{matrix}.weight" for matrix in "AB")
         if a not in self._parameters:
             return 0.0
-        small: Floats = states @ self._parameters.parameter(a).T * self._scaling
+        scaling = np.float32(self._lora.scaling_of(module.rpartition(".")[2]))
+        small: Floats = states @ self._parameters.parameter(a).T * scaling
         added: Floats = small @ self._parameters.parameter(b).T
         return added
 

@@ -63,6 +63,7 @@ class LayeredForward:
         self._workspace = Workspace(backend.storage)
         self._states = HiddenStates(self._workspace, backend, plan.lean)
         self._layers = range(plan.trunk_layers, layers)
+        self._first_trained = plan.first_trained
         shared = (bundle, plan.wide, parameters, self._workspace)
         self._runners = sublayer_runners(*shared, backend, linear)
         self._attention, self._mlp = self._runners
@@ -96,10 +97,11 @@ class LayeredForward:
         self._backend.begin(sequences * length, sequences * length**2)
         shape = (sequences, length, self._frozen.shape(EMBEDDING)[1])
         tables = _tables(batch)
-        hidden = self._states.array(2 * self._layers.start, shape, kept=for_backward)
+        first = 2 * self._layers.start
+        hidden = self._states.array(first, shape, kept=for_backward and self._is_kept(first))
         hidden[...] = self._backend.channels.put(self._entering(batch), -1)
         for layer in self._layers:
-            kept = layer >= self._first_kept
+            kept = layer >= max(self._first_kept, self._first_trained)
             for number, runner in enumerate(self._forward_runners(layer), start=2 * layer):
                 if for_backward and self._is_kept(number):
                     self._states.keep(number, hidden)
@@ -127,6 +129,8 @@ class LayeredForward:
 
     def _is_kept(self, number: int) -> bool:
         """Whether the backward pass takes this hidden state; otherwise it computes it again."""
+        if number < 2 * self._first_trained:
+            return False
         return not self._lean or number % 2 == 0 or number // 2 >= self._first_kept
 
     def _release(self) -> None:
@@ -204,7 +208,7 @@ class LayeredSession(LayeredForward):
         tables, shape, gradient_of = _tables(batch), d_output.shape, self._optimizer.gradient
         # `d_output` is the first of them already: a layer overwrites the gradient that it was given.
         d_hidden, d_middle = (self._workspace.like(f"d_hidden.{number}", d_output) for number in (0, 1))
-        for layer in reversed(self._layers):
+        for layer in range(self._layers.stop - 1, self._first_trained - 1, -1):
             kept_under = str(layer) if layer >= self._first_kept else None
             attention_kept_under = kept_under
             hidden = self._states.take(2 * layer, shape)

@@ -84,6 +84,8 @@ class SublayerRunner:
         self._bundle, self._backend = bundle, backend
         self._role = role
         self._norms: dict[int, Array] = {}
+        self._shapes = bundle.manifest.lora.shapes()
+        self._no_update: dict[Slice, Array] = {}
         self._forward = self._load("")
         self._kept = kept_outputs(bundle.manifest, self._role)
         if {spec.name for spec in self._kept} != set(self._forward.outputs) - {"output"}:
@@ -126,7 +128,7 @@ class SublayerRunner:
         kept_under: str | None,
         gradient_of: Callable[[str], Array],
     ) -> None:
-        """Write the gradient of `hidden`, and add those of the LoRA parameters to what `gradient_of` gives.
+        """Write the gradient of `hidden`, and add those of trained parameters to what `gradient_of` gives.
 
         What the forward pass kept under that name is taken; without one it is computed again.
         """
@@ -140,15 +142,16 @@ class SublayerRunner:
             if kept_under is not None:
                 states |= self._kept_arrays(kept_under, index, hidden)
             # Views of the optimizer's flat gradient: what is added to them is added there.
-            totals = {
-                name: _view(gradient_of, slices[name.removesuffix(".grad")], layer)
-                for name in graph.outputs
-                if name != "hidden.grad"
+            taken = {name: slices[name.removesuffix(".grad")] for name in graph.outputs if name != "hidden.grad"}
+            own = {
+                name: self._gradient_array(name, self._adapter(slice_, layer).shape) for name, slice_ in taken.items()
             }
-            own = {name: self._gradient_array(name, total.shape) for name, total in totals.items()}
             self._run(graph, layer, index, states, {"hidden.grad": target, **own})
-            for name, total in totals.items():
-                total += own[name]
+            for name, slice_ in taken.items():
+                # The graph gives those of a layer that is not trained as well; nobody needs them.
+                if self._is_trained(slice_, layer):
+                    total = _view(gradient_of, slice_, layer)
+                    total += own[name]
             carry = target
 
     def _gradient_array(self, name: str, shape: tuple[int, ...]) -> Array:
@@ -167,12 +170,25 @@ class SublayerRunner:
         if (layer, index) not in graph.of_layers:
             graph.of_layers[layer, index] = (
                 {name: slice_.of_layer(layer) for name, slice_ in graph.linear[index].items()},
-                {name: _view(self._lora.parameter, slice_, layer) for name, slice_ in graph.trained[index].items()},
+                {name: self._adapter(slice_, layer) for name, slice_ in graph.trained[index].items()},
             )
         linear, views = graph.of_layers[layer, index]
         # Columns of a matrix have to be copied.
         trained = {name: np.ascontiguousarray(view) for name, view in views.items()}
         return {**self._linear.take(linear), **trained, _NORM: self._norm(layer)}
+
+    def _is_trained(self, slice_: Slice, layer: int) -> bool:
+        return slice_.of_layer(layer).parameter in self._lora
+
+    def _adapter(self, slice_: Slice, layer: int) -> Array:
+        """A slice of a LoRA parameter; of a layer that is not trained zeros, which are the same array for all."""
+        if self._is_trained(slice_, layer):
+            return _view(self._lora.parameter, slice_, layer)
+        if slice_ not in self._no_update:
+            whole = self._shapes[slice_.of_layer(layer).parameter]
+            taken = (slice_.rows or (0, whole[0]), slice_.columns or (0, whole[1]))
+            self._no_update[slice_] = np.zeros([stop - start for start, stop in taken], _FLOAT)
+        return self._no_update[slice_]
 
     def _norm(self, layer: int) -> Array:
         """Kept: it is small, and where it lies in the file are other pages."""

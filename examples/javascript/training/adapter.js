@@ -72,8 +72,11 @@ export function writeAdapter(shipped, parameters) {
  * @returns {[string, number[]][]}
  */
 function shapes({ lora }) {
-  return lora.slots.flatMap((slot) => [
-    [`${slot.name}.lora_A.weight`, [lora.rank, slot.in_features]],
-    [`${slot.name}.lora_B.weight`, [slot.out_features, lora.rank]],
-  ]);
+  return lora.slots.flatMap((slot) => {
+    const rank = lora.rank_pattern?.[slot.name.split(".").at(-1) ?? ""] ?? lora.rank;
+    return [
+      [`${slot.name}.lora_A.weight`, [rank, slot.in_features]],
+      [`${slot.name}.lora_B.weight`, [slot.out_features, rank]],
+    ];
+  });
 }

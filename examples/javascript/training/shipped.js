@@ -4,7 +4,7 @@
 
 /** @typedef {{dim: number, theta: number, attention_factor: number, short_factor: number[] | null,
  *   long_factor: number[] | null, original_max_position_embeddings: number}} Rope */
-/** @typedef {{rank: number, alpha: number, target_modules: string[],
+/** @typedef {{rank: number, alpha: number, rank_pattern?: Record<string, number>, target_modules: string[],
  *   slots: {name: string, in_features: number, out_features: number}[]}} Lora */
 /** @typedef {{path: string, size: number, sha256: string}} File */
 
