@@ -175,6 +175,7 @@ class PrepareConfig:
     rank: int = option(8, Option("Rank of every LoRA slot.", least=1))
     alpha: float = option(16.0, Option("The update is scaled by alpha / rank.", least=1e-9))
     targets: Targets = option("all-linear", Option("Which projections can be trained."))
+    dora: bool = option(False, Option("Train magnitudes as well, as DoRA does: one for each row of a projection."))
     base: Base = option("int4", Option("How the frozen weights are stored."))
     """The model that is trained on is the one that answers."""
     quantiser: Quantiser = option("least-squares", Option("How weights are rounded for --base int4."))

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -26,7 +27,7 @@ from edgetune.formats.manifest import ADAPTER_FORMAT, FORMAT_VERSION, AdapterMan
 from edgetune.formats.manifest_json import write_manifest
 from edgetune.formats.safetensors_file import StoredTensor, read_header
 from edgetune.formats.storage import recover, write_file
-from edgetune.model.lora import Lora, Parameters, _require_slots, initial_parameters
+from edgetune.model.lora import Lora, Parameters, RowNorms, _require_slots, initial_parameters
 
 MANIFEST = "edgetune.json"
 CONFIG = "adapter_config.json"
@@ -148,12 +149,14 @@ def _peft_config(base: BaseModel, lora: Lora) -> dict[str, Any]:
         "revision": None,
         "target_modules": sorted(lora.target_modules),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": lora.dora,
         "use_rslora": False,
     }
 
 
-def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) -> dict[str, NDArray[np.float32]]:
+def read_adapter(
+    path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer, norms: RowNorms = MappingProxyType({})
+) -> dict[str, NDArray[np.float32]]:
     """Read an adapter that edgetune or PEFT wrote, if it fits the bundle.
 
     Args:
@@ -161,6 +164,7 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
         lora: The bundle's slots, rank and alpha.
         base: The bundle's base.
         tokenizer: The bundle's tokenizer.
+        norms: The bundle's row norms, where it has DoRA (`edgetune.formats.row_norms`).
 
     Returns:
         float32 values under the names, in the order and of the shapes of `Lora.shapes`; in layers that the adapter
@@ -191,11 +195,11 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
     if problems:
         title = f"{path} does not fit a bundle of {base.name} with {_described(lora)}:"
         modules = {name.removesuffix(_A).rpartition(".")[2] for name in found if name.endswith(_A)}
-        advice = _advice(config.get("r"), config.get("lora_alpha"), modules, lora)
+        advice = _advice(config.get("r"), config.get("lora_alpha"), modules, lora, dora=config.get("use_dora") is True)
         raise IncompatibleError("\n".join([title, *problems, *advice]))
     parameters = _read_tensors(weights, trained)
     _require_finite(parameters, str(weights))
-    return parameters if trained is lora else initial_parameters(lora, seed=0) | parameters
+    return parameters if trained is lora else initial_parameters(lora, 0, norms) | parameters
 
 
 def row_encoding(path: Path) -> RowEncoding:
@@ -238,7 +242,8 @@ def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenize
         problems.append(f"the adapter has {_described(manifest.lora)}, the bundle {_described(lora)}")
     if problems:
         fix = "use the bundle it was trained with, or train it anew"
-        advice = _advice(manifest.lora.rank, manifest.lora.alpha, set(manifest.lora.target_modules), lora)
+        other = manifest.lora
+        advice = _advice(other.rank, other.alpha, set(other.target_modules), lora, dora=other.dora)
         raise IncompatibleError("\n".join([f"{path} does not fit the bundle:", *problems, fix, *advice]))
     if unlisted := {CONFIG, WEIGHTS} - {entry.path for entry in manifest.files}:
         raise VerificationError(f"{source}: does not list {', '.join(sorted(unlisted))}; copy the folder again")
@@ -247,10 +252,11 @@ def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenize
 
 def _described(lora: Lora) -> str:
     modules = ", ".join(sorted(lora.target_modules))
-    return f"rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.slots)} slots on {modules}"
+    kind = ", DoRA" if lora.dora else ""
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.slots)} slots on {modules}{kind}"
 
 
-def _advice(rank: object, alpha: object, modules: set[str], lora: Lora) -> list[str]:
+def _advice(rank: object, alpha: object, modules: set[str], lora: Lora, *, dora: bool) -> list[str]:
     """How to get a bundle with an adapter's rank, alpha and slots, or why there can be none; nothing if this fits."""
     if not modules:
         return []
@@ -266,11 +272,12 @@ def _advice(rank: object, alpha: object, modules: set[str], lora: Lora) -> list[
             f"no `edgetune prepare` line takes r {_short(rank)} and lora_alpha {_short(alpha)}; train it again with a "
             f"whole number from 1 to {lora.highest_rank} and a number above 0"
         ]
-    if (rank, alpha, modules) == (lora.rank, lora.alpha, set(lora.target_modules)):
+    if (rank, alpha, modules, dora) == (lora.rank, lora.alpha, set(lora.target_modules), lora.dora):
         return []
     return [
         "a bundle of the adapter's rank, alpha and projections: "
-        f"edgetune prepare CHECKPOINT --rank {rank} --alpha {alpha:g} --targets {targets} --output BUNDLE"
+        f"edgetune prepare CHECKPOINT --rank {rank} --alpha {alpha:g} --targets {targets}{' --dora' if dora else ''} "
+        "--output BUNDLE"
     ]
 
 
@@ -298,6 +305,10 @@ def _config_problems(config: Mapping[str, Any], lora: Lora) -> list[str]:
             f"{CONFIG}: init_lora_weights is {_short(init)}, which rewrites the base's weights; convert the adapter "
             "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
+    dora = left.pop("use_dora", False)
+    if dora not in (None, False, True) or bool(dora) != lora.dora:
+        kind = "DoRA, whose slots have magnitudes" if lora.dora else "plain LoRA, without magnitudes"
+        problems.append(f"{CONFIG}: use_dora is {_short(dora)}, and the bundle's slots are {kind}")
     if left.get("bias") == "none":
         del left["bias"]
     problems += [

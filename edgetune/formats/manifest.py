@@ -17,6 +17,8 @@ ADAPTER_FORMAT = "edgetune-adapter"
 MODEL_FORMAT = "edgetune-model"
 SHIPPED_FORMAT = "edgetune-target"
 FORMAT_VERSION = 1
+ROW_NORMS = "row_norms.data"
+"""Of a bundle with DoRA; see `edgetune.formats.row_norms`."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from cattrs.v import format_exception
 
 from edgetune.errors import IncompatibleError, VerificationError
 from edgetune.formats.manifest import FORMAT_VERSION, AdapterManifest, Manifest, ModelManifest
+from edgetune.model.lora import Lora
 
 _SHOWN = 10
 """Reasons in one message."""
@@ -54,6 +55,9 @@ for _type, (_expected, _fits) in _VALUES.items():
     _converter.register_structure_hook(_type, _structure)
 
 
+_converter.register_unstructure_hook(
+    Lora, make_dict_unstructure_fn(Lora, _converter, dora=override(omit_if_default=True))
+)
 for _kind in (AdapterManifest, ModelManifest):
     # Not written where it has its default, as in manifests that are older than it.
     _write = make_dict_unstructure_fn(_kind, _converter, encoding=override(omit_if_default=True))

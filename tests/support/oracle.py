@@ -13,6 +13,7 @@ from transformers import Phi3ForCausalLM
 
 from edgetune.data.encode import Example
 from edgetune.formats.bundle import Bundle
+from edgetune.model.lora import MAGNITUDE
 from support.tiny_phi3 import weights
 
 Array = NDArray[np.float32]
@@ -34,7 +35,13 @@ def peft_model(checkpoint: Path, bundle: Bundle, parameters: dict[str, Array]) -
     if bundle.manifest.base.weights != "fp32":
         load_stored(model, bundle.path)
     lora = bundle.manifest.lora
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+        use_dora=lora.dora,
+    )
     peft = get_peft_model(model, config).eval()
     for name, parameter in trainable(peft).items():
         parameter.data = torch.from_numpy(np.array(parameters[name]))
@@ -44,7 +51,9 @@ def peft_model(checkpoint: Path, bundle: Bundle, parameters: dict[str, Array]) -
 def trainable(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """LoRA parameters under the names of the bundle."""
     return {
-        name.removeprefix("base_model.model.").replace(".default.", "."): parameter
+        name.removeprefix("base_model.model.").replace(f"{MAGNITUDE}.default.weight", MAGNITUDE).replace(
+            ".default.", "."
+        ): parameter
         for name, parameter in model.named_parameters()
         if ".lora_" in name
     }

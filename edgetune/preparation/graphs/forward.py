@@ -26,7 +26,8 @@ def export_forward(checkpoint: Path, output: Path, config: PrepareConfig) -> Lor
     """Export loss and logits of the checkpoint's architecture with LoRA slots.
 
     Inputs: `input_ids`, `labels` (batch, sequence), `attn_bias` (batch, 1, sequence, sequence), `rope_cos`, `rope_sin`
-    (batch, sequence, rotated), `loss_scale` (1), then every parameter under its name in the checkpoint. Outputs:
+    (batch, sequence, rotated), `loss_scale` (1), then every parameter under its name in the checkpoint, and with DoRA
+    each slot's gain in the place of its magnitudes. Outputs:
     `objective` = loss · loss_scale, `loss` (1), `logits` (batch, sequence, vocabulary).
 
     Args:
@@ -56,7 +57,7 @@ def export_forward(checkpoint: Path, output: Path, config: PrepareConfig) -> Lor
     }
     forward = _training_forward(model)
     export_module(forward, forward.parameters_taken, arguments, {"objective": {}, "loss": {}, "logits": ROWS}, output)
-    return Lora(config.rank, config.alpha, list(MODULES_OF_TARGETS[config.targets]), slots)
+    return Lora(config.rank, config.alpha, list(MODULES_OF_TARGETS[config.targets]), slots, config.dora)
 
 
 def _training_forward(model: torch.nn.Module) -> Any:

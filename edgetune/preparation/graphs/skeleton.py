@@ -80,6 +80,8 @@ def skeleton(checkpoint: Path, config: PrepareConfig, layers: int | None = None)
         adapter = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(modules))
         inject_adapter_in_model(adapter, model)
     _scale_early(model)
+    if config.dora:
+        _add_gains(model)
     model.eval()
     return model
 
@@ -92,6 +94,16 @@ def _scale_early(model: torch.nn.Module) -> None:
         for name, scaling in slot.scaling.items():
             slot.lora_A[name].register_forward_hook(lambda _module, _inputs, output, s=scaling: output * s)
             slot.scaling[name] = 1
+
+
+def _add_gains(model: torch.nn.Module) -> None:
+    """Multiply what each slot gives with a parameter `lora_gain` (out_features,)."""
+    import torch
+    from peft.tuners.lora import Linear
+
+    for slot in (module for module in model.modules() if isinstance(module, Linear)):
+        slot.register_parameter("lora_gain", torch.nn.Parameter(torch.empty(slot.out_features, device="meta")))
+        slot.register_forward_hook(lambda module, _inputs, output: output * module.lora_gain)
 
 
 def _attention(

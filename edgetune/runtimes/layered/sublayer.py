@@ -14,16 +14,17 @@ from edgetune.errors import VerificationError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.layered_graphs import kept_outputs, pieces_of
 from edgetune.formats.roles import SCALES, sublayer_role
+from edgetune.model.lora import GAIN
 from edgetune.model.pieces import LAYER_PREFIX, Slice, attention_slices, mlp_slices
 from edgetune.runtimes.layered.backend import Arrays, Backend, LayeredGraph
-from edgetune.runtimes.layered.parameters import Array, FlatParameters
+from edgetune.runtimes.layered.parameters import Array
 from edgetune.runtimes.layered.weights import LinearWeights, weight_and_layout
 from edgetune.runtimes.layered.workspace import Workspace
 
 AnyArray = NDArray[Any]
 AGAIN = "again"
 """Where a layer that is computed again keeps its activations until its backward pass."""
-_NORM = "norm.weight"
+_NORM, _PROJECTED = "norm.weight", ".projected"
 _FLOAT = np.dtype(np.float32)
 
 
@@ -59,7 +60,7 @@ class SublayerRunner:
         pieces: The graphs' inputs, piece by piece.
         backend: Runs the graphs.
         linear: Gives frozen weights.
-        parameters: The LoRA parameters.
+        parameters: Gives what graphs take of the adapter, by its name.
         workspace: Gives arrays for what lies between graphs.
 
     Raises:
@@ -74,7 +75,7 @@ class SublayerRunner:
         pieces: Sequence[dict[str, Slice]],
         backend: Backend,
         linear: LinearWeights,
-        parameters: FlatParameters,
+        parameters: Callable[[str], Array],
         workspace: Workspace,
     ) -> None:
         self.name = name
@@ -102,6 +103,24 @@ class SublayerRunner:
     @cached_property
     def _from_kept(self) -> _PieceGraph:
         return self._load("_grad_kept")
+
+    @cached_property
+    def _projected(self) -> _PieceGraph | None:
+        """The graph that gives A·Wᵀ; none where no slot of the sublayer has a gain."""
+        gains = any(name.endswith(GAIN) for name in self._forward.trained[0])
+        return self._load("_projected") if gains else None
+
+    def project(self, layer: int, sums: Mapping[str, Array]) -> None:
+        """Add A·Wᵀ (rank, out) of each slot of a layer to the array with its gain's name."""
+        if (graph := self._projected) is None:
+            return
+        for index, slices in enumerate(self._pieces):
+            gains = {name: slices[name.removesuffix(_PROJECTED) + GAIN].of_layer(layer) for name in graph.outputs}
+            totals = {name: sums[gain.parameter][:, slice(*(gain.rows or (None,)))] for name, gain in gains.items()}
+            own = {name: np.empty(total.shape, _FLOAT) for name, total in totals.items()}
+            self._run(graph, layer, index, {}, own)
+            for name, total in totals.items():
+                total += own[name]
 
     def forward(self, layer: int, tables: Arrays, hidden: AnyArray, output: AnyArray, kept_under: str | None) -> None:
         """Write output = hidden + f(norm(hidden)), and, under that name, what the backward pass can take."""
@@ -167,7 +186,7 @@ class SublayerRunner:
         if (layer, index) not in graph.of_layers:
             graph.of_layers[layer, index] = (
                 {name: slice_.of_layer(layer) for name, slice_ in graph.linear[index].items()},
-                {name: _view(self._lora.parameter, slice_, layer) for name, slice_ in graph.trained[index].items()},
+                {name: _view(self._lora, slice_, layer) for name, slice_ in graph.trained[index].items()},
             )
         linear, views = graph.of_layers[layer, index]
         # Columns of a matrix have to be copied.
@@ -197,7 +216,7 @@ class SublayerRunner:
 def sublayer_runners(
     bundle: Bundle,
     wide: bool,
-    parameters: FlatParameters,
+    parameters: Callable[[str], Array],
     workspace: Workspace,
     backend: Backend,
     linear: LinearWeights,
@@ -207,7 +226,7 @@ def sublayer_runners(
     Args:
         bundle: Holds the graphs.
         wide: Whether pieces are wide.
-        parameters: The LoRA parameters.
+        parameters: Gives what graphs take of the adapter, by its name.
         workspace: Gives arrays for what lies between graphs.
         backend: Runs the graphs.
         linear: Gives frozen weights in the backend's layout.
@@ -226,4 +245,5 @@ def sublayer_runners(
 
 def _view(of: Callable[[str], NDArray[np.float32]], slice_: Slice, layer: int) -> NDArray[np.float32]:
     array = of(slice_.of_layer(layer).parameter)
-    return array[slice(*(slice_.rows or (None, None))), slice(*(slice_.columns or (None, None)))]
+    rows, columns = (slice(*(part or (None,))) for part in (slice_.rows, slice_.columns))
+    return array[rows, columns] if array.ndim > 1 else array[rows]
