@@ -307,7 +307,7 @@ def _config_problems(config: Mapping[str, Any], lora: Lora) -> list[str]:
         )
     dora = left.pop("use_dora", False)
     if dora not in (None, False, True) or bool(dora) != lora.dora:
-        kind = "DoRA, whose slots have magnitudes" if lora.dora else "plain LoRA, without magnitudes"
+        kind = "those of DoRA, with magnitudes" if lora.dora else "plain LoRA, no DoRA"
         problems.append(f"{CONFIG}: use_dora is {_short(dora)}, and the bundle's slots are {kind}")
     if left.get("bias") == "none":
         del left["bias"]

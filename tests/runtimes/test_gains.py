@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from edgetune.config import Base
+from edgetune.config import Base, PrepareConfig, TrainConfig
+from edgetune.errors import IncompatibleError, UsageError
 from edgetune.formats.row_norms import read_row_norms
 from edgetune.model.lora import MAGNITUDE, initial_parameters
+from edgetune.planning.choice import choose
+from edgetune.planning.memory import Work
+from edgetune.preparation import prepare
 from edgetune.runtimes import find_runtime
 from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.execution import ExecutionPlan, LayeredPlan, Precision, WholePlan
+from edgetune.ship import lay_out
+from edgetune.split import split
 from support import oracle
 from support.oracle import cosine, relative
 from support.prepared_bundles import Prepared
 from support.random_rows import lengths_of, rows_of
+from support.run_requests import request_of
 from support.tiny_phi3 import checkpoint
 from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
@@ -131,3 +139,33 @@ def test_openvinos_gradients_are_pefts(with_dora: Prepared, base: Base, plan: st
             assert relative(found[name], expected) <= 1e-3, name
         else:
             assert cosine(found[name], expected) >= (0.985 if precision == "int8" else 0.996), name
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (TrainConfig(runtime="ort-training"), "--runtime ort-training"),
+        (TrainConfig(runtime="qnn", plan="whole"), "--runtime qnn"),
+        (TrainConfig(runtime="openvino-ep", plan="whole"), "--runtime openvino-ep"),
+        (TrainConfig(runtime="fpga-hls"), "--runtime fpga-hls"),
+        (TrainConfig(runtime="openvino", plan="whole", device_type="NPU"), "--device-type NPU"),
+        (TrainConfig(method="forward-only"), "--method forward-only"),
+        (TrainConfig(trunk=True), "--trunk"),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_what_does_not_train_magnitudes_is_refused_by_name(with_dora: Prepared, config: TrainConfig, name: str) -> None:
+    bundle = with_dora("grouped-query", "fp32")
+    with pytest.raises(IncompatibleError, match=rf"DoRA.*{name} does not train yet; use --runtime onnxruntime"):
+        choose(bundle.manifest, request_of(config, here=False), Work(32, 1024))
+
+
+def test_what_is_made_of_a_bundle_for_others_is_refused(with_dora: Prepared, tmp_path: Path) -> None:
+    bundle = with_dora("grouped-query", "fp32")
+    with pytest.raises(IncompatibleError, match=r"DoRA.*without --dora"):
+        lay_out(bundle, "android", tmp_path / "shipped")
+    with pytest.raises(IncompatibleError, match=r"DoRA.*without --dora"):
+        split(bundle, tmp_path / "rows.jsonl", tmp_path / "split")
+    with pytest.raises(UsageError, match="npu blocks"):
+        prepare("checkpoint", tmp_path / "bundle", PrepareConfig(dora=True, npu="blocks"))
+    assert not list(tmp_path.iterdir())
