@@ -15,7 +15,7 @@ from edgetune.errors import IncompatibleError, UsageError
 from edgetune.formats.row_norms import read_row_norms
 from edgetune.model.lora import MAGNITUDE, initial_parameters
 from edgetune.planning.choice import choose
-from edgetune.planning.memory import Work
+from edgetune.planning.memory import Sizes, Work, peak_memory
 from edgetune.preparation import prepare
 from edgetune.runtimes import find_runtime
 from edgetune.runtimes.contract import OptimizerConfig
@@ -169,3 +169,16 @@ def test_what_is_made_of_a_bundle_for_others_is_refused(with_dora: Prepared, tmp
     with pytest.raises(UsageError, match="npu blocks"):
         prepare("checkpoint", tmp_path / "bundle", PrepareConfig(dora=True, npu="blocks"))
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_of_magnitudes_is_planned(prepared: Prepared, with_dora: Prepared) -> None:
+    """Each with gradient, two moments and a copy, gains and norms, A·Wᵀ of a layer, and the results that are kept."""
+    plain, dora = (make("grouped-query", "fp32").manifest for make in (prepared, with_dora))
+    footprint = find_runtime("onnxruntime").abilities().exact
+    assert footprint is not None
+    work = Work(32, 1024)
+    peaks = [peak_memory(Sizes(each, KEEP), footprint, work, KEEP) for each in (plain, dora)]
+    rows = sum(slot.out_features for slot in dora.lora.slots)
+    hidden, layers, rank = dora.architecture.hidden_size, dora.architecture.num_hidden_layers, dora.lora.rank
+    numbers = (5 + 3) * rows + rank * rows // layers + layers * 2 * work.positions * hidden
+    assert peaks[1] - peaks[0] == pytest.approx(4 * numbers, abs=1)
