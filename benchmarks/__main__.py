@@ -23,7 +23,7 @@ from benchmarks.verdicts import fit_line, points_of
 HERE = Path(__file__).resolve().parent
 RUNS = 5
 """Fresh processes a measurement."""
-NAMES = [each.name for each in (*CASES, *SERIES)]
+NAMES = [*(case.name for case in CASES), *(series.name for series in SERIES)]
 
 
 class RichProgress:

@@ -43,7 +43,8 @@ class Cache:
     def bundle_for(self, contestant: Edgetune, model: Model) -> Path:
         """The bundle of a model that a contestant trains, with all that it asks of `prepare` and `split`."""
         npu = None if contestant.npu == "none" else contestant.npu
-        parts = (contestant.base, contestant.quantiser, npu, "split" if contestant.trunk else None)
+        dora, trunk = "dora" if contestant.dora else None, "split" if contestant.trunk else None
+        parts = (contestant.base, contestant.quantiser, npu, dora, trunk)
         return self.root / model.name / "-".join(filter(None, parts))
 
     def adapter(self, model: Model) -> Path:
@@ -87,6 +88,7 @@ class Cache:
             calibrated = contestant.npu == "qdq" or contestant.quantiser not in _WITHOUT_ROWS
             command += ["--quantiser", contestant.quantiser] if contestant.quantiser else []
             command += ["--npu", contestant.npu] if contestant.npu != "none" else []
+            command += ["--dora"] if contestant.dora else []
             _run([*command, *(["--calibration", train] if calibrated and model.trained else [])])
         if contestant.trunk and not self.bundle_for(contestant, model).is_dir():
             say(f"Splitting {folder.name} of {model.name} …")

@@ -246,7 +246,18 @@ PRECISION_CASES = (
     ),
 )
 
-CASES = (
+DORA_CASES = tuple(
+    Case(
+        f"dora-{each.runtime}" + ("" if each.precision == "auto" else f"-{each.precision}"),
+        f"98 M, a step with DoRA against one with LoRA: {each}",
+        ours=_small(replace(each, dora=True)),
+        against=_small(each),
+        goals=(Goal("tokens_per_second", "≥", 1 / 1.1, relative=True), Goal("peak_rss", "≤", 1.1, relative=True)),
+    )
+    for each in (STOCK, OPENVINO, OPENVINO_INT8)
+)
+
+CASES: tuple[Case, ...] = (
     Case(
         "small-best",
         "98 M, best runtime, against PyTorch at its best dtype",
@@ -357,6 +368,7 @@ CASES = (
         goals=(Goal("first_step_after", "≤", 2.0),),
     ),
     *PRECISION_CASES,
+    *DORA_CASES,
 )
 
 _ROW_LENGTH = 128

@@ -21,6 +21,7 @@ from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.devices.place import Place
 from edgetune.formats.bundle import Bundle, load_bundle
+from edgetune.formats.row_norms import read_row_norms
 from edgetune.model.lora import Parameters, initial_parameters
 from edgetune.planning.choice import Choice
 from edgetune.planning.fit import Fit, Fitting
@@ -81,7 +82,7 @@ def measure_edgetune(experiment: Training, contestant: Edgetune, folder: Path) -
     begin = perf_counter()
     bundle = load_bundle(folder)
     fitted, batches = _fit(contestant, bundle, experiment.workload)
-    parameters = initial_parameters(bundle.manifest.lora, seed=0)
+    parameters = initial_parameters(bundle.manifest.lora, 0, read_row_norms(bundle))
     with open_session(fitted.choice, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
         opened = perf_counter() - begin
         # As `train` does: the session has its own.
@@ -94,7 +95,7 @@ def measure_edgetune(experiment: Training, contestant: Edgetune, folder: Path) -
 def steps_once(contestant: Edgetune, workloads: Sequence[Workload], folder: Path, plan: ExecutionPlan) -> None:
     """Run one step of each workload by this very plan."""
     bundle = load_bundle(folder)
-    parameters = initial_parameters(bundle.manifest.lora, seed=0)
+    parameters = initial_parameters(bundle.manifest.lora, 0, read_row_norms(bundle))
     runtime = find_runtime(contestant.runtime)
     with runtime.open_session(bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM), plan) as session:
         for workload in workloads:
@@ -128,7 +129,7 @@ def random_adapter(bundle: Bundle) -> Parameters:
     generator = np.random.default_rng(1)
     return {
         name: array if ".lora_A." in name else (_B_SPREAD * generator.standard_normal(array.shape)).astype(np.float32)
-        for name, array in initial_parameters(bundle.manifest.lora, seed=0).items()
+        for name, array in initial_parameters(bundle.manifest.lora, 0, read_row_norms(bundle)).items()
     }
 
 

@@ -29,13 +29,15 @@ class Edgetune:
     """How they are rounded; as `prepare` does it by itself without one."""
     npu: NpuKind = "none"
     """The step for NPUs that the bundle has beside the others."""
+    dora: bool = False
+    """Whether the bundle's slots have magnitudes."""
 
     def __str__(self) -> str:
         """As tables call it."""
         budget = f"within {self.memory_budget}" if self.memory_budget else None
         chosen = [choice for choice in (self.plan, self.precision) if choice != "auto"]
         words = [f"edgetune {self.runtime}", *chosen, "split" if self.trunk else None, budget, f"{self.base} base"]
-        further = [self.quantiser, f"--npu {self.npu}" if self.npu != "none" else None]
+        further = [self.quantiser, f"--npu {self.npu}" if self.npu != "none" else None, "DoRA" if self.dora else None]
         return ", ".join(filter(None, [*words, *further]))
 
 

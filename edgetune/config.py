@@ -199,6 +199,7 @@ class PrepareConfig:
         "all-linear",
         Option("Which projections can be trained: all-linear, attention, or names such as qkv_proj,down_proj."),
     )
+    dora: bool = option(False, Option("Train magnitudes as well, as DoRA does: one for each row of a projection."))
     base: Base = option("int4", Option("How the frozen weights are stored."))
     """The model that is trained on is the one that answers."""
     quantiser: Quantiser = option("least-squares", Option("How weights are rounded for --base int4."))

@@ -17,6 +17,7 @@ from edgetune.errors import EdgetuneError
 from edgetune.formats.adapter import read_adapter, row_encoding
 from edgetune.formats.bundle import Bundle, as_bundle
 from edgetune.formats.manifest import RowEncoding
+from edgetune.formats.row_norms import read_row_norms
 from edgetune.machine.threads import computing_with
 from edgetune.model.lora import Parameters, initial_parameters
 from edgetune.runtimes.onnx_session import open_graph
@@ -85,7 +86,7 @@ def evaluate(
             say(line)
         parameters = None
         if adapter is not None:
-            parameters = read_adapter(adapter, manifest.lora, manifest.base, manifest.tokenizer)
+            parameters = read_adapter(adapter, manifest.lora, manifest.base, manifest.tokenizer, read_row_norms(opened))
         return measure(opened, examples.examples, parameters, left_out=len(examples.too_long), say=say)
 
 
@@ -109,7 +110,7 @@ def measure(
     manifest = bundle.manifest
     session = open_graph(bundle.file("loss"))
     # A fresh B is zero: then the slots add nothing, whatever A is.
-    adapter = initial_parameters(manifest.lora, seed=0) if parameters is None else parameters
+    adapter = initial_parameters(manifest.lora, 0, read_row_norms(bundle)) if parameters is None else parameters
     trained = right = exact = 0
     total = 0.0
     pulse = Pulse(say, f"measured {{}} of {len(examples):,} rows")

@@ -13,7 +13,7 @@ from filelock import FileLock
 from edgetune.config import Base
 from edgetune.formats.bundle import Bundle, load_bundle
 from support.default_signals import take_ignored_signals
-from support.prepared_bundles import InPieces, Prepared, prepare_in_pieces, prepare_standard
+from support.prepared_bundles import InPieces, Prepared, prepare_dora, prepare_in_pieces, prepare_standard
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,6 +42,18 @@ def in_pieces(tmp_path_factory: pytest.TempPathFactory) -> InPieces:
     @cache
     def bundle(variant: str) -> Bundle:
         return _once(root / f"{variant}-in-pieces", lambda folder: prepare_in_pieces(variant, folder))
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def with_dora(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """`with_dora(variant, base)` is the bundle of a tiny variant with magnitudes; tests must not change it."""
+    root = _shared_folder(tmp_path_factory)
+
+    @cache
+    def bundle(variant: str, base: Base) -> Bundle:
+        return _once(root / f"{variant}-{base}-dora", lambda folder: prepare_dora(variant, base, folder))
 
     return bundle
 

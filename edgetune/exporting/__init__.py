@@ -14,6 +14,7 @@ from edgetune.config import ExportConfig, check_config
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
+from edgetune.exporting.gains import adapter_gains
 from edgetune.exporting.keep import add_lora_inputs, graph_values, write_onnx_adapter
 from edgetune.exporting.measure import Measured
 from edgetune.exporting.merge import merge_adapter
@@ -25,6 +26,7 @@ from edgetune.formats.frozen_weights import stored_bytes
 from edgetune.formats.genai import MANIFEST, MODEL, SIDE_FILES, WEIGHTS
 from edgetune.formats.manifest import FORMAT_VERSION, MODEL_FORMAT, File, ModelManifest, RowEncoding
 from edgetune.formats.manifest_json import write_manifest
+from edgetune.formats.row_norms import read_row_norms
 from edgetune.formats.storage import CHUNK, atomic_folder, sha256_of, write_file
 from edgetune.host.versions import version_of
 from edgetune.machine.threads import computing_with
@@ -109,7 +111,8 @@ def export(
     check_config(config)
     bundle, adapter, output = as_bundle(bundle), Path(adapter), Path(output)
     valid = None if valid is None else Path(valid)
-    parameters = read_adapter(adapter, bundle.manifest.lora, bundle.manifest.base, bundle.manifest.tokenizer)
+    source, norms = bundle.manifest, read_row_norms(bundle)
+    parameters = read_adapter(adapter, source.lora, source.base, source.tokenizer, norms)
     encoding = row_encoding(adapter)
     rows = None if config.unmeasured else valid or validation_rows_of(adapter, say)
     if rows is None and config.merge and config.precision == "int4" and not config.unmeasured:
@@ -128,8 +131,10 @@ def export(
         files = [_copy(bundle.path, folder, listed[name]) for name in SIDE_FILES if name in listed]
         if config.merge:
             say(f"merging the adapter into {config.precision} weights")
-            merge_adapter(bundle.path, folder, bundle.manifest.lora, parameters, config.precision)
-            losses = _merged_losses(bundle, folder, parameters, examples, say)
+            gains = adapter_gains(bundle, parameters)
+            merge_adapter(bundle.path, folder, bundle.manifest.lora, parameters, config.precision, gains)
+            values = graph_values(bundle.manifest.lora, parameters, gains)
+            losses = _merged_losses(bundle, folder, values, examples, say)
             _refuse_what_lost_too_much(losses, config)
         else:
             say(f"putting the adapter beside the {bundle.manifest.base.weights} base")
@@ -215,7 +220,8 @@ def _write_kept(bundle: Bundle, folder: Path, parameters: Parameters) -> None:
     add_lora_inputs(model, bundle.manifest.lora)
     onnx.save(model, str(folder / MODEL))
     (folder / ADAPTER).parent.mkdir()
-    write_onnx_adapter(folder / ADAPTER, bundle.manifest.lora, parameters)
+    values = graph_values(bundle.manifest.lora, parameters, adapter_gains(bundle, parameters))
+    write_onnx_adapter(folder / ADAPTER, values)
 
 
 def _examples(bundle: Bundle, rows: Path | None, encoding: RowEncoding) -> list[Example]:
@@ -227,7 +233,7 @@ def _examples(bundle: Bundle, rows: Path | None, encoding: RowEncoding) -> list[
 
 
 def _merged_losses(
-    bundle: Bundle, folder: Path, parameters: Parameters, examples: list[Example], say: Callable[[str], None]
+    bundle: Bundle, folder: Path, values: Parameters, examples: list[Example], say: Callable[[str], None]
 ) -> dict[str, float]:
     import onnx
 
@@ -238,7 +244,6 @@ def _merged_losses(
     add_lora_inputs(graph, bundle.manifest.lora)
     rope = bundle.manifest.architecture.rope
     apart = Measured(bundle.path, rope, graph)
-    values = graph_values(bundle.manifest.lora, parameters)
     pulse = _pulse(examples, say, 3)
     losses = {
         "base": apart.answer_loss(examples, pulse),

@@ -2,12 +2,14 @@
 
 Every slot gets `x·A·B` added to what its `MatMul` or `MatMulNBits` gives. A (in_features, rank) and B
 (rank, out_features) are inputs with zeros as default, so that the base answers as before without an adapter;
-the rank is symbolic, so that adapters of any rank fit. The inputs are named as in `Lora.shapes`.
+the rank is symbolic, so that adapters of any rank fit. The inputs are named as in `Lora.shapes`. With DoRA the sum is
+multiplied with a gain (out_features,), an input with ones as default.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,7 +39,7 @@ def add_lora_inputs(model: onnx.ModelProto, lora: Lora) -> None:
 
     graph = model.graph
     first: dict[str, list[onnx.NodeProto]] = {}
-    after: dict[str, onnx.NodeProto] = {}
+    after: dict[str, list[onnx.NodeProto]] = {}
     for products in products_of(graph, lora):
         slot = products[0].slot
         # One name means one size to ONNX Runtime.
@@ -46,18 +48,33 @@ def add_lora_inputs(model: onnx.ModelProto, lora: Lora) -> None:
             (slot.a, [slot.in_features, rank], (slot.in_features, 1)),
             (slot.b, [rank, slot.out_features], (1, slot.out_features)),
         ]
-        for name, shape, default in shapes:
+        defaults: dict[str, NDArray[np.float32]] = {name: np.zeros(size, np.float32) for name, _, size in shapes}
+        if lora.dora:
+            shapes.append((slot.gain, [slot.out_features], (slot.out_features, 1)))
+            defaults[slot.gain] = np.ones(slot.out_features, np.float32)
+        for name, shape, _ in shapes:
             graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-            graph.initializer.append(numpy_helper.from_array(np.zeros(default, np.float32), name))
+            graph.initializer.append(numpy_helper.from_array(defaults[name], name))
         updates = [f"{slot.name}.lora.{index}" for index in range(len(products))]
         first[products[0].node.name] = _update_nodes(products, updates)
         for product, update in zip(products, updates, strict=True):
             total, frozen = product.node.output[0], f"{product.node.output[0]}.base"
             product.node.output[0] = frozen
-            after[product.node.name] = helper.make_node("Add", [frozen, update], [total], name=f"{update}.Add")
+            adapted = f"{total}.adapted" if lora.dora else total
+            after[product.node.name] = [helper.make_node("Add", [frozen, update], [adapted], name=f"{update}.Add")]
+            if lora.dora:
+                gain = f"{update}.gain" if len(products) > 1 else slot.gain
+                after[product.node.name].append(
+                    helper.make_node("Mul", [adapted, gain], [total], name=f"{update}.Mul")
+                )
+        if lora.dora and len(products) > 1:
+            gains, name = [f"{update}.gain" for update in updates], f"{slot.name}.gain.Split"
+            first[products[0].node.name].append(
+                helper.make_node("Split", [slot.gain], gains, name=name, axis=0, num_outputs=len(gains))
+            )
     nodes = []
     for node in graph.node:
-        nodes += [*first.get(node.name, []), node, *([after[node.name]] if node.name in after else [])]
+        nodes += [*first.get(node.name, []), node, *after.get(node.name, [])]
     nodes = [_copied(node) for node in nodes]
     del graph.node[:]
     graph.node.extend(nodes)
@@ -85,28 +102,30 @@ def _update_nodes(products: list[Product], updates: list[str]) -> list[onnx.Node
     return nodes
 
 
-def graph_values(lora: Lora, parameters: Parameters) -> dict[str, NDArray[np.float32]]:
+def graph_values(
+    lora: Lora, parameters: Parameters, gains: Parameters = MappingProxyType({})
+) -> dict[str, NDArray[np.float32]]:
     """The parameters as the graph takes them.
 
     Args:
         lora: The slots; the scaling is folded into B.
         parameters: A (rank, in_features) and B (out_features, rank), as `Lora.shapes` names them.
+        gains: Of every slot (out_features,), as `Slot.gain` names them, where slots have magnitudes.
 
     Returns:
-        Under the same names A (in_features, rank) and B (rank, out_features).
+        Under the same names A (in_features, rank) and B (rank, out_features), and the gains.
     """
-    values: dict[str, NDArray[np.float32]] = {}
+    values: dict[str, NDArray[np.float32]] = dict(gains)
     for slot in lora.slots:
         values[slot.a] = np.ascontiguousarray(parameters[slot.a].T)
         values[slot.b] = np.ascontiguousarray(parameters[slot.b].T) * np.float32(lora.scaling_of(slot.module))
     return values
 
 
-def write_onnx_adapter(path: Path, lora: Lora, parameters: Parameters) -> None:
-    """Write the `.onnx_adapter` that GenAI's `Adapters` and onnxruntime's `LoraAdapter` load."""
+def write_onnx_adapter(path: Path, values: Parameters) -> None:
+    """Write the `.onnx_adapter` that GenAI's `Adapters` and onnxruntime's `LoraAdapter` load, of `graph_values`."""
     import onnxruntime as ort
 
-    values = graph_values(lora, parameters)
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)

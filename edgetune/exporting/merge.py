@@ -1,11 +1,16 @@
-"""The adapter folded into the weights: W + scaling · B·A in fp32 or int4, a piece of one weight in memory at a time."""
+"""The adapter folded into the weights: W + scaling · B·A in fp32 or int4, a piece of one weight in memory at a time.
+
+With DoRA it is g ⊙ (W + scaling · B·A): a row of a weight on an int4 grid that is multiplied with its gain lies on the
+grid whose scales are, and only the update is rounded.
+"""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -28,11 +33,28 @@ _PIECE = 16 << 20
 _SMALLEST = 256
 """Fewest inputs that are processed at once; a multiple of every block size."""
 _INT4 = BITS["int4"]
-_Update = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""A (rank, in) and scaling · B (out, rank) of one weight."""
 
 
-def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters, precision: MergedPrecision) -> None:
+@dataclass(frozen=True)
+class _Update:
+    """What one weight becomes: gain ⊙ W + B·A."""
+
+    a: NDArray[np.float32]
+    """(rank, in)"""
+    b: NDArray[np.float32]
+    """(out, rank), times scaling and gain."""
+    gain: NDArray[np.float32]
+    """(out, 1); ones without DoRA."""
+
+
+def merge_adapter(
+    source: Path,
+    output: Path,
+    lora: Lora,
+    parameters: Parameters,
+    precision: MergedPrecision,
+    gains: Parameters = MappingProxyType({}),
+) -> None:
     """Write the GenAI graph and weights with the adapter folded in.
 
     Args:
@@ -42,6 +64,7 @@ def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters
         parameters: A (rank, in_features) and B (out_features, rank), as `Lora.shapes` names them.
         precision: How linear layers and the head are stored; everything else is copied. An int4 weight that gets no
             update stays int4 as it is, to the byte.
+        gains: Of every slot (out_features,), as `Slot.gain` names them, where slots have magnitudes.
 
     Raises:
         IncompatibleError: The graph is not what GenAI's builder makes of a Phi-3.
@@ -63,7 +86,7 @@ def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters
             name = weight_name(tensor.name)
             if name in layers:
                 weight = _read_weight(layers[name], tensor, tensors, mapped)
-                update = _update_of(products[name], lora, parameters) if name in products else None
+                update = _update_of(products[name], lora, parameters, gains) if name in products else None
                 written += write_layer(data, layers[name], name, weight, update)
             elif tensor.name not in scales:
                 written.append(_append(data, tensor.name, tensor.data_type, tensor.dims, [_bytes_of(tensor, mapped)]))
@@ -74,9 +97,11 @@ def merge_adapter(source: Path, output: Path, lora: Lora, parameters: Parameters
     onnx.save(model, str(output / MODEL))
 
 
-def _update_of(product: Product, lora: Lora, parameters: Parameters) -> _Update:
-    slot, scaling = product.slot, np.float32(lora.scaling_of(product.slot.module))
-    return parameters[slot.a], parameters[slot.b][product.start : product.stop] * scaling
+def _update_of(product: Product, lora: Lora, parameters: Parameters, gains: Parameters) -> _Update:
+    slot, rows = product.slot, slice(product.start, product.stop)
+    gain = gains[slot.gain][rows, None] if gains else np.ones((product.stop - product.start, 1), np.float32)
+    scaling = np.float32(lora.scaling_of(slot.module))
+    return _Update(parameters[slot.a], parameters[slot.b][rows] * scaling * gain, gain)
 
 
 def _write_fp32(
@@ -100,8 +125,8 @@ def _merged(weight: Block, update: _Update | None) -> Iterator[NDArray[np.float3
         stop = min(start + rows, inputs)
         piece = _transposed(weight, start, stop)
         if update is not None:
-            a, b = update
-            piece += a[:, start:stop].T @ b.T
+            piece *= update.gain.T
+            piece += update.a[:, start:stop].T @ update.b.T
         yield piece
 
 
@@ -159,10 +184,15 @@ def _rounded(
             yield piece.values
             continue
         values = np.ascontiguousarray(dequantised(piece) if piece.bits else piece.values, dtype=np.float32)
-        base = piece.scales if piece.scales is not None and piece.bits == _INT4 else least_squares_scales(values)
-        a, b = update or (np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32))
+        change = np.zeros_like(values)
+        gain = np.ones((len(values), 1), np.float32)
+        if update is not None:
+            gain, change = update.gain[start : start + rows], update.b[start : start + rows] @ update.a
+            values = gain * values
+        stored = piece.scales if piece.bits == _INT4 else None
+        base = least_squares_scales(values) if stored is None else stored * np.abs(gain)
         draws = generator.random(values.shape, dtype=np.float32)
-        packed, scales[start : start + rows] = on_grid(values, base, b[start : start + rows] @ a, draws)
+        packed, scales[start : start + rows] = on_grid(values, base, change, draws)
         yield packed
 
 

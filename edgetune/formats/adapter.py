@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -28,7 +29,7 @@ from edgetune.formats.manifest import ADAPTER_FORMAT, FORMAT_VERSION, AdapterMan
 from edgetune.formats.manifest_json import write_manifest
 from edgetune.formats.safetensors_file import StoredTensor, read_header
 from edgetune.formats.storage import recover, write_file
-from edgetune.model.lora import Lora, Parameters, Slot, _require_slots, initial_parameters
+from edgetune.model.lora import Lora, Parameters, RowNorms, Slot, _require_slots, initial_parameters
 
 MANIFEST = "edgetune.json"
 CONFIG = "adapter_config.json"
@@ -158,7 +159,7 @@ def _peft_config(base: BaseModel, lora: Lora, *, all_layers: bool = True) -> dic
         "revision": None,
         "target_modules": sorted(lora.target_modules),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": lora.dora,
         "use_rslora": lora.rank_stabilised,
     }
 
@@ -167,7 +168,9 @@ def _shortest(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) -> dict[str, NDArray[np.float32]]:
+def read_adapter(
+    path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer, norms: RowNorms = MappingProxyType({})
+) -> dict[str, NDArray[np.float32]]:
     """Read an adapter that edgetune or PEFT wrote, if it fits the bundle.
 
     Args:
@@ -175,6 +178,7 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
         lora: The bundle's slots, ranks and scaling.
         base: The bundle's base.
         tokenizer: The bundle's tokenizer.
+        norms: The bundle's row norms, where it has DoRA (`edgetune.formats.row_norms`).
 
     Returns:
         float32 values under the names, in the order and of the shapes of `Lora.shapes`; in layers that the adapter
@@ -209,7 +213,7 @@ def read_adapter(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenizer) 
         raise IncompatibleError("\n".join([title, *problems, *advice]))
     parameters = _read_tensors(weights, trained)
     _require_finite(parameters, str(weights))
-    return parameters if trained is lora else initial_parameters(lora, seed=0) | parameters
+    return parameters if trained is lora else initial_parameters(lora, 0, norms) | parameters
 
 
 def row_encoding(path: Path) -> RowEncoding:
@@ -260,7 +264,7 @@ def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenize
 
 def _described(lora: Lora) -> str:
     modules = ", ".join(sorted(lora.target_modules))
-    return f"{lora.in_words()}, {len(lora.slots)} slots on {modules}"
+    return f"{lora.in_words()}, {len(lora.slots)} slots on {modules}{', DoRA' if lora.dora else ''}"
 
 
 def _advice(config: Mapping[str, Any], modules: set[str], lora: Lora) -> list[str]:
@@ -285,8 +289,17 @@ def _advice(config: Mapping[str, Any], modules: set[str], lora: Lora) -> list[st
                 f"no `edgetune prepare` line takes {key} {_short(pattern)}; train it again with a pattern of the "
                 "projections' names, such as down_proj"
             ]
-    asked = Lora(rank, alpha, sorted(modules), [], bool(config.get("use_rslora")), **patterns)
-    if set(lora.target_modules) == modules and all(
+    asked = Lora(
+        rank,
+        alpha,
+        sorted(modules),
+        [],
+        rank_stabilised=bool(config.get("use_rslora")),
+        rank_pattern=patterns["rank_pattern"],
+        alpha_pattern=patterns["alpha_pattern"],
+        dora=config.get("use_dora") is True,
+    )
+    if asked.dora == lora.dora and set(lora.target_modules) == modules and all(
         (asked.rank_of(module), asked.scaling_of(module)) == (lora.rank_of(module), lora.scaling_of(module))
         for module in modules
     ):
@@ -298,7 +311,7 @@ def _advice(config: Mapping[str, Any], modules: set[str], lora: Lora) -> list[st
     rslora = " --rslora" if asked.rank_stabilised else ""
     return [
         "a bundle of the adapter's rank, alpha and projections: "
-        f"edgetune prepare CHECKPOINT --rank {rank} --alpha {alpha:g}{rslora}{flags} "
+        f"edgetune prepare CHECKPOINT --rank {rank} --alpha {alpha:g}{rslora}{' --dora' if asked.dora else ''}{flags} "
         f"--targets {targets or ','.join(name for name in _PROJECTIONS if name in modules)} --output BUNDLE"
     ]
 
@@ -333,6 +346,10 @@ def _config_problems(config: Mapping[str, Any], lora: Lora) -> list[str]:
             f"{CONFIG}: init_lora_weights is {_short(init)}, which rewrites the base's weights; convert the adapter "
             "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
+    dora = left.pop("use_dora", False)
+    if dora not in (None, False, True) or bool(dora) != lora.dora:
+        kind = "those of DoRA, with magnitudes" if lora.dora else "plain LoRA, no DoRA"
+        problems.append(f"{CONFIG}: use_dora is {_short(dora)}, and the bundle's slots are {kind}")
     if left.get("bias") == "none":
         del left["bias"]
     problems += [

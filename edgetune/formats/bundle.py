@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgetune.errors import UsageError, VerificationError
 from edgetune.formats.git_lfs import FETCH, refuse_pointers, size_behind
-from edgetune.formats.manifest import BundleManifest, File
+from edgetune.formats.manifest import ROW_NORMS, BundleManifest, File
 from edgetune.formats.manifest_json import ManifestT, read_manifest, write_manifest
 from edgetune.formats.storage import recover, sha256_of, write_file
 from edgetune.model.architecture import Architecture
@@ -29,7 +29,7 @@ _MOST_PARAMETERS = 1 << 40
 """Numbers in all slots together: four terabytes."""
 _LONGEST_PATH = 255
 """Characters of a listed path."""
-_PARAMETER = re.compile(r"model\..*\.lora_[AB]\.weight")
+_PARAMETER = re.compile(r"model\..*\.lora_([AB]\.weight|magnitude_vector)")
 """An input of the graphs that hold a whole step; those of the layered form say no layer."""
 _PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\:\0]+")
 """A name that leads nowhere else, on Windows neither."""
@@ -192,6 +192,8 @@ def _contradictions(manifest: BundleManifest) -> list[str]:
     ]
     problems += _impossible_sizes(manifest.architecture) + _impossible_rows(manifest)
     problems += _impossible_parameters(manifest.lora) + _other_inputs(manifest)
+    if manifest.lora.dora and ROW_NORMS not in listed:
+        problems.append(f"the slots have magnitudes, and {ROW_NORMS}, with which these begin, is not a listed file")
     layers = manifest.architecture.num_hidden_layers
     # The upper layers of a divided model keep their numbers.
     if (adapted := manifest.lora.layers()) and adapted[-1] != layers - 1:

@@ -57,7 +57,7 @@ def kept_outputs(manifest: BundleManifest, role: str) -> list[TensorSpec]:
     """
     kept = [spec for spec in manifest.graph(role).outputs if spec.name != "output"]
     a = manifest.architecture
-    widest = max(a.num_attention_heads * a.head_dim, a.intermediate_size)
+    widest = max(a.hidden_size, a.num_attention_heads * a.head_dim, a.intermediate_size)
     for spec in kept:
         sizes = [size for size in spec.shape if isinstance(size, int)]
         names = [size for size in spec.shape if not isinstance(size, int)]

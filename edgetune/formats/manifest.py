@@ -20,6 +20,8 @@ FORMAT_VERSION = 1
 """Of adapters, models and shipped folders."""
 BUNDLE_VERSION = 2
 """Of bundles. In those of version 1 int8 rows are not rotated."""
+ROW_NORMS = "row_norms.data"
+"""Of a bundle with DoRA; see `edgetune.formats.row_norms`."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ for _type, (_expected, _fits) in _VALUES.items():
 _absent = override(omit_if_default=True)
 _converter.register_unstructure_hook(
     Lora,
-    make_dict_unstructure_fn(Lora, _converter, rank_stabilised=_absent, rank_pattern=_absent, alpha_pattern=_absent),
+    make_dict_unstructure_fn(
+        Lora, _converter, rank_stabilised=_absent, rank_pattern=_absent, alpha_pattern=_absent, dora=_absent
+    ),
 )
 for _kind in (AdapterManifest, ModelManifest):
     _write = make_dict_unstructure_fn(_kind, _converter, encoding=_absent)

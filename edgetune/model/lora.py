@@ -1,4 +1,9 @@
-"""LoRA: the slots of a model, their parameters, and the values these begin with."""
+"""LoRA and DoRA: the slots of a model, their parameters, and the values these begin with.
+
+With DoRA (Liu et al. 2024) a slot has a magnitude m for each row of W as well, and computes
+y = g ⊙ (x·Wᵀ + s·(x·Aᵀ)·Bᵀ) with the gain g = m / ‖W + s·B·A‖, by rows. The norm counts as a constant when it is
+differentiated (section 4.3): `edgetune.model.gains`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,15 @@ import math
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.errors import VerificationError
 
+MAGNITUDE, GAIN = ".lora_magnitude_vector", ".lora_gain"
+"""What follows a slot's name in those of its magnitudes and its gain."""
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
@@ -45,6 +53,16 @@ class Slot:
         """Name of the B parameter in the checkpoint and in the whole step's graphs; layered ones take slices of it."""
         return f"{self.name}.lora_B.weight"
 
+    @property
+    def magnitude(self) -> str:
+        """Name of DoRA's magnitudes (out_features,), as PEFT saves them."""
+        return f"{self.name}{MAGNITUDE}"
+
+    @property
+    def gain(self) -> str:
+        """Name of DoRA's gain (out_features,), by which graphs are differentiated in the place of the magnitudes."""
+        return f"{self.name}{GAIN}"
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -60,6 +78,8 @@ class Lora:
     """Ranks of projections, such as `down_proj`, that have another one, in all layers."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Their alphas, in the same way."""
+    dora: bool = False
+    """Whether slots have magnitudes; not written where it is the default."""
 
     def __post_init__(self) -> None:
         for module, rank in {"": self.rank, **self.rank_pattern}.items():
@@ -107,28 +127,39 @@ class Lora:
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trainable, in A and B of all slots."""
-        return sum(rows * columns for rows, columns in self.shapes().values())
+        """How many numbers are trainable, in all slots."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Name and shape of every parameter, A before B, slot by slot."""
-        shapes: dict[str, tuple[int, int]] = {}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter, A before B before the magnitudes, slot by slot."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for slot in self.slots:
             rank = self.rank_of(slot.module)
             shapes[slot.a] = (rank, slot.in_features)
             shapes[slot.b] = (slot.out_features, rank)
+            if self.dora:
+                shapes[slot.magnitude] = (slot.out_features,)
         return shapes
 
+    def differentiated(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of what graphs are differentiated by: the parameters, with gains in magnitudes' places."""
+        gains = {slot.magnitude: slot.gain for slot in self.slots}
+        return {gains.get(name, name): shape for name, shape in self.shapes().items()}
 
-def initial_parameters(lora: Lora, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Parameters that change nothing yet, as PEFT starts: A ~ U(−1/√in, 1/√in), B zero.
+
+def initial_parameters(
+    lora: Lora, seed: int, norms: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
+) -> dict[str, NDArray[np.float32]]:
+    """Parameters that change nothing yet, as PEFT starts: A ~ U(−1/√in, 1/√in), B zero, magnitudes the row norms.
 
     Args:
         lora: The slots; A matrices are drawn in their order.
         seed: Seed of `numpy.random.default_rng`.
+        norms: The row norms of the frozen weights (`RowNorms`), where slots have magnitudes.
 
     Returns:
-        A (rank, in_features) and B (out_features, rank) of every slot, under the names of `Lora.shapes`.
+        A (rank, in_features), B (out_features, rank) and magnitudes (out_features,) of every slot, under the names of
+        `Lora.shapes`.
 
     Raises:
         VerificationError: There are no slots.
@@ -143,6 +174,8 @@ def initial_parameters(lora: Lora, seed: int) -> dict[str, NDArray[np.float32]]:
     for slot in lora.slots:
         bound = slot.in_features**-0.5
         parameters[slot.a][...] = generator.uniform(-bound, bound, shapes[slot.a])
+        if lora.dora:
+            parameters[slot.magnitude][...] = norms[slot.name]
     return parameters
 
 
@@ -154,3 +187,5 @@ def _require_slots(lora: Lora) -> None:
 
 Parameters = Mapping[str, NDArray[np.float32]]
 """LoRA parameters by name, as `Lora.shapes` lists them."""
+RowNorms = Mapping[str, NDArray[np.float32]]
+"""‖w_i‖ (out_features,) of the rows of each slot's frozen weight, by the slot's name."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from edgetune.model.architecture import Architecture, frozen_weights
 from edgetune.model.blocks import BLOCK_SIZE, Range
+from edgetune.model.lora import GAIN
 
 MOST_WEIGHTS, MOST_WIDE_WEIGHTS = 10_000_000, 20_000_000
 """Frozen weights of a piece, about, and of a wide one. All of a sublayer's pieces repeat its norm, the rounding of rows
@@ -80,6 +81,7 @@ def attention_slices(architecture: Architecture, pieces: int) -> Iterator[dict[s
             rows = (start, start + size)
             slices[f"{name}_proj.weight"] = Slice("self_attn.qkv_proj.weight", rows)
             slices[f"{name}_proj.lora_B.weight"] = Slice("self_attn.qkv_proj.lora_B.weight", rows)
+            slices[f"{name}_proj{GAIN}"] = Slice(f"self_attn.qkv_proj{GAIN}", rows)
         columns = (piece * queries, (piece + 1) * queries)
         yield slices | _second("self_attn.o_proj", columns) | {"norm.weight": Slice("input_layernorm.weight")}
 
@@ -94,6 +96,7 @@ def mlp_slices(architecture: Architecture, pieces: int) -> Iterator[dict[str, Sl
             rows = (start, start + size)
             slices[f"{name}_proj.weight"] = Slice("mlp.gate_up_proj.weight", rows)
             slices[f"{name}_proj.lora_B.weight"] = Slice("mlp.gate_up_proj.lora_B.weight", rows)
+            slices[f"{name}_proj{GAIN}"] = Slice(f"mlp.gate_up_proj{GAIN}", rows)
         columns = (piece * size, (piece + 1) * size)
         yield slices | _second("mlp.down_proj", columns) | {"norm.weight": Slice("post_attention_layernorm.weight")}
 
@@ -104,4 +107,5 @@ def _second(module: str, columns: Range) -> dict[str, Slice]:
         f"{name}.weight": Slice(f"{module}.weight", columns=columns),
         f"{name}.lora_A.weight": Slice(f"{module}.lora_A.weight", columns=columns),
         f"{name}.lora_B.weight": Slice(f"{module}.lora_B.weight"),
+        f"{name}{GAIN}": Slice(f"{module}{GAIN}"),
     }

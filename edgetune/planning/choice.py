@@ -23,6 +23,8 @@ from edgetune.text.byte_size import bytes_text
 
 _SHARE = 0.85
 """Of the memory that is free, or that a device has, a plan may take this share: others need some as well."""
+_WITH_MAGNITUDES = ("onnxruntime", "openvino")
+"""Runtimes that train the magnitudes of DoRA."""
 _MARGIN = 1.05
 """By which a budget is larger than the prediction of a plan that fits: predictions are rarely further off."""
 
@@ -102,6 +104,7 @@ def choose(
         TooLargeError: No plan fits into the memory budget, or into the device.
         UsageError: No runtime executes the plan.
     """
+    _refuse_magnitudes(manifest, request)
     plan = request.plan if request.accelerator is not None else _plan_of_bundle(manifest, request)
     given = LayeredPlan(trunk=trunk, layers=layers, forward_only=request.forward_only)
     names, notes = candidates(request, plan)
@@ -118,6 +121,28 @@ def choose(
         planned.append(_Planned(name, runtime, Planner(manifest, footprint, work, given), footprint))
     choice = _fitting(planned, request)
     return replace(choice, notes=(*notes, *choice.notes))
+
+
+def _refuse_magnitudes(manifest: BundleManifest, request: RunRequest) -> None:
+    """Refuse what does not train the magnitudes of a bundle's slots yet.
+
+    Raises:
+        IncompatibleError: It was asked for.
+    """
+    if not manifest.lora.dora:
+        return
+    accelerated = request.accelerator is not None and request.accelerator.device_type not in ("auto", "CPU")
+    refused = {
+        f"--runtime {request.runtime}": request.runtime not in ("auto", *_WITH_MAGNITUDES),
+        f"--device-type {request.accelerator.device_type}" if request.accelerator is not None else "": accelerated,
+        f"--method {request.method}": request.forward_only,
+        "--trunk": request.trunk is not None,
+    }
+    if names := [name for name, is_asked in refused.items() if is_asked]:
+        raise IncompatibleError(
+            f"the bundle's slots have magnitudes (DoRA), which {' and '.join(names)} does not train yet; use --runtime "
+            f"{' or '.join(_WITH_MAGNITUDES)}, or a bundle that was prepared without --dora"
+        )
 
 
 def _plan_of_bundle(manifest: BundleManifest, request: RunRequest) -> PlanName:

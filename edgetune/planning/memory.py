@@ -26,6 +26,8 @@ _FLOAT_BYTES = 4
 """Bytes of a float32."""
 _ADAPTER_COPIES = 5
 """Arrays of the adapter's size: parameters, gradients, two moments, and the copy that is written at the end."""
+_OF_MAGNITUDES = 3
+"""Arrays of the magnitudes' size beside them: gains, norms, and those of the frozen rows."""
 _FORWARD_COPIES = 3
 """The same without a backward pass: parameters, their perturbed copy, and the copy that is written."""
 _WITHOUT_FIRST = 0.7
@@ -85,8 +87,13 @@ class Sizes:
         """Query channels of a piece; `heads` counts the heads of a piece, too."""
         self.inner = a.intermediate_size // pieces.mlp
         self.vocabulary = a.vocab_size
-        self.adapter = plan.trained_slots(manifest.lora).parameters
+        lora = plan.trained_slots(manifest.lora)
+        self.adapter = lora.parameters
         """Number of trainable parameters."""
+        slots = lora.slots if lora.dora else []
+        projected = sum(lora.rank_of(slot.module) * slot.out_features for slot in slots) // self.layers
+        self.gains = _OF_MAGNITUDES * sum(slot.out_features for slot in slots) + projected
+        """Numbers beside DoRA's magnitudes; of what the norms are found from, one layer's at a time."""
         self.pieces = dict(zip(SUBLAYERS, (pieces.attention, pieces.mlp), strict=True))
         self.weights = frozen_weights(a)
         """Number of frozen weights of each sublayer of a layer."""
@@ -121,7 +128,7 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: LayeredPla
     if plan.lean and shared:
         shared += s.pieces["attention"] * s.kept["attention"]
     copies = _FORWARD_COPIES if plan.forward_only else _ADAPTER_COPIES
-    held = copies * _FLOAT_BYTES * s.adapter + positions * s.hidden * _states(s, f, plan)
+    held = _FLOAT_BYTES * (copies * s.adapter + s.gains) + positions * s.hidden * _states(s, f, plan)
     held += f.storage_bytes * positions * (plan.kept_layers * layer + shared)
     cache = 0 if plan.trunk is None else plan.trunk.cache_bytes
     held += s.trunk + cache + _MASK * work.scores

@@ -14,6 +14,7 @@ from time import perf_counter
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
 from edgetune.formats.bundle import Bundle
+from edgetune.formats.row_norms import read_row_norms
 from edgetune.model.lora import initial_parameters
 from edgetune.planning.choice import Choice
 from edgetune.planning.cost import CostModel
@@ -183,7 +184,8 @@ class _Sample:
             batches: That are timed again and again; the first in any case.
             once: Of which what the first step takes more is of interest, and which follow the others.
         """
-        parameters = initial_parameters(self._choice.plan.trained_slots(self._bundle.manifest.lora), 0)
+        lora = self._choice.plan.trained_slots(self._bundle.manifest.lora)
+        parameters = initial_parameters(lora, 0, read_row_norms(self._bundle))
         queries = _QUERIES if self._choice.plan.forward_only else None
         with open_trainer(self._bundle, parameters, self._choice, _OPTIMIZER, queries) as session:
             taken: list[Batch] = []

@@ -19,8 +19,10 @@ from edgetune.data.examples import load_examples
 from edgetune.data.source import Source, kept
 from edgetune.errors import DataError, UsageError, VerificationError
 from edgetune.formats.bundle import MANIFEST, Bundle, list_files, seal_bundle
-from edgetune.formats.frozen_weights import stored_bytes
+from edgetune.formats.frozen_weights import FrozenWeights, stored_bytes, write_index
 from edgetune.formats.manifest import BUNDLE_FORMAT, BUNDLE_VERSION, BaseModel, BundleManifest, Graph, Tokenizer
+from edgetune.formats.roles import INDEX
+from edgetune.formats.row_norms import write_row_norms
 from edgetune.formats.storage import atomic_folder, sha256_of
 from edgetune.host.versions import version_of
 from edgetune.model.architecture import Architecture, frozen_weights
@@ -79,6 +81,10 @@ def prepare(
                 "quantiser gptq rounds on rows, and there are none: give some with --calibration, such as those to "
                 "train on; least-squares needs none"
             )
+    if config.dora and config.npu != "none":
+        raise UsageError(
+            f"the step for NPUs (npu {config.npu}) takes no magnitudes; leave dora out for it, or make a bundle of each"
+        )
     rows = nullcontext() if config.calibration is None else kept(config.calibration)
     with rows as calibration:
         return _prepare(fspath(checkpoint), Path(output), config, calibration, say)
@@ -99,6 +105,7 @@ def _prepare(
     refuse_non_finite(source)
     from edgetune.preparation.gptq import round_on_rows
     from edgetune.preparation.graphs.layered import build_layers
+    from edgetune.preparation.rewrites.frozen_weights import index_weights
 
     # First what may need the network, then what takes long.
     ensure_side_environment(say)
@@ -114,11 +121,14 @@ def _prepare(
             rows = [] if calibration is None else _encoded(calibration, folder, tokenizer, config.max_length)
             if config.quantiser == "gptq":
                 round_on_rows(view, folder, source.architecture, rows, say)
+            (folder / INDEX).parent.mkdir(parents=True)
+            (folder / INDEX).write_bytes(write_index(index_weights(folder, source.architecture, config.base)))
             say("Exporting the forward graph (Optimum) …")
             lora, coverage, lowered = _build_training_graphs(source, view, Path(scratch), folder, config, say)
             say("Exporting and differentiating the sublayers …")
             roles = build_layers(view, Path(scratch), folder, source, config, say)
-        if rows:
+        # NPUs, for which it is said, do not train magnitudes.
+        if rows and not config.dora:
             say("Looking for what float16 does not hold …")
             provenance["float16"] = _in_float16(source, folder, config, lora, lowered["step"], rows)
             say(f"In float16: {provenance['float16']}")
@@ -169,6 +179,7 @@ def _build_training_graphs(
     source: Checkpoint, view: Path, scratch: Path, folder: Path, config: PrepareConfig, say: Callable[[str], None]
 ) -> tuple[Lora, dict[str, int], dict[str, ir.Model]]:
     """Slots, gradient coverage, and the graphs `step` and `loss` whose frozen weights are still inputs."""
+    import numpy as np
     import onnx_ir as ir
 
     from edgetune.model.lora import initial_parameters
@@ -178,28 +189,38 @@ def _build_training_graphs(
     from edgetune.preparation.graphs.forward import export_forward
     from edgetune.preparation.rewrites.frozen_weights import absorb_transposes, attach_weights
     from edgetune.preparation.rewrites.lowering import lower
+    from edgetune.preparation.rewrites.magnitudes import put_magnitudes
     from edgetune.preparation.rewrites.shapes import resolve_shapes
 
     lora = export_forward(view, scratch / "forward.onnx", config)
+    if lora.dora:
+        write_row_norms(folder, lora, FrozenWeights(folder, source.architecture))
     forward = resolve_shapes(ir.load(scratch / "forward.onnx"))
-    parameters = initial_parameters(lora, seed=0)
+    parameters = {name: np.zeros(shape, np.float32) for name, shape in lora.differentiated().items()}
+    if not lora.dora:  # what ONNX Runtime Training's own graphs begin with
+        parameters = initial_parameters(lora, seed=0)
     evaluation = evaluation_graph(forward, list(parameters))
     say("Differentiating (ONNX Runtime Training) …")
     coverage = differentiate(forward, parameters, scratch, say)
     say(f"Gradient coverage: {sum(coverage.values())} operators of {len(coverage)} kinds, all have a gradient")
     say("Lowering to standard operators …")
-    graphs = {name: ir.load(scratch / file) for name, file in ARTIFACTS.items()}
+    artifacts = {} if lora.dora else ARTIFACTS
+    graphs = {name: ir.load(scratch / file) for name, file in artifacts.items()}
     graphs["step"] = lower(ir.load(scratch / ARTIFACTS["training_model"]), list(parameters), half=True)
     graphs["loss"] = evaluation
+    for role in ("step", "loss"):
+        put_magnitudes(graphs[role], folder, lora)
     lowered = {role: ir.from_proto(ir.to_proto(graphs[role])) for role in ("step", "loss")}
-    for role in ("training_model", "eval_model", "step", "loss"):
-        attach_weights(graphs[role], folder, source.architecture, config.base)
-    for role in ("training_model", "eval_model"):
-        absorb_transposes(graphs[role])
+    for role, graph in graphs.items():
+        if role != "optimizer_model":
+            attach_weights(graph, folder, source.architecture, config.base)
+        if role in ("training_model", "eval_model"):
+            absorb_transposes(graph)
     graphs["adamw"] = build_adamw(lora)
     for role, graph in graphs.items():
         ir.save(graph, folder / f"{role}.onnx")
-    (folder / "checkpoint").write_bytes((scratch / "checkpoint").read_bytes())
+    if not lora.dora:
+        (folder / "checkpoint").write_bytes((scratch / "checkpoint").read_bytes())
     return lora, coverage, lowered
 
 
@@ -282,7 +303,8 @@ def _manifest(
 
     revision = {"revision": source.revision} if source.revision else {}
     quantiser = {"quantiser": config.quantiser} if config.base == "int4" else {}
-    roles = ("step", "loss", "adamw", "training_model", "eval_model", "optimizer_model", "model", *more)
+    artifacts = () if lora.dora else ("training_model", "eval_model", "optimizer_model")
+    roles = ("step", "loss", "adamw", *artifacts, "model", *more)
     graphs = [Graph(role, f"{role}.onnx", *describe_graph(folder / f"{role}.onnx")) for role in roles]
     return BundleManifest(
         format=BUNDLE_FORMAT,

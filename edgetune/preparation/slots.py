@@ -35,6 +35,7 @@ def lora_of(config: PrepareConfig, slots: Sequence[Slot] = ()) -> Lora:
         rank_stabilised=config.rslora,
         rank_pattern={module: rank for module, rank in ranks.items() if rank != config.rank},
         alpha_pattern={module: float(alpha) for module, alpha in alphas.items() if alpha != config.alpha},
+        dora=config.dora,
     )
 
 

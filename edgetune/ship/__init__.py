@@ -19,7 +19,7 @@ from pathlib import Path
 from edgetune import __version__
 from edgetune.config import PlatformName, ShipConfig, TrainConfig, check_config
 from edgetune.data.encode import TEMPLATE_FILE, TOKENIZER_FILE
-from edgetune.errors import VerificationError
+from edgetune.errors import IncompatibleError, VerificationError
 from edgetune.formats.adapter import PREFIX, WEIGHTS, read_adapter, write_adapter
 from edgetune.formats.bundle import Bundle, list_files
 from edgetune.formats.genai import CONFIG, SIDE_FILES, end_tokens
@@ -84,6 +84,11 @@ def lay_out(
         ResourceError: A file or the whole is larger than the platform takes, or the disk has no room for it.
     """
     check_config(config)
+    if bundle.manifest.lora.dora:
+        raise IncompatibleError(
+            f"{bundle.path}: its slots have magnitudes (DoRA), which the loops of an app do not train yet; ship a "
+            "bundle that was prepared without --dora"
+        )
     platform = platform or PLATFORMS[name]
     graphs = {role: _read_graph(bundle, role) for role in ROLES}
     weights = _weights(bundle, graphs)

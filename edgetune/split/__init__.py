@@ -15,7 +15,7 @@ from edgetune.data.batches import MASKED, make_batch
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.data.source import name_of
-from edgetune.errors import DataError, UsageError
+from edgetune.errors import DataError, IncompatibleError, UsageError
 from edgetune.formats.bundle import MANIFEST, Bundle, as_bundle, list_files, seal_bundle
 from edgetune.formats.frozen_weights import EMBEDDING, FrozenWeights
 from edgetune.formats.manifest import BundleManifest, Graph, TensorSpec
@@ -78,6 +78,11 @@ def split(
     data, output = Path(data), Path(output)
     source = as_bundle(bundle)
     manifest = source.manifest
+    if manifest.lora.dora:
+        raise IncompatibleError(
+            f"{source.path}: its slots have magnitudes (DoRA), and a trunk has none yet; split a bundle that was "
+            "prepared without --dora"
+        )
     layers, length = _split_point(manifest, config), config.length or manifest.max_length
     copied = [file for file in manifest.files if not file.path.startswith(f"{FOLDER}/")]
     trunk_weights = layers * sum(frozen_weights(manifest.architecture).values())

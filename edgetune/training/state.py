@@ -13,6 +13,7 @@ from edgetune.config import TrainConfig
 from edgetune.errors import IncompatibleError
 from edgetune.formats.adapter import read_adapter
 from edgetune.formats.bundle import Bundle
+from edgetune.formats.row_norms import read_row_norms
 from edgetune.model.lora import Lora, Parameters, initial_parameters
 from edgetune.planning.fit import Fit
 from edgetune.planning.rows import RunRows
@@ -119,10 +120,11 @@ def first_state(run: PlannedRun) -> RunState:
         VerificationError: A file of it was changed.
     """
     manifest, start = run.bundle.manifest, run.config.init_adapter
+    norms = read_row_norms(run.bundle)
     if start is None:
-        parameters = initial_parameters(manifest.lora, run.config.seed)
+        parameters = initial_parameters(manifest.lora, run.config.seed, norms)
     else:
-        parameters = read_adapter(start, manifest.lora, manifest.base, manifest.tokenizer)
+        parameters = read_adapter(start, manifest.lora, manifest.base, manifest.tokenizer, norms)
     trained = run.lora.shapes()
     lost = [slot for slot in manifest.lora.slots if slot.b not in trained and parameters[slot.b].any()]
     if lost and run.config.layers is not None:

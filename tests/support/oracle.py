@@ -13,6 +13,7 @@ from transformers import Phi3ForCausalLM
 
 from edgetune.data.encode import Example
 from edgetune.formats.bundle import Bundle
+from edgetune.model.lora import MAGNITUDE
 from support.tiny_phi3 import weights
 
 Array = NDArray[np.float32]
@@ -42,6 +43,7 @@ def peft_model(checkpoint: Path, bundle: Bundle, parameters: dict[str, Array]) -
         use_rslora=lora.rank_stabilised,
         rank_pattern=lora.rank_pattern,
         alpha_pattern=lora.alpha_pattern,
+        use_dora=lora.dora,
     )
     peft = get_peft_model(model, config).eval()
     for name, parameter in trainable(peft).items():
@@ -52,7 +54,9 @@ def peft_model(checkpoint: Path, bundle: Bundle, parameters: dict[str, Array]) -
 def trainable(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """LoRA parameters under the names of the bundle."""
     return {
-        name.removeprefix("base_model.model.").replace(".default.", "."): parameter
+        name.removeprefix("base_model.model.").replace(f"{MAGNITUDE}.default.weight", MAGNITUDE).replace(
+            ".default.", "."
+        ): parameter
         for name, parameter in model.named_parameters()
         if ".lora_" in name
     }

@@ -53,12 +53,20 @@ def prepare_standard(variant: str, base: Base, folder: Path) -> Bundle:
     return prepare_tiny(variant, folder, replace(CONFIG, base=base))
 
 
-def prepare_in_pieces(variant: str, folder: Path) -> Bundle:
+def prepare_in_pieces(variant: str, folder: Path, config: PrepareConfig = CONFIG) -> Bundle:
     """With limits so low that the sublayers of grouped-query variants are cut: 2 and 6 pieces, 1 and 2 wide ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "MOST_WEIGHTS", 12_500)
         patch.setattr(pieces, "MOST_WIDE_WEIGHTS", 60_000)
-        return prepare_tiny(variant, folder, CONFIG)
+        return prepare_tiny(variant, folder, config)
+
+
+def prepare_dora(variant: str, base: Base, folder: Path) -> Bundle:
+    """With magnitudes; of int4 in pieces, where it has grouped queries."""
+    config = replace(CONFIG, base=base, dora=True)
+    if base == "int4" and variant == "grouped-query":
+        return prepare_in_pieces(variant, folder, config)
+    return prepare_tiny(variant, folder, config)
 
 
 def _run_olive_here(

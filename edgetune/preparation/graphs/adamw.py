@@ -8,6 +8,7 @@ import onnx_ir as ir
 from edgetune.model.adamw import BETA1, BETA2, CLIP_EPSILON, EPSILON
 from edgetune.model.lora import Lora
 from edgetune.preparation.rewrites.operators import IR_VERSION, OPSET, Operators
+from edgetune.preparation.rewrites.shapes import dimensions
 
 
 def build_adamw(lora: Lora) -> ir.Model:
@@ -98,7 +99,7 @@ def _global_norm(op: Operators, gradients: list[ir.Value]) -> ir.Value:
     sums = [
         op.op(
             "Reshape",
-            [op.op("ReduceSum", [op.op("Mul", [g, g]), op.integers(0, 1)], attributes={"keepdims": 1}), op.integers(1)],
+            [op.op("ReduceSum", [op.op("Mul", [g, g]), _axes(op, g)], attributes={"keepdims": 1}), op.integers(1)],
         )
         for g in gradients
     ]
@@ -106,6 +107,11 @@ def _global_norm(op: Operators, gradients: list[ir.Value]) -> ir.Value:
         "ReduceSum", [op.op("Concat", sums, attributes={"axis": 0}), op.integers(0)], attributes={"keepdims": 1}
     )
     return op.op("Sqrt", [total])
+
+
+def _axes(op: Operators, value: ir.Value) -> ir.Value:
+    """All axes of an input."""
+    return op.integers(*range(len(dimensions(value))))
 
 
 def _clip_factor(op: Operators, norm: ir.Value, max_norm: ir.Value) -> ir.Value:

@@ -27,7 +27,8 @@ def export_forward(checkpoint: Path, output: Path, config: PrepareConfig) -> Lor
     """Export loss and logits of the checkpoint's architecture with LoRA slots.
 
     Inputs: `input_ids`, `labels` (batch, sequence), `attn_bias` (batch, 1, sequence, sequence), `rope_cos`, `rope_sin`
-    (batch, sequence, rotated), `loss_scale` (1), then every parameter under its name in the checkpoint. Outputs:
+    (batch, sequence, rotated), `loss_scale` (1), then every parameter under its name in the checkpoint, and with DoRA
+    each slot's gain in the place of its magnitudes. Outputs:
     `objective` = loss · loss_scale, `loss` (1), `logits` (batch, sequence, vocabulary).
 
     Args:

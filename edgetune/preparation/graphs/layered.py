@@ -7,17 +7,17 @@ gradient of `output` becomes an input and that of `hidden` an output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from edgetune.config import PrepareConfig
-from edgetune.formats.frozen_weights import write_index
-from edgetune.formats.roles import INDEX, LAYERS, WIDE
+from edgetune.formats.roles import LAYERS, WIDE
 from edgetune.model.architecture import Architecture
 from edgetune.model.blocks import BITS
+from edgetune.model.lora import GAIN
 from edgetune.model.pieces import Pieces, cut, cut_wide
 from edgetune.preparation.checkpoint import Checkpoint
 from edgetune.preparation.gradient import ARTIFACTS, differentiate
@@ -25,11 +25,11 @@ from edgetune.preparation.graphs.adamw import build_flat_adamw
 from edgetune.preparation.graphs.dequantise import build_dequantise
 from edgetune.preparation.graphs.head import build_head
 from edgetune.preparation.graphs.skeleton import skeleton
-from edgetune.preparation.graphs.sublayers import ANCHOR, SUBLAYERS, export_sublayer
-from edgetune.preparation.rewrites.frozen_weights import cancel_transposes, index_weights
+from edgetune.preparation.graphs.sublayers import ANCHOR, export_sublayer, sublayers_of
+from edgetune.preparation.rewrites.frozen_weights import cancel_transposes
 from edgetune.preparation.rewrites.int8_products import build_int8
 from edgetune.preparation.rewrites.lowering import lower
-from edgetune.preparation.rewrites.operators import IR_VERSION, OPSET, remove_unused
+from edgetune.preparation.rewrites.operators import IR_VERSION, OPSET, Operators, remove_unused
 from edgetune.preparation.rewrites.shapes import dimensions, resolve_shapes
 
 
@@ -70,7 +70,6 @@ def build_layers(
         file = folder / LAYERS / f"{name}.onnx"
         file.parent.mkdir(parents=True, exist_ok=True)
         ir.save(graph, file)
-    (folder / INDEX).write_bytes(write_index(index_weights(folder, source.architecture, config.base)))
     return [f"{LAYERS}/{name}" for name in graphs]
 
 
@@ -101,6 +100,8 @@ def build_sublayers(
       carry + the gradient through this piece, and `<parameter>.grad` of every LoRA parameter. The first piece's carry
       is `output.grad`, the gradient of the residual; that of the others the `hidden.grad` of the piece before.
     - `NAME_grad_kept`: also takes the kept activations, and recomputes less.
+    - `NAME_projected`, with DoRA: takes the frozen weights and A of the slots, and gives `X.projected`, A·Wᵀ (rank,
+      rows), of every weight `X.weight`.
 
     Args:
         checkpoint: Folder with a Phi-3 `config.json`; no weight is read.
@@ -114,7 +115,7 @@ def build_sublayers(
         IncompatibleError: An operator has no gradient.
     """
     graphs: dict[str, ir.Model] = {}
-    for sublayer in SUBLAYERS:
+    for sublayer in sublayers_of(config):
         folder = scratch / sublayer.name
         folder.mkdir(parents=True)
         trainable = export_sublayer(checkpoint, folder / "forward.onnx", architecture, config, sublayer, pieces)
@@ -134,6 +135,8 @@ def build_sublayers(
         graphs[sublayer.name] = _forward_graph(undifferentiated, hidden, trainable, kept)
         graphs[f"{sublayer.name}_grad"] = gradient
         graphs[f"{sublayer.name}_grad_kept"] = _with_inputs(_copy(gradient), kept)
+        if config.dora and (projections := _projections(graphs[sublayer.name])):
+            graphs[f"{sublayer.name}_projected"] = _projected(graphs[sublayer.name], projections)
     return graphs
 
 
@@ -157,6 +160,34 @@ def _vector_jacobian_product(training: ir.Model, hidden: str, trainable: list[st
     graph.outputs.append(result)
     _value(training, hidden).replace_all_uses_with(source)
     return _finished(lower(training, trainable, ["hidden.grad"]))
+
+
+def _projections(forward: ir.Model) -> dict[str, str]:
+    """The A that belongs to each frozen weight of a sublayer, by the weight's name without `.weight`."""
+    names = [str(value.name) for value in forward.graph.inputs]
+    parts = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+    parts["up_proj"] = "gate_up_proj"
+    found = [name.removesuffix(GAIN) for name in names if name.endswith(GAIN)]
+    return {name: f"{parts.get(name, name)}.lora_A.weight" for name in found}
+
+
+def _projected(forward: ir.Model, projections: Mapping[str, str]) -> ir.Model:
+    op = Operators()
+    taken: dict[str, ir.Value] = {}
+    outputs = []
+    for name, a in projections.items():
+        for given in (f"{name}.weight", a):
+            shape = [int(size) for size in dimensions(_value(forward, given))]
+            taken.setdefault(given, ir.val(given, dtype=ir.DataType.FLOAT, shape=shape))
+        weight = taken[f"{name}.weight"]
+        product = op.op("MatMul", [taken[a], op.swap_last(weight, 2)])
+        product.name, product.dtype = f"{name}.projected", ir.DataType.FLOAT
+        product.shape = ir.Shape([dimensions(taken[a])[0], dimensions(weight)[0]])
+        outputs.append(product)
+    for number, node in enumerate(op.nodes):
+        node.name = f"{number}_{node.op_type}"
+    graph = ir.Graph(list(taken.values()), outputs, nodes=op.nodes, name="projected", opset_imports={"": OPSET})
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgetune")
 
 
 def _with_inputs(model: ir.Model, names: Iterable[str]) -> ir.Model:

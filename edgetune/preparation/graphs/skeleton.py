@@ -88,6 +88,8 @@ def skeleton(checkpoint: Path, config: PrepareConfig, layers: int | None = None)
         )
         inject_adapter_in_model(adapter, model)
     _scale_early(model)
+    if config.dora:
+        _add_gains(model)
     model.eval()
     return model
 
@@ -100,6 +102,16 @@ def _scale_early(model: torch.nn.Module) -> None:
         for name, scaling in slot.scaling.items():
             slot.lora_A[name].register_forward_hook(lambda _module, _inputs, output, s=scaling: output * s)
             slot.scaling[name] = 1
+
+
+def _add_gains(model: torch.nn.Module) -> None:
+    """Multiply what each slot gives with a parameter `lora_gain` (out_features,)."""
+    import torch
+    from peft.tuners.lora import Linear
+
+    for slot in (module for module in model.modules() if isinstance(module, Linear)):
+        slot.register_parameter("lora_gain", torch.nn.Parameter(torch.empty(slot.out_features, device="meta")))
+        slot.register_forward_hook(lambda module, _inputs, output: output * module.lora_gain)
 
 
 def _attention(

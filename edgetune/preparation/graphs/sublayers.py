@@ -17,7 +17,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, apply_rotary_pos
 
 from edgetune.config import PrepareConfig
 from edgetune.model.architecture import Architecture
-from edgetune.model.lora import Lora
+from edgetune.model.lora import GAIN, Lora
 from edgetune.model.pieces import Pieces, Slice, attention_slices, mlp_slices
 from edgetune.preparation.graphs.skeleton import (
     EXAMPLE_BATCH,
@@ -46,7 +46,14 @@ class Sublayer:
     """Forward results that the backward pass can take instead of computing them again."""
 
 
-SUBLAYERS = (Sublayer("attention", ("query", "key", "value", "context")), Sublayer("mlp", ("gate", "up")))
+def sublayers_of(config: PrepareConfig) -> tuple[Sublayer, Sublayer]:
+    """Both sublayers. With DoRA the last projection's result is kept as well, for the gradient of its gain."""
+    modules = lora_of(config).target_modules if config.dora else ()
+    attention, mlp = (("result",) if module in modules else () for module in ("o_proj", "down_proj"))
+    return (
+        Sublayer("attention", ("query", "key", "value", "context", *attention)),
+        Sublayer("mlp", ("gate", "up", *mlp)),
+    )
 
 
 def export_sublayer(
@@ -63,7 +70,8 @@ def export_sublayer(
     and `rope_sin`, then the parameters of `edgetune.model.pieces`. Outputs: `objective` (1), the sum of
     `output`; `output`, shaped as `hidden`; what can be kept: `query`, `key`, `value`, `context` (batch, key-value
     heads, query heads of each or 1, sequence, head_dim) after rotation, or `gate`, `up` (batch, sequence, inner
-    channels).
+    channels). Of a projection with a gain it is what is multiplied with that, (batch, sequence, rows), and `result` of
+    the last one.
 
     Args:
         checkpoint: Folder with a Phi-3 `config.json`; no weight is read.
@@ -89,14 +97,16 @@ def export_sublayer(
         "residual": Argument(ROWS, states),
         ANCHOR: Argument({}, torch.zeros(architecture.hidden_size)),
     }
-    kept: Axes = ROWS
+    kept = dict.fromkeys(sublayer.kept, ROWS)
     module: _Piece
     if attention:
-        module, kept = _Attention(model_config, parameters.names, lora, architecture), {0: "batch", 3: "sequence"}
+        module = _Attention(model_config, parameters.names, lora, architecture)
+        heads = ["context"] if f"q_proj{GAIN}" in shapes else ["query", "key", "value", "context"]
+        kept |= {name: {0: "batch", 3: "sequence"} for name in heads}
         arguments |= rotary_arguments(model_config)
     else:
         module = _Mlp(model_config, parameters.names, lora)
-    outputs: dict[str, Axes] = {"objective": {}, "output": ROWS, **dict.fromkeys(sublayer.kept, kept)}
+    outputs: dict[str, Axes] = {"objective": {}, "output": ROWS, **kept}
     export_module(module, parameters, arguments, outputs, output)
     return [name for name in parameters.names if ".lora_" in name]
 
@@ -117,6 +127,9 @@ def _shape(slice_: Slice, architecture: Architecture, lora: Lora) -> tuple[int, 
     rows, columns = features[module]
     if kind[0] != "weight" and module not in lora.target_modules:
         return None
+    if f".{kind[0]}" == GAIN:
+        start, stop = slice_.rows or (0, rows)
+        return (stop - start,) if lora.dora else None
     if kind[0] == "lora_A":
         rows = lora.rank_of(module)
     if kind[0] == "lora_B":
@@ -149,11 +162,16 @@ class _Piece(torch.nn.Module):
         return None if a is None else torch.nn.functional.linear(x, a) * self._lora.scaling_of(slot)
 
     def project(self, x: torch.Tensor, small: torch.Tensor | None, name: str, weights: Tensors) -> torch.Tensor:
-        """x·Wᵀ + small·Bᵀ."""
+        """x·Wᵀ + small·Bᵀ, without the gain."""
         product = torch.nn.functional.linear(x, weights[f"{name}.weight"])
         if small is None:
             return product
         return product + torch.nn.functional.linear(small, weights[f"{name}.lora_B.weight"])
+
+    def gained(self, product: torch.Tensor, name: str, weights: Tensors) -> torch.Tensor:
+        """What `project` gave, multiplied with the projection's gain if it has one."""
+        gain = weights.get(f"{name}{GAIN}")
+        return product if gain is None else product * gain
 
 
 class _Attention(_Piece):
@@ -175,8 +193,9 @@ class _Attention(_Piece):
         named = self.named(weights)
         x = self.normal(hidden + anchor, named)
         small = self.small(x, "qkv_proj", named)
+        products = {name: self.project(x, small, f"{name}_proj", named) for name in ("q", "k", "v")}
         query, key, value = (
-            self._heads(self.project(x, small, f"{name}_proj", named), groups)
+            self._heads(self.gained(products[name], f"{name}_proj", named), groups)
             for name, groups in (("q", self._groups), ("k", 1), ("v", 1))
         )
         query, key = apply_rotary_pos_emb(query, key, rope_cos.unsqueeze(1), rope_sin.unsqueeze(1))
@@ -185,8 +204,13 @@ class _Attention(_Piece):
         scores = query @ keys.transpose(3, 4) + attn_bias.unsqueeze(1)
         context = torch.softmax(scores, dim=-1) @ values
         joined = context.permute(0, 3, 1, 2, 4).reshape(*hidden.shape[:2], -1)
-        output = residual + self.project(joined, self.small(joined, "o_proj", named), "o_proj", named)
+        result = self.project(joined, self.small(joined, "o_proj", named), "o_proj", named)
+        output = residual + self.gained(result, "o_proj", named)
         kept = {"query": query, "key": key, "value": value, "context": context}
+        if f"q_proj{GAIN}" in named:
+            kept |= {"query": products["q"], "key": products["k"], "value": products["v"]}
+        if f"o_proj{GAIN}" in named:
+            kept["result"] = result
         return {"objective": output.sum().reshape(1), "output": output, **kept}
 
     def _heads(self, x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -203,6 +227,8 @@ class _Mlp(_Piece):
         x = self.normal(hidden + anchor, named)
         small = self.small(x, "gate_up_proj", named)
         gate, up = (self.project(x, small, f"{name}_proj", named) for name in ("gate", "up"))
-        inner = torch.nn.functional.silu(gate) * up
-        output = residual + self.project(inner, self.small(inner, "down_proj", named), "down_proj", named)
-        return {"objective": output.sum().reshape(1), "output": output, "gate": gate, "up": up}
+        inner = torch.nn.functional.silu(self.gained(gate, "gate_proj", named)) * self.gained(up, "up_proj", named)
+        result = self.project(inner, self.small(inner, "down_proj", named), "down_proj", named)
+        output = residual + self.gained(result, "down_proj", named)
+        kept = {"gate": gate, "up": up} | ({"result": result} if f"down_proj{GAIN}" in named else {})
+        return {"objective": output.sum().reshape(1), "output": output, **kept}

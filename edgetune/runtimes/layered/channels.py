@@ -76,7 +76,7 @@ class Channels:
         return replace(block, values=values, scales=scales, group=self._columns[module])
 
     def put_adapter(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        """A LoRA parameter of the checkpoint in this order."""
+        """A LoRA parameter of the checkpoint in this order; magnitudes have that of B's rows."""
         return values if self._groups is None else self._adapter(self._groups, name, values, forth=True)
 
     def restore_adapter(self, name: str, values: NDArray[Any]) -> NDArray[Any]:

@@ -16,6 +16,7 @@ from edgetune.model.lora import Parameters
 from edgetune.runtimes.contract import OptimizerConfig, SessionState, StepResult
 from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.layered.backend import Arrays, Backend
+from edgetune.runtimes.layered.gains import Gains
 from edgetune.runtimes.layered.head import Head
 from edgetune.runtimes.layered.lower_layers import LowestLayers, SublayerForward, Trunk, open_trunk
 from edgetune.runtimes.layered.optimizer import FlatAdamW
@@ -60,11 +61,12 @@ class LayeredForward:
         self._memory = ReusedMemory()
         linear = LinearWeights(self._frozen, backend, plan.resident, self._memory)
         self._lora = parameters
+        self._gains = Gains(bundle, parameters, backend.channels)
         self._workspace = Workspace(backend.storage)
         self._states = HiddenStates(self._workspace, backend, plan.lean)
         self._layers = range(plan.trunk_layers, layers)
         self._first_trained = plan.first_trained
-        shared = (bundle, plan.wide, parameters, self._workspace)
+        shared = (bundle, plan.wide, self._gains, self._workspace)
         self._runners = sublayer_runners(*shared, backend, linear)
         self._attention, self._mlp = self._runners
         self._exact_layers = self._layers[: plan.exact_layers]
@@ -89,6 +91,7 @@ class LayeredForward:
     def set_parameter(self, name: str, values: NDArray[np.float32]) -> None:
         """See `edgetune.runtimes.contract.Forward.set_parameter`."""
         self._lora.parameter(name)[...] = self._backend.channels.put_adapter(name, values)
+        self._gains.forget()
 
     def _forward(self, batch: Batch, *, for_backward: bool) -> NDArray[np.float32]:
         """The last hidden state (batch, sequence, hidden_size)."""
@@ -96,6 +99,7 @@ class LayeredForward:
         sequences, length = batch.input_ids.shape
         self._backend.begin(sequences * length, sequences * length**2)
         shape = (sequences, length, self._frozen.shape(EMBEDDING)[1])
+        self._gains.find(runner.project for runner in self._runners)
         tables = _tables(batch)
         first = 2 * self._layers.start
         hidden = self._states.array(first, shape, kept=for_backward and self._is_kept(first))
@@ -163,7 +167,9 @@ class LayeredSession(LayeredForward):
         total = sum(batch.trained_tokens for batch in batches)
         self._optimizer.forget_gradients()
         loss = sum(self._accumulate(batch, 1 / total) for batch in batches)
+        self._gains.to_magnitudes(self._optimizer.gradient)
         norm, applied = self._optimizer.step(learning_rate, loss)
+        self._gains.forget()
         return StepResult(loss, norm, applied)
 
     def adapter(self) -> Parameters:
@@ -177,6 +183,7 @@ class LayeredSession(LayeredForward):
     def restore(self, state: SessionState) -> None:
         """See `edgetune.runtimes.contract.Session.restore`."""
         self._optimizer.restore(state)
+        self._gains.forget()
 
     def gradients(self) -> Parameters:
         """The last step's gradients, before clipping, until the next step."""
@@ -205,7 +212,7 @@ class LayeredSession(LayeredForward):
         return scale * float(losses.sum(dtype=np.float64)), d_output
 
     def _backward(self, batch: Batch, d_output: NDArray[np.float32]) -> None:
-        tables, shape, gradient_of = _tables(batch), d_output.shape, self._optimizer.gradient
+        tables, shape, gradient_of = _tables(batch), d_output.shape, self._gains.gradient_of(self._optimizer.gradient)
         # `d_output` is the first of them already: a layer overwrites the gradient that it was given.
         d_hidden, d_middle = (self._workspace.like(f"d_hidden.{number}", d_output) for number in (0, 1))
         for layer in range(self._layers.stop - 1, self._first_trained - 1, -1):

@@ -14,16 +14,18 @@ from edgetune.errors import VerificationError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.layered_graphs import kept_outputs, pieces_of
 from edgetune.formats.roles import SCALES, sublayer_role
+from edgetune.model.lora import GAIN
 from edgetune.model.pieces import LAYER_PREFIX, Slice, attention_slices, mlp_slices
 from edgetune.runtimes.layered.backend import Arrays, Backend, LayeredGraph
-from edgetune.runtimes.layered.parameters import Array, FlatParameters
+from edgetune.runtimes.layered.gains import Gains
+from edgetune.runtimes.layered.parameters import Array
 from edgetune.runtimes.layered.weights import LinearWeights, weight_and_layout
 from edgetune.runtimes.layered.workspace import Workspace
 
 AnyArray = NDArray[Any]
 AGAIN = "again"
 """Where a layer that is computed again keeps its activations until its backward pass."""
-_NORM = "norm.weight"
+_NORM, _PROJECTED = "norm.weight", ".projected"
 _FLOAT = np.dtype(np.float32)
 
 
@@ -59,7 +61,7 @@ class SublayerRunner:
         pieces: The graphs' inputs, piece by piece.
         backend: Runs the graphs.
         linear: Gives frozen weights.
-        parameters: The LoRA parameters.
+        parameters: Give what graphs take of the adapter, by its name.
         workspace: Gives arrays for what lies between graphs.
 
     Raises:
@@ -74,7 +76,7 @@ class SublayerRunner:
         pieces: Sequence[dict[str, Slice]],
         backend: Backend,
         linear: LinearWeights,
-        parameters: FlatParameters,
+        parameters: Gains,
         workspace: Workspace,
     ) -> None:
         self.name = name
@@ -84,7 +86,7 @@ class SublayerRunner:
         self._bundle, self._backend = bundle, backend
         self._role = role
         self._norms: dict[int, Array] = {}
-        self._shapes = bundle.manifest.lora.shapes()
+        self._shapes = bundle.manifest.lora.differentiated()
         self._no_update: dict[Slice, Array] = {}
         self._forward = self._load("")
         self._kept = kept_outputs(bundle.manifest, self._role)
@@ -104,6 +106,24 @@ class SublayerRunner:
     @cached_property
     def _from_kept(self) -> _PieceGraph:
         return self._load("_grad_kept")
+
+    @cached_property
+    def _projected(self) -> _PieceGraph | None:
+        """The graph that gives A·Wᵀ; none where no slot of the sublayer has a gain."""
+        gains = any(name.endswith(GAIN) for name in self._forward.trained[0])
+        return self._load("_projected") if gains else None
+
+    def project(self, layer: int, sums: Mapping[str, Array]) -> None:
+        """Add A·Wᵀ (rank, out) of each slot of a layer to the array with its gain's name."""
+        if (graph := self._projected) is None:
+            return
+        for index, slices in enumerate(self._pieces):
+            gains = {name: slices[name.removesuffix(_PROJECTED) + GAIN].of_layer(layer) for name in graph.outputs}
+            totals = {name: sums[gain.parameter][:, slice(*(gain.rows or (None,)))] for name, gain in gains.items()}
+            own = {name: np.empty(total.shape, _FLOAT) for name, total in totals.items()}
+            self._run(graph, layer, index, {}, own)
+            for name, total in totals.items():
+                total += own[name]
 
     def forward(self, layer: int, tables: Arrays, hidden: AnyArray, output: AnyArray, kept_under: str | None) -> None:
         """Write output = hidden + f(norm(hidden)), and, under that name, what the backward pass can take."""
@@ -181,13 +201,15 @@ class SublayerRunner:
         return slice_.of_layer(layer).parameter in self._lora
 
     def _adapter(self, slice_: Slice, layer: int) -> Array:
-        """A slice of a LoRA parameter; of a layer that is not trained zeros, which are the same array for all."""
+        """A slice of a LoRA parameter; of a layer that is not trained what changes nothing, one array for all."""
         if self._is_trained(slice_, layer):
             return _view(self._lora.parameter, slice_, layer)
         if slice_ not in self._no_update:
-            whole = self._shapes[slice_.of_layer(layer).parameter]
-            taken = (slice_.rows or (0, whole[0]), slice_.columns or (0, whole[1]))
-            self._no_update[slice_] = np.zeros([stop - start for start, stop in taken], _FLOAT)
+            name = slice_.of_layer(layer).parameter
+            whole = self._shapes[name]
+            spans = [span or (0, size) for span, size in zip((slice_.rows, slice_.columns), whole, strict=False)]
+            shape = [stop - start for start, stop in spans]
+            self._no_update[slice_] = (np.ones if name.endswith(GAIN) else np.zeros)(shape, _FLOAT)
         return self._no_update[slice_]
 
     def _norm(self, layer: int) -> Array:
@@ -213,7 +235,7 @@ class SublayerRunner:
 def sublayer_runners(
     bundle: Bundle,
     wide: bool,
-    parameters: FlatParameters,
+    parameters: Gains,
     workspace: Workspace,
     backend: Backend,
     linear: LinearWeights,
@@ -223,7 +245,7 @@ def sublayer_runners(
     Args:
         bundle: Holds the graphs.
         wide: Whether pieces are wide.
-        parameters: The LoRA parameters.
+        parameters: Give what graphs take of the adapter, by its name.
         workspace: Gives arrays for what lies between graphs.
         backend: Runs the graphs.
         linear: Gives frozen weights in the backend's layout.
@@ -242,4 +264,5 @@ def sublayer_runners(
 
 def _view(of: Callable[[str], NDArray[np.float32]], slice_: Slice, layer: int) -> NDArray[np.float32]:
     array = of(slice_.of_layer(layer).parameter)
-    return array[slice(*(slice_.rows or (None, None))), slice(*(slice_.columns or (None, None)))]
+    rows, columns = (slice(*(part or (None,))) for part in (slice_.rows, slice_.columns))
+    return array[rows, columns] if array.ndim > 1 else array[rows]

@@ -28,7 +28,7 @@ from edgetune.runtimes.layered.openvino.tensor import BFLOAT16, from_bfloat16, t
 from edgetune.runtimes.layered.openvino.weights import OpenVinoWeights
 from edgetune.runtimes.openvino_core import MOST_SHAPES, properties_of
 
-_KEPT = {"query", "key", "value", "context", "gate", "up"}
+_KEPT = {"query", "key", "value", "context", "gate", "up", "result"}
 _Shapes = tuple[tuple[int, ...], ...]
 
 
