@@ -75,10 +75,12 @@ class AdapterShape:
     """Ranks of projections that have another one, as PEFT writes it."""
     alpha_pattern: dict[str, float]
     """Their alphas, in the same way."""
+    dora: bool
+    """Whether slots have magnitudes."""
 
     def in_words(self) -> str:
-        """Ranks and alphas."""
-        fields = (self.rank_stabilised, self.rank_pattern, self.alpha_pattern)
+        """Ranks, alphas and the kind of slot."""
+        fields = (self.rank_stabilised, self.rank_pattern, self.alpha_pattern, self.dora)
         return Lora(self.rank, self.alpha, [], [], *fields).in_words()
 
 
@@ -205,6 +207,7 @@ def _describe_peft(path: Path) -> Description:
             slots=sum(".lora_A." in tensor for tensor in shapes),
             parameters=sum(_count(shape) for shape in shapes.values()),
             rank_stabilised=config.get("use_rslora") is True,
+            dora=config.get("use_dora") is True,
             **patterns,
         ),
     )
@@ -270,6 +273,7 @@ def _shape(lora: Lora) -> AdapterShape:
         rank_stabilised=lora.rank_stabilised,
         rank_pattern=lora.rank_pattern,
         alpha_pattern=lora.alpha_pattern,
+        dora=lora.dora,
     )
 
 

@@ -264,7 +264,7 @@ def _check_contract(path: Path, lora: Lora, base: BaseModel, tokenizer: Tokenize
 
 def _described(lora: Lora) -> str:
     modules = ", ".join(sorted(lora.target_modules))
-    return f"{lora.in_words()}, {len(lora.slots)} slots on {modules}{', DoRA' if lora.dora else ''}"
+    return f"{lora.in_words()}, {len(lora.slots)} slots on {modules}"
 
 
 def _advice(config: Mapping[str, Any], modules: set[str], lora: Lora) -> list[str]:

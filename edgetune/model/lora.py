@@ -99,7 +99,8 @@ class Lora:
         """Ranks and alphas, such as `rank 8 (down_proj 32), alpha 16, rsLoRA`."""
         patterns = (self.rank_pattern, self.alpha_pattern)
         ranks, alphas = ("".join(f" ({module} {value:g})" for module, value in each.items()) for each in patterns)
-        return f"rank {self.rank}{ranks}, alpha {self.alpha:g}{alphas}{', rsLoRA' if self.rank_stabilised else ''}"
+        kind = f"{', rsLoRA' if self.rank_stabilised else ''}{', DoRA' if self.dora else ''}"
+        return f"rank {self.rank}{ranks}, alpha {self.alpha:g}{alphas}{kind}"
 
     def computes_as(self, other: Lora) -> bool:
         """Whether the same parameters mean the same: the slots, and what each is scaled with, up to rounding."""

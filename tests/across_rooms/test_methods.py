@@ -24,9 +24,11 @@ from edgetune.exporting import export
 from edgetune.formats.adapter import read_adapter, write_adapter
 from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.formats.genai import open_model
+from edgetune.formats.row_norms import read_row_norms
 from edgetune.formats.storage import atomic_folder
 from edgetune.generation import generate_ids
 from edgetune.model.architecture import slots_of
+from edgetune.model.lora import initial_parameters
 from edgetune.planning.memory import Work
 from edgetune.planning.planner import Planner
 from edgetune.runtimes import onnxruntime as stock
@@ -383,3 +385,68 @@ def test_fewer_layers_take_less_memory_and_less_work(prepared: Prepared, plan: P
     # All gradients pass through the layer above; its slots' are not kept.
     assert lower.cost == every.cost
     assert every.peak_memory_bytes - lower.peak_memory_bytes == 5 * 4 * lora.of_layers(range(16, 32)).parameters
+
+
+@pytest.fixture(scope="module")
+def with_magnitudes(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """DoRA, rsLoRA, ranks of their own and named targets at once."""
+    folder = tmp_path_factory.mktemp("magnitudes") / "bundle"
+    config = replace(
+        CONFIG, dora=True, rslora=True, targets="qkv_proj,down_proj", rank_pattern={"down_proj": 6}, base="int4"
+    )
+    prepare_tiny(VARIANT, folder, config)
+    return load_bundle(folder)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_magnitudes_go_with_ranks_of_their_own(with_magnitudes: Bundle, plan: str) -> None:
+    bundle = with_magnitudes
+    parameters = adapter_of(bundle)
+    rows = rows_of(1, lengths_of(VARIANT, 1))
+    model = oracle.peft_model(checkpoint(VARIANT), bundle, parameters)
+    loss = oracle.loss(model, rows)
+    loss.backward()
+    with stock.open_session(bundle, parameters, OPTIMIZER, PLANS[plan]) as session:
+        result = session.step([batch_of(bundle, rows)], LEARNING_RATE)
+        found = session.gradients()  # type: ignore[attr-defined]
+    assert result.loss == pytest.approx(loss.item(), rel=1e-4)
+    trainable = oracle.trainable(model)
+    assert set(trainable) == set(found) == set(bundle.manifest.lora.shapes())
+    for name, parameter in trainable.items():
+        assert parameter.grad is not None
+        assert relative(found[name], parameter.grad.numpy()) <= WITHIN["int4"], name
+
+
+@each_layers
+def test_magnitudes_of_some_layers_are_pefts(with_magnitudes: Bundle, layers: str) -> None:
+    """Another layer's slots change nothing: their magnitudes are the row norms, and B is zero."""
+    bundle, span = with_magnitudes, LAYERS[layers]
+    norms = read_row_norms(bundle)
+    first = initial_parameters(bundle.manifest.lora, 0, norms)
+    parameters = of_layers(bundle, span)
+    rows = rows_of(1, lengths_of(VARIANT, 1))
+    model = oracle.peft_model(checkpoint(VARIANT), bundle, first | parameters)
+    loss = oracle.loss(model, rows)
+    loss.backward()
+    with stock.open_session(bundle, parameters, OPTIMIZER, replace(LAYER_PLANS["keep"], layers=span)) as session:
+        result = session.step([batch_of(bundle, rows)], LEARNING_RATE)
+        found = session.gradients()  # type: ignore[attr-defined]
+    assert result.loss == pytest.approx(loss.item(), rel=1e-4)
+    assert set(found) == set(parameters)
+    for name, parameter in oracle.trainable(model).items():
+        if name in found:
+            assert parameter.grad is not None
+            assert relative(found[name], parameter.grad.numpy()) <= WITHIN["int4"], name
+
+
+def test_a_run_with_magnitudes_goes_on_where_it_was_cut_off(with_magnitudes: Bundle, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one two three", "four five", "six")))
+    config = TrainConfig(
+        runtime="onnxruntime", steps=6, batch_size=2, learning_rate=1e-2, schedule="constant", keep_state=True
+    )
+    train(with_magnitudes, data, tmp_path / "whole", config)
+    train(with_magnitudes, data, tmp_path / "cut", replace(config, steps=3))
+    train(with_magnitudes, data, tmp_path / "cut", replace(config, resume=True))
+    whole, cut = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
