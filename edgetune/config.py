@@ -375,6 +375,12 @@ class TrainConfig:
     time_budget: str | None = option(
         None, Option("Pause after so much time, such as 20m or 1.5h: exit code 75.", only="train")
     )
+    pause_below_battery: float | None = option(
+        None, Option("Rest while the battery has fewer percent and is not plugged in.", least=0, most=100, only="train")
+    )
+    pause_above_temperature: float | None = option(
+        None, Option("Rest while the machine is hotter, in degrees Celsius.", least=0, most=200, only="train")
+    )
     pause_file: Path | None = option(None, Option("Pause when this file is there: exit code 75.", only="train"))
     force: bool = option(
         False, Option("Replace an adapter that is already there, and forget an unfinished run.", only="train")

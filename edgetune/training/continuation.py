@@ -18,7 +18,8 @@ from edgetune.training.state import PlannedRun, RunState
 
 _FREE = frozenset(
     {
-        "device", "force", "init_adapter", "keep_state", "patience", "pause_file", "resume", "save_steps", "steps",
+        "device", "force", "init_adapter", "keep_state", "patience",
+        "pause_above_temperature", "pause_below_battery", "pause_file", "resume", "save_steps", "steps",
         "epochs", "threads", "time_budget", "trunk_cache", "vitisai_config",
     }
 )  # fmt: skip

@@ -17,6 +17,7 @@ from edgetune.text.pulse import Pulse
 from edgetune.training.early_end import EarlyEnd, held_back
 from edgetune.training.observer import Observer, StartInfo, StepMetrics
 from edgetune.training.record import RunRecord
+from edgetune.training.rest import Rest
 from edgetune.training.saved_run import RunIdentity, SavedState
 from edgetune.training.saver import Saver
 from edgetune.training.state import PlannedRun, RunState
@@ -62,9 +63,10 @@ def learn(
         observer.on_start(_start_info(run, state, saver))
         # The session has its own.
         state.first.clear()
+        rest = Rest(run.config.pause_below_battery, run.config.pause_above_temperature, observer.on_notice)
         end = EarlyEnd(signals, request.time_budget_seconds, run.config.pause_file)
         with RunRecord(folder, observer.on_notice, b"" if earlier is None else earlier.record) as record:
-            _Loop(run, state, session, observer, record, identity, saver).run(end)
+            _Loop(run, state, session, observer, record, identity, saver).run(end, rest)
         if state.stopped and not state.steps:
             raise EdgetuneError(f"{state.stopped}; nothing was learnt, so nothing is written; {REMEDY}")
         state.learnt = state.best or session.adapter()
@@ -88,7 +90,7 @@ class _Loop:
         """Seconds of the steps alone, and steps of earlier processes."""
         self._seconds_before, self._begin = state.seconds, perf_counter()
 
-    def run(self, end: EarlyEnd) -> None:
+    def run(self, end: EarlyEnd, rest: Rest) -> None:
         """All steps that are left, or those before one that is not finite, or before an early end."""
         state, config, total = self._state, self._run.config, self._schedule.total_steps
         first_validation = self._validate() if not state.steps else None
@@ -112,6 +114,7 @@ class _Loop:
                 break
             if state.steps < total:
                 self._end_early(end)
+                rest.take(before=self._save, look=lambda: self._end_early(end))
         state.seconds = self._elapsed()
         if state.steps and (state.stopped or config.keep_state):
             self._save(again=bool(state.stopped))

@@ -15,7 +15,8 @@ from edgetune.machine.threads import threads_used
 from edgetune.training.state import PlannedRun, RunState
 
 _PRIVATE = (
-    "force", "init_adapter", "keep_state", "pause_file", "resume", "save_steps", "time_budget", "vitisai_config",
+    "force", "init_adapter", "keep_state", "pause_above_temperature", "pause_below_battery", "pause_file", "resume",
+    "save_steps", "time_budget", "vitisai_config",
 )  # fmt: skip
 """Neither how the folder came to its place nor a path of this machine belongs to what was learnt."""
 

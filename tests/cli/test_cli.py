@@ -145,16 +145,17 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 
 
 OPTIONS = {
-    "prepare": "output rank alpha targets base quantiser npu calibration max-length download force quiet json",
+    "prepare": "output rank alpha rslora rank-pattern alpha-pattern targets dora base quantiser npu "
+    "calibration max-length download force quiet json",
     "split": "data output layers length calibration-rows largest-error threads force quiet json",
     "plan": "device data valid length runtime plan precision trunk method queries memory-budget threads device-type "
     "soc-model buckets steps epochs batch-size gradient-accumulation-steps packing no-packing truncate raw-prompts "
-    "content-as-text eval-steps json",
+    "content-as-text layers eval-steps json",
     "train": "data valid output config runtime device plan precision trunk trunk-cache vitisai-config method queries "
     "perturbation-size memory-budget threads device-type require-npu soc-model buckets steps epochs batch-size "
     "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "
-    "seed shuffle no-shuffle truncate raw-prompts content-as-text init-adapter resume save-steps eval-steps patience "
-    "keep-best keep-state time-budget pause-file force quiet json",
+    "seed shuffle no-shuffle truncate raw-prompts content-as-text init-adapter layers resume save-steps eval-steps "
+    "patience keep-best keep-state time-budget pause-file pause-below-battery pause-above-temperature force quiet json",
     "preview": "data raw-prompts content-as-text json",
     "eval": "data adapter truncate raw-prompts content-as-text threads quiet json",
     "export": "adapter output merge keep-adapter precision valid least-kept unmeasured threads force quiet json",
@@ -253,7 +254,7 @@ def test_every_option_is_suggested_for_a_slip_of_the_pen(name: str) -> None:
     [
         ("prepare x --output y --rank 0", "'--rank': 0 is not in the range x>=1"),
         ("prepare x --output y --alpha nan", "'--alpha': nan is not a finite number"),
-        ("prepare x --output y --targets all", "'all' is not one of 'all-linear', 'attention'"),
+        ("prepare x --output y --targets all", "no projection 'all'; give all-linear, attention, or some of qkv_proj"),
         ("train b --data d --output o --steps 0", "'--steps': 0 is not in the range 1<=x<=1000000000"),
         ("train b --data d --output o --steps 1.5", "'1.5' is not a valid integer"),
         ("train b --data d --output o --learning-rate 0", "0.0 is not in the range 1e-30<=x<=1000"),
