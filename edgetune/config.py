@@ -322,6 +322,11 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, Option("Batches of one optimizer step.", least=1, most=10**6))
     packing: bool = option(True, Option("Put short rows behind each other instead of padding each; none sees another."))
     learning_rate: float = option(2e-4, Option("Peak learning rate.", least=1e-30, most=1000, only="train"))
+    lora_plus_ratio: float = option(
+        1.0,
+        Option("Learning rate of B matrices, as a multiple of all others'.", least=1e-9, most=1e6, only="train"),
+    )
+    """LoRA+ (Hayou et al. 2024), with 16 in the paper."""
     schedule: Schedule = option("cosine", Option("How the learning rate falls after the warm-up.", only="train"))
     warmup_steps: int = option(
         0, Option("Steps over which the learning rate rises from zero.", least=0, most=_MANY, only="train")

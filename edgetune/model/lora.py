@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from edgetune.errors import VerificationError
 
+LORA_B = ".lora_B.weight"
 MAGNITUDE, GAIN = ".lora_magnitude_vector", ".lora_gain"
-"""What follows a slot's name in those of its magnitudes and its gain."""
+"""What follows a slot's name in those of its B, its magnitudes and its gain."""
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
@@ -51,7 +52,7 @@ class Slot:
     @property
     def b(self) -> str:
         """Name of the B parameter in the checkpoint and in the whole step's graphs; layered ones take slices of it."""
-        return f"{self.name}.lora_B.weight"
+        return f"{self.name}{LORA_B}"
 
     @property
     def magnitude(self) -> str:

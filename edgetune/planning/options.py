@@ -124,6 +124,16 @@ def _contradictions(config: TrainConfig, accelerated: bool) -> Iterator[str]:
             f"--layers {config.layers} trains layer by layer, and the whole step as one graph has every gradient; "
             "leave --plan and --runtime at auto, or --layers out"
         )
+    if config.lora_plus_ratio != 1 and (accelerated or config.plan == "whole" or name in _WHOLE_ALONE):
+        yield (
+            f"--lora-plus-ratio {config.lora_plus_ratio:g} trains layer by layer, and the whole step as one graph has "
+            "one learning rate; leave --plan and --runtime at auto, or --lora-plus-ratio out"
+        )
+    if config.lora_plus_ratio != 1 and config.method == "forward-only":
+        yield (
+            f"--lora-plus-ratio {config.lora_plus_ratio:g} is for A and B matrices, and --method forward-only trains "
+            "B alone; leave it out"
+        )
     if config.trunk and config.precision != "auto":
         yield f"--trunk trains the layers above the trunk exactly; leave --precision {config.precision} out"
     if facts is not None and accelerated and config.require_npu and facts.device(config.device_type) != "NPU":

@@ -120,7 +120,8 @@ class RunRequest:
     @property
     def needs_layers(self) -> bool:
         """Whether only the layered form does what is asked for, whatever the plan."""
-        return self.precision != "auto" or self.trunk is not None or self.layers is not None
+        several_rates = self.optimizer.lora_plus_ratio != 1
+        return self.precision != "auto" or self.trunk is not None or self.layers is not None or several_rates
 
     @property
     def forward_only(self) -> bool:
@@ -162,7 +163,7 @@ def run_request(config: TrainConfig, place: Place, *, accelerated: bool) -> RunR
         memory_budget_bytes=None if config.memory_budget is None else parse_bytes(config.memory_budget),
         shapes=() if config.buckets is None else tuple(parse_buckets(config.buckets)),
         threads=config.threads,
-        optimizer=OptimizerConfig(config.weight_decay, config.max_grad_norm),
+        optimizer=OptimizerConfig(config.weight_decay, config.max_grad_norm, config.lora_plus_ratio),
         batching=Batching(
             config.batch_size, config.gradient_accumulation_steps, config.packing, config.shuffle, config.seed
         ),

@@ -25,6 +25,8 @@ class OptimizerConfig:
     weight_decay: float
     max_grad_norm: float
     """Clip gradients to this global 2-norm, as torch.nn.utils.clip_grad_norm_ does; 0 switches clipping off."""
+    lora_plus_ratio: float = 1.0
+    """The learning rate of B matrices, divided by that of all else (LoRA+, Hayou et al. 2024)."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ _FREE = frozenset(
     }
 )  # fmt: skip
 """Options that change no step that was done, or that are compared by what they lead to."""
-_OF_RATE = frozenset({"learning_rate", "max_grad_norm", "schedule", "warmup_steps", "weight_decay"})
+_OF_RATE = frozenset({"learning_rate", "lora_plus_ratio", "max_grad_norm", "schedule", "warmup_steps", "weight_decay"})
 """Options that may change where a step was not finite: with the same ones it would not be again."""
 _WHAT = {
     "bundle": "the bundle",

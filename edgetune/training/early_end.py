@@ -73,6 +73,11 @@ class EarlyEnd:
         self._signals, self._pause_file = signals, pause_file
         self._end = None if budget_seconds is None else monotonic() + budget_seconds
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a signal waits."""
+        return bool(self._signals.heard)
+
     def cause(self) -> tuple[type[EdgetuneError], str] | None:
         """What the run ends with now, and why; none where it goes on."""
         if self._signals.heard:

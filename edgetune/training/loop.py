@@ -53,19 +53,17 @@ def learn(
         PausedRunError: The run was asked to pause; the state is saved.
     """
     request, choice = run.request, run.fit.choice
-    with (
-        held_back(observer.on_notice) as signals,
-        open_trainer(run.bundle, state.first, choice, request.optimizer, request.queries) as session,
-    ):
+    rest = Rest(run.config.pause_below_battery, run.config.pause_above_temperature, observer.on_notice)
+    with open_trainer(run.bundle, state.first, choice, request.optimizer, request.queries) as session:
         if earlier is not None:
             session.restore(earlier.session)
             state.take_up(earlier.progress, earlier.best)
         observer.on_start(_start_info(run, state, saver))
         # The session has its own.
         state.first.clear()
-        rest = Rest(run.config.pause_below_battery, run.config.pause_above_temperature, observer.on_notice)
-        end = EarlyEnd(signals, request.time_budget_seconds, run.config.pause_file)
-        with RunRecord(folder, observer.on_notice, b"" if earlier is None else earlier.record) as record:
+        before = b"" if earlier is None else earlier.record
+        with held_back(observer.on_notice) as signals, RunRecord(folder, observer.on_notice, before) as record:
+            end = EarlyEnd(signals, request.time_budget_seconds, run.config.pause_file)
             _Loop(run, state, session, observer, record, identity, saver).run(end, rest)
         if state.stopped and not state.steps:
             raise EdgetuneError(f"{state.stopped}; nothing was learnt, so nothing is written; {REMEDY}")
@@ -94,6 +92,8 @@ class _Loop:
         """All steps that are left, or those before one that is not finite, or before an early end."""
         state, config, total = self._state, self._run.config, self._schedule.total_steps
         first_validation = self._validate() if not state.steps else None
+        if not state.steps and end.is_interrupted:
+            self._end_early(end)  # a budget, though, is for one step at least
         steps = self._workload.steps(state.steps)
         for step in range(state.steps, total):
             rate = learning_rate(config.schedule, config.learning_rate, step, total, config.warmup_steps)

@@ -100,6 +100,8 @@ def train(
             if earlier is not None:
                 require_same(earlier, identity, total_steps, observer.on_notice)
             reserve(folder, most_bytes(run.lora, total_steps), output)
+            if earlier is None:
+                saved.remove()  # now that nothing is refused any more
             size = sum(_STATES * array.nbytes for array in state.first.values())
             saver = Saver(saved, config.save_steps, size, observer.on_notice)
             learn(run, state, folder, observer, identity=identity, saver=saver, earlier=earlier)
@@ -140,7 +142,6 @@ def _earlier(saved: SavedRun, output: Path, config: TrainConfig) -> SavedState |
         VerificationError: No state of it can be read.
     """
     if config.force and not config.resume:
-        saved.remove()
         return None
     steps = saved.steps()
     if config.resume:

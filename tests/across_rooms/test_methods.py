@@ -450,3 +450,44 @@ def test_a_run_with_magnitudes_goes_on_where_it_was_cut_off(with_magnitudes: Bun
     train(with_magnitudes, data, tmp_path / "cut", replace(config, resume=True))
     whole, cut = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert whole == cut
+
+
+@pytest.mark.parametrize("runtime", [stock, openvino], ids=["onnxruntime", "openvino"])
+def test_b_matrices_learn_at_their_own_rate(of: Of, runtime: Any) -> None:
+    """LoRA+ against torch.optim.AdamW with two groups, over twenty steps; OpenVINO within bfloat16."""
+    ratio, bundle = 16.0, of("patterns", "fp32")
+    parameters = adapter_of(bundle)
+    model = oracle.peft_model(checkpoint(VARIANT), bundle, parameters)
+    trainable = oracle.trainable(model)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [value for name, value in trainable.items() if ".lora_A." in name], "lr": LEARNING_RATE},
+            {"params": [value for name, value in trainable.items() if ".lora_B." in name], "lr": ratio * LEARNING_RATE},
+        ],
+        weight_decay=OPTIMIZER.weight_decay,
+    )
+    plan = replace(PLANS["keep"], precision=runtime.abilities().exact.precision)  # type: ignore[type-var]
+    exact = plan.precision == "fp32"  # type: ignore[attr-defined]
+    with runtime.open_session(bundle, parameters, replace(OPTIMIZER, lora_plus_ratio=ratio), plan) as session:
+        for step in range(STEPS):
+            rows = rows_of(step, lengths_of(VARIANT, step))
+            loss = oracle.loss(model, rows)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable.values(), OPTIMIZER.max_grad_norm)
+            optimizer.step()
+            result = session.step([batch_of(bundle, rows)], LEARNING_RATE)
+            assert result.loss == pytest.approx(loss.item(), rel=1e-3 if exact else 2e-2)
+        learnt = session.adapter()
+    if exact:
+        for name, value in trainable.items():
+            assert relative(learnt[name], value.detach().numpy()) <= 5e-3, name
+
+
+@pytest.mark.parametrize(
+    "options", [{"plan": "whole"}, {"runtime": "ort-training"}, {"method": "forward-only"}], ids=lambda each: str(each)
+)
+def test_one_rate_of_the_whole_step_refuses_two(of: Of, options: dict[str, Any], tmp_path: Path) -> None:
+    config = TrainConfig(**options, lora_plus_ratio=16.0)
+    with pytest.raises(UsageError, match="--lora-plus-ratio 16 "):
+        train(of("rslora", "fp32"), tmp_path / "rows.jsonl", tmp_path / "adapter", config)

@@ -153,9 +153,10 @@ OPTIONS = {
     "content-as-text layers eval-steps json",
     "train": "data valid output config runtime device plan precision trunk trunk-cache vitisai-config method queries "
     "perturbation-size memory-budget threads device-type require-npu soc-model buckets steps epochs batch-size "
-    "gradient-accumulation-steps packing no-packing learning-rate schedule warmup-steps weight-decay max-grad-norm "
-    "seed shuffle no-shuffle truncate raw-prompts content-as-text init-adapter layers resume save-steps eval-steps "
-    "patience keep-best keep-state time-budget pause-file pause-below-battery pause-above-temperature force quiet json",
+    "gradient-accumulation-steps packing no-packing learning-rate lora-plus-ratio schedule warmup-steps "
+    "weight-decay max-grad-norm seed shuffle no-shuffle truncate raw-prompts content-as-text init-adapter layers "
+    "resume save-steps eval-steps patience keep-best keep-state time-budget pause-file pause-below-battery "
+    "pause-above-temperature force quiet json",
     "preview": "data raw-prompts content-as-text json",
     "eval": "data adapter truncate raw-prompts content-as-text threads quiet json",
     "export": "adapter output merge keep-adapter precision valid least-kept unmeasured threads force quiet json",

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from edgetune.config import TrainConfig
-from edgetune.errors import EdgetuneError, IncompatibleError, PausedRunError, UsageError
+from edgetune.errors import DataError, EdgetuneError, IncompatibleError, PausedRunError, UsageError
 from edgetune.training import train
 from edgetune.training.observer import SilentObserver, StepMetrics
 from edgetune.training.saved_run import SavedRun
@@ -102,6 +102,17 @@ def test_an_unfinished_run_is_told(tmp_path: Path) -> None:
         learn(output, BASE)
     learn(output, replace(BASE, force=True))
     assert len(metrics(output)) == STEPS
+
+
+def test_a_mistake_does_not_cost_the_unfinished_run(tmp_path: Path) -> None:
+    output = tmp_path / "adapter"
+    with pytest.raises(Killed):
+        learn(output, BASE, KillAfter(5))
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("no row\n")
+    with pytest.raises(DataError):
+        learn(output, replace(BASE, force=True), data=broken)
+    assert SavedRun(output).steps() == 4
 
 
 def test_all_that_changed_is_named_at_once(tmp_path: Path) -> None:

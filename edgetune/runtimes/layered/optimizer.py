@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgetune.model.adamw import clip_factor
+from edgetune.model.lora import LORA_B
 from edgetune.runtimes.contract import OptimizerConfig, SessionState
 from edgetune.runtimes.layered.parameters import Array, FlatParameters
 from edgetune.runtimes.onnx_session import open_graph
@@ -31,6 +32,7 @@ class FlatAdamW(FlatParameters):
         self._session = open_graph(graph)
         self._config = config
         self._steps_done = 0
+        self._stretches = self._of_rates(config.lora_plus_ratio)
         self._gradient, self._exp_avg, self._exp_avg_sq = (np.zeros(self._size, dtype=np.float32) for _ in range(3))
 
     def gradient(self, name: str) -> Array:
@@ -67,15 +69,28 @@ class FlatAdamW(FlatParameters):
             return norm, False
         self._steps_done += 1
         scalars = {
-            "learning_rate": learning_rate,
             "weight_decay": self._config.weight_decay,
             "step": self._steps_done,
             "clip": clip_factor(norm, self._config.max_grad_norm),
         }
         vectors = {name: np.array([value], dtype=np.float32) for name, value in scalars.items()}
-        for start in starts:
-            self._update(slice(start, start + _STRETCH), vectors)
+        for stretch, ratio in self._stretches:
+            self._update(stretch, {**vectors, "learning_rate": np.array([ratio * learning_rate], np.float32)})
         return norm, True
+
+    def _of_rates(self, ratio_of_b: float) -> list[tuple[slice, float]]:
+        """Stretches of the flat vector that are updated at a time, and by what their learning rate is multiplied."""
+        rates: list[tuple[int, int, float]] = []
+        for name, (start, shape) in self._places.items():
+            stop, ratio = start + math.prod(shape), ratio_of_b if LORA_B in name else 1.0
+            # Neighbours of the same rate are one.
+            begin = rates.pop()[0] if rates and rates[-1][2] == ratio else start
+            rates.append((begin, stop, ratio))
+        return [
+            (slice(at, min(at + _STRETCH, stop)), ratio)
+            for start, stop, ratio in rates
+            for at in range(start, stop, _STRETCH)
+        ]
 
     def _update(self, stretch: slice, vectors: Mapping[str, Array]) -> None:
         binding = self._session.io_binding()
