@@ -24,6 +24,7 @@ NpuKind = Literal["none", "qdq", "blocks"]
 DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
 Method = Literal["backpropagation", "forward-only"]
 Schedule = Literal["constant", "linear", "cosine"]
+Start = Literal["random", "gradient"]
 PlatformName = Literal["android", "ios", "web", "linux-arm64"]
 
 MODULES_OF_TARGETS: dict[str, tuple[str, ...]] = {
@@ -344,6 +345,10 @@ class TrainConfig:
     truncate: bool = option(False, _TRUNCATE)
     raw_prompts: bool = option(False, _RAW_PROMPTS)
     content_as_text: bool = option(False, _CONTENT_AS_TEXT)
+    init: Start = option(
+        "random", Option("What A begins with; gradient takes where the first batches' loss falls.", only="train")
+    )
+    """B is zero in any case, so that the first model is the base."""
     init_adapter: Path | None = option(None, Option("Adapter to start from, PEFT's as well.", only="train"))
     resume: bool = option(
         False, Option("Go on with the run that was interrupted: the same command, and this.", only="train")

@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,9 @@ LEAST_DROP = 0.30
 ASKED, LEAST_VERBATIM = 10, 8
 """Trained prompts that the merged model is asked, and how many it has to answer word for word."""
 
+INTERRUPTED = 130
+"""Exit code of a run that Ctrl-C ended."""
+
 console = Console()
 timings: dict[str, float] = {}
 
@@ -56,6 +60,20 @@ def edgetune(arguments: str) -> None:
     finished = subprocess.run([EDGETUNE, *shlex.split(arguments)], cwd=WORK)
     if finished.returncode:
         sys.exit(finished.returncode)
+
+
+def interrupt(arguments: str, line: str) -> None:
+    """Run a command in `demo/` until it says a line that begins so, and press Ctrl-C; it has to end with 130."""
+    console.print(f"[bold]$ edgetune {arguments}[/bold]", highlight=False)
+    with subprocess.Popen(
+        [EDGETUNE, *shlex.split(arguments)], cwd=WORK, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    ) as process:
+        assert process.stderr is not None
+        if any(said.startswith(line) for said in process.stderr):
+            process.send_signal(signal.SIGINT)
+        console.print(process.stderr.read().strip(), highlight=False, markup=False)
+    if process.returncode != INTERRUPTED:
+        sys.exit(process.returncode or 1)
 
 
 def ask_edgetune(arguments: list[str]) -> dict[str, Any]:
@@ -129,6 +147,11 @@ def main() -> None:
         measured_before = held_out()
     with stage("train"):
         edgetune(f"train bundle --data {TRAIN.name} --valid {VALID.name} --output adapter {TRAINING} --force")
+    with stage("train, interrupted"):
+        interrupted = f"train bundle --data {TRAIN.name} --valid {VALID.name} --output resumed {TRAINING}"
+        interrupt(f"{interrupted} --force", "step 150/")
+        edgetune(f"{interrupted} --resume")
+        whole, resumed = ((WORK / name / "adapter_model.safetensors").read_bytes() for name in ("adapter", "resumed"))
     with stage("loss after"):
         measured_after = held_out("--adapter", "adapter")
     with stage("export"):
@@ -147,6 +170,7 @@ def main() -> None:
     drop = 1 - loss_after / loss_before
     exact, asked = round(measured_after["exact_match"] * measured_after["rows"]), measured_after["rows"]
     goals = (
+        (whole == resumed, "the run that was interrupted and went on learnt the same, byte for byte"),
         (drop >= LEAST_DROP, f"held-out answer loss {loss_before:.3f} → {loss_after:.3f}: {drop:.0%} lower"),
         (
             verbatim >= LEAST_VERBATIM,

@@ -129,6 +129,13 @@ def _contradictions(config: TrainConfig, accelerated: bool) -> Iterator[str]:
             f"--lora-plus-ratio {config.lora_plus_ratio:g} trains layer by layer, and the whole step as one graph has "
             "one learning rate; leave --plan and --runtime at auto, or --lora-plus-ratio out"
         )
+    if config.init == "gradient" and (name == "ort-training" or config.method == "forward-only"):
+        yield (
+            "--init gradient needs gradients of A and B by name, and --runtime ort-training and --method forward-only "
+            "give none; leave it out"
+        )
+    if config.init == "gradient" and config.init_adapter is not None:
+        yield f"--init gradient makes a first adapter, --init-adapter {config.init_adapter} is one; give one of them"
     if config.lora_plus_ratio != 1 and config.method == "forward-only":
         yield (
             f"--lora-plus-ratio {config.lora_plus_ratio:g} is for A and B matrices, and --method forward-only trains "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
@@ -15,6 +16,7 @@ from edgetune.planning.trainer import open_trainer
 from edgetune.runtimes.contract import Placed, Session, StepResult
 from edgetune.text.pulse import Pulse
 from edgetune.training.early_end import EarlyEnd, held_back
+from edgetune.training.gradient_start import FIRST_STEPS, start_from_gradient
 from edgetune.training.observer import Observer, StartInfo, StepMetrics
 from edgetune.training.record import RunRecord
 from edgetune.training.rest import Rest
@@ -58,6 +60,9 @@ def learn(
         if earlier is not None:
             session.restore(earlier.session)
             state.take_up(earlier.progress, earlier.best)
+        elif run.config.init == "gradient":
+            first = islice(run.fit.workload.steps(), FIRST_STEPS)
+            start_from_gradient(session, run.lora, [batch for batches in first for batch in batches])
         observer.on_start(_start_info(run, state, saver))
         # The session has its own.
         state.first.clear()

@@ -154,7 +154,7 @@ OPTIONS = {
     "train": "data valid output config runtime device plan precision trunk trunk-cache vitisai-config method queries "
     "perturbation-size memory-budget threads device-type require-npu soc-model buckets steps epochs batch-size "
     "gradient-accumulation-steps packing no-packing learning-rate lora-plus-ratio schedule warmup-steps "
-    "weight-decay max-grad-norm seed shuffle no-shuffle truncate raw-prompts content-as-text init-adapter layers "
+    "weight-decay max-grad-norm seed shuffle no-shuffle truncate raw-prompts content-as-text init init-adapter layers "
     "resume save-steps eval-steps patience keep-best keep-state time-budget pause-file pause-below-battery "
     "pause-above-temperature force quiet json",
     "preview": "data raw-prompts content-as-text json",

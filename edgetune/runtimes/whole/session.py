@@ -145,6 +145,10 @@ class PortableSession:
             value.update_inplace(np.ascontiguousarray(state[name], np.float32))
         self._steps_done = int(state[_STEPS])
 
+    def set_parameter(self, name: str, values: NDArray[np.float32]) -> None:
+        """Give a LoRA parameter other values; they are copied."""
+        self._state[name].update_inplace(np.ascontiguousarray(values))
+
     def gradients(self) -> Parameters:
         """The last step's gradients, before clipping, until the next step."""
         return {name: self._sums[f"{name}.grad"] for name in self._names}
