@@ -118,7 +118,7 @@ def test_what_is_not_finite_does_not_make_the_scale_grow(prepared: Prepared) -> 
     batch = batch_of(prepared("multi-head", "fp32"), rows_of(0, [9, 12]))
     broken = NotFinite()
     graphs = AcceleratorGraphs(broken)
-    graphs._scale.overflowed()
+    graphs.scale.overflowed()
     for _ in range(201):
         assert math.isnan(graphs.gradients(batch, 1.0, {}, {"a.grad": np.zeros(1, np.float32)}))
     assert broken.scales == [LossScale().of(batch.trained_tokens) / 2] * 201

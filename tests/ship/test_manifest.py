@@ -79,10 +79,15 @@ def problems(value: Any, schema: dict[str, Any], place: str = "") -> list[str]:
     return found
 
 
+ABSENT = {"Lora": ("rank_stabilised", "rank_pattern", "alpha_pattern", "dora")}
+"""Keys that are not written where they say what goes without saying."""
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_schema_has_the_keys_of_the_classes_in_their_order(name: str) -> None:
     schema, keys = SCHEMA["$defs"][name], [field.name for field in fields(CLASSES[name])]
-    assert list(schema["properties"]) == schema["required"] == keys
+    assert list(schema["properties"]) == keys
+    assert schema["required"] == [key for key in keys if key not in ABSENT.get(name, ())]
     assert schema["additionalProperties"] is False
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,15 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(tmp_path: Path, undi
     assert (output / WEIGHTS).read_bytes() == undisturbed
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As at a terminal: tests may have been started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_ends_at_once() -> None:
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt), held_back(said.append) as signals:
