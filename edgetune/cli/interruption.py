@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-"""Windows has no SIGHUP."""
+from edgetune.machine.signals import ENDING
+
 _heard = threading.Event()
 
 
@@ -39,7 +39,7 @@ def termination_interrupts() -> Iterator[None]:
         if not isinstance(unraisable.exc_value, Interrupted):
             before(unraisable)
 
-    ours = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    ours = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, interrupt) for number in ours}
     before, sys.unraisablehook = sys.unraisablehook, lost
     try:

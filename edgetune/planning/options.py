@@ -119,12 +119,13 @@ def _contradictions(config: TrainConfig, accelerated: bool) -> Iterator[str]:
         yield f"--runtime {name} does not execute the whole step in --precision {config.precision}; leave that out"
     if config.trunk and (accelerated or config.plan == "whole"):
         yield "--trunk trains the layers above the trunk layer by layer, not as one graph; leave --plan at auto"
-    if config.layers is not None and (accelerated or config.plan == "whole" or name in _WHOLE_ALONE):
+    as_one_graph = accelerated or config.plan == "whole" or name in _WHOLE_ALONE
+    if config.layers is not None and as_one_graph:
         yield (
             f"--layers {config.layers} trains layer by layer, and the whole step as one graph has every gradient; "
             "leave --plan and --runtime at auto, or --layers out"
         )
-    if config.lora_plus_ratio != 1 and (accelerated or config.plan == "whole" or name in _WHOLE_ALONE):
+    if config.lora_plus_ratio != 1 and as_one_graph:
         yield (
             f"--lora-plus-ratio {config.lora_plus_ratio:g} trains layer by layer, and the whole step as one graph has "
             "one learning rate; leave --plan and --runtime at auto, or --lora-plus-ratio out"

@@ -117,9 +117,8 @@ def _shown(value: Any) -> str:
 
 def _digest(examples: Iterable[Example]) -> str:
     """SHA-256 of what the model sees of the rows."""
-    digest = hashlib.sha256()
-    for example in examples:
-        for numbers in (example.input_ids, example.labels):
-            digest.update(len(numbers).to_bytes(8, "little"))
-            digest.update(np.asarray(numbers, "<i8").data)
-    return digest.hexdigest()
+    return digest_of(
+        (name, np.asarray(numbers, "<i8"))
+        for example in examples
+        for name, numbers in (("input_ids", example.input_ids), ("labels", example.labels))
+    )

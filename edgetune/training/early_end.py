@@ -12,9 +12,7 @@ from time import monotonic
 from types import FrameType
 
 from edgetune.errors import EdgetuneError, InterruptedRunError, PausedRunError
-
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-"""Windows has no SIGHUP."""
+from edgetune.machine.signals import ENDING
 
 
 @dataclass
@@ -38,7 +36,7 @@ def held_back(say: Callable[[str], None]) -> Iterator[Signals]:
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    previous = {number: signal.getsignal(number) for number in _SIGNALS}
+    previous = {number: signal.getsignal(number) for number in ENDING}
     ours = [number for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)]
 
     def restore() -> None:

@@ -159,7 +159,7 @@ class SavedRun:
 
     def remove(self) -> None:
         """Throw all states away."""
-        # The newest first goes with the folder's name: what is left of it is never taken for a state.
+        # The oldest first: what a process that dies in between leaves is the newest, which the run has passed.
         for path in sorted(self._files()):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
