@@ -169,7 +169,8 @@ def _require_rows_to_measure(config: TrainConfig, valid: Path | None) -> None:
     given = {"--eval-steps": config.eval_steps, "--patience": config.patience, "--keep-best": config.keep_best or None}
     names = [name for name, value in given.items() if value is not None]
     if names:
-        raise UsageError(f"{' and '.join(names)} mean nothing without --valid; give rows to measure as well")
+        means = "mean" if len(names) > 1 else "means"
+        raise UsageError(f"{' and '.join(names)} {means} nothing without --valid; give rows to measure as well")
 
 
 def _plan(

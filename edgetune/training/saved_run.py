@@ -196,7 +196,7 @@ def _steps_of(path: Path) -> int:
 
 
 def _read(path: Path) -> SavedState:
-    entries = read_header(path, "an older state is taken")
+    entries = read_header(path, "the run cannot go on from it")
     strange = [name for name, entry in entries.items() if entry.dtype not in NUMPY_TYPES]
     metadata = read_metadata(path)
     if strange or metadata.get("format") != _FORMAT:

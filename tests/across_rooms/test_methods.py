@@ -33,6 +33,7 @@ from edgetune.planning.memory import Work
 from edgetune.planning.planner import Planner
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes import openvino
+from edgetune.runtimes.contract import Session
 from edgetune.runtimes.execution import ExecutionPlan, LayeredPlan, WholePlan
 from edgetune.runtimes.onnx_session import open_graph
 from edgetune.training import train
@@ -142,6 +143,19 @@ def test_openvinos_gradients_are_pefts(of: Of, method: str) -> None:
         assert relative(found[name], parameter.grad.numpy()) <= 5e-2, name
 
 
+def follow(session: Session, bundle: Bundle, model: Any, optimizer: torch.optim.Optimizer, within: float) -> None:
+    """Twenty steps of both; every loss has to be within a relative difference of PyTorch's."""
+    for step in range(STEPS):
+        rows = rows_of(step, lengths_of(VARIANT, step))
+        loss = oracle.loss(model, rows)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(oracle.trainable(model).values(), OPTIMIZER.max_grad_norm)
+        optimizer.step()
+        result = session.step([batch_of(bundle, rows)], LEARNING_RATE)
+        assert result.loss == pytest.approx(loss.item(), rel=within)
+
+
 @pytest.mark.parametrize("plan", ["whole", "keep"])
 @pytest.mark.parametrize("method", ["rslora", "patterns"])
 def test_twenty_steps_follow_peft(of: Of, method: str, plan: str) -> None:
@@ -151,15 +165,7 @@ def test_twenty_steps_follow_peft(of: Of, method: str, plan: str) -> None:
     trainable = oracle.trainable(model)
     optimizer = torch.optim.AdamW(trainable.values(), lr=LEARNING_RATE, weight_decay=OPTIMIZER.weight_decay)
     with stock.open_session(bundle, parameters, OPTIMIZER, PLANS[plan]) as session:
-        for step in range(STEPS):
-            rows = rows_of(step, lengths_of(VARIANT, step))
-            loss = oracle.loss(model, rows)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable.values(), OPTIMIZER.max_grad_norm)
-            optimizer.step()
-            result = session.step([batch_of(bundle, rows)], LEARNING_RATE)
-            assert result.loss == pytest.approx(loss.item(), rel=1e-3)
+        follow(session, bundle, model, optimizer, 1e-3)
 
 
 @each_method
@@ -290,15 +296,7 @@ def test_twenty_steps_of_some_layers_follow_peft(prepared: Prepared, layers: str
     optimizer = torch.optim.AdamW(trainable.values(), lr=LEARNING_RATE, weight_decay=OPTIMIZER.weight_decay)
     plan = replace(LAYER_PLANS["keep"], layers=span)
     with stock.open_session(bundle, parameters, OPTIMIZER, plan) as session:
-        for step in range(STEPS):
-            rows = rows_of(step, lengths_of(VARIANT, step))
-            loss = oracle.loss(model, rows)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable.values(), OPTIMIZER.max_grad_norm)
-            optimizer.step()
-            result = session.step([batch_of(bundle, rows)], LEARNING_RATE)
-            assert result.loss == pytest.approx(loss.item(), rel=1e-3)
+        follow(session, bundle, model, optimizer, 1e-3)
 
 
 @each_layers
@@ -469,15 +467,7 @@ def test_b_matrices_learn_at_their_own_rate(of: Of, runtime: Any) -> None:
     plan = replace(PLANS["keep"], precision=runtime.abilities().exact.precision)  # type: ignore[type-var]
     exact = plan.precision == "fp32"  # type: ignore[attr-defined]
     with runtime.open_session(bundle, parameters, replace(OPTIMIZER, lora_plus_ratio=ratio), plan) as session:
-        for step in range(STEPS):
-            rows = rows_of(step, lengths_of(VARIANT, step))
-            loss = oracle.loss(model, rows)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable.values(), OPTIMIZER.max_grad_norm)
-            optimizer.step()
-            result = session.step([batch_of(bundle, rows)], LEARNING_RATE)
-            assert result.loss == pytest.approx(loss.item(), rel=1e-3 if exact else 2e-2)
+        follow(session, bundle, model, optimizer, 1e-3 if exact else 2e-2)
         learnt = session.adapter()
     if exact:
         for name, value in trainable.items():
