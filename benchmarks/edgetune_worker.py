@@ -40,6 +40,7 @@ def fit(
     batch_size: int,
     *,
     packing: bool,
+    share_prefixes: bool = True,
     method: Method = "backpropagation",
 ) -> Fit:
     """How `edgetune train` would run with the contestant's options: by which plan, in which passes.
@@ -50,6 +51,7 @@ def fit(
         rows: On which, in their order.
         batch_size: Of them in a step.
         packing: Put several rows into one sequence.
+        share_prefixes: There, compute once what rows begin with in common.
         method: How the gradient is found.
     """
     config = TrainConfig(
@@ -61,6 +63,7 @@ def fit(
         memory_budget=contestant.memory_budget,
         batch_size=batch_size,
         packing=packing,
+        share_prefixes=share_prefixes,
         shuffle=False,
         epochs=1,
     )

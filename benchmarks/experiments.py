@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.models import Model
+from benchmarks.ragged_rows import RowKind
 from edgetune.config import Base, NpuKind, PlanName, TrainingPrecision
 
 Dtype = Literal["fp32", "bf16", "int8"]
@@ -93,29 +94,36 @@ class Training:
         return f"{self.contestant}: {self.workload}"
 
 
+Layout = Literal["padded", "packed", "shared"]
+"""Rows alone in their sequences, behind each other, or so with their common prefix once."""
+
+
 @dataclass(frozen=True)
 class RaggedTraining:
-    """Optimizer steps over rows of very different lengths."""
+    """Optimizer steps over rows of very different lengths, or with a common prefix."""
 
     contestant: Edgetune
     model: Model
-    packing: bool
+    layout: Layout
+    rows: RowKind = "ragged"
 
     def __str__(self) -> str:
         """As tables call it."""
-        return f"{self.contestant}: {self.model.name}, ragged rows {'packed' if self.packing else 'padded'}"
+        return f"{self.contestant}: {self.model.name}, {self.rows} rows {self.layout}"
 
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Losses of ragged rows, packed against padded, row by row."""
+    """Losses of the same rows, in a layout against padded, row by row."""
 
     contestant: Edgetune
     model: Model
+    layout: Layout = "packed"
+    rows: RowKind = "ragged"
 
     def __str__(self) -> str:
         """As tables call it."""
-        return f"losses a row, packed against padded, {self.contestant}: {self.model.name}"
+        return f"losses a row, {self.rows} rows {self.layout} against padded, {self.contestant}: {self.model.name}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rows of very different lengths, packed or padded."""
+"""Rows of very different lengths or with a common prefix, packed or padded."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from time import perf_counter
 
 from benchmarks.edgetune_worker import fit, open_session
-from benchmarks.experiments import RaggedTraining, RowLosses
-from benchmarks.ragged_rows import ragged_rows
+from benchmarks.experiments import Layout, RaggedTraining, RowLosses
+from benchmarks.ragged_rows import rows_of
 from benchmarks.training_steps import LEARNING_RATE, MAX_GRAD_NORM
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
@@ -26,8 +26,9 @@ COMPARED = 8
 def measure_ragged(experiment: RaggedTraining, folder: Path) -> dict[str, float]:
     """Time optimizer steps, laying out the rows included, after one step that is not timed."""
     bundle = load_bundle(folder)
-    rows = ragged_rows(BATCH_SIZE * (1 + STEPS), experiment.model.size.vocabulary)
-    fitted = fit(experiment.contestant, bundle, rows, BATCH_SIZE, packing=experiment.packing)
+    rows = rows_of(experiment.rows, BATCH_SIZE * (1 + STEPS), experiment.model.size.vocabulary)
+    packing, share = _how(experiment.layout)
+    fitted = fit(experiment.contestant, bundle, rows, BATCH_SIZE, packing=packing, share_prefixes=share)
     steps = fitted.workload.steps()
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
     with open_session(fitted.choice, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
@@ -45,16 +46,25 @@ def measure_ragged(experiment: RaggedTraining, folder: Path) -> dict[str, float]
 
 
 def measure_row_losses(experiment: RowLosses, folder: Path) -> dict[str, float]:
-    """The largest difference between the losses that a row has in a pack and beside padding."""
+    """The largest difference between the losses that a row has in a layout and beside padding."""
     bundle = load_bundle(folder)
-    rows = ragged_rows(COMPARED, experiment.model.size.vocabulary)
+    rows = rows_of(experiment.rows, COMPARED, experiment.model.size.vocabulary)
     parameters = initial_parameters(bundle.manifest.lora, seed=0)
-    fitted = fit(experiment.contestant, bundle, rows, len(rows), packing=True)
+    packing, share = _how(experiment.layout)
+    fitted = fit(experiment.contestant, bundle, rows, len(rows), packing=packing, share_prefixes=share)
     pass_rows = fitted.workload.capacity().rows
-    batchers = [Batcher(bundle.manifest, rows, pass_rows, packing=packing) for packing in (True, False)]
+    batchers = [
+        Batcher(bundle.manifest, rows, pass_rows, packing=packing, share_prefixes=share),
+        Batcher(bundle.manifest, rows, pass_rows, packing=False),
+    ]
     with open_session(fitted.choice, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
-        packed, padded = (_losses(session, batcher.step([rows])) for batcher in batchers)
-    return {"row_loss_difference": max(abs(packed[line] - padded[line]) for line in padded)}
+        other, padded = (_losses(session, batcher.step([rows])) for batcher in batchers)
+    return {"row_loss_difference": max(abs(other[line] - padded[line]) for line in padded)}
+
+
+def _how(layout: Layout) -> tuple[bool, bool]:
+    """Whether rows are packed, and whether they share prefixes."""
+    return layout != "padded", layout == "shared"
 
 
 def _losses(session: Session, batches: Sequence[Batch]) -> dict[int, float]:

@@ -322,6 +322,9 @@ class TrainConfig:
     """No pass through the model takes more memory than so many of the longest rows."""
     gradient_accumulation_steps: int = option(1, Option("Batches of one optimizer step.", least=1, most=10**6))
     packing: bool = option(True, Option("Put short rows behind each other instead of padding each; none sees another."))
+    share_prefixes: bool = option(
+        True, Option("Compute once a sequence what packed rows begin with in common, such as a system prompt.")
+    )
     learning_rate: float = option(2e-4, Option("Peak learning rate.", least=1e-30, most=1000, only="train"))
     lora_plus_ratio: float = option(
         1.0,

@@ -118,6 +118,8 @@ class BarObserver:
 def start_text(info: StartInfo) -> str:
     """What will be trained, in one line."""
     tokens = f"{info.tokens_per_epoch:,} tokens, {info.trained_tokens_per_epoch:,} of them trained"
+    if round(100 * info.shared_prefixes):
+        tokens += f", {info.shared_prefixes:.0%} saved by common prefixes"
     epochs = f"{info.steps} steps ({info.steps_per_epoch} an epoch)"
     on = "" if info.first_step == 1 else f"going on with step {info.first_step}: "
     what = f"{info.rows} rows ({tokens}), {epochs}, {info.trainable_parameters:,} parameters"

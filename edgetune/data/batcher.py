@@ -9,6 +9,7 @@ from edgetune.data.batches import Batch, lay_out
 from edgetune.data.buckets import Bucket, check_buckets, pack_into
 from edgetune.data.encode import Example
 from edgetune.data.packing import Capacity, Pass, attention_share, pack, pad, round_up
+from edgetune.data.prefixes import Prefix, common_prefixes
 from edgetune.formats.manifest import BundleManifest
 
 MEASURED_ROWS = 4
@@ -24,6 +25,10 @@ class BatchShape:
     """Positions of each sequence."""
     trained_tokens: int
     """Number of labels in all sequences that are not −100."""
+    tokens: int
+    """Tokens of all rows."""
+    shared_tokens: int
+    """Those of them that are not computed, because another row of the sequence has them."""
 
     @property
     def positions(self) -> int:
@@ -44,6 +49,7 @@ class Batcher:
         examples: All rows that will come, at least one; the longest decides how much room there is.
         pass_rows: Every batch has room for this many of the longest row, padded.
         packing: Put several rows into one sequence; otherwise each has its own.
+        share_prefixes: Where rows are packed, let those that begin alike follow one copy of what they have in common.
         buckets: The only shapes that batches may have; any shape may come without them.
 
     Raises:
@@ -57,6 +63,7 @@ class Batcher:
         pass_rows: int,
         *,
         packing: bool,
+        share_prefixes: bool = True,
         buckets: Sequence[Bucket] | None = None,
     ) -> None:
         self._architecture = manifest.architecture
@@ -66,6 +73,7 @@ class Batcher:
         self._pad_token_id = manifest.tokenizer.pad_token_id
         self._attention = attention_share(manifest.architecture)
         self._packing = packing
+        self._share_prefixes = packing and share_prefixes
         longest = max(len(example.input_ids) for example in examples)
         if buckets is not None:
             check_buckets(buckets, longest)
@@ -89,6 +97,10 @@ class Batcher:
         """The shapes of the batches that `step` would return, without making them."""
         return [_shape(pool, item) for pool in self._pools(drawn) for item in self._passes(pool)]
 
+    def shapes_of_strangers(self, drawn: Sequence[Sequence[Example]]) -> list[BatchShape]:
+        """The same, if no two of the rows began alike."""
+        return [_shape(pool, item) for pool in self._pools(drawn) for item in self._passes(pool, [None] * len(pool))]
+
     def measure(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """Batches of rows whose order does not matter, the longest first; every row occurs once.
 
@@ -111,17 +123,22 @@ class Batcher:
         pools = ([row for row in examples if self._is_long(row) is long] for long in (True, False))
         return [pool for pool in pools if pool]
 
-    def _passes(self, pool: Sequence[Example]) -> list[Pass]:
+    def _passes(self, pool: Sequence[Example], prefixes: Sequence[Prefix | None] | None = None) -> list[Pass]:
         lengths = [len(example.input_ids) for example in pool]
         if max(lengths) > self.capacity.longest:
             raise ValueError(f"a row has {max(lengths)} tokens, but there is room for {self.capacity.longest}")
+        if prefixes is None:
+            prefixes = common_prefixes(pool) if self._share_prefixes else [None] * len(pool)
         if self._buckets is not None:
-            return pack_into(lengths, self._buckets, self._architecture, packing=self._packing)
-        return pack(lengths, self.capacity, self._attention) if self._packing else pad(lengths, self.capacity)
+            return pack_into(lengths, prefixes, self._buckets, self._architecture, packing=self._packing)
+        if not self._packing:
+            return pad(lengths, self.capacity)
+        return pack(lengths, prefixes, self.capacity, self._attention)
 
     def _lay_out(self, pool: Sequence[Example], item: Pass) -> Batch:
         return lay_out(
-            [[pool[row] for row in rows] for rows in item.packs],
+            pool,
+            item.packs,
             item.length,
             self._rope,
             self._pad_token_id,
@@ -136,5 +153,11 @@ class Batcher:
 
 
 def _shape(pool: Sequence[Example], item: Pass) -> BatchShape:
-    trained = sum(pool[row].trained_tokens for rows in item.packs for row in rows)
-    return BatchShape(len(item.packs), item.length, trained)
+    placed = [(packed, pool[packed.row]) for pack in item.packs for packed in pack]
+    return BatchShape(
+        len(item.packs),
+        item.length,
+        trained_tokens=sum(example.trained_tokens for _, example in placed),
+        tokens=sum(len(example.input_ids) for _, example in placed),
+        shared_tokens=sum(packed.shared for packed, _ in placed),
+    )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.data.encode import IGNORED, Example
+from edgetune.data.prefixes import PackedRow
 from edgetune.errors import DataError
 from edgetune.model.rope import Rope, rope_tables
 
@@ -21,13 +22,23 @@ RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True)
+class Borrowed:
+    """First tokens of a row that are another's, in the same sequence."""
+
+    row: int
+    """Whose they are; the row itself where it borrows none."""
+    tokens: int
+    """How many."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """The arrays of one pass through the model: rows laid out for a graph.
 
     There are B sequences of T positions, and R rotated dimensions of a head.
 
     A sequence holds one row or several behind each other. No position sees another row, and each row's positions are
-    counted from its first token.
+    counted from its first token. A row may lack first tokens that an earlier one in the sequence has: it sees those.
     """
 
     input_ids: NDArray[np.int64]
@@ -44,8 +55,10 @@ class Batch:
     """(B, T): the row that a position belongs to, as an index into `examples`; −1 is padding."""
     examples: tuple[Example, ...]
     """The rows."""
+    borrowed: tuple[Borrowed, ...]
+    """Of each row, the first tokens that another one has for it."""
     tokens: int
-    """Tokens that are not padding."""
+    """Tokens of all rows, those that a row borrows as well."""
     trained_tokens: int
     """Labels that are not −100."""
 
@@ -68,9 +81,20 @@ class Batch:
         labels = np.where(self.rows == row, self.labels, IGNORED)
         return replace(self, labels=labels, trained_tokens=int((labels != IGNORED).sum()))
 
+    def places(self, row: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Where a row's tokens are, in their order: its sequence, repeated, and the positions.
+
+        Args:
+            row: Index into `examples`.
+        """
+        sequence, first, own = _places(self.rows, row, self.borrowed[row])
+        positions = np.concatenate((first, own))
+        return np.full_like(positions, sequence), positions
+
 
 def lay_out(
-    packs: Sequence[Sequence[Example]],
+    examples: Sequence[Example],
+    packs: Sequence[Sequence[PackedRow]],
     length: int,
     rope: Rope,
     pad_token_id: int,
@@ -81,6 +105,7 @@ def lay_out(
     """Make the batch of rows that were assigned to sequences.
 
     Args:
+        examples: What the rows of `packs` are indices into.
         packs: The rows of each sequence, at least one row in all.
         length: Positions of a sequence, T; no pack has more tokens. The rest is padding, on the right.
         rope: The model's rotary embedding.
@@ -88,47 +113,69 @@ def lay_out(
         longest: Tokens of the longest of the rows for which longrope chooses its factors together.
         sliding_window: Positions that a token looks back on, itself included (transformers' `sliding_window`).
     """
-    input_ids, labels, rows, positions = _tokens(packs, length, pad_token_id)
-    cos, sin = rope_tables(rope, positions, np.array([longest]))
-    return Batch(
-        input_ids,
-        labels,
-        _attention_bias(rows, sliding_window),
-        cos,
-        sin,
-        rows,
-        tuple(example for pack in packs for example in pack),
-        tokens=int((rows >= 0).sum()),
-        trained_tokens=int((labels != IGNORED).sum()),
-    )
-
-
-def _tokens(packs: Sequence[Sequence[Example]], length: int, pad_token_id: int) -> tuple[Ints, Ints, Ints, Ints]:
-    """Token ids, labels and rows as in `Batch`, and each token's position in its row; (B, T) each."""
     shape = len(packs), length
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
     rows = np.full(shape, -1, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
-    row = 0
+    laid: list[Example] = []
+    borrowed: list[Borrowed] = []
     for sequence, pack in enumerate(packs):
-        start = 0
-        for example in pack:
-            end = start + len(example.input_ids)
-            input_ids[sequence, start:end] = example.input_ids
+        start = whole = 0
+        for packed in pack:
+            example, row, shared = examples[packed.row], len(laid), packed.shared
+            whole = whole if shared else row
+            end = start + len(example.input_ids) - shared
+            input_ids[sequence, start:end] = example.input_ids[shared:]
             # Position t predicts the token at t + 1.
-            labels[sequence, start : end - 1] = example.labels[1:]
+            labels[sequence, start : end - 1] = example.labels[shared + 1 :]
             rows[sequence, start:end] = row
-            positions[sequence, start:end] = np.arange(end - start)
-            row, start = row + 1, end
-    return input_ids, labels, rows, positions
+            positions[sequence, start:end] = np.arange(shared, shared + end - start)
+            laid.append(example)
+            borrowed.append(Borrowed(whole, shared))
+            start = end
+    cos, sin = rope_tables(rope, positions, np.array([longest]))
+    return Batch(
+        input_ids,
+        labels,
+        _attention_bias(rows, positions, borrowed, sliding_window),
+        cos,
+        sin,
+        rows,
+        tuple(laid),
+        tuple(borrowed),
+        tokens=sum(len(example.input_ids) for example in laid),
+        trained_tokens=int((labels != IGNORED).sum()),
+    )
 
 
-def _attention_bias(rows: Ints, sliding_window: int | None) -> NDArray[np.float32]:
-    """(B, 1, T, T): what is added to the attention scores of sequences that hold these rows."""
+def _attention_bias(
+    rows: Ints, positions: Ints, borrowed: Sequence[Borrowed], sliding_window: int | None
+) -> NDArray[np.float32]:
+    """(B, 1, T, T): what is added to the attention scores of sequences that hold these rows.
+
+    Args:
+        rows: As in `Batch`.
+        positions: (B, T), of each token in its row.
+        borrowed: As in `Batch`.
+        sliding_window: Positions that a token looks back on, itself included.
+    """
     # Padding sees padding, so that no row of the softmax is empty.
-    visible = causal_mask(rows.shape[1], sliding_window) & (rows[:, :, None] == rows[:, None, :])
+    visible = causal_mask(rows.shape[1], None) & (rows[:, :, None] == rows[:, None, :])
+    for row, lender in enumerate(borrowed):
+        if lender.tokens:
+            sequence, first, own = _places(rows, row, lender)
+            visible[sequence][np.ix_(own, first)] = True
+    if sliding_window is not None:
+        visible &= positions[:, None, :] > positions[:, :, None] - sliding_window
     return np.where(visible, np.float32(0), MASKED)[:, None]
+
+
+def _places(rows: Ints, row: int, borrowed: Borrowed) -> tuple[int, NDArray[np.intp], NDArray[np.intp]]:
+    """A row's sequence, and there the positions of the tokens that it borrows, and of its own."""
+    sequences, own = np.nonzero(rows == row)
+    sequence = int(sequences[0])
+    return sequence, np.flatnonzero(rows[sequence] == borrowed.row)[: borrowed.tokens], own
 
 
 def causal_mask(length: int, sliding_window: int | None) -> NDArray[np.bool_]:
@@ -165,7 +212,8 @@ def make_batch(
     """
     longest = max(len(example.input_ids) for example in examples)
     return lay_out(
-        [[example] for example in examples],
+        examples,
+        [[PackedRow(row)] for row in range(len(examples))],
         -(-longest // multiple_of) * multiple_of,
         rope,
         pad_token_id,

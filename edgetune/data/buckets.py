@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgetune.data.packing import MULTIPLE, Capacity, Pass, attention_share, best_fit, longest_first, pass_work
+from edgetune.data.prefixes import PackedRow, Prefix
 from edgetune.errors import UsageError
 from edgetune.model.architecture import Architecture
 
@@ -67,12 +68,18 @@ def check_buckets(buckets: Sequence[Bucket], longest: int) -> None:
 
 
 def pack_into(
-    lengths: Sequence[int], buckets: Sequence[Bucket], architecture: Architecture, *, packing: bool
+    lengths: Sequence[int],
+    prefixes: Sequence[Prefix | None],
+    buckets: Sequence[Bucket],
+    architecture: Architecture,
+    *,
+    packing: bool,
 ) -> list[Pass]:
     """Spread rows over passes with the shapes of buckets, with the least work.
 
     Args:
         lengths: Tokens of each row, at least one row, none longer than the longest bucket.
+        prefixes: Of each row, what it has in common with others; used in packing alone.
         buckets: The shapes.
         architecture: Sizes of the model, which decide what attention costs.
         packing: Put several rows into one sequence; otherwise each has its own.
@@ -83,13 +90,13 @@ def pack_into(
     attention = attention_share(architecture)
     candidates = []
     for length in sorted({bucket.length for bucket in buckets if bucket.length >= max(lengths)}):
-        packs = best_fit(lengths, length) if packing else [[row] for row in longest_first(lengths)]
+        packs = best_fit(lengths, prefixes, length) if packing else [[PackedRow(row)] for row in longest_first(lengths)]
         batches = sorted(bucket.batch for bucket in buckets if bucket.length == length)
         candidates.append([Pass(length, part) for part in _filled(packs, batches)])
     return min(candidates, key=lambda passes: pass_work(passes, attention))
 
 
-def _filled(packs: list[list[int]], batches: Sequence[int]) -> list[list[list[int]]]:
+def _filled(packs: list[list[PackedRow]], batches: Sequence[int]) -> list[list[list[PackedRow]]]:
     """Sequences in groups of the given sizes: full ones of the largest size, then the smallest that takes the rest.
 
     One padded group is better than several small ones: every pass reads all weights.

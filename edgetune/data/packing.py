@@ -1,16 +1,19 @@
 """Which rows share a pass through the model, and which share a sequence of it.
 
 Rows differ in length, and what is computed on padding is lost. So rows are packed: several stand behind each other in
-one sequence, and none sees another. What a pass may hold stays what a number of the longest rows, padded, would take:
-packing never needs more memory than the worst batch without it.
+one sequence, and none sees another; what rows of a sequence begin with in common stands there once. What a pass may
+hold stays what a number of the longest rows, padded, would take: packing never needs more memory than the worst batch
+without it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from edgetune.data.prefixes import PackedRow, Prefix
 from edgetune.model.architecture import Architecture, frozen_weights
 
 MULTIPLE = 8
@@ -27,8 +30,8 @@ class Pass:
 
     length: int
     """Positions of each sequence, T."""
-    packs: list[list[int]]
-    """The rows of each sequence, as indices into the given lengths."""
+    packs: list[list[PackedRow]]
+    """The rows of each sequence, in their order, as indices into the given lengths."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,18 @@ def attention_share(architecture: Architecture) -> float:
     return ATTENTION_COST * 3 * heads / projections
 
 
-def pack(lengths: Sequence[int], capacity: Capacity, attention: float) -> list[Pass]:
+def pack(
+    lengths: Sequence[int], prefixes: Sequence[Prefix | None], capacity: Capacity, attention: float
+) -> list[Pass]:
     """Spread rows over sequences and passes, with the least work.
 
     Args:
         lengths: Tokens of each row, at least one row, none longer than `capacity.longest`.
+        prefixes: Of each row, what it has in common with others.
         capacity: The largest pass.
         attention: The `attention_share` of the model.
     """
-    return min(_candidates(lengths, capacity), key=lambda passes: pass_work(passes, attention))
+    return min(_candidates(lengths, prefixes, capacity), key=lambda passes: pass_work(passes, attention))
 
 
 def pass_work(passes: Sequence[Pass], attention: float) -> float:
@@ -98,13 +104,20 @@ def pass_work(passes: Sequence[Pass], attention: float) -> float:
 
 
 def pad(lengths: Sequence[int], capacity: Capacity) -> list[Pass]:
-    """A sequence for each row; rows of similar length share a pass. The arguments are those of `pack`."""
+    """A sequence for each row; rows of similar length share a pass.
+
+    Args:
+        lengths: Tokens of each row, at least one row, none longer than `capacity.longest`.
+        capacity: The largest pass.
+    """
     order = longest_first(lengths)
     groups = [order[start : start + capacity.rows] for start in range(0, len(order), capacity.rows)]
-    return [Pass(round_up(lengths[group[0]], capacity.limit), [[row] for row in group]) for group in groups]
+    return [Pass(round_up(lengths[group[0]], capacity.limit), [[PackedRow(row)] for row in group]) for group in groups]
 
 
-def _candidates(lengths: Sequence[int], capacity: Capacity) -> Iterator[list[Pass]]:
+def _candidates(
+    lengths: Sequence[int], prefixes: Sequence[Prefix | None], capacity: Capacity
+) -> Iterator[list[Pass]]:
     """The rows in sequences of each length that there is room for, until one holds them all."""
     length = 0
     while length < capacity.limit:
@@ -112,7 +125,7 @@ def _candidates(lengths: Sequence[int], capacity: Capacity) -> Iterator[list[Pas
         sequences = capacity.sequences(length)
         if not sequences:
             return
-        packs = best_fit(lengths, length)
+        packs = best_fit(lengths, prefixes, length)
         passes = -(-len(packs) // sequences)
         # Evenly filled, so that two shapes occur at most.
         yield [Pass(length, packs[index::passes]) for index in range(passes)]
@@ -120,19 +133,45 @@ def _candidates(lengths: Sequence[int], capacity: Capacity) -> Iterator[list[Pas
             return
 
 
-def best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Best fit decreasing: the longest row first, each into the sequence that it fills most."""
-    packs: list[list[int]] = []
+def best_fit(lengths: Sequence[int], prefixes: Sequence[Prefix | None], length: int) -> list[list[PackedRow]]:
+    """Best fit decreasing: the longest row first, each into the sequence that it fills most.
+
+    A row goes where its prefix is already, if there is room for the rest of it.
+
+    Args:
+        lengths: Tokens of each row.
+        prefixes: Of each row, what it has in common with others.
+        length: Of a sequence.
+    """
+    packs: list[list[list[PackedRow]]] = []
+    """Of each sequence, rows with those that share their prefix behind them."""
     spaces: list[tuple[int, int]] = []
     """Free positions of each sequence and its index, in ascending order."""
+    free: list[int] = []
+    """Free positions of each sequence."""
+    holding: defaultdict[Prefix, dict[int, list[PackedRow]]] = defaultdict(dict)
+    """Where in which sequences a prefix is."""
     for row in longest_first(lengths):
-        found = bisect_left(spaces, (lengths[row], 0))
-        space, index = spaces.pop(found) if found < len(spaces) else (length, len(packs))
-        if index == len(packs):
-            packs.append([])
-        packs[index].append(row)
-        insort(spaces, (space - lengths[row], index))
-    return packs
+        prefix, tokens = prefixes[row], lengths[row]
+        places = {} if prefix is None else holding[prefix]
+        rest = tokens if prefix is None else tokens - prefix.tokens
+        index = min((index for index in places if free[index] >= rest), key=free.__getitem__, default=None)
+        if index is not None and prefix is not None:
+            places[index].append(PackedRow(row, prefix.tokens))
+            tokens = rest
+        else:
+            found = bisect_left(spaces, (tokens, 0))
+            index = spaces[found][1] if found < len(spaces) else len(packs)
+            if index == len(packs):
+                packs.append([])
+                free.append(length)
+                insort(spaces, (length, index))
+            places[index] = [PackedRow(row)]
+            packs[index].append(places[index])
+        del spaces[bisect_left(spaces, (free[index], index))]
+        free[index] -= tokens
+        insort(spaces, (free[index], index))
+    return [[row for rows in pack for row in rows] for pack in packs]
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:

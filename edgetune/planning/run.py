@@ -30,6 +30,8 @@ class Batching:
     """Batches of a step."""
     packing: bool
     """Put several rows into one sequence."""
+    share_prefixes: bool
+    """There, compute once what rows begin with in common."""
     shuffle: bool
     """Draw a new order every epoch."""
     seed: int
@@ -165,7 +167,12 @@ def run_request(config: TrainConfig, place: Place, *, accelerated: bool) -> RunR
         threads=config.threads,
         optimizer=OptimizerConfig(config.weight_decay, config.max_grad_norm, config.lora_plus_ratio),
         batching=Batching(
-            config.batch_size, config.gradient_accumulation_steps, config.packing, config.shuffle, config.seed
+            config.batch_size,
+            config.gradient_accumulation_steps,
+            config.packing,
+            config.share_prefixes,
+            config.shuffle,
+            config.seed,
         ),
         length=RunLength(config.steps, config.epochs, config.warmup_steps, config.eval_steps),
         truncate=config.truncate,

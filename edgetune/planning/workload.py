@@ -87,6 +87,11 @@ class Workload:
         """Shapes of the batches of one validation."""
         return [] if self._measurer is None else self._measurer.measure_shapes(self._valid)
 
+    def shared_prefixes(self) -> float:
+        """Which part of the tokens of the first steps is not computed again, being another row's prefix as well."""
+        shapes = [shape for step in self.step_shapes for shape in step]
+        return sum(shape.shared_tokens for shape in shapes) / sum(shape.tokens for shape in shapes)
+
     def validations(self) -> int:
         """How often the validation rows are measured."""
         return self.schedule.validations() if self._valid else 0
@@ -95,8 +100,8 @@ class Workload:
         """The largest pass, and the other shapes that there are."""
         shapes = [*(shape for step in self.step_shapes for shape in step), *self.validation_shapes]
         if self.schedule.total_steps > _LOOKED_AT:
-            # A later step may draw the longest rows together.
-            shapes += self._batcher.shapes(self._longest_drawn())
+            # A later step may draw the longest rows together, and of those no two that begin alike.
+            shapes += self._batcher.shapes_of_strangers(self._longest_drawn())
         sizes = sorted({(shape.positions, shape.scores) for shape in shapes}, reverse=True)
         positions, scores = sizes[0][0], max(scores for _, scores in sizes)
         row_bytes = sum(row.memory for row in (*self._rows, *self._valid))
@@ -126,4 +131,12 @@ class Workload:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _batches_of(self, rows: Sequence[Example], buckets: Sequence[Bucket] | None) -> Batcher:
-        return Batcher(self._manifest, rows, self._pass_rows, packing=self._request.batching.packing, buckets=buckets)
+        batching = self._request.batching
+        return Batcher(
+            self._manifest,
+            rows,
+            self._pass_rows,
+            packing=batching.packing,
+            share_prefixes=batching.share_prefixes,
+            buckets=buckets,
+        )

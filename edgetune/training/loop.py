@@ -238,6 +238,7 @@ def _start_info(run: PlannedRun, state: RunState, saver: Saver) -> StartInfo:
         trainable_parameters=sum(state.first[name].size for name in run.trained_names()),
         first_step=state.steps + 1,
         saved=saver.rhythm,
+        shared_prefixes=run.fit.workload.shared_prefixes(),
     )
 
 

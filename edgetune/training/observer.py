@@ -46,6 +46,8 @@ class StartInfo(Execution):
     """Not 1 where the run goes on after an interruption."""
     saved: str = "never"
     """How often the run's state is saved, in a few words: what is lost at most."""
+    shared_prefixes: float = 0.0
+    """Which part of the tokens is not computed again, being the prefix of another row as well."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from edgetune.runtimes import find_runtime
 from edgetune.runtimes.contract import OptimizerConfig, Session
 from edgetune.runtimes.execution import WholePlan
 from support.prepared_bundles import Prepared
-from support.random_rows import prompted_rows
+from support.random_rows import prompted_rows, rows_with_prefixes
 from support.tiny_phi3 import VARIANTS, parameters
 
 pytestmark = pytest.mark.own
@@ -91,6 +91,25 @@ def test_the_step_is_the_same(prepared: Prepared, variant: str) -> None:
             results.append(session.step(batches(bundle, rows, 4, packing=packing), 1e-3))
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
+
+
+@each_variant
+def test_a_common_prefix_changes_no_loss_and_no_gradient(prepared: Prepared, variant: str) -> None:
+    bundle = prepared(variant, "int4")
+    # Of the longrope variant, all rows are short.
+    rows = rows_with_prefixes([[5, 12, 3, 20], [4, 9, 7]], 30)
+    shared, padded = batches(bundle, rows, 8, packing=True), batches(bundle, rows, 8, packing=False)
+    assert sum(batch.input_ids.size for batch in shared) <= 144  # two prefixes and 60 own tokens, with padding
+    assert sum(batch.input_ids.size for batch in padded) >= 270
+    assert any(borrowed.tokens for batch in shared for borrowed in batch.borrowed)
+    runtime = find_runtime("onnxruntime")
+    with runtime.open_session(bundle, parameters(variant), OptimizerConfig(0.0, 1.0), WholePlan()) as session:
+        assert losses(session, shared) == pytest.approx(losses(session, padded), abs=1e-5)
+    together, apart = (gradients(bundle, variant, of) for of in (shared, padded))
+    assert together["loss"] == pytest.approx(apart["loss"], rel=1e-6)
+    for name, value in apart.items():
+        assert np.abs(value).max() > 0, name
+        np.testing.assert_allclose(together[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)
 
 
 @each_variant

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from edgetune.data.batches import MASKED, Batch, epoch_batches, lay_out, make_batch
 from edgetune.data.encode import IGNORED, Example
+from edgetune.data.prefixes import PackedRow
 from edgetune.errors import DataError
 from edgetune.model.rope import rope_tables
 from edgetune.preparation.rope_config import rope_from_config
@@ -78,7 +79,10 @@ def test_real_positions_look_where_transformers_lets_them(window: int | None) ->
 
 def packed(packs: list[list[Example]], length: int, window: int | None = None) -> Batch:
     longest = max(len(example.input_ids) for pack in packs for example in pack)
-    return lay_out(packs, length, ROPE, 3, longest=longest, sliding_window=window)
+    rows = [example for pack in packs for example in pack]
+    numbers = iter(range(len(rows)))
+    places = [[PackedRow(next(numbers)) for _ in pack] for pack in packs]
+    return lay_out(rows, places, length, ROPE, 3, longest=longest, sliding_window=window)
 
 
 @st.composite
@@ -124,6 +128,47 @@ def test_a_packed_row_is_what_it_is_on_its_own(packs: list[list[Example]], spare
     assert (batch.attn_bias == 0).any(axis=-1).all(), "a fully masked row makes the softmax meaningless"
 
 
+@pytest.mark.own
+@settings(deadline=None)
+@given(
+    tails=st.lists(st.integers(1, 7), min_size=2, max_size=4),
+    shared=st.integers(1, 6),
+    window=st.none() | st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+def test_a_row_that_borrows_its_prefix_is_what_it_is_on_its_own(
+    tails: list[int], shared: int, window: int | None, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    prefix = generator.integers(4, 1000, shared).tolist()
+    rows = [[*prefix, *generator.integers(4, 1000, size).tolist()] for size in tails]
+    examples = [Example(1, ids, [*[IGNORED] * (shared + 1), *ids[shared + 1 :]]) for ids in rows]
+    # A stranger, the row with the prefix and those that borrow it, a stranger; then a sequence of the prefix's owner.
+    stranger = Example(2, [7, 8, 9], [7, 8, 9])
+    own, *others = range(len(rows))
+    packs = [
+        [PackedRow(len(rows)), PackedRow(own), *(PackedRow(row, shared) for row in others), PackedRow(len(rows))],
+        [PackedRow(own)],
+    ]
+    length = 6 + shared + sum(tails) + 2
+    longest = max(map(len, rows))
+    batch = lay_out([*examples, stranger], packs, length, ROPE, 3, longest=longest, sliding_window=window)
+    assert batch.tokens == sum(len(example.input_ids) for example in batch.examples)
+    assert batch.trained_tokens == sum(example.trained_tokens for example in batch.examples)
+    for number, example in enumerate(batch.examples):
+        alone = make_batch([example], ROPE, 3, multiple_of=1, sliding_window=window)
+        sequences, positions = places = batch.places(number)
+        sequence = sequences[0]
+        for name in ("input_ids", "rope_cos", "rope_sin"):
+            np.testing.assert_array_equal(getattr(batch, name)[places], getattr(alone, name)[0], name)
+        borrowed = batch.borrowed[number].tokens
+        np.testing.assert_array_equal(batch.labels[places][borrowed:], alone.labels[0, borrowed:])
+        bias = batch.attn_bias[sequence, 0, positions]
+        np.testing.assert_array_equal(bias[:, positions], alone.attn_bias[0, 0])
+        own_bias = np.delete(bias, positions, axis=1)[borrowed:]
+        assert (own_bias == MASKED).all(), "a row sees beyond itself"
+
+
 def test_packed_rows_look_where_transformers_lets_them() -> None:
     torch = pytest.importorskip("torch")
     from transformers import Phi3Config
@@ -148,7 +193,7 @@ def test_longrope_chooses_by_the_longest_row_and_not_by_the_sequence() -> None:
     rope = replace(ROPE, short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=10)
     positions = np.array([[0, 1, 2, 0, 1, 2]])
     for longest, factor in ((10, 1.0), (11, 2.0)):
-        batch = lay_out([[SHORT, SHORT]], 6, rope, 3, longest=longest, sliding_window=None)
+        batch = lay_out([SHORT], [[PackedRow(0), PackedRow(0)]], 6, rope, 3, longest=longest, sliding_window=None)
         cos, _ = rope_tables(replace(rope, short_factor=[factor] * 4), positions, np.array([1]))
         np.testing.assert_array_equal(batch.rope_cos, cos)
 

@@ -126,7 +126,7 @@ def test_the_fastest_runtime_divides_a_batch_before_a_slower_one_is_taken(bundle
 def test_the_work_of_passes_counts_what_each_of_them_repeats(bundle: Bundle) -> None:
     streamed = fit(bundle, [96] * 8, None, plan="stream")
     model = CostModel(bundle.manifest, streamed.choice.plan, streamed.choice.footprint)
-    together, apart = ([BatchShape(8 // count, 96, 0)] * count for count in (1, 4))
+    together, apart = ([BatchShape(8 // count, 96, 0, 0, 0)] * count for count in (1, 4))
     repeated = model.of_passes(apart) - model.of_passes(together)
     assert repeated == pytest.approx(3 * (model.start + model.work(0, 0, 0)), rel=1e-9)
     assert model.start > 0 and model.work(0, 0, 0) > 0

@@ -38,3 +38,24 @@ def prompted_rows(lengths: Sequence[int], vocabulary: int = 448, seed: int = 0) 
         prompt = int(generator.integers(1, length - 2))
         rows.append(Example(line, ids, [IGNORED] * prompt + ids[prompt:]))
     return rows
+
+
+def rows_with_prefixes(
+    tails: Sequence[Sequence[int]], prefix: int, vocabulary: int = 448, seed: int = 0
+) -> list[Example]:
+    """Rows that begin alike.
+
+    Args:
+        tails: For each prefix, how many tokens follow it in each of its rows, at least 3.
+        prefix: Tokens of a prefix.
+        vocabulary: Token ids are below this.
+        seed: The same seed gives the same rows.
+    """
+    generator = np.random.default_rng(seed)
+    rows: list[Example] = []
+    for lengths in tails:
+        first = generator.integers(3, vocabulary, prefix).tolist()
+        for length in lengths:
+            ids = [*first, *generator.integers(3, vocabulary, length).tolist()]
+            rows.append(Example(len(rows), ids, [*[IGNORED] * (prefix + 1), *ids[prefix + 1 :]]))
+    return rows

@@ -93,7 +93,7 @@ class Trunk:
         width = self._frozen.shape(EMBEDDING)[1]
         states = np.zeros((*batch.input_ids.shape, width), dtype=np.float32)
         for row in range(len(batch.examples)):
-            places = np.nonzero(batch.rows == row)
+            places = batch.places(row)
             states[places] = self._row(batch.input_ids[places], batch.rope_cos[places], batch.rope_sin[places])
         return states
 
