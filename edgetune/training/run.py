@@ -90,7 +90,7 @@ def train(
     state: RunState | None = None
     try:
         with computing_with(config.threads), atomic_folder(output, replace=replace_output, marker=MANIFEST) as folder:
-            earlier = _earlier(saved, output, config)
+            earlier = _earlier(saved, output, config, observer)
             resolved = _with_memory(resolved, earlier)
             run = _plan(bundle, data, valid, resolved, observer)
             state = first_state(run)
@@ -134,7 +134,7 @@ def train(
     )
 
 
-def _earlier(saved: SavedRun, output: Path, config: TrainConfig) -> SavedState | None:
+def _earlier(saved: SavedRun, output: Path, config: TrainConfig, observer: Observer) -> SavedState | None:
     """Where the run goes on; none where it begins.
 
     Raises:
@@ -145,7 +145,7 @@ def _earlier(saved: SavedRun, output: Path, config: TrainConfig) -> SavedState |
         return None
     steps = saved.steps()
     if config.resume:
-        return saved.load()
+        return saved.load(observer.on_notice)
     if steps is not None:
         raise UsageError(
             f"{output}: an unfinished run has its state of step {steps} in {saved.folder}; add --resume to go on with "

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,11 @@ class SavedRun:
         """Steps of the newest state, whether or not it can be read; none where there is none."""
         return max((_steps_of(path) for path in self._files()), default=None)
 
-    def load(self) -> SavedState | None:
+    def load(self, say: Callable[[str], None]) -> SavedState | None:
         """The newest state that can be read; none where there is none.
+
+        Args:
+            say: Hears why a newer one cannot be read.
 
         Raises:
             VerificationError: There are states, and every one of them is broken.
@@ -115,9 +118,13 @@ class SavedRun:
         problems = []
         for path in sorted(self._files(), reverse=True):
             try:
-                return _read(path)
+                state = _read(path)
             except VerificationError as error:
                 problems.append(str(error))
+            else:
+                for problem in problems:
+                    say(f"{problem}; the run goes on from the state of step {state.progress.steps} instead")
+                return state
         if problems:
             raise VerificationError("\n".join([*problems, "no state of the run can be read; start over with --force"]))
         return None

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from edgetune.cli import VERBS, main
 from edgetune.cli.failures import exit_code_of
 from edgetune.cli.interruption import termination_interrupts
 from edgetune.cli.output import notices, printable
-from edgetune.cli.progress import BarObserver, LineObserver, duration_text
+from edgetune.cli.progress import BarObserver, LineObserver, duration_text, start_text
 from edgetune.config import (
     EvaluateConfig,
     ExportConfig,
@@ -668,6 +668,13 @@ def test_a_config_file_is_held_to_the_ranges_of_the_flags(
     config.write_text(text)
     result = train(bundle, data, "--config", config)
     assert (result.exit_code, result.stderr, trained) == (2, f"error: {config}{reason}\n", [])
+
+
+def test_the_first_line_says_what_common_prefixes_save() -> None:
+    assert "300 of them trained, 67% saved by common prefixes), 3 steps" in start_text(
+        replace(START, shared_prefixes=0.667)
+    )
+    assert "common prefixes" not in start_text(replace(START, shared_prefixes=0.004))
 
 
 def test_train_writes_plain_lines_where_there_is_no_terminal(

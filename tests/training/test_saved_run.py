@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edgetune.errors import VerificationError
+from edgetune.text.pulse import silent
 from edgetune.training import saved_run
 from edgetune.training.saved_run import Progress, RunIdentity, SavedRun, SavedState
 
@@ -46,10 +47,10 @@ def saved(tmp_path: Path) -> SavedRun:
 
 
 def test_what_is_saved_comes_back(saved: SavedRun) -> None:
-    assert (saved.steps(), saved.load()) == (None, None)
+    assert (saved.steps(), saved.load(silent)) == (None, None)
     for steps in (3, 7, 12):
         saved.save(state_of(steps))
-    found = saved.load()
+    found = saved.load(silent)
     assert same(found, state_of(12)) and saved.steps() == 12
     assert found is not None
     assert [array.dtype for array in found.session.values()] == [np.float32, np.float64, np.int64, np.uint8]
@@ -62,19 +63,23 @@ def test_an_older_state_stands_by(saved: SavedRun) -> None:
     saved.save(state_of(3))
     saved.save(state_of(7))
     newest = max(saved.folder.iterdir())
+    said: list[str] = []
     whole = newest.read_bytes()
     generator = random.Random(0)
     places = [*range(0, 40), *(generator.randrange(len(whole)) for _ in range(300))]
     for place in places:
         newest.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert same(saved.load(), state_of(3)), f"a flipped bit of byte {place} was not seen"
+        said.clear()
+        assert same(saved.load(said.append), state_of(3)), f"a flipped bit of byte {place} was not seen"
+        assert len(said) == 1 and said[0].startswith(f"{newest}: "), said
+        assert said[0].endswith("; the run goes on from the state of step 3 instead")
     for length in places:
         newest.write_bytes(whole[:length])
-        assert same(saved.load(), state_of(3)), f"a cut after {length} bytes was not seen"
+        assert same(saved.load(silent), state_of(3)), f"a cut after {length} bytes was not seen"
     for path in saved.folder.iterdir():
         path.write_bytes(b"")
     with pytest.raises(VerificationError, match="start over with --force"):
-        saved.load()
+        saved.load(silent)
 
 
 class PowerCutError(BaseException):
@@ -124,13 +129,13 @@ def test_a_cut_at_every_operation_leaves_the_old_state_or_the_new_one(
                 saved.save(new)
             except kind:
                 cuts += 1
-        found = saved.load()
+        found = saved.load(silent)
         assert same(found, old) or same(found, new), f"after {calls}"
         if len(calls) <= cut:
             break
         # What was cut off is in nobody's way.
         saved.save(state_of(13))
-        assert same(saved.load(), state_of(13))
+        assert same(saved.load(silent), state_of(13))
     assert cuts >= 7, "every operation was cut"
 
 
@@ -148,4 +153,4 @@ def test_a_file_that_was_cut_while_it_was_written_is_no_state(
     with pytest.raises(PowerCutError):
         saved.save(state_of(7))
     assert len(list(saved.folder.iterdir())) == 2
-    assert saved.steps() == 3 and same(saved.load(), state_of(3))
+    assert saved.steps() == 3 and same(saved.load(silent), state_of(3))
