@@ -19,6 +19,7 @@ from examples import demo
 _WITHOUT_ROWS = (None, "nearest", "least-squares")
 """Quantisers that look at no rows."""
 _FEW_STEPS = ("--steps", "12", "--learning-rate", "1e-3", "--warmup-steps", "4")
+CONVERTER = Path(demo.__file__).with_name("llama_to_phi3.py")
 EDGETUNE = Path(sys.executable).with_name("edgetune")
 Say = Callable[[str], None]
 
@@ -63,7 +64,7 @@ class Cache:
             partial = _partial(folder)
             if model.trained:
                 layers = str(model.size.layers)
-                _run([sys.executable, "-m", "benchmarks.real_model", partial, "--layers", layers])
+                _run([sys.executable, CONVERTER, "smollm2", partial, "--layers", layers])
             else:
                 make_checkpoint(partial, model.size)
             partial.rename(folder)

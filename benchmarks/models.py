@@ -19,7 +19,7 @@ class Model:
     max_length: int = 1024
     """Longest row that its bundles take, in tokens."""
     trained: bool = False
-    """Whether it is the real model (`benchmarks.real_model`), or the lowest of its layers."""
+    """Whether it is the real model (`examples/llama_to_phi3.py`), or the lowest of its layers."""
 
 
 SMALL = Model("small", SIZES["small"], rank=8, alpha=16.0)
