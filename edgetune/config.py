@@ -25,6 +25,7 @@ DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
 Method = Literal["backpropagation", "forward-only"]
 Schedule = Literal["constant", "linear", "cosine"]
 Start = Literal["random", "gradient"]
+OptimizerStates = Literal["auto", "32bit", "8bit"]
 PlatformName = Literal["android", "ios", "web", "linux-arm64"]
 
 MODULES_OF_TARGETS: dict[str, tuple[str, ...]] = {
@@ -341,6 +342,11 @@ class TrainConfig:
         1.0, Option("Clip gradients to this norm; 0 switches clipping off.", least=0, most=1e30, only="train")
     )
     """The 2-norm of all gradients together; they are scaled down."""
+    optimizer_states: OptimizerStates = option(
+        "auto", Option("How AdamW keeps its two moments; auto takes 8bit only where no plan fits the memory otherwise.")
+    )
+    """In 8 bits, and a float32 scale for each block of 256, they take 2 bytes a parameter instead of 8 (Dettmers et al.
+    2022)."""
     seed: int = option(
         0, Option("Decides the order of rows and the first adapter.", least=0, most=2**63 - 1, only="train")
     )

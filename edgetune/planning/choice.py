@@ -89,6 +89,8 @@ def choose(
     work: Work,
     trunk: TrunkUse | None = None,
     layers: range | None = None,
+    *,
+    eight_bit_states: bool = False,
 ) -> Choice:
     """The fastest runtime and plan that the request, its place and the bundle allow.
 
@@ -98,6 +100,7 @@ def choose(
         work: The largest pass of training and of validation.
         trunk: What the bundle's trunk does in the run; none where the request has none.
         layers: Those that are trained; none where the request has none.
+        eight_bit_states: Whether AdamW's moments are kept in 8 bits, by a layered plan.
 
     Raises:
         IncompatibleError: The bundle does not have the form that was asked for, or the device not the runtime.
@@ -106,7 +109,9 @@ def choose(
     """
     _refuse_magnitudes(manifest, request)
     plan = request.plan if request.accelerator is not None else _plan_of_bundle(manifest, request)
-    given = LayeredPlan(trunk=trunk, layers=layers, forward_only=request.forward_only)
+    given = LayeredPlan(
+        trunk=trunk, layers=layers, forward_only=request.forward_only, eight_bit_states=eight_bit_states
+    )
     names, notes = candidates(request, plan)
     planned = []
     for name in names:
@@ -157,8 +162,8 @@ def _plan_of_bundle(manifest: BundleManifest, request: RunRequest) -> PlanName:
     layered = request.plan not in ("auto", "whole") or request.needs_layers
     if layered or request.memory_budget_bytes is not None or request.runtime == "openvino":
         raise IncompatibleError(
-            f"the bundle has no graphs under {folder}; prepare it again, or leave --runtime, --plan and --precision at "
-            "auto and give no --memory-budget and no --layers"
+            f"the bundle has no graphs under {folder}; prepare it again, or leave --runtime, --plan, --precision and "
+            "--optimizer-states at auto and give no --memory-budget, --layers or --lora-plus-ratio"
         )
     return "whole"
 

@@ -71,6 +71,34 @@ class Fitting:
 
     def _fastest(self) -> Fit:
         """As `fit`, wherever the device's profile says that it runs, and without advice where nothing fits."""
+        asked = self._request.optimizer_states
+        if asked != "auto":
+            return self._fastest_with(eight_bit_states=asked == "8bit")
+        exact = self._attempt(eight_bit_states=False)
+        if isinstance(exact, Fit) and exact.choice.fits:
+            return exact
+        # A small adapter saves less than what is needed to change it.
+        coded = self._attempt(eight_bit_states=True)
+        smaller = min(exact, coded, key=_peak)
+        if isinstance(smaller, TooLargeError):
+            raise smaller
+        if smaller is exact:
+            return smaller
+        note = (
+            f"the optimizer's states are kept in 8 bits: in 32 the smallest plan needs {bytes_text(_peak(exact))}, and "
+            "there is less memory"
+        )
+        return replace(smaller, notes=(*smaller.notes, note))
+
+    def _attempt(self, *, eight_bit_states: bool) -> Fit | TooLargeError:
+        """The fastest run that fits, or why none does."""
+        try:
+            return self._fastest_with(eight_bit_states=eight_bit_states)
+        except TooLargeError as error:
+            return error
+
+    def _fastest_with(self, *, eight_bit_states: bool) -> Fit:
+        """The same, with optimizer states in 8 bits or in 32."""
         request = self._request
         workload = Workload(self._bundle.manifest, self._rows, self._valid, request)
         require_rows_fit(request, workload.longest())
@@ -84,7 +112,9 @@ class Fitting:
             if work in found:
                 continue
             try:
-                choice = choose(self._bundle.manifest, request, work, trunk, layers)
+                choice = choose(
+                    self._bundle.manifest, request, work, trunk, layers, eight_bit_states=eight_bit_states
+                )
             except TooLargeError as error:
                 refused.append(error)
                 continue
@@ -140,6 +170,11 @@ class Fitting:
             for rows in (self._rows, self._valid)
         )
         return Fitting(self._bundle, cut, valid, self._request)._fastest().choice
+
+
+def _peak(attempt: Fit | TooLargeError) -> int:
+    """Bytes of what fits, or of the smallest that does not."""
+    return attempt.peak if isinstance(attempt, TooLargeError) else attempt.choice.predicted_peak_bytes or 0
 
 
 def trained_layers(manifest: BundleManifest, request: RunRequest, below: int) -> range | None:

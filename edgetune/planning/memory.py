@@ -20,12 +20,15 @@ from edgetune.model.blocks import BITS, BLOCK_SIZE
 from edgetune.model.pieces import cut
 from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.footprint import Footprint
+from edgetune.runtimes.layered.moments import STRETCH
 
 SUBLAYERS = ("attention", "mlp")
 _FLOAT_BYTES = 4
 """Bytes of a float32."""
-_ADAPTER_COPIES = 5
-"""Arrays of the adapter's size: parameters, gradients, two moments, and the copy that is written at the end."""
+_ADAPTER_COPIES = 3
+"""Float32 arrays of the adapter's size: parameters, gradients, and the copy that is written at the end."""
+_MOMENTS = 2
+"""Of each parameter."""
 _OF_MAGNITUDES = 3
 """Arrays of the magnitudes' size beside them: gains, norms, and those of the frozen rows."""
 _FORWARD_COPIES = 3
@@ -127,13 +130,22 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: LayeredPla
     shared = 0 if plan.kept_layers == s.backward_layers else sum(s.kept.values())
     if plan.lean and shared:
         shared += s.pieces["attention"] * s.kept["attention"]
-    copies = _FORWARD_COPIES if plan.forward_only else _ADAPTER_COPIES
-    held = _FLOAT_BYTES * (copies * s.adapter + s.gains) + positions * s.hidden * _states(s, f, plan)
+    held = _adapter(s, plan) + _FLOAT_BYTES * s.gains + positions * s.hidden * _states(s, f, plan)
     held += f.storage_bytes * positions * (plan.kept_layers * layer + shared)
     cache = 0 if plan.trunk is None else plan.trunk.cache_bytes
     held += s.trunk + cache + _MASK * work.scores
     base = f.base_bytes - (f.backward_bytes if plan.forward_only else 0)
     return int(base + work.row_bytes + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
+
+
+def _adapter(s: Sizes, plan: LayeredPlan) -> float:
+    """Bytes of the adapter, and of all that a step has for each of its parameters."""
+    if plan.forward_only:
+        return _FLOAT_BYTES * _FORWARD_COPIES * s.adapter
+    # Moments in 8 bits are float32 where they are being updated.
+    opened = min(s.adapter, STRETCH) if plan.eight_bit_states else 0
+    moments = _MOMENTS * (plan.moment_bytes * s.adapter + _FLOAT_BYTES * opened)
+    return _FLOAT_BYTES * _ADAPTER_COPIES * s.adapter + moments
 
 
 def trunk_bytes(manifest: BundleManifest) -> int:

@@ -130,6 +130,16 @@ def _contradictions(config: TrainConfig, accelerated: bool) -> Iterator[str]:
             f"--lora-plus-ratio {config.lora_plus_ratio:g} trains layer by layer, and the whole step as one graph has "
             "one learning rate; leave --plan and --runtime at auto, or --lora-plus-ratio out"
         )
+    if config.optimizer_states == "8bit" and as_one_graph:
+        yield (
+            "--optimizer-states 8bit trains layer by layer, and the whole step as one graph keeps its states in 32 "
+            "bits; leave --plan and --runtime at auto, or --optimizer-states out"
+        )
+    if config.optimizer_states != "auto" and config.method == "forward-only":
+        yield (
+            f"--optimizer-states {config.optimizer_states} is for AdamW's moments, and --method forward-only has none; "
+            "leave it out"
+        )
     if config.init == "gradient" and (name == "ort-training" or config.method == "forward-only"):
         yield (
             "--init gradient needs gradients of A and B by name, and --runtime ort-training and --method forward-only "

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgetune.config import Method, PlanName, RuntimeName, TrainConfig, TrainingPrecision
+from edgetune.config import Method, OptimizerStates, PlanName, RuntimeName, TrainConfig, TrainingPrecision
 from edgetune.data.buckets import Bucket, parse_buckets
 from edgetune.devices.place import Place
 from edgetune.errors import UsageError
@@ -108,6 +108,7 @@ class RunRequest:
     """The only shapes of batches on an accelerator that were asked for; empty where none were."""
     threads: int | None
     optimizer: OptimizerConfig
+    optimizer_states: OptimizerStates
     batching: Batching
     length: RunLength
     truncate: bool
@@ -122,8 +123,8 @@ class RunRequest:
     @property
     def needs_layers(self) -> bool:
         """Whether only the layered form does what is asked for, whatever the plan."""
-        several_rates = self.optimizer.lora_plus_ratio != 1
-        return self.precision != "auto" or self.trunk is not None or self.layers is not None or several_rates
+        in_steps = self.optimizer.lora_plus_ratio != 1 or self.optimizer_states == "8bit"
+        return self.precision != "auto" or self.trunk is not None or self.layers is not None or in_steps
 
     @property
     def forward_only(self) -> bool:
@@ -166,6 +167,7 @@ def run_request(config: TrainConfig, place: Place, *, accelerated: bool) -> RunR
         shapes=() if config.buckets is None else tuple(parse_buckets(config.buckets)),
         threads=config.threads,
         optimizer=OptimizerConfig(config.weight_decay, config.max_grad_norm, config.lora_plus_ratio),
+        optimizer_states=config.optimizer_states,
         batching=Batching(
             config.batch_size,
             config.gradient_accumulation_steps,

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from edgetune.config import DeviceType, PlanName, TrainingPrecision
+from edgetune.model.dynamic_code import BYTES_A_NUMBER
 from edgetune.model.lora import Lora
 
 Precision = Literal["fp32", "bf16", "int8"]
 """In which products are computed."""
+_FLOAT_BYTES = 4
+"""Bytes of a float32."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ class WholePlan:
         """Lowest layers that are left to a trunk: none."""
         return 0
 
+    @property
+    def moment_bytes(self) -> float:
+        """Bytes of a number of an optimizer's moment."""
+        return _FLOAT_BYTES
+
     def trained_slots(self, lora: Lora) -> Lora:
         """Those of a bundle's slots that steps change: all."""
         return lora
@@ -122,6 +130,8 @@ class LayeredPlan:
     """What computes the lowest layers; none where the plan runs them itself."""
     layers: range | None = None
     """The decoder layers that are trained; without it all that are above the trunk."""
+    eight_bit_states: bool = False
+    """Keep AdamW's moments in 8 bits between steps."""
     forward_only: bool = False
     """Run forward alone, and keep nothing for a backward pass."""
 
@@ -135,6 +145,11 @@ class LayeredPlan:
         """The lowest layer that is trained: those below have no backward pass."""
         return self.trunk_layers if self.layers is None else self.layers.start
 
+    @property
+    def moment_bytes(self) -> float:
+        """Bytes of a number of an optimizer's moment."""
+        return BYTES_A_NUMBER if self.eight_bit_states else _FLOAT_BYTES
+
     def trained_slots(self, lora: Lora) -> Lora:
         """Those of a bundle's slots that steps change."""
         return lora.from_layer(self.trunk_layers) if self.layers is None else lora.of_layers(self.layers)
@@ -146,7 +161,8 @@ class LayeredPlan:
         weights = f"weights {'resident' if self.resident else 'streamed'}"
         trunk = [] if self.trunk is None else [f"split, {self.trunk.layers} layers in the trunk"]
         precision = f"{self.precision} above layer {self.exact_layers}" if self.exact_layers else self.precision
-        further = [word for word, given in (("lean", self.lean), ("wide pieces", self.wide)) if given]
+        words = {"lean": self.lean, "wide pieces": self.wide, "8-bit optimizer states": self.eight_bit_states}
+        further = [word for word, given in words.items() if given]
         span = self.layers
         trained = [] if span is None else [f"{layers_text(span)} trained"]
         return ", ".join([*trunk, *trained, precision, kept, weights, *further])

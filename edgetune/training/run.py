@@ -32,8 +32,8 @@ from edgetune.training.saved_run import SavedRun, SavedState
 from edgetune.training.saver import Saver
 from edgetune.training.state import PlannedRun, RunState, first_state
 
-_STATES = 3
-"""Arrays of a parameter's size that a state has: AdamW's two moments beside it."""
+_MOMENTS = 2
+"""Of each parameter, which a state has beside it."""
 
 
 def train(
@@ -102,8 +102,9 @@ def train(
             reserve(folder, most_bytes(run.lora, total_steps), output)
             if earlier is None:
                 saved.remove()  # now that nothing is refused any more
-            size = sum(_STATES * array.nbytes for array in state.first.values())
-            saver = Saver(saved, config.save_steps, size, observer.on_notice)
+            moments = _MOMENTS * run.fit.choice.plan.moment_bytes
+            size = sum(array.nbytes + moments * array.size for array in state.first.values())
+            saver = Saver(saved, config.save_steps, int(size), observer.on_notice)
             learn(run, state, folder, observer, identity=identity, saver=saver, earlier=earlier)
             _seal(run, state, valid, output, folder)
             state.look_at_memory()

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from edgetune.config import Method, TrainConfig
+from edgetune.config import Method, PrepareConfig, TrainConfig
 from edgetune.data.batcher import BatchShape
 from edgetune.data.encode import Example
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
 from edgetune.planning.cost import CostModel
 from edgetune.planning.fit import Fit, Fitting
+from edgetune.runtimes.execution import LayeredPlan
 from edgetune.training import train
 from support.fake_runtime import FOOTPRINT, FakeRuntime, runtimes
-from support.prepared_bundles import Prepared
+from support.prepared_bundles import Prepared, prepare_tiny
 from support.recorder import Recorder
 from support.run_requests import request_of
 
@@ -135,6 +136,83 @@ def test_the_work_of_passes_counts_what_each_of_them_repeats(bundle: Bundle) -> 
 def needed(refused: ResourceError) -> int:
     """The budget that the message advises, in bytes."""
     return int(str(refused).split("--memory-budget ")[1].split("MB")[0]) * 10**6
+
+
+def in_eight_bits(fit: Fit) -> bool:
+    assert isinstance(fit.choice.plan, LayeredPlan)
+    return fit.choice.plan.eight_bit_states
+
+
+def with_rank(bundle: Bundle, rank: int) -> Bundle:
+    """As if the slots had another rank: with 2,048, moments of 8 million parameters take 48 MB less in 8 bits."""
+    return Bundle(bundle.path, replace(bundle.manifest, lora=replace(bundle.manifest.lora, rank=rank)))
+
+
+def test_states_take_8_bits_only_where_nothing_fits_in_32(bundle: Bundle) -> None:
+    large = with_rank(bundle, 2048)
+    found = {states: fit(large, [96] * 8, None, optimizer_states=states) for states in ("auto", "32bit", "8bit")}
+    assert [in_eight_bits(each) for each in found.values()] == [False, False, True]
+    assert "8-bit optimizer states" in str(found["8bit"].choice.plan) and not found["8bit"].notes
+    saved = 5.96875 * large.manifest.lora.parameters - 8 * 2**18
+    assert peak(found["auto"]) - peak(found["8bit"]) == pytest.approx(saved, abs=2)
+    with pytest.raises(ResourceError) as refused:
+        fit(large, [96] * 8, 10**6, optimizer_states="32bit")
+    least = needed(refused.value)
+    # With room for the smallest plan in 32 bits, and no more, a step goes through the model in more passes.
+    slow = fit(large, [96] * 8, least)
+    assert not in_eight_bits(slow) and slow.workload.pass_rows == 1 and not slow.notes
+    fast = fit(large, [96] * 8, least - 10**6)
+    assert in_eight_bits(fast)
+    (note,) = fast.notes
+    assert re.fullmatch(r"the optimizer's states are kept in 8 bits: in 32 the smallest plan needs .* MB, and .*", note)
+    assert 1.05 * peak(fast) <= least - 10**6
+    with pytest.raises(ResourceError):
+        fit(large, [96] * 8, least - 10**6, optimizer_states="32bit")
+
+
+def test_what_8_bits_do_not_save_is_refused_with_what_they_need(bundle: Bundle) -> None:
+    large = with_rank(bundle, 2048)
+    refusals = {}
+    for states in ("auto", "32bit", "8bit"):
+        with pytest.raises(ResourceError) as refused:
+            fit(large, [96] * 8, 10**6, optimizer_states=states)
+        refusals[states] = needed(refused.value)
+    assert refusals["auto"] == refusals["8bit"] < refusals["32bit"]
+    assert in_eight_bits(fit(large, [96] * 8, refusals["auto"]))
+    # Of a small adapter they save less than what a step takes to change it.
+    for states in ("auto", "32bit", "8bit"):
+        with pytest.raises(ResourceError) as refused:
+            fit(bundle, [96] * 8, 10**6, optimizer_states=states)
+        refusals[states] = needed(refused.value)
+    assert refusals["auto"] == refusals["32bit"]
+
+
+def test_where_not_even_8_bits_fit_what_is_free_they_are_tried(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgetune.planning.choice.free_memory_bytes", lambda: 1_000_000)
+    for rank, eight_bit in ((4, False), (2048, True)):
+        tried = fit(with_rank(bundle, rank), [96] * 8, None)
+        assert not tried.choice.fits and in_eight_bits(tried) == eight_bit
+    forward_only = fit(with_rank(bundle, 2048), [96] * 8, None, method="forward-only")
+    assert not forward_only.choice.fits and not in_eight_bits(forward_only)
+
+
+def test_a_run_takes_8_bits_by_itself_and_says_so(tmp_path: Path) -> None:
+    large = prepare_tiny("grouped-query", tmp_path / "bundle", PrepareConfig(rank=384, max_length=128))
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "set", "completion": "the lamp in the kitchen"}) + "\n")
+    config = TrainConfig("onnxruntime", steps=2, optimizer_states="32bit", memory_budget="1MB")
+    with pytest.raises(ResourceError) as refused:
+        train(large, data, tmp_path / "exact", config)
+    budget = f"{needed(refused.value) - 10**6}B"
+    observer = Recorder()
+    config = TrainConfig("onnxruntime", steps=2, memory_budget=budget)
+    train(large, data, tmp_path / "adapter", config, observer=observer)
+    assert any("optimizer's states are kept in 8 bits" in notice for notice in observer.notices)
+    assert observer.starts[0].plan.endswith("8-bit optimizer states")
+    provenance = json.loads((tmp_path / "adapter" / "edgetune.json").read_text())["provenance"]
+    assert provenance["plan"].endswith("8-bit optimizer states")
 
 
 @pytest.mark.own

@@ -62,6 +62,29 @@ def test_all_that_does_not_go_together_is_said_at_once() -> None:
         check(TrainConfig(plan="whole", soc_model=69, trunk_cache="1MB", memory_budget="1GB"))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"plan": "whole"},
+        {"runtime": "ort-training"},
+        {"runtime": "qnn"},
+        {"runtime": "openvino-ep"},
+        {"runtime": "openvino", "plan": "whole"},
+        {"method": "forward-only"},
+    ],
+    ids=str,
+)
+def test_states_in_8_bits_are_of_the_layered_form(options: dict[str, Any]) -> None:
+    """Elsewhere they are in 32 bits, or there are none."""
+    with pytest.raises(UsageError, match=r"--optimizer-states 8bit .*or --optimizer-states out|8bit .*leave it out"):
+        check(TrainConfig(**options, optimizer_states="8bit"))
+    if "method" in options:
+        with pytest.raises(UsageError, match=r"--optimizer-states 32bit is for AdamW's moments, and .* has none"):
+            check(TrainConfig(**options, optimizer_states="32bit"))
+    else:
+        check(TrainConfig(**options, optimizer_states="32bit"))
+
+
 @pytest.mark.parametrize("device", [(), ("--device", "raspberry-pi-5")], ids=["here", "elsewhere"])
 @pytest.mark.parametrize(
     ("options", "message"),

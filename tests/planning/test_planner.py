@@ -219,7 +219,11 @@ def test_a_bundle_without_layers_is_trained_as_a_whole(manifest: BundleManifest)
     old = replace(manifest, graphs=[graph for graph in manifest.graphs if not graph.role.startswith("layers/")])
     with runtimes(fast=LAYERED_ONLY, stock=STOCK):
         assert chosen(old, TrainConfig()) == ("stock", "fp32")
-        for config in (TrainConfig(plan="stream"), TrainConfig(memory_budget="3GB")):
+        for config in (
+            TrainConfig(plan="stream"),
+            TrainConfig(memory_budget="3GB"),
+            TrainConfig(optimizer_states="8bit"),
+        ):
             with pytest.raises(IncompatibleError, match="no graphs under layers/"):
                 chosen(old, config)
 

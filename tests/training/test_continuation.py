@@ -28,6 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "layered": {},
     "whole": {"plan": "whole"},
     "int8": {"precision": "int8"},
+    "8-bit states": {"optimizer_states": "8bit", "weight_decay": 0.1, "lora_plus_ratio": 4.0},
     "openvino": {"runtime": "openvino"},
     "accumulation": {"gradient_accumulation_steps": 3, "packing": False},
     "several passes": {"plan": "recompute", "batch_size": 8},
@@ -127,6 +128,16 @@ def test_all_that_changed_is_named_at_once(tmp_path: Path) -> None:
                  "the plan:", "done 4 steps, and is now to end after 3", "--force"):  # fmt: skip
         assert part in str(caught.value)
     assert not output.exists() and SavedRun(output).steps() == 4, "nothing is lost"
+
+
+def test_states_in_8_bits_are_not_taken_for_others(tmp_path: Path) -> None:
+    output = tmp_path / "adapter"
+    with pytest.raises(Killed):
+        learn(output, replace(BASE, optimizer_states="8bit"), KillAfter(3))
+    with pytest.raises(IncompatibleError) as caught:
+        learn(output, replace(BASE, resume=True, optimizer_states="32bit"))
+    for part in ("the plan: ", ", 8-bit optimizer states then, ", "--optimizer-states: 8bit then, 32bit now"):
+        assert part in str(caught.value)
 
 
 def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path) -> None:

@@ -16,14 +16,15 @@ class FlatParameters:
 
     Args:
         parameters: First values; they are copied.
+        multiple: Each begins at a multiple of this many numbers, and zeros fill the gaps.
     """
 
-    def __init__(self, parameters: Mapping[str, Array]) -> None:
+    def __init__(self, parameters: Mapping[str, Array], multiple: int = 1) -> None:
         self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._size = 0
         for name, array in parameters.items():
             self._places[name] = (self._size, array.shape)
-            self._size += array.size
+            self._size += -(-array.size // multiple) * multiple
         self._parameter = np.zeros(self._size, dtype=np.float32)
         for name, array in parameters.items():
             self.parameter(name)[...] = array

@@ -158,7 +158,8 @@ class LayeredSession(LayeredForward):
     ) -> None:
         self._names = list(parameters)
         ordered = in_order_of(backend, parameters)
-        self._optimizer = FlatAdamW(bundle.file(f"{LAYERS}/adamw_flat"), ordered, optimizer)
+        graph = bundle.file(f"{LAYERS}/adamw_flat")
+        self._optimizer = FlatAdamW(graph, ordered, optimizer, eight_bit=plan.eight_bit_states)
         # The optimizer holds the parameters: the next forward pass sees what a step made of them.
         super().__init__(bundle, self._optimizer, plan, backend, trunk, lowest)
 
