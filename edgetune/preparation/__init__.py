@@ -21,7 +21,7 @@ from edgetune.errors import DataError, UsageError, VerificationError
 from edgetune.formats.bundle import MANIFEST, Bundle, list_files, seal_bundle
 from edgetune.formats.frozen_weights import FrozenWeights, stored_bytes, write_index
 from edgetune.formats.manifest import BUNDLE_FORMAT, BUNDLE_VERSION, BaseModel, BundleManifest, Graph, Tokenizer
-from edgetune.formats.roles import INDEX
+from edgetune.formats.roles import HALF_LOSS, HALF_STEP, INDEX, LOSS, STEP
 from edgetune.formats.row_norms import write_row_norms
 from edgetune.formats.storage import atomic_folder, sha256_of
 from edgetune.host.versions import version_of
@@ -130,7 +130,7 @@ def _prepare(
         # NPUs, for which it is said, do not train magnitudes.
         if rows and not config.dora:
             say("Looking for what float16 does not hold …")
-            provenance["float16"] = _in_float16(source, folder, config, lora, lowered["step"], rows)
+            provenance["float16"] = _in_float16(source, folder, config, lora, lowered[STEP], rows)
             say(f"In float16: {provenance['float16']}")
         if config.npu != "none":
             say(f"Writing the step with int8 weights ({config.npu}) …")
@@ -178,7 +178,10 @@ def _learn_ends(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) 
 def _build_training_graphs(
     source: Checkpoint, view: Path, scratch: Path, folder: Path, config: PrepareConfig, say: Callable[[str], None]
 ) -> tuple[Lora, dict[str, int], dict[str, ir.Model]]:
-    """Slots, gradient coverage, and the graphs `step` and `loss` whose frozen weights are still inputs."""
+    """Slots, gradient coverage, and the step and the loss for float16 whose frozen weights are still inputs.
+
+    There are none for magnitudes, which nothing trains in float16.
+    """
     import numpy as np
     import onnx_ir as ir
 
@@ -199,18 +202,25 @@ def _build_training_graphs(
     parameters = {name: np.zeros(shape, np.float32) for name, shape in lora.differentiated().items()}
     if not lora.dora:  # what ONNX Runtime Training's own graphs begin with
         parameters = initial_parameters(lora, seed=0)
-    evaluation = evaluation_graph(forward, list(parameters))
+    names = list(parameters)
+    graphs = {LOSS: evaluation_graph(forward, names)}
+    if not lora.dora:
+        graphs[HALF_LOSS] = evaluation_graph(forward, names, half=True)
     say("Differentiating (ONNX Runtime Training) …")
     coverage = differentiate(forward, parameters, scratch, say)
     say(f"Gradient coverage: {sum(coverage.values())} operators of {len(coverage)} kinds, all have a gradient")
     say("Lowering to standard operators …")
-    artifacts = {} if lora.dora else ARTIFACTS
-    graphs = {name: ir.load(scratch / file) for name, file in artifacts.items()}
-    graphs["step"] = lower(ir.load(scratch / ARTIFACTS["training_model"]), list(parameters), half=True)
-    graphs["loss"] = evaluation
-    for role in ("step", "loss"):
-        put_magnitudes(graphs[role], folder, lora)
-    lowered = {role: ir.from_proto(ir.to_proto(graphs[role])) for role in ("step", "loss")}
+    gradient = scratch / ARTIFACTS["training_model"]
+    graphs[STEP] = lower(ir.load(gradient), names)
+    lowered: dict[str, ir.Model] = {}
+    if lora.dora:
+        for role in (STEP, LOSS):
+            put_magnitudes(graphs[role], folder, lora)
+    else:
+        graphs[HALF_STEP] = lower(ir.load(gradient), names, half=True)
+        halves = {STEP: HALF_STEP, LOSS: HALF_LOSS}
+        lowered = {role: ir.from_proto(ir.to_proto(graphs[half])) for role, half in halves.items()}
+        graphs |= {name: ir.load(scratch / file) for name, file in ARTIFACTS.items()}
     for role, graph in graphs.items():
         if role != "optimizer_model":
             attach_weights(graph, folder, source.architecture, config.base)
@@ -238,7 +248,7 @@ def _build_int8_step(
 
     architecture, base = source.architecture, config.base
     rows = rows or synthetic_rows(architecture, config.max_length)
-    ranges = calibrate(lowered["step"], folder, architecture, base, lora, rows)
+    ranges = calibrate(lowered[STEP], folder, architecture, base, lora, rows)
     return write_int8_graphs(lowered, folder, architecture, base, config.npu, ranges)
 
 
@@ -303,8 +313,8 @@ def _manifest(
 
     revision = {"revision": source.revision} if source.revision else {}
     quantiser = {"quantiser": config.quantiser} if config.base == "int4" else {}
-    artifacts = () if lora.dora else ("training_model", "eval_model", "optimizer_model")
-    roles = ("step", "loss", "adamw", *artifacts, "model", *more)
+    artifacts = () if lora.dora else (HALF_STEP, HALF_LOSS, "training_model", "eval_model", "optimizer_model")
+    roles = (STEP, LOSS, "adamw", *artifacts, "model", *more)
     graphs = [Graph(role, f"{role}.onnx", *describe_graph(folder / f"{role}.onnx")) for role in roles]
     return BundleManifest(
         format=BUNDLE_FORMAT,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from edgetune.errors import IncompatibleError
 from edgetune.formats.bundle import Bundle
+from edgetune.formats.roles import LOSS, STEP, roles_in_half
 from edgetune.model.lora import Parameters
 from edgetune.runtimes.contract import Abilities, Forward, OptimizerConfig, Runtime, Session
 from edgetune.runtimes.execution import Accelerator, ExecutionPlan, LayeredPlan, WholePlan
@@ -138,7 +139,7 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
 def place(bundle: Bundle, plan: WholePlan, batch: int, length: int) -> list[Placement]:
     """See `edgetune.runtimes.contract.Runtime`."""
     compiler = _compiler(bundle, plan)
-    return [compiler.compile(role, batch, length).placement for role in ("step", "loss")]
+    return [compiler.compile(role, batch, length).placement for role in _roles(bundle, plan)]
 
 
 def has_device(kind: str) -> bool:
@@ -154,9 +155,20 @@ def _graphs(bundle: Bundle, plan: WholePlan) -> AcceleratorGraphs:
     from edgetune.runtimes.whole.compiled import AcceleratorGraphs
     from edgetune.runtimes.whole.first_batch import HALF, FirstBatch
 
-    # Of its devices the CPU alone has float32's range.
-    first = None if _device(plan) == DEVICE else FirstBatch(bundle, HALF)
-    return AcceleratorGraphs(_compiler(bundle, plan), first=first)
+    compiler = _compiler(bundle, plan)
+    first = FirstBatch(bundle, HALF) if _is_in_half(plan) else None
+    return AcceleratorGraphs(compiler, *_roles(bundle, plan), first)
+
+
+def _roles(bundle: Bundle, plan: WholePlan) -> tuple[str, str]:
+    """The graphs with the loss and the gradients, and with the loss alone."""
+    return roles_in_half(bundle.manifest) if _is_in_half(plan) else (STEP, LOSS)
+
+
+def _is_in_half(plan: WholePlan) -> bool:
+    """Whether the device computes in float16. Its CPU has float32's range, but for processors of Arm's."""
+    device = _device(plan)
+    return device != DEVICE or core().get_property(device, "INFERENCE_PRECISION_HINT").get_type_name() == "f16"
 
 
 def _device(plan: WholePlan) -> str:

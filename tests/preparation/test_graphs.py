@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from edgetune.config import Base
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Example
 from edgetune.formats.bundle import Bundle
+from edgetune.formats.roles import HALF_LOSS, HALF_STEP
 from edgetune.model.lora import initial_parameters
 from support.prepared_bundles import Prepared
 from support.tiny_phi3 import VARIANTS, lora
 
-ROLES = ["step", "loss"]
+ROLES = ["step", "loss", HALF_STEP, HALF_LOSS]
 SIZES = [(1, 8), (3, 40)]
 OTHERS = [("partial", "fp32"), ("multi-head", "int8"), ("grouped-query", "fp16")]
 CASES = [*((variant, "int4") for variant in VARIANTS), *OTHERS]
@@ -122,7 +124,7 @@ def test_runs_with_static_dimensions_as_with_symbolic_ones(
 ) -> None:
     bundle = prepared(variant, base)
     feed = batch_of(bundle, *size) | dict(initial_parameters(lora(variant), seed=0))
-    if role == "step":
+    if role in ("step", HALF_STEP):
         feed["loss_scale"] = np.ones(1, np.float32)
     symbolic = ort.InferenceSession(bundle.file(role), providers=["CPUExecutionProvider"])
     options = ort.SessionOptions()
@@ -161,3 +163,16 @@ def test_contract(prepared: Prepared, variant: str, base: Base) -> None:
     assert {t.name: (t.dtype, t.shape) for t in evaluation.inputs} == given | slots
     assert {t.name: (t.dtype, t.shape) for t in evaluation.outputs} == loss | {"predictions": ("int64", rows)}
     assert [t.name for t in step.outputs][1:] == [f"{name}.grad" for name in bundle.manifest.lora.shapes()]
+    for graph, half in ((step, HALF_STEP), (evaluation, HALF_LOSS)):
+        assert bundle.manifest.graph(half) == replace(graph, role=half, file=f"{half}.onnx")
+
+
+@each_bundle
+def test_the_norms_for_float16_alone_look_for_the_largest_magnitude(
+    prepared: Prepared, variant: str, base: Base
+) -> None:
+    """In bfloat16 each of their operators rounds: what computes in it has norms that square at once."""
+    bundle = prepared(variant, base)
+    norms = 2 * bundle.manifest.architecture.num_hidden_layers + 1
+    found = {role: [node.op_type for node in load(bundle, role).graph.node].count("ReduceMax") for role in ROLES}
+    assert found == {"step": 0, "loss": 0, HALF_STEP: norms, HALF_LOSS: norms}

@@ -141,7 +141,7 @@ def test_bundle_says_what_it_is(prepared: Prepared, variant: str, base: Base) ->
     roles = {graph.role for graph in manifest.graphs}
     assert {f"layers/{name}" for name in ("attention", "mlp_grad_kept", "head_step", "int8/mlp")} <= roles
     assert {role for role in roles if "/" not in role} == {
-        "step", "loss", "adamw", "training_model", "eval_model", "optimizer_model", "model",
+        "step", "loss", "step_half", "loss_half", "adamw", "training_model", "eval_model", "optimizer_model", "model",
     }  # fmt: skip
     paths = [path for path in bundle.path.rglob("*") if path.is_file() and ".cache" not in path.parts]
     files = {path.relative_to(bundle.path).as_posix() for path in paths}

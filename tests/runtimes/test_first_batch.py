@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,7 @@ from edgetune.data.batches import Batch
 from edgetune.data.encode import Example
 from edgetune.errors import IncompatibleError
 from edgetune.formats.bundle import Bundle
+from edgetune.formats.roles import HALF_LOSS, HALF_STEP
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes import qnn
 from edgetune.runtimes.execution import Accelerator, WholePlan
@@ -30,6 +33,8 @@ NPU_ONLY = WholePlan(accelerator=Accelerator(require=True))
 LOSS, WORST_COSINE = 5e-3, 0.99
 SQUARED, HELD, BEYOND = 11_112.0, 60_000.0, 134_000.0
 """Activations whose square float16 does not hold, that it just holds itself, and that it does not."""
+ONE = {"loss_scale": np.ones(1, np.float32)}
+PRECISION = "INFERENCE_PRECISION_HINT"
 _SHARE = 0.44646
 """What the adapter and the int4 base leave of the activation that the checkpoint was made for."""
 
@@ -84,8 +89,12 @@ def test_what_float16_hardly_holds_is_right_or_refused(largest: float) -> None:
             return
         found = dict(session.gradients())  # type: ignore[attr-defined]
     assert result.loss == pytest.approx(expected, rel=HALF.loss)
-    together = [np.concatenate([each[name].ravel() for name in gradients]) for each in (found, gradients)]
-    assert cosine(*together) >= HALF.cosine
+    assert together(found, gradients) >= HALF.cosine
+
+
+def together(found: Mapping[str, NDArray[np.float32]], expected: Mapping[str, NDArray[np.float32]]) -> float:
+    """The cosine of all gradients as one."""
+    return cosine(*(np.concatenate([each[name].ravel() for name in expected]) for each in (found, expected)))
 
 
 def results(bundle: Bundle) -> tuple[Buffers, float, dict[str, NDArray[np.float32]]]:
@@ -122,8 +131,50 @@ def test_the_first_batch_alone_is_compared(case: str) -> None:
 def test_the_tensor_is_named_that_float16_does_not_hold() -> None:
     for largest, found in ((HELD, False), (BEYOND, True)):
         bundle = massive(largest)
-        feed = {**batch(bundle).tensors(), **adapter_of(bundle), "loss_scale": np.ones(1, np.float32)}
-        beyond = first_beyond_half(bundle.file("step"), feed)
+        feed = {**batch(bundle).tensors(), **adapter_of(bundle), **ONE}
+        beyond = first_beyond_half(bundle.file(HALF_STEP), feed)
         assert (beyond is not None) is found
         if beyond is not None:
             assert beyond[1] == pytest.approx(largest, rel=0.05)
+
+
+@pytest.mark.parametrize(("largest", "named"), [(HELD, False), (BEYOND, True)])
+def test_no_square_is_named_that_the_accelerator_does_not_compute(largest: float, named: bool) -> None:
+    """The float32 graph squares what the one for float16 holds."""
+    bundle = massive(largest)
+    assert first_beyond_half(bundle.file("step"), {**batch(bundle).tensors(), **adapter_of(bundle), **ONE}) is not None
+    buffers, loss, sums = results(bundle)
+    first = FirstBatch(bundle, HALF)
+    for compare in (
+        lambda: first.gradients("NPU", batch(bundle), 0.5, buffers, 2 * loss, sums),
+        lambda: first.loss("NPU", batch(bundle), buffers, 2 * loss),
+    ):
+        with pytest.raises(IncompatibleError, match="NPU computes a loss of") as refused:
+            compare()
+        assert (" reaches " in str(refused.value)) is named
+
+
+@pytest.mark.own
+@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+def test_openvino_in_float16_is_right_or_refused() -> None:
+    """Its CPU device computes in float16 on processors of Arm's, or where it is told to."""
+    from edgetune.runtimes import openvino
+    from edgetune.runtimes.openvino_core import core
+
+    if "FP16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("OpenVINO does not compute in float16 on this processor")
+    bundle = massive(SQUARED)
+    expected, gradients = on_the_cpu(bundle)
+    before = core().get_property("CPU", PRECISION)
+    core().set_property("CPU", {PRECISION: "f16"})
+    try:
+        with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()) as session:
+            assert session.evaluate(batch(bundle)) == pytest.approx(expected, rel=LOSS)
+            with suppress(IncompatibleError):
+                session.step([batch(bundle)], LEARNING_RATE)
+                found = dict(session.gradients())  # type: ignore[attr-defined]
+                assert together(found, gradients) >= HALF.cosine
+            placements = session.placements()  # type: ignore[attr-defined]
+    finally:
+        core().set_property("CPU", {PRECISION: before})
+    assert [(each.graph, each.device) for each in placements] == [(HALF_LOSS, "CPU, f16"), (HALF_STEP, "CPU, f16")]

@@ -42,8 +42,9 @@ installed = pytest.mark.skipif(
 ROWS = [{"prompt": f"lamp {number}", "completion": f" is {state}"} for number, state in enumerate(("on", "off") * 2)]
 LOSS, DRIFT = 1e-4, 1e-3
 """Relative: of losses, and of what three steps make of the adapter, in float32."""
-BF16_LOSS, BF16_COSINE = 1e-2, 0.95
-"""Three steps on. The norms are written for float16: in bfloat16 each number in them is rounded to eight bits."""
+BF16_LOSS, BF16_DRIFT, BF16_COSINE = 2e-3, 1e-2, 0.95
+"""The same in bfloat16. The first update is as long for a gradient near zero as for any other, and bfloat16 turns the
+sign of one in a hundred: the parameters part, and the float32 loss at them differs by up to 1 %."""
 
 
 @cache
@@ -84,6 +85,7 @@ def test_the_whole_step_is_one_node_and_follows_the_cpu(
     bundle = opened_copy(prepared(variant, "int4"), tmp_path / "bundle")
     options = ("--data", data, "--raw-prompts", "--steps", 3, "--batch-size", 2, "--learning-rate", 1e-2, "--quiet")
     result = edgetune("train", bundle.path, *options, "--output", tmp_path / "ep", "--runtime", "openvino-ep")
+    assert {placed["graph"] for placed in result["placement"]} == {"step"}, "float16 alone has norms of its own"
     for placed in result["placement"]:
         assert (placed["provider"], placed["accelerator_partitions"]) == (openvino_ep.PROVIDER, 1)
         assert placed["fallen_back"] == [] and placed["accelerated_nodes"] > 300 and not placed["cached"]
@@ -94,7 +96,8 @@ def test_the_whole_step_is_one_node_and_follows_the_cpu(
     )
     found, expected = (losses(tmp_path / name) for name in ("ep", "cpu"))
     assert expected[-1] < 0.95 * expected[0], "it has to learn for the comparison to mean something"
-    assert found == pytest.approx(expected, rel=LOSS if exact else BF16_LOSS)
+    assert found[0] == pytest.approx(expected[0], rel=LOSS if exact else BF16_LOSS)
+    assert found == pytest.approx(expected, rel=LOSS if exact else BF16_DRIFT)
     manifest = bundle.manifest
     learnt, reference = (
         read_adapter(tmp_path / name, manifest.lora, manifest.base, manifest.tokenizer) for name in ("ep", "cpu")

@@ -19,6 +19,7 @@ from edgetune.cli import main
 from edgetune.config import TrainConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, MissingDependencyError, UsageError, VerificationError
 from edgetune.formats.bundle import load_bundle
+from edgetune.formats.roles import HALF_LOSS, HALF_STEP
 from edgetune.runtimes import find_runtime, qnn
 from edgetune.runtimes import onnxruntime as stock
 from edgetune.runtimes.contract import Placed, Session
@@ -29,7 +30,8 @@ from edgetune.runtimes.whole.contexts import Context
 from edgetune.runtimes.whole.plugin import Plugin, PluginCompiler, _stdout_for_results
 from edgetune.training import train
 from support.assistant_bundle import ROWS, assistant_bundle
-from support.bundle_copy import opened_copy
+from support.bundle_copy import copy_of_bundle, opened_copy
+from support.golden import EARLIER
 from support.oracle import cosine
 from support.prepared_bundles import Prepared
 from support.random_rows import rows_of
@@ -68,7 +70,7 @@ def test_the_whole_step_is_one_node_and_follows_the_cpu(prepared: Prepared, vari
     with qnn.RUNTIME.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
         result = session.step([batch], LEARNING_RATE)
         found = session.gradients()  # type: ignore[attr-defined]
-        placement = placements(session)["step"]
+        placement = placements(session)[HALF_STEP]
     assert (placement.accelerator_partitions, placement.fallen_back) == (1, [])
     assert placement.accelerated > 300
     assert "emulation" in placement.device
@@ -77,6 +79,18 @@ def test_the_whole_step_is_one_node_and_follows_the_cpu(prepared: Prepared, vari
     for name, gradient in gradients.items():
         assert cosine(found[name], gradient) >= WORST_COSINE, name
         assert np.linalg.norm(found[name]) == pytest.approx(np.linalg.norm(gradient), rel=NORM), name
+
+
+@pytest.mark.own
+@installed
+def test_an_earlier_bundle_has_one_form_of_the_step_for_all(tmp_path: Path) -> None:
+    bundle = load_bundle(copy_of_bundle(EARLIER / "bundle", tmp_path / "bundle"))
+    batch = batch_of(bundle, rows_of(0, [7]))
+    with stock.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan()) as exact:
+        expected = exact.step([batch], LEARNING_RATE)
+    with qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
+        assert session.step([batch], LEARNING_RATE).loss == pytest.approx(expected.loss, abs=LOSS)
+        assert list(placements(session)) == ["step"]
 
 
 @pytest.mark.own
@@ -90,7 +104,7 @@ def test_longrope_beyond_its_original_positions(prepared: Prepared) -> None:
         qnn.RUNTIME.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session,
     ):
         assert session.evaluate(batch) == pytest.approx(exact.evaluate(batch), abs=LOSS)
-        assert placements(session)["loss"].fallen_back == []
+        assert placements(session)[HALF_LOSS].fallen_back == []
 
 
 @pytest.mark.own
@@ -120,7 +134,7 @@ def test_a_second_start_and_another_adapter_compile_nothing(
     batch = batch_of(bundle, rows_of(0, [7]))
     with qnn.RUNTIME.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
         first = session.step([batch], LEARNING_RATE)
-        assert not placements(session)["step"].cached
+        assert not placements(session)[HALF_STEP].cached
         session.step([batch], LEARNING_RATE)
         assert len(placements(session)) == 1
     builds = []
@@ -128,7 +142,7 @@ def test_a_second_start_and_another_adapter_compile_nothing(
     for other in (parameters, {name: 2 * value for name, value in parameters.items()}):
         with qnn.RUNTIME.open_session(bundle, other, OPTIMIZER, NPU_ONLY) as session:
             second = session.step([batch], LEARNING_RATE)
-            assert placements(session)["step"].cached
+            assert placements(session)[HALF_STEP].cached
             assert (second == first) is (other is parameters), "bit-identical, and another adapter is another step"
     assert not builds
     load_bundle(bundle.path)
@@ -143,7 +157,7 @@ def test_a_damaged_context_is_compiled_again(prepared: Prepared, tmp_path: Path)
     for _ in range(2):
         with qnn.RUNTIME.open_session(bundle, parameters, OPTIMIZER, NPU_ONLY) as session:
             results.append(session.step([batch], LEARNING_RATE))
-            assert not placements(session)["step"].cached
+            assert not placements(session)[HALF_STEP].cached
         (compiled,) = (bundle.path / ".cache").rglob("compiled")
         data = bytearray(compiled.read_bytes())
         data[len(data) // 2] ^= 1
@@ -192,7 +206,7 @@ def test_a_context_that_no_longer_loads_is_compiled_again(prepared: Prepared, tm
     batch = batch_of(bundle, rows_of(0, [7]))
     with qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
         expected = session.step([batch], LEARNING_RATE)
-        partitions = placements(session)["step"].partitions
+        partitions = placements(session)[HALF_STEP].partitions
     (compiled,) = (bundle.path / ".cache").rglob("compiled")
     model = onnx.load(compiled)
     for attribute in model.graph.node[0].attribute:
@@ -203,7 +217,7 @@ def test_a_context_that_no_longer_loads_is_compiled_again(prepared: Prepared, tm
     for cached in (False, True):
         with qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session:
             assert session.step([batch], LEARNING_RATE) == expected
-            assert placements(session)["step"].cached is cached
+            assert placements(session)[HALF_STEP].cached is cached
 
 
 @installed
@@ -217,7 +231,7 @@ def test_what_falls_back_is_told_and_can_be_refused(
     batch = batch_of(bundle, rows_of(0, [7]))
     with qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, WholePlan(accelerator=Accelerator())) as s:
         assert s.step([batch], LEARNING_RATE).applied
-        placement = placements(s)["step"]
+        placement = placements(s)[HALF_STEP]
     assert {node.operator for node in placement.fallen_back} == {"DequantizeLinear"}
     assert {node.reason for node in placement.fallen_back} == {
         "QNN EP does not support a standalone DQ op with per-channel quantization"
@@ -226,7 +240,7 @@ def test_what_falls_back_is_told_and_can_be_refused(
     assert 0 < placement.accelerated < 500
     with (
         pytest.raises(
-            IncompatibleError, match=r"nodes of the graph 'step' fall back.*--require-npu.*DequantizeLinear 17"
+            IncompatibleError, match=r"nodes of the graph 'step_half' fall back.*--require-npu.*DequantizeLinear 17"
         ),
         qnn.RUNTIME.open_session(bundle, adapter_of(bundle), OPTIMIZER, NPU_ONLY) as session,
     ):
@@ -325,7 +339,7 @@ def test_results_alone_are_on_stdout(prepared: Prepared, tmp_path: Path) -> None
     finished = subprocess.run(command, capture_output=True, text=True)
     assert (finished.returncode, finished.stderr) == (0, "")
     (placement,) = json.loads(finished.stdout)["placement"]
-    assert (placement["graph"], placement["accelerator_partitions"], placement["fallen_back"]) == ("step", 1, [])
+    assert (placement["graph"], placement["accelerator_partitions"], placement["fallen_back"]) == (HALF_STEP, 1, [])
 
 
 def test_what_libraries_print_is_told_on_stderr_but_for_one_line(capfd: pytest.CaptureFixture[str]) -> None:
@@ -388,8 +402,8 @@ def test_inspect_shows_where_the_nodes_run(prepared: Prepared) -> None:
     assert shown.stdout.count("HTP emulation, soc 60") == 2
     told = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
     assert [(each["graph"], each["accelerator_partitions"], each["fallen_back"]) for each in told] == [
-        ("step", 1, []),
-        ("loss", 1, []),
+        (HALF_STEP, 1, []),
+        (HALF_LOSS, 1, []),
     ]
     assert all(each["cached"] for each in told)
 

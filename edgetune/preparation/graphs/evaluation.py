@@ -12,12 +12,13 @@ from edgetune.preparation.rewrites.lowering import lower
 from edgetune.preparation.rewrites.operators import IR_VERSION, OPSET, Operators
 
 
-def evaluation_graph(forward: ir.Model, parameters: Sequence[str]) -> ir.Model:
+def evaluation_graph(forward: ir.Model, parameters: Sequence[str], *, half: bool = False) -> ir.Model:
     """The forward graph with outputs `loss` (1) and `predictions` (batch, sequence): the likeliest next tokens.
 
     Args:
         forward: The graph of `resolve_shapes(export_forward(…))`; it is left as it is.
         parameters: The LoRA parameters, which stay inputs.
+        half: Write norms for float16.
     """
     model = ir.from_proto(ir.to_proto(forward))
     graph = model.graph
@@ -31,7 +32,7 @@ def evaluation_graph(forward: ir.Model, parameters: Sequence[str]) -> ir.Model:
     graph.outputs.append(predictions)
     graph.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
-    return lower(model, parameters, half=True)
+    return lower(model, parameters, half=half)
 
 
 def describe_graph(path: Path) -> tuple[list[TensorSpec], list[TensorSpec]]:

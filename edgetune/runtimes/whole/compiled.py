@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgetune.data.batches import Batch
 from edgetune.formats.bundle import Bundle
+from edgetune.formats.roles import LOSS, STEP
 from edgetune.model.lora import Parameters
 from edgetune.runtimes.contract import OptimizerConfig, SessionState
 from edgetune.runtimes.placement import Placement
@@ -66,7 +67,7 @@ class AcceleratorGraphs:
     """
 
     def __init__(
-        self, compiler: Compiler, step: str = "step", loss: str = "loss", first: FirstBatch | None = None
+        self, compiler: Compiler, step: str = STEP, loss: str = LOSS, first: FirstBatch | None = None
     ) -> None:
         self._compiler, self._first = compiler, first
         self._step, self._loss = step, loss

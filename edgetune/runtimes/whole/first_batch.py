@@ -20,6 +20,7 @@ from edgetune.data.batches import Batch
 from edgetune.errors import IncompatibleError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.protobuf import bytes_field, fields, messages
+from edgetune.formats.roles import LOSS, STEP, roles_in_half
 from edgetune.runtimes.onnx_session import open_graph
 from edgetune.runtimes.whole.session import Buffers, CpuGraphs
 
@@ -59,6 +60,7 @@ class FirstBatch:
 
     def __init__(self, bundle: Bundle, bounds: Bounds) -> None:
         self._bundle, self._bounds = bundle, bounds
+        self._in_half = dict(zip((STEP, LOSS), roles_in_half(bundle.manifest), strict=True))
         self._compared: set[str] = set()
 
     def loss(self, device: str, batch: Batch, parameters: Buffers, found: float) -> None:
@@ -67,10 +69,10 @@ class FirstBatch:
         Raises:
             IncompatibleError: It is too far from the CPU's.
         """
-        if self._is_first("loss"):
+        if self._is_first(LOSS):
             # Loaded for this batch alone.
             expected = CpuGraphs(self._bundle).loss(batch, parameters)
-            self._require(device, "loss", batch, parameters, self._loss_differs(found, expected))
+            self._require(device, LOSS, batch, parameters, self._loss_differs(found, expected))
 
     def gradients(
         self,
@@ -86,11 +88,11 @@ class FirstBatch:
         Raises:
             IncompatibleError: They are too far from the CPU's.
         """
-        if self._is_first("step"):
+        if self._is_first(STEP):
             exact = {name: np.empty_like(array) for name, array in sums.items()}
             expected = CpuGraphs(self._bundle).gradients(batch, share, parameters, exact)
             differences = self._loss_differs(found, expected) or self._gradients_differ(sums, exact)
-            self._require(device, "step", batch, parameters, differences)
+            self._require(device, STEP, batch, parameters, differences)
 
     def _is_first(self, role: str) -> bool:
         first = role not in self._compared
@@ -118,10 +120,11 @@ class FirstBatch:
         if not difference:
             return
         feed = {**batch.tensors(), **{name: value.numpy() for name, value in parameters.items()}}
-        if role == "step":
+        if role == STEP:
             feed["loss_scale"] = np.ones(1, np.float32)
         reason = ""
-        if (beyond := first_beyond_half(self._bundle.file(role), feed)) is not None:
+        # The float32 graph computes squares that the accelerator does not.
+        if (beyond := first_beyond_half(self._bundle.file(self._in_half[role]), feed)) is not None:
             reason = f"; the tensor {beyond[0]!r} reaches {beyond[1]:,.0f}, and float16 {LARGEST_HALF:,.0f}"
         raise IncompatibleError(
             f"{device} computes {difference}, on the first batch{reason}; nothing was trained on it; "

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from edgetune.config import RuntimeName
 from edgetune.errors import MissingDependencyError, UsageError
 from edgetune.formats.bundle import Bundle
-from edgetune.formats.roles import INT8_LOSS, INT8_STEP
+from edgetune.formats.roles import INT8_LOSS, INT8_STEP, LOSS, STEP, roles_in_half
 from edgetune.model.lora import Parameters
 from edgetune.runtimes.contract import Abilities, Forward, OptimizerConfig, Runtime, Session
 from edgetune.runtimes.execution import ACCELERATING, Accelerator, ExecutionPlan, WholePlan
@@ -98,7 +98,7 @@ class PluginRuntime(ABC):
     def place(self, bundle: Bundle, plan: WholePlan, batch: int, length: int) -> list[Placement]:
         """See `edgetune.runtimes.contract.Runtime`."""
         compiler = self._compiler(bundle, plan)
-        return [compiler.compile(role, batch, length).placement for role in _roles(plan)]
+        return [compiler.compile(role, batch, length).placement for role in self._roles(bundle, plan)]
 
     def record(self) -> Runtime:
         """Its functions."""
@@ -121,10 +121,20 @@ class PluginRuntime(ABC):
         from edgetune.runtimes.whole.compiled import AcceleratorGraphs
         from edgetune.runtimes.whole.first_batch import HALF, INT8, FirstBatch
 
+        bounds = INT8 if plan.precision == "int8" else HALF
+        first = FirstBatch(bundle, bounds) if self._is_in_half(plan) else None
+        return AcceleratorGraphs(self._compiler(bundle, plan), *self._roles(bundle, plan), first)
+
+    def _roles(self, bundle: Bundle, plan: WholePlan) -> tuple[str, str]:
+        """The graphs with the loss and the gradients, and with the loss alone."""
+        if plan.precision == "int8":
+            return INT8_STEP, INT8_LOSS
+        return roles_in_half(bundle.manifest) if self._is_in_half(plan) else (STEP, LOSS)
+
+    def _is_in_half(self, plan: WholePlan) -> bool:
+        """Whether the device computes in float16; a CPU has float32's range."""
         accelerator = plan.accelerator or Accelerator()
-        exact = ACCELERATING[self._name].device(accelerator.device_type) == "CPU"
-        first = None if exact else FirstBatch(bundle, INT8 if plan.precision == "int8" else HALF)
-        return AcceleratorGraphs(self._compiler(bundle, plan), *_roles(plan), first)
+        return ACCELERATING[self._name].device(accelerator.device_type) != "CPU"
 
     def _compiler(self, bundle: Bundle, plan: WholePlan) -> PluginCompiler:
         from edgetune.runtimes.whole.plugin import PluginCompiler
@@ -141,8 +151,3 @@ class PluginRuntime(ABC):
 
     def _package_version(self) -> str:
         return f"{self._package} {metadata.version(self._package)}"
-
-
-def _roles(plan: WholePlan) -> tuple[str, str]:
-    """The graphs with the loss and the gradients, and with the loss alone."""
-    return (INT8_STEP, INT8_LOSS) if plan.precision == "int8" else ("step", "loss")
