@@ -130,8 +130,9 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: LayeredPla
     copies = _FORWARD_COPIES if plan.forward_only else _ADAPTER_COPIES
     held = _FLOAT_BYTES * (copies * s.adapter + s.gains) + positions * s.hidden * _states(s, f, plan)
     held += f.storage_bytes * positions * (plan.kept_layers * layer + shared)
-    cache = 0 if plan.trunk is None else plan.trunk.cache_bytes
-    held += s.trunk + cache + _MASK * work.scores
+    # While what enters the lowest trained layer is written, there is all of it in 16 bits as well.
+    entering = 0 if plan.states is None else _HALF * positions * s.hidden
+    held += s.trunk + entering + _MASK * work.scores
     base = f.base_bytes - (f.backward_bytes if plan.forward_only else 0)
     return int(base + work.row_bytes + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
 

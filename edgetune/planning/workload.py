@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
+
+import numpy as np
 
 from edgetune.data.batcher import Batcher, BatchShape
 from edgetune.data.batches import Batch, epoch_batches
@@ -87,6 +90,15 @@ class Workload:
         """Shapes of the batches of one validation."""
         return [] if self._measurer is None else self._measurer.measure_shapes(self._valid)
 
+    def different_rows(self) -> int:
+        """Number of rows, for training and for validation, rows that are alike counted once."""
+        return len(_lengths([*self._rows, *self._valid]))
+
+    def lengths_again(self) -> list[int]:
+        """Tokens of each row that goes through the model more than once; of rows that are alike only one counts."""
+        again = self.schedule.total_steps > self.schedule.steps_per_epoch or self._request.forward_only
+        return list(_lengths([*self._rows, *self._valid] if again else self._valid).values())
+
     def validations(self) -> int:
         """How often the validation rows are measured."""
         return self.schedule.validations() if self._valid else 0
@@ -127,3 +139,8 @@ class Workload:
 
     def _batches_of(self, rows: Sequence[Example], buckets: Sequence[Bucket] | None) -> Batcher:
         return Batcher(self._manifest, rows, self._pass_rows, packing=self._request.batching.packing, buckets=buckets)
+
+
+def _lengths(rows: Iterable[Example]) -> dict[bytes, int]:
+    """Tokens of rows by a hash of what they are."""
+    return {hashlib.sha256(np.asarray(row.input_ids, "<i4").tobytes()).digest(): len(row.input_ids) for row in rows}

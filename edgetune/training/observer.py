@@ -46,6 +46,8 @@ class StartInfo(Execution):
     """Not 1 where the run goes on after an interruption."""
     saved: str = "never"
     """How often the run's state is saved, in a few words: what is lost at most."""
+    kept: str = ""
+    """What of the lowest layers' work is kept on disk for later epochs, in a few words; empty where nothing is."""
 
 
 @dataclass(frozen=True)
