@@ -41,6 +41,8 @@ def fit(
     *,
     packing: bool,
     method: Method = "backpropagation",
+    layers: str | None = None,
+    epochs: int = 1,
 ) -> Fit:
     """How `edgetune train` would run with the contestant's options: by which plan, in which passes.
 
@@ -51,6 +53,8 @@ def fit(
         batch_size: Of them in a step.
         packing: Put several rows into one sequence.
         method: How the gradient is found.
+        layers: Those that are trained; all without them.
+        epochs: How often the rows come.
     """
     config = TrainConfig(
         runtime=cast(RuntimeName, contestant.runtime),
@@ -62,7 +66,8 @@ def fit(
         batch_size=batch_size,
         packing=packing,
         shuffle=False,
-        epochs=1,
+        layers=layers,
+        epochs=epochs,
     )
     found = Fitting(bundle, rows, [], resolve(config, Place()).request).fit()
     for note in found.notes:

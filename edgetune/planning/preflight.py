@@ -185,8 +185,12 @@ def _made_up(bundle: Bundle, request: RunRequest, length: int | None) -> list[Ex
             f"{batching.gradient_accumulation_steps} are {count:,} rows a step, expected at most {_MOST_ROWS:,} "
             "without --data; give fewer, or the rows"
         )
-    ids = [number % manifest.architecture.vocab_size for number in range(tokens)]
-    return [Example(line, ids, ids) for line in range(1, count + 1)]
+    rows = []
+    for line in range(1, count + 1):
+        # No row is like another.
+        ids = [(line + number) % manifest.architecture.vocab_size for number in range(tokens)]
+        rows.append(Example(line, ids, ids))
+    return rows
 
 
 def _uses(workload: Workload) -> list[ShapeUse]:
