@@ -201,5 +201,6 @@ def test_of_rows_that_come_again_the_states_are_kept(
     assert plan.states.share == pytest.approx(share, abs=0.01)
     assert plan.states.rows == 3 + len(valid)
     assert plan.kept_text.startswith("what enters layer 1 kept on disk") == bool(share)
-    whole = Fitting(bundle, train_rows, valid, request_of(replace(config, layers=None, lower_layers_cache="2GB"))).fit().choice.plan
+    all_layers = request_of(replace(config, layers=None, lower_layers_cache=TrainConfig.lower_layers_cache))
+    whole = Fitting(bundle, train_rows, valid, all_layers).fit().choice.plan
     assert isinstance(whole, LayeredPlan) and whole.states is None
