@@ -13,6 +13,7 @@ from benchmarks.experiments import (
     DemoLoss,
     Dtype,
     Edgetune,
+    Epochs,
     Experiment,
     GemmLibrary,
     GemmLimit,
@@ -257,6 +258,22 @@ DORA_CASES = tuple(
     for each in (STOCK, OPENVINO, OPENVINO_INT8)
 )
 
+
+def _epochs(name: str, contestant: Edgetune) -> tuple[Case, Case]:
+    """The upper half of the layers over five epochs, against the same with nothing kept, and against all layers."""
+    layers = SMALL.size.layers
+    ours = Epochs(contestant, SMALL_1024, f"{layers // 2}-{layers - 1}")
+    title = f"98 M, {name}, upper half of the layers, five epochs, the lower half computed once"
+    goals = (Goal("seconds", "≤", 0.6, relative=True),)
+    every_epoch, everything = replace(ours, kept=False), replace(ours, layers=None)
+    return (
+        Case(f"epochs-{name}", f"{title}, against in every epoch", (ours,), goals, (every_epoch,)),
+        Case(f"epochs-{name}-all", f"{title}, against all layers trained", (ours,), goals, (everything,)),
+    )
+
+
+EPOCHS_CASES = (*_epochs("onnxruntime", STOCK), *_epochs("openvino", OPENVINO), *_epochs("int8", OPENVINO_INT8))
+
 CASES: tuple[Case, ...] = (
     Case(
         "small-best",
@@ -382,6 +399,7 @@ CASES: tuple[Case, ...] = (
     ),
     *PRECISION_CASES,
     *DORA_CASES,
+    *EPOCHS_CASES,
 )
 
 _ROW_LENGTH = 128

@@ -42,6 +42,8 @@ def fit(
     packing: bool,
     share_prefixes: bool = True,
     method: Method = "backpropagation",
+    layers: str | None = None,
+    epochs: int = 1,
 ) -> Fit:
     """How `edgetune train` would run with the contestant's options: by which plan, in which passes.
 
@@ -53,6 +55,8 @@ def fit(
         packing: Put several rows into one sequence.
         share_prefixes: There, compute once what rows begin with in common.
         method: How the gradient is found.
+        layers: Those that are trained; all without them.
+        epochs: How often the rows come.
     """
     config = TrainConfig(
         runtime=cast(RuntimeName, contestant.runtime),
@@ -65,7 +69,8 @@ def fit(
         packing=packing,
         share_prefixes=share_prefixes,
         shuffle=False,
-        epochs=1,
+        layers=layers,
+        epochs=epochs,
     )
     found = Fitting(bundle, rows, [], resolve(config, Place()).request).fit()
     for note in found.notes:

@@ -113,6 +113,25 @@ class RaggedTraining:
 
 
 @dataclass(frozen=True)
+class Epochs:
+    """A few steps, again and again, with some of the layers trained."""
+
+    contestant: Edgetune
+    workload: Workload
+    """Of a step."""
+    layers: str | None
+    """Those that are trained; all without them."""
+    kept: bool = True
+    """Whether what enters the lowest of them is kept for the next epoch."""
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        layers = "all layers" if self.layers is None else f"layers {self.layers}"
+        kept = "" if self.layers is None else f", lower ones {'once' if self.kept else 'in every epoch'}"
+        return f"{self.contestant}: {self.workload}, {layers}{kept}"
+
+
+@dataclass(frozen=True)
 class RowLosses:
     """Losses of the same rows, in a layout against padded, row by row."""
 
@@ -237,6 +256,7 @@ class GemmLimit:
 Experiment = (
     Training
     | RaggedTraining
+    | Epochs
     | RowLosses
     | GradientCosine
     | DemoLoss

@@ -60,5 +60,6 @@ QUANTITIES = {
     "bundle_bytes": Quantity("bundle, GB", 1e9, 2),
     "first_step_after": Quantity("first step done after, s", 1, 2),
     "seconds": Quantity("s in all", 1, 1),
+    "processor_seconds": Quantity("s of all processors", 1, 1),
 }
 """Every quantity that an experiment may yield."""

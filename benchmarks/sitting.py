@@ -15,6 +15,7 @@ from benchmarks.commands import measure_demo_loss, measure_preparing, measure_re
 from benchmarks.experiments import (
     DemoLoss,
     Edgetune,
+    Epochs,
     Experiment,
     GradientCosine,
     Precision,
@@ -106,7 +107,11 @@ def _provide(experiment: Experiment, cache: Cache, say: Callable[[str], None]) -
             cache.make_checkpoint(workload.model, say)
         case Preparing():
             cache.make_checkpoint(experiment.model, say)
-        case Training(contestant=Edgetune() as contestant, workload=workload) | StartUp(contestant, workload):
+        case (
+            Training(contestant=Edgetune() as contestant, workload=workload)
+            | StartUp(contestant, workload)
+            | Epochs(contestant, workload)
+        ):
             cache.make_bundle(workload.model, contestant.base, say)
         case RaggedTraining(contestant, model) | RowLosses(contestant, model):
             cache.make_bundle(model, contestant.base, say)

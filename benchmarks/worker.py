@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.cache import Cache
 from benchmarks.experiments import (
     Edgetune,
+    Epochs,
     Experiment,
     GemmLimit,
     GradientCosine,
@@ -47,6 +48,10 @@ def measure(experiment: Experiment, cache: Cache) -> dict[str, float]:
             from benchmarks.ragged_worker import measure_ragged
 
             return measure_ragged(experiment, cache.bundle(model, contestant.base))
+        case Epochs(contestant=contestant, workload=workload):
+            from benchmarks.epochs_worker import measure_epochs
+
+            return measure_epochs(experiment, cache.bundle(workload.model, contestant.base))
         case RowLosses(contestant=contestant, model=model):
             from benchmarks.ragged_worker import measure_row_losses
 

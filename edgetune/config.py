@@ -271,12 +271,15 @@ class TrainConfig:
     trunk: bool = option(
         False, Option("Let a split bundle's trunk compute the lowest layers, which are not trained then.")
     )
-    trunk_cache: str = option(
-        "256MB",
+    lower_layers_cache: str = option(
+        "2GB",
         Option(
-            "How much of what a split bundle's trunk computed is kept for the next epoch.", is_size=True, only="train"
+            "How much of what enters the lowest trained layer is kept on disk: later epochs need not compute it.",
+            is_size=True,
+            former_names=("trunk_cache",),
         ),
     )
+    """With `layers` or `trunk`, what is below that layer gives the same in every epoch."""
     vitisai_config: Path | None = option(
         None, Option("vaip_config.json of the Vitis AI that runs the trunk, where it wants one.", only="train")
     )

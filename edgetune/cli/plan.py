@@ -77,8 +77,9 @@ def _show(found: Preflight) -> None:
         "shapes": ", ".join(f"{each.sequences} × {each.length} ({each.batches}×)" for each in found.shapes[:6]),
         "peak memory": _memory(found),
         "flash": f"{bytes_text(found.flash_bytes)}: bundle {bytes_text(found.flash.bundle)}, adapter "
-        f"{bytes_text(found.flash.adapter)}, cache at most {bytes_text(found.flash.cache)}",
-        "time of a step": _seconds(found.step_seconds),
+        f"{bytes_text(found.flash.adapter)}, cache at most {bytes_text(found.flash.cache)}{_states(found)}",
+        **({"kept": found.kept} if found.kept else {}),
+        "time of a step": _step(found),
         "time of the run": f"{_duration(found.run_seconds)}, {found.steps:,} steps",
         "times are": found.time_from,
     }
@@ -109,6 +110,15 @@ def _memory(found: Preflight) -> str:
         return f"{bytes_text(found.peak_memory_bytes)}{of}"
     more = "" if found.least_memory_bytes is None else f", more than {bytes_text(found.least_memory_bytes)}"
     return f"not known{more}{of}"
+
+
+def _states(found: Preflight) -> str:
+    return f", what enters the lowest trained layer {bytes_text(found.flash.states)}" if found.flash.states else ""
+
+
+def _step(found: Preflight) -> str:
+    later = "" if found.later_step_seconds is None else f", {_seconds(found.later_step_seconds)} after the first epoch"
+    return f"{_seconds(found.step_seconds)}{later}"
 
 
 def _seconds(seconds: float | None) -> str:

@@ -123,7 +123,8 @@ def start_text(info: StartInfo) -> str:
     epochs = f"{info.steps} steps ({info.steps_per_epoch} an epoch)"
     on = "" if info.first_step == 1 else f"going on with step {info.first_step}: "
     what = f"{info.rows} rows ({tokens}), {epochs}, {info.trainable_parameters:,} parameters"
-    return f"{on}{what}, {_plan_text(info)}, state saved {info.saved}"
+    kept = f", {info.kept}" if info.kept else ""
+    return f"{on}{what}, {_plan_text(info)}{kept}, state saved {info.saved}"
 
 
 def _plan_text(info: StartInfo) -> str:

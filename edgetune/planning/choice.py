@@ -17,7 +17,7 @@ from edgetune.planning.planner import Planner, Prediction
 from edgetune.planning.run import RunRequest
 from edgetune.runtimes import find_runtime
 from edgetune.runtimes.contract import Runtime
-from edgetune.runtimes.execution import ACCELERATING, ExecutionPlan, LayeredPlan, TrunkUse, WholePlan
+from edgetune.runtimes.execution import ACCELERATING, ExecutionPlan, LayeredPlan, WholePlan
 from edgetune.runtimes.footprint import Footprint
 from edgetune.text.byte_size import bytes_text
 
@@ -87,10 +87,7 @@ def choose(
     manifest: BundleManifest,
     request: RunRequest,
     work: Work,
-    trunk: TrunkUse | None = None,
-    layers: range | None = None,
-    *,
-    eight_bit_states: bool = False,
+    given: LayeredPlan | None = None,
 ) -> Choice:
     """The fastest runtime and plan that the request, its place and the bundle allow.
 
@@ -98,9 +95,8 @@ def choose(
         manifest: The bundle's.
         request: What the run asks for.
         work: The largest pass of training and of validation.
-        trunk: What the bundle's trunk does in the run; none where the request has none.
-        layers: Those that are trained; none where the request has none.
-        eight_bit_states: Whether AdamW's moments are kept in 8 bits, by a layered plan.
+        given: What every layered plan of the run has: the trunk, the layers that are trained, what is kept of what
+            enters them, and how AdamW's moments are kept.
 
     Raises:
         IncompatibleError: The bundle does not have the form that was asked for, or the device not the runtime.
@@ -109,9 +105,7 @@ def choose(
     """
     _refuse_magnitudes(manifest, request)
     plan = request.plan if request.accelerator is not None else _plan_of_bundle(manifest, request)
-    given = LayeredPlan(
-        trunk=trunk, layers=layers, forward_only=request.forward_only, eight_bit_states=eight_bit_states
-    )
+    given = replace(given or LayeredPlan(), forward_only=request.forward_only)
     names, notes = candidates(request, plan)
     planned = []
     for name in names:

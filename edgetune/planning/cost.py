@@ -17,7 +17,15 @@ _PIECE = 1500
 that OpenVINO took on an EPYC at Phi-3-mini's width and 512 positions, in products of bfloat16; of int8 it is 2,600."""
 
 
-def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, trained: int | None = None) -> float:
+def step_cost(
+    sizes: Sizes,
+    dequantise: float,
+    work: Work,
+    plan: ExecutionPlan,
+    trained: int | None = None,
+    *,
+    upper_alone: bool = False,
+) -> float:
     """Work of a pass, forward and backward or forward alone, in products with a frozen weight; each is two operations.
 
     Args:
@@ -26,30 +34,32 @@ def step_cost(sizes: Sizes, dequantise: float, work: Work, plan: ExecutionPlan, 
         work: The batch.
         plan: How it is executed.
         trained: Positions whose logits are computed; all when it is not given.
+        upper_alone: Whether what enters the lowest trained layer is there already.
     """
     s, positions = sizes, work.positions
     layered = plan if isinstance(plan, LayeredPlan) else None
     logits = positions if trained is None else trained
+    forward_layers = s.backward_layers if upper_alone else s.layers
     further_pieces = sum(s.pieces.values()) - len(SUBLAYERS) if layered else 0
-    repeated = _PIECE * s.layers * further_pieces * s.hidden * positions
+    repeated = _PIECE * forward_layers * further_pieces * s.hidden * positions
     attention = ATTENTION_COST * 2 * s.queries * s.pieces["attention"] * work.scores
     if plan.forward_only:
-        weights = s.layers * sum(s.weights.values())
+        weights = forward_layers * sum(s.weights.values())
         dequantised = dequantise * (weights + s.head) if layered and not layered.resident else 0.0
-        return weights * positions + repeated + attention * s.layers + s.head * logits + dequantised
+        return weights * positions + repeated + attention * forward_layers + s.head * logits + dequantised
     kept = layered.kept_layers if layered else s.backward_layers
     again = s.backward_layers - kept
-    both = s.layers + s.backward_layers
+    both = forward_layers + s.backward_layers
     # Forward and backward; of what is computed again, the last product of a sublayer is not needed.
     products = float(both) * sum(s.weights.values())
     products += again * sum(s.weights[name] - s.hidden * width for name, width in _last_products(s).items())
     # Attention multiplies queries with keys and scores with values: forward, twice in the backward pass, and again.
-    passes_of_attention = s.layers + 2 * s.backward_layers + again
+    passes_of_attention = forward_layers + 2 * s.backward_layers + again
     if layered and layered.lean:
         products += s.weights["attention"] * again
         passes_of_attention += again
     passes = 2 if layered is None or head_tokens(s, layered) == s.vocabulary else 3
-    cost = products * positions + both / s.layers * repeated + attention * passes_of_attention
+    cost = products * positions + both / forward_layers * repeated + attention * passes_of_attention
     cost += passes * s.head * logits
     if layered and not layered.resident:
         read = both * sum(s.weights.values()) + (passes - 1) * s.head
@@ -87,9 +97,10 @@ class CostModel:
         self.start = start_cost(self._sizes, self._dequantise, self._plan)
         """Work of a pass without positions."""
 
-    def work(self, positions: int, scores: int, trained: int) -> float:
+    def work(self, positions: int, scores: int, trained: int, *, upper_alone: bool = False) -> float:
         """Work of a pass; see `step_cost`."""
-        return step_cost(self._sizes, self._dequantise, Work(positions, scores), self._plan, trained)
+        pass_ = Work(positions, scores)
+        return step_cost(self._sizes, self._dequantise, pass_, self._plan, trained, upper_alone=upper_alone)
 
     def of_passes(self, shapes: Iterable[BatchShape]) -> float:
         """Work of passes of these shapes, with what each costs beside its positions."""

@@ -20,6 +20,7 @@ from edgetune.planning.cost import CostModel
 from edgetune.planning.run import RunRequest
 from edgetune.planning.timing import Timing, time_steps
 from edgetune.planning.workload import Workload
+from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.forward_only import passes_a_step
 
 _OPERATIONS = 2
@@ -35,13 +36,15 @@ class Times:
     """Seconds; none where nothing tells."""
 
     step: float | None
-    """Of a usual step: the median over the run."""
+    """Of a usual step, the median: of the first epoch, where later ones take less."""
     start: float | None
     """What first batches take more than others."""
     run: float | None
     """All steps and validations."""
     source: str
     """Where they come from, or why there are none."""
+    later_step: float | None = None
+    """Of a usual step of later epochs, where what enters the lowest trained layer is kept; else none."""
 
 
 def predict_times(bundle: Bundle, workload: Workload, choice: Choice, request: RunRequest) -> Times:
@@ -62,9 +65,6 @@ def predict_times(bundle: Bundle, workload: Workload, choice: Choice, request: R
     steps, validation = workload.step_shapes, workload.validation_shapes
     model = CostModel(bundle.manifest, choice.plan, choice.footprint)
 
-    def work(shape: BatchShape) -> float:
-        return model.work(shape.positions, shape.scores, shape.trained_tokens)
-
     if place.here or profile is None:
         batches, layout = _typical(workload, model)
         with computing_with(request.threads):
@@ -78,21 +78,51 @@ def predict_times(bundle: Bundle, workload: Workload, choice: Choice, request: R
         source = f"an estimate: {some}{products.value / 1e9:g} GFLOP/s ({products.source})"
     else:
         return Times(None, None, None, f"unknown: the profile {profile.name} has no figure hardware.products")
-    seconds, starts = measured.seconds, _starts(measured, choice, steps)
+    starts = _starts(measured, choice, steps)
+    saved = _saved(choice)
+
+    def seconds(shape: BatchShape, *, again: bool) -> float:
+        """Of a pass, for the first time or whenever its rows come again."""
+        whole, upper = (
+            measured.seconds(model.work(shape.positions, shape.scores, shape.trained_tokens, upper_alone=alone))
+            for alone in (False, True)
+        )
+        return whole - saved * (whole - upper) if again else whole
+
     # All matrices but one that the first step moves alone, and others do not.
     probes = len(choice.plan.trained_slots(bundle.manifest.lora).slots) - 1
     passes = 1 if request.queries is None else passes_a_step(request.queries.queries)
     if choice.plan.forward_only:
-        starts[0] += probes * sum(seconds(work(shape)) for shape in steps[0])
-    spent = [
-        start + sum(passes * seconds(work(shape)) + layout for shape in step)
-        for start, step in zip(starts, steps, strict=True)
-    ]
-    once = sum(seconds(work(shape)) for shape in validation) * (1.0 if choice.plan.forward_only else _FORWARD)
+        starts[0] += probes * sum(seconds(shape, again=True) for shape in steps[0])
+
+    def of_step(step: Sequence[BatchShape], *, again: bool) -> float:
+        further = (passes - 1) * sum(seconds(shape, again=True) for shape in step)
+        return further + sum(seconds(shape, again=again) + layout for shape in step)
+
+    first, later = (
+        [start + of_step(step, again=again) for start, step in zip(starts, steps, strict=True)]
+        for again in (False, True)
+    )
+    share = 1.0 if choice.plan.forward_only else _FORWARD
+    once, again = (share * sum(seconds(shape, again=again) for shape in validation) for again in (False, True))
+    looked_at, total, epoch = len(first), workload.schedule.total_steps, workload.schedule.steps_per_epoch
+    new = min(total, epoch)
+    run = sum(first[:new]) + sum(later[new:])
     # What comes later is like the second half of what was looked at: most shapes have occurred by then.
-    rest = workload.schedule.total_steps - len(spent)
-    run = sum(spent) + rest * mean(spent[len(spent) // 2 :]) + once * workload.validations()
-    return Times(median(spent), sum(starts), run, source)
+    half = looked_at // 2
+    run += max(0, new - looked_at) * mean(first[half:]) + (total - max(new, looked_at)) * mean(later[half:])
+    if validations := workload.validations():
+        run += once + (validations - 1) * again
+    return Times(median(first), sum(starts), run, source, median(later) if saved and total > epoch else None)
+
+
+def _saved(choice: Choice) -> float:
+    """Which share of the work of the layers below the trained ones is saved where rows come again."""
+    states = choice.plan.states if isinstance(choice.plan, LayeredPlan) else None
+    if states is None:
+        return 0.0
+    # Where graphs are compiled for shapes, a row that is not kept lets them run for its whole batch.
+    return states.share if states.share == 1 or not choice.compiles else 0.0
 
 
 def _share(place: Place, threads: int | None) -> tuple[float, str]:

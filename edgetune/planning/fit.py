@@ -16,10 +16,9 @@ from edgetune.planning.limits import in_fixed_shapes, require_form, require_rows
 from edgetune.planning.memory import Work
 from edgetune.planning.run import RunRequest
 from edgetune.planning.workload import Workload
-from edgetune.runtimes.execution import TrunkUse
+from edgetune.runtimes.execution import KeptStates, LayeredPlan, TrunkUse
+from edgetune.runtimes.layered.cached_states import record_bytes
 from edgetune.text.byte_size import bytes_text
-
-_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,8 @@ class Fitting:
         require_rows_fit(request, workload.longest())
         trunk = trunk_use(self._bundle, request, [*self._rows, *self._valid])
         layers = trained_layers(self._bundle.manifest, request, 0 if trunk is None else trunk.layers)
+        given = LayeredPlan(trunk=trunk, layers=layers, eight_bit_states=eight_bit_states)
+        given = replace(given, states=kept_states(self._bundle.manifest, request, workload, given.first_trained))
         found: dict[Work, Fit] = {}
         refused: list[TooLargeError] = []
         for rows in self._pass_rows():
@@ -112,9 +113,7 @@ class Fitting:
             if work in found:
                 continue
             try:
-                choice = choose(
-                    self._bundle.manifest, request, work, trunk, layers, eight_bit_states=eight_bit_states
-                )
+                choice = choose(self._bundle.manifest, request, work, given)
             except TooLargeError as error:
                 refused.append(error)
                 continue
@@ -223,6 +222,24 @@ def trunk_use(bundle: Bundle, request: RunRequest, examples: Sequence[Example]) 
             f"the longest row has {longest} tokens, the bundle's trunk takes {info.length}; split the bundle again "
             f"with --length {longest} or more, or leave longer rows out"
         )
-    tokens = sum(len(example.input_ids) for example in examples)
-    states = _FLOAT_BYTES * tokens * bundle.manifest.architecture.hidden_size
-    return TrunkUse(info.layers, min(request.trunk.cache_bytes, states), request.trunk.vitisai_config)
+    return TrunkUse(info.layers, request.trunk.vitisai_config)
+
+
+def kept_states(
+    manifest: BundleManifest, request: RunRequest, workload: Workload, first_trained: int
+) -> KeptStates | None:
+    """What a run keeps of what enters its lowest trained layer; none where there is nothing below it.
+
+    Of rows that come once nothing is kept.
+
+    Args:
+        manifest: The bundle's.
+        request: What the run asks for.
+        workload: Its rows, and how often they come.
+        first_trained: The lowest layer that is trained.
+    """
+    if not first_trained:
+        return None
+    sizes = [record_bytes(length, manifest.architecture.hidden_size) for length in workload.lengths_again()]
+    most = min(request.lower_layers_cache_bytes, sum(sizes))
+    return KeptStates(most if most >= min(sizes, default=1) else 0, sum(sizes), workload.different_rows())

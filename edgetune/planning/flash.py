@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgetune.devices.place import Place
 from edgetune.errors import ResourceError
@@ -11,7 +11,7 @@ from edgetune.formats.adapter import most_bytes
 from edgetune.formats.bundle import MANIFEST, Bundle
 from edgetune.model.architecture import tensor_shapes
 from edgetune.planning.fit import Fit
-from edgetune.runtimes.execution import WholePlan
+from edgetune.runtimes.execution import LayeredPlan, WholePlan
 from edgetune.runtimes.whole.contexts import most_context_bytes
 from edgetune.text.byte_size import bytes_text
 
@@ -24,11 +24,13 @@ class Flash:
     adapter: int
     cache: int
     """Compiled models, at most."""
+    states: int = 0
+    """What enters the lowest trained layer, while the run goes on."""
 
     @property
     def total(self) -> int:
         """All together."""
-        return self.bundle + self.adapter + self.cache
+        return self.bundle + self.adapter + self.cache + self.states
 
 
 def flash_of(bundle: Bundle, fit: Fit) -> Flash:
@@ -49,7 +51,28 @@ def flash_of(bundle: Bundle, fit: Fit) -> Flash:
         # Measuring takes a graph of its own, which is all that forward-only training takes.
         graphs = len(training | measuring) if choice.plan.forward_only else len(training) + len(measuring)
         cache = most_context_bytes(weights, graphs)
-    return Flash(files, adapter, cache)
+    states = choice.plan.states if isinstance(choice.plan, LayeredPlan) else None
+    return Flash(files, adapter, cache, 0 if states is None else states.most_bytes)
+
+
+def within_flash(bundle: Bundle, fit: Fit, place: Place) -> Fit:
+    """The run with no more kept of what enters its lowest trained layer than the device's flash has room for.
+
+    Args:
+        bundle: What is trained.
+        fit: How it is.
+        place: Where.
+
+    Raises:
+        ResourceError: It takes more even without that.
+    """
+    flash, limit, plan = flash_of(bundle, fit), place.flash_limit(), fit.choice.plan
+    require_flash(replace(flash, states=0), bundle, place)
+    if limit is None or flash.total <= limit or not isinstance(plan, LayeredPlan) or plan.states is None:
+        return fit
+    left = limit - (flash.total - flash.states)
+    plan = replace(plan, states=replace(plan.states, most_bytes=left))
+    return replace(fit, choice=replace(fit.choice, plan=plan))
 
 
 def require_flash(flash: Flash, bundle: Bundle, place: Place) -> None:

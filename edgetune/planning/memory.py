@@ -132,8 +132,9 @@ def peak_memory(sizes: Sizes, footprint: Footprint, work: Work, plan: LayeredPla
         shared += s.pieces["attention"] * s.kept["attention"]
     held = _adapter(s, plan) + _FLOAT_BYTES * s.gains + positions * s.hidden * _states(s, f, plan)
     held += f.storage_bytes * positions * (plan.kept_layers * layer + shared)
-    cache = 0 if plan.trunk is None else plan.trunk.cache_bytes
-    held += s.trunk + cache + _MASK * work.scores
+    # While what enters the lowest trained layer is written, there is all of it in 16 bits as well.
+    entering = 0 if plan.states is None else _HALF * positions * s.hidden
+    held += s.trunk + entering + _MASK * work.scores
     base = f.base_bytes - (f.backward_bytes if plan.forward_only else 0)
     return int(base + work.row_bytes + held + _weights(s, f, plan) + _graphs(s, f, work, plan) + _pages(s))
 

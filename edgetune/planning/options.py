@@ -50,7 +50,9 @@ _REQUIREMENTS = (
         lambda _, accelerated: accelerated,
     ),
     _Requirement(("soc_model",), "--runtime qnn", lambda config, _: config.runtime == "qnn"),
-    _Requirement(("trunk_cache",), "--trunk", lambda config, _: config.trunk),
+    _Requirement(
+        ("lower_layers_cache",), "--layers or --trunk", lambda config, _: config.trunk or config.layers is not None
+    ),
     _Requirement(
         ("vitisai_config",),
         "--trunk on another runtime than fpga-hls",

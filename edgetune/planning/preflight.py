@@ -14,7 +14,7 @@ from edgetune.formats.bundle import Bundle, load_bundle
 from edgetune.machine.threads import usable_processors
 from edgetune.planning.duration import predict_times
 from edgetune.planning.fit import Fitting
-from edgetune.planning.flash import Flash, flash_of, require_flash
+from edgetune.planning.flash import Flash, flash_of, within_flash
 from edgetune.planning.limits import longest_taken
 from edgetune.planning.options import resolve
 from edgetune.planning.rows import RowReader
@@ -71,7 +71,11 @@ class Preflight:
     flash_bytes: int
     """`flash`, all together."""
     step_seconds: float | None
-    """Of a usual step: the median over the run."""
+    """Of a usual step, the median: of the first epoch, where later ones take less."""
+    later_step_seconds: float | None
+    """Of a usual step of later epochs, where what enters the lowest trained layer is kept; else none."""
+    kept: str
+    """What of the lowest layers' work is kept on disk for them, in a few words; empty where nothing is."""
     start_seconds: float | None
     """What first batches take more than others: weights are unpacked, graphs compiled."""
     run_seconds: float | None
@@ -123,11 +127,10 @@ def preflight(
         read = reader.read(valid)
         measured = read.examples
         notes += read.notices
-    fit = Fitting(opened, rows, measured, request).fit()
+    fit = within_flash(opened, Fitting(opened, rows, measured, request).fit(), place)
     notes += fit.notes
     workload, choice = fit.workload, fit.choice
     flash = flash_of(opened, fit)
-    require_flash(flash, opened, place)
     if place.here:
         install(choice.runtime, notes.append)
     times = predict_times(opened, workload, choice, request)
@@ -157,6 +160,8 @@ def preflight(
         flash=flash,
         flash_bytes=flash.total,
         step_seconds=times.step,
+        later_step_seconds=times.later_step,
+        kept=choice.plan.kept_text,
         start_seconds=times.start,
         run_seconds=times.run,
         time_from=times.source,
@@ -180,8 +185,12 @@ def _made_up(bundle: Bundle, request: RunRequest, length: int | None) -> list[Ex
             f"{batching.gradient_accumulation_steps} are {count:,} rows a step, expected at most {_MOST_ROWS:,} "
             "without --data; give fewer, or the rows"
         )
-    ids = [number % manifest.architecture.vocab_size for number in range(tokens)]
-    return [Example(line, ids, ids) for line in range(1, count + 1)]
+    rows = []
+    for line in range(1, count + 1):
+        # No row is like another.
+        ids = [(line + number) % manifest.architecture.vocab_size for number in range(tokens)]
+        rows.append(Example(line, ids, ids))
+    return rows
 
 
 def _uses(workload: Workload) -> list[ShapeUse]:

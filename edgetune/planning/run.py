@@ -53,8 +53,6 @@ class RunLength:
 class TrunkRequest:
     """That the trunk of a split bundle computes the lowest layers."""
 
-    cache_bytes: int
-    """How much of what it computed may be kept."""
     vitisai_config: Path | None
 
 
@@ -100,6 +98,8 @@ class RunRequest:
     """None where the plan runs all layers itself."""
     layers: LayerSpan | None
     """None where all layers above the trunk are trained."""
+    lower_layers_cache_bytes: int
+    """Most bytes on disk of what enters the lowest trained layer."""
     queries: QueryConfig | None
     """How forward-only training estimates the gradient; none where a backward pass computes it."""
     memory_budget_bytes: int | None
@@ -160,8 +160,9 @@ def run_request(config: TrainConfig, place: Place, *, accelerated: bool) -> RunR
         accelerator=accelerator if accelerated else None,
         plan=config.plan,
         precision=config.precision,
-        trunk=TrunkRequest(parse_bytes(config.trunk_cache), config.vitisai_config) if config.trunk else None,
+        trunk=TrunkRequest(config.vitisai_config) if config.trunk else None,
         layers=None if config.layers is None else parse_layers(config.layers),
+        lower_layers_cache_bytes=parse_bytes(config.lower_layers_cache),
         queries=queries if config.method == "forward-only" else None,
         memory_budget_bytes=None if config.memory_budget is None else parse_bytes(config.memory_budget),
         shapes=() if config.buckets is None else tuple(parse_buckets(config.buckets)),

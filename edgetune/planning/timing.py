@@ -270,6 +270,8 @@ def _cut(bundle: Bundle, choice: Choice, layers: int) -> tuple[Bundle, Choice]:
         layers=None if choice.plan.layers is None else range(end - max(1, round(share * backward)), end),
         kept_layers=round(share * choice.plan.kept_layers),
         exact_layers=round(share * choice.plan.exact_layers),
+        # The same batch comes again and again: every pass would be one of a later epoch.
+        states=None,
     )
     return Bundle(bundle.path, cut), replace(choice, plan=plan)
 

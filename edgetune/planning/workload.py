@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
+
+import numpy as np
 
 from edgetune.data.batcher import Batcher, BatchShape
 from edgetune.data.batches import Batch, epoch_batches
@@ -91,6 +94,14 @@ class Workload:
         """Which part of the tokens of the first steps is not computed again, being another row's prefix as well."""
         shapes = [shape for step in self.step_shapes for shape in step]
         return sum(shape.shared_tokens for shape in shapes) / sum(shape.tokens for shape in shapes)
+    def different_rows(self) -> int:
+        """Number of rows, for training and for validation, rows that are alike counted once."""
+        return len(_lengths([*self._rows, *self._valid]))
+
+    def lengths_again(self) -> list[int]:
+        """Tokens of each row that goes through the model more than once; of rows that are alike only one counts."""
+        again = self.schedule.total_steps > self.schedule.steps_per_epoch or self._request.forward_only
+        return list(_lengths([*self._rows, *self._valid] if again else self._valid).values())
 
     def validations(self) -> int:
         """How often the validation rows are measured."""
@@ -140,3 +151,8 @@ class Workload:
             share_prefixes=batching.share_prefixes,
             buckets=buckets,
         )
+
+
+def _lengths(rows: Iterable[Example]) -> dict[bytes, int]:
+    """Tokens of rows by a hash of what they are."""
+    return {hashlib.sha256(np.asarray(row.input_ids, "<i4").tobytes()).digest(): len(row.input_ids) for row in rows}

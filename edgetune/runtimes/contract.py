@@ -91,6 +91,19 @@ class Placed(Protocol):
         ...
 
 
+@runtime_checkable
+class Recalling(Protocol):
+    """A session or forward pass that keeps what enters its lowest trained layer, where its plan says so."""
+
+    def recall(self, batch: Batch) -> None:
+        """Keep what enters that layer, as if the batch came; of rows of which it is kept nothing is done."""
+        ...
+
+    def notices(self) -> list[str]:
+        """What is to be said of it since this was asked last."""
+        ...
+
+
 @dataclass(frozen=True)
 class Abilities:
     """What a runtime can execute on this machine."""

@@ -9,6 +9,7 @@ from typing import Literal
 from edgetune.config import DeviceType, PlanName, TrainingPrecision
 from edgetune.model.dynamic_code import BYTES_A_NUMBER
 from edgetune.model.lora import Lora
+from edgetune.text.byte_size import bytes_text
 
 Precision = Literal["fp32", "bf16", "int8"]
 """In which products are computed."""
@@ -73,6 +74,11 @@ class WholePlan:
     """Run forward alone, and keep nothing for a backward pass."""
 
     @property
+    def kept_text(self) -> str:
+        """What of the lowest layers' work is kept on disk: nothing."""
+        return ""
+
+    @property
     def trunk_layers(self) -> int:
         """Lowest layers that are left to a trunk: none."""
         return 0
@@ -99,10 +105,32 @@ class TrunkUse:
 
     layers: int
     """The lowest ones, which it computes and which are not trained."""
-    cache_bytes: int
-    """How much to keep of what it computed."""
     vitisai_config: Path | None = None
     """`vaip_config.json` of the Vitis AI that runs it."""
+
+
+@dataclass(frozen=True)
+class KeptStates:
+    """What enters the lowest trained layer is the same in every epoch: how much of it is kept on disk.
+
+    In any case it is rounded to 16 bits, so that nothing depends on what is kept.
+    """
+
+    most_bytes: int
+    """At most; may be 0."""
+    all_bytes: int
+    """Of all rows that come more than once."""
+    rows: int
+    """Rows of the run, each counted once."""
+    folder: Path | None = None
+    """Where; without it a file that goes with the process."""
+    spare_bytes: int = 0
+    """Room on the disk that is left to others."""
+
+    @property
+    def share(self) -> float:
+        """Of the rows that come more than once: how many fit, about."""
+        return min(1.0, self.most_bytes / max(1, self.all_bytes))
 
 
 @dataclass(frozen=True)
@@ -134,11 +162,21 @@ class LayeredPlan:
     """Keep AdamW's moments in 8 bits between steps."""
     forward_only: bool = False
     """Run forward alone, and keep nothing for a backward pass."""
+    states: KeptStates | None = None
+    """What is kept of what enters the lowest trained layer; none where it is computed in every pass, as it is."""
 
     @property
     def trunk_layers(self) -> int:
         """Lowest layers that are left to the trunk."""
         return 0 if self.trunk is None else self.trunk.layers
+
+    @property
+    def kept_text(self) -> str:
+        """What of the lowest layers' work is kept on disk, in a few words; empty where nothing is."""
+        if self.states is None or not self.states.most_bytes:
+            return ""
+        share = "" if self.states.share == 1 else f" for {self.states.share:.0%} of the rows"
+        return f"what enters layer {self.first_trained} kept on disk{share} ({bytes_text(self.states.most_bytes)})"
 
     @property
     def first_trained(self) -> int:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from edgetune.data.batches import Batch
 from edgetune.model.adamw import clip_factor
 from edgetune.model.lora import Parameters
-from edgetune.runtimes.contract import Forward, OptimizerConfig, Placed, SessionState, StepResult
+from edgetune.runtimes.contract import Forward, OptimizerConfig, Placed, Recalling, SessionState, StepResult
 from edgetune.runtimes.placement import Placement
 
 Floats = NDArray[np.float32]
@@ -225,6 +225,15 @@ class ForwardOnlySession:
     def placements(self) -> list[Placement]:
         """Where the forward graphs run that were compiled so far; none on a runtime without an accelerator."""
         return self._forward.placements() if isinstance(self._forward, Placed) else []
+
+    def recall(self, batch: Batch) -> None:
+        """See `edgetune.runtimes.contract.Recalling`."""
+        if isinstance(self._forward, Recalling):
+            self._forward.recall(batch)
+
+    def notices(self) -> list[str]:
+        """See `edgetune.runtimes.contract.Recalling`."""
+        return self._forward.notices() if isinstance(self._forward, Recalling) else []
 
     def gradient(self, batches: Sequence[Batch]) -> Parameters:
         """The estimate of the next step's gradient, for every trained parameter; changes nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import onnxruntime as ort
@@ -60,7 +60,9 @@ def open_session(
     if isinstance(plan, WholePlan):
         yield PortableSession(bundle, parameters, optimizer, CpuGraphs(bundle))
     else:
-        yield LayeredSession(bundle, parameters, optimizer, plan, OrtBackend(bundle, plan.precision))
+        backend = OrtBackend(bundle, plan.precision)
+        with closing(LayeredSession(bundle, parameters, optimizer, plan, backend)) as session:
+            yield session
 
 
 @contextmanager
@@ -69,7 +71,9 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
     if isinstance(plan, WholePlan):
         yield PortableForward(parameters, CpuGraphs(bundle))
     else:
-        yield LayeredForward(bundle, FlatParameters(parameters), plan, OrtBackend(bundle, plan.precision))
+        backend = OrtBackend(bundle, plan.precision)
+        with closing(LayeredForward(bundle, FlatParameters(parameters), plan, backend)) as forward:
+            yield forward
 
 
 RUNTIME = Runtime(abilities, version, open_session, open_forward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -112,8 +112,11 @@ def open_session(
         return
     from edgetune.runtimes.layered.session import LayeredSession
 
-    with _backend(bundle, plan) as backend:
-        yield LayeredSession(bundle, parameters, optimizer, plan, backend)
+    with (
+        _backend(bundle, plan) as backend,
+        closing(LayeredSession(bundle, parameters, optimizer, plan, backend)) as session,
+    ):
+        yield session
 
 
 @contextmanager
@@ -133,7 +136,9 @@ def open_forward(bundle: Bundle, parameters: Parameters, plan: ExecutionPlan) ->
     from edgetune.runtimes.layered.session import LayeredForward, in_order_of
 
     with _backend(bundle, plan) as backend:
-        yield LayeredForward(bundle, FlatParameters(in_order_of(backend, parameters)), plan, backend)
+        ordered = FlatParameters(in_order_of(backend, parameters))
+        with closing(LayeredForward(bundle, ordered, plan, backend)) as forward:
+            yield forward
 
 
 def place(bundle: Bundle, plan: WholePlan, batch: int, length: int) -> list[Placement]:

@@ -18,9 +18,9 @@ from edgetune.training.state import PlannedRun, RunState
 
 _FREE = frozenset(
     {
-        "device", "force", "init_adapter", "keep_state", "patience",
+        "device", "force", "init_adapter", "keep_state", "lower_layers_cache", "patience",
         "pause_above_temperature", "pause_below_battery", "pause_file", "resume", "save_steps", "steps",
-        "epochs", "threads", "time_budget", "trunk_cache", "vitisai_config",
+        "epochs", "threads", "time_budget", "vitisai_config",
     }
 )  # fmt: skip
 """Options that change no step that was done, or that are compared by what they lead to."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
 
@@ -13,7 +13,7 @@ from edgetune.data.batches import Batch
 from edgetune.errors import EdgetuneError
 from edgetune.planning.schedule import learning_rate
 from edgetune.planning.trainer import open_trainer
-from edgetune.runtimes.contract import Placed, Session, StepResult
+from edgetune.runtimes.contract import Placed, Recalling, Session, StepResult
 from edgetune.text.pulse import Pulse
 from edgetune.training.early_end import EarlyEnd, held_back
 from edgetune.training.gradient_start import FIRST_STEPS, start_from_gradient
@@ -60,10 +60,12 @@ def learn(
         if earlier is not None:
             session.restore(earlier.session)
             state.take_up(earlier.progress, earlier.best)
+            _recall(run, session, state.steps)
         elif run.config.init == "gradient":
             first = islice(run.fit.workload.steps(), FIRST_STEPS)
             start_from_gradient(session, run.lora, [batch for batches in first for batch in batches])
         observer.on_start(_start_info(run, state, saver))
+        _tell_notices(session, observer)
         # The session has its own.
         state.first.clear()
         before = b"" if earlier is None else earlier.record
@@ -106,6 +108,7 @@ class _Loop:
             if metrics is None:
                 break
             self._tell_placements()
+            _tell_notices(self._session, self._observer)
             self._observer.on_step(metrics)
             validation = self._validate() if self._schedule.validates_after(step + 1) else None
             self._record.write(
@@ -222,6 +225,26 @@ class _Loop:
             self._state.placements = placements
 
 
+def _recall(run: PlannedRun, session: Session, done: int) -> None:
+    """Let a session keep what it kept when so many steps were done, even where its file was lost.
+
+    A row's states are those of the batch in which it came first, and so they are again.
+    """
+    if not isinstance(session, Recalling):
+        return
+    workload = run.fit.workload
+    first = FIRST_STEPS if run.config.init == "gradient" else 0
+    once = min(done, workload.schedule.steps_per_epoch)
+    for batches in chain(islice(workload.steps(), first), [workload.validation()], islice(workload.steps(), once)):
+        for batch in batches:
+            session.recall(batch)
+
+
+def _tell_notices(session: Session, observer: Observer) -> None:
+    for notice in session.notices() if isinstance(session, Recalling) else ():
+        observer.on_notice(notice)
+
+
 def _start_info(run: PlannedRun, state: RunState, saver: Saver) -> StartInfo:
     train, schedule = run.rows.train, run.fit.workload.schedule
     return StartInfo(
@@ -239,6 +262,7 @@ def _start_info(run: PlannedRun, state: RunState, saver: Saver) -> StartInfo:
         first_step=state.steps + 1,
         saved=saver.rhythm,
         shared_prefixes=run.fit.workload.shared_prefixes(),
+        kept=run.fit.choice.plan.kept_text,
     )
 
 

@@ -48,6 +48,8 @@ class StartInfo(Execution):
     """How often the run's state is saved, in a few words: what is lost at most."""
     shared_prefixes: float = 0.0
     """Which part of the tokens is not computed again, being the prefix of another row as well."""
+    kept: str = ""
+    """What of the lowest layers' work is kept on disk for later epochs, in a few words; empty where nothing is."""
 
 
 @dataclass(frozen=True)

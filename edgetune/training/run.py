@@ -18,7 +18,7 @@ from edgetune.machine.disk import reserve
 from edgetune.machine.memory import free_memory_bytes
 from edgetune.machine.threads import computing_with
 from edgetune.planning.fit import Fitting
-from edgetune.planning.flash import flash_of, require_flash
+from edgetune.planning.flash import within_flash
 from edgetune.planning.options import Resolved, resolve
 from edgetune.planning.rows import RowReader, RunRows, fingerprint
 from edgetune.runtimes import install
@@ -34,6 +34,8 @@ from edgetune.training.state import PlannedRun, RunState, first_state
 
 _MOMENTS = 2
 """Of each parameter, which a state has beside it."""
+_SAVED_AT_ONCE = 3
+"""States on the disk while one is written: it, and the two newest."""
 
 
 def train(
@@ -103,9 +105,13 @@ def train(
             if earlier is None:
                 saved.remove()  # now that nothing is refused any more
             moments = _MOMENTS * run.fit.choice.plan.moment_bytes
-            size = sum(array.nbytes + moments * array.size for array in state.first.values())
-            saver = Saver(saved, config.save_steps, int(size), observer.on_notice)
-            learn(run, state, folder, observer, identity=identity, saver=saver, earlier=earlier)
+            size = int(sum(array.nbytes + moments * array.size for array in state.first.values()))
+            saver = Saver(saved, config.save_steps, size, observer.on_notice)
+            run = run.keeping(saved.folder, spare_bytes=_SAVED_AT_ONCE * size)
+            try:
+                learn(run, state, folder, observer, identity=identity, saver=saver, earlier=earlier)
+            finally:
+                saved.tidy()
             _seal(run, state, valid, output, folder)
             state.look_at_memory()
         if not (state.stopped or config.keep_state):
@@ -187,7 +193,7 @@ def _plan(
     rows = RunRows(train, [] if measured is None else measured.examples, fingerprint(valid))
     fit = Fitting(opened, rows.train.examples, rows.valid, request).fit()
     _tell(observer, fit.notes)
-    require_flash(flash_of(opened, fit), opened, request.place)
+    fit = within_flash(opened, fit, request.place)
     return PlannedRun(opened, resolved.config, request, rows, fit)
 
 

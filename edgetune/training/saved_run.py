@@ -3,8 +3,9 @@
 Beside an output `NAME`, in its parent, the folder `.NAME.run` holds the two newest states, each one file
 `step-00000012.safetensors`: the session's tensors, the lines of the run record, and in the header what the run is
 (`RunIdentity`), how far it came (`Progress`) and a SHA-256 of all that. A file is written under another name, flushed,
-and renamed, so that it is wholly there or not there; the older one stands by where the newest cannot be read. Who
-writes or reads the folder holds the lock of `NAME` (`storage.locked`).
+and renamed, so that it is wholly there or not there; the older one stands by where the newest cannot be read. What
+enters the lowest trained layer lies there as well (`edgetune.runtimes.layered.cached_states`). Who writes or reads the
+folder holds the lock of `NAME` (`storage.locked`).
 """
 
 from __future__ import annotations
@@ -170,6 +171,11 @@ class SavedRun:
         for path in sorted(self._files()):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Throw away what a run keeps beside its states, where there is none to go on from."""
+        if self.steps() is None:
+            self.remove()
 
     def _files(self) -> list[Path]:
         return list(self.folder.glob("step-*.safetensors")) if self.folder.is_dir() else []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from edgetune.model.lora import Lora, Parameters, initial_parameters
 from edgetune.planning.fit import Fit
 from edgetune.planning.rows import RunRows
 from edgetune.planning.run import RunRequest
+from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.placement import Placement
 from edgetune.training.observer import Execution
 from edgetune.training.record import peak_memory_bytes
@@ -46,6 +48,19 @@ class PlannedRun:
         """How it is executed."""
         choice = self.fit.choice
         return Execution(choice.name, str(choice.plan), self.fit.workload.pass_rows, choice.predicted_peak_bytes)
+
+    def keeping(self, folder: Path, spare_bytes: int) -> PlannedRun:
+        """The same with what enters the lowest trained layer in a folder, if any of it is kept.
+
+        Args:
+            folder: Of the run, and of no other.
+            spare_bytes: Room on its disk that the run needs for other things.
+        """
+        plan = self.fit.choice.plan
+        if not isinstance(plan, LayeredPlan) or plan.states is None:
+            return self
+        plan = replace(plan, states=replace(plan.states, folder=folder, spare_bytes=spare_bytes))
+        return replace(self, fit=replace(self.fit, choice=replace(self.fit.choice, plan=plan)))
 
     def trained_names(self) -> list[str]:
         """The parameters that steps change."""

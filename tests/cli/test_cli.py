@@ -148,15 +148,15 @@ OPTIONS = {
     "prepare": "output rank alpha rslora rank-pattern alpha-pattern targets dora base quantiser npu calibration "
     "max-length download force quiet json",
     "split": "data output layers length calibration-rows largest-error threads force quiet json",
-    "plan": "device data valid length runtime plan precision trunk method queries memory-budget threads device-type "
-    "soc-model buckets steps epochs batch-size gradient-accumulation-steps packing no-packing share-prefixes "
-    "no-share-prefixes truncate raw-prompts content-as-text layers optimizer-states eval-steps json",
-    "train": "data valid output config runtime device plan precision trunk trunk-cache vitisai-config method queries "
-    "perturbation-size memory-budget threads device-type require-npu soc-model buckets steps epochs batch-size "
-    "gradient-accumulation-steps packing no-packing share-prefixes no-share-prefixes learning-rate lora-plus-ratio "
-    "schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle truncate raw-prompts content-as-text "
-    "init init-adapter layers resume save-steps eval-steps patience keep-best keep-state time-budget pause-file "
-    "pause-below-battery pause-above-temperature optimizer-states force quiet json",
+    "plan": "device data valid length runtime plan precision trunk lower-layers-cache method queries memory-budget "
+    "threads device-type soc-model buckets steps epochs batch-size gradient-accumulation-steps packing no-packing "
+    "share-prefixes no-share-prefixes truncate raw-prompts content-as-text layers optimizer-states eval-steps json",
+    "train": "data valid output config runtime device plan precision trunk lower-layers-cache vitisai-config method "
+    "queries perturbation-size memory-budget threads device-type require-npu soc-model buckets steps epochs "
+    "batch-size gradient-accumulation-steps packing no-packing share-prefixes no-share-prefixes learning-rate "
+    "lora-plus-ratio schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle truncate raw-prompts "
+    "content-as-text init init-adapter layers resume save-steps eval-steps patience keep-best keep-state time-budget "
+    "pause-file pause-below-battery pause-above-temperature optimizer-states force quiet json",
     "preview": "data raw-prompts content-as-text json",
     "eval": "data adapter truncate raw-prompts content-as-text threads quiet json",
     "export": "adapter output merge keep-adapter precision valid least-kept unmeasured threads force quiet json",

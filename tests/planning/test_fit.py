@@ -22,6 +22,7 @@ from edgetune.formats.bundle import Bundle
 from edgetune.planning.cost import CostModel
 from edgetune.planning.fit import Fit, Fitting
 from edgetune.runtimes.execution import LayeredPlan
+from edgetune.runtimes.layered.cached_states import record_bytes
 from edgetune.training import train
 from support.fake_runtime import FOOTPRINT, FakeRuntime, runtimes
 from support.prepared_bundles import Prepared, prepare_tiny
@@ -249,3 +250,34 @@ def test_a_step_is_the_same_in_any_number_of_passes(bundle: Bundle, tmp_path: Pa
     provenance = json.loads((tmp_path / "divided" / "edgetune.json").read_text())["provenance"]
     assert provenance["pass_rows"] == "1"
     assert json.loads(provenance["options"])["batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "share"),
+    [
+        ({}, [30, 12, 30, 21], 1.0),
+        ({"lower_layers_cache": "8kB"}, [30, 12, 30, 21], 0.49),
+        ({"epochs": 1}, [], 0.0),
+        ({"epochs": 1, "method": "forward-only"}, [30, 12, 30, 21], 1.0),
+        ({"epochs": 1, "valid": [16, 9]}, [16, 9], 1.0),
+    ],
+    ids=["epochs", "budget", "one epoch", "forward-only", "validation"],
+)
+def test_of_rows_that_come_again_the_states_are_kept(
+    bundle: Bundle, options: dict[str, Any], rows: list[int], share: float
+) -> None:
+    """Rows that are alike, here those of 30 tokens, are one row."""
+    given = dict(options)
+    valid = [Example(line, [2] * length, [2] * length) for line, length in enumerate(given.pop("valid", []), 1)]
+    config = replace(TrainConfig(runtime="onnxruntime", layers="1", batch_size=2, epochs=3), **given)
+    train_rows = [Example(line, [1] * length, [1] * length) for line, length in enumerate([30, 12, 30, 21], 1)]
+    plan = Fitting(bundle, train_rows, valid, request_of(config)).fit().choice.plan
+    assert isinstance(plan, LayeredPlan) and plan.states is not None
+    width = bundle.manifest.architecture.hidden_size
+    assert plan.states.all_bytes == sum(record_bytes(length, width) for length in set(rows))
+    assert plan.states.share == pytest.approx(share, abs=0.01)
+    assert plan.states.rows == 3 + len(valid)
+    assert plan.kept_text.startswith("what enters layer 1 kept on disk") == bool(share)
+    all_layers = request_of(replace(config, layers=None, lower_layers_cache=TrainConfig.lower_layers_cache))
+    whole = Fitting(bundle, train_rows, valid, all_layers).fit().choice.plan
+    assert isinstance(whole, LayeredPlan) and whole.states is None

@@ -32,7 +32,11 @@ def plan(*options: object) -> Result:
         ({"buckets": "1x8"}, {"runtime": "openvino", "plan": "whole"}, "--buckets 1x8 means nothing without"),
         ({"device_type": "NPU"}, {"runtime": "qnn"}, "--device-type NPU means nothing without"),
         ({"soc_model": 69}, {"runtime": "qnn"}, "--soc-model 69 means nothing without --runtime qnn"),
-        ({"trunk_cache": "1MB"}, {"trunk": True}, "--trunk-cache 1MB means nothing without --trunk"),
+        (
+            {"lower_layers_cache": "1MB"},
+            {"layers": "1"},
+            "--lower-layers-cache 1MB means nothing without --layers or --trunk",
+        ),
         ({"vitisai_config": Path("v.json")}, {"trunk": True}, "--vitisai-config v.json means nothing without"),
         ({"queries": 4}, {"method": "forward-only"}, "--queries 4 means nothing without --method forward-only"),
         ({"perturbation_size": 0.1}, {"method": "forward-only"}, "--perturbation-size 0.1 means nothing without"),
@@ -58,8 +62,8 @@ def test_openvino_needs_to_be_told_which_npu_is_required() -> None:
 
 
 def test_all_that_does_not_go_together_is_said_at_once() -> None:
-    with pytest.raises(UsageError, match=r"(?s)--soc-model 69.*--trunk-cache 1MB.*takes no --memory-budget"):
-        check(TrainConfig(plan="whole", soc_model=69, trunk_cache="1MB", memory_budget="1GB"))
+    with pytest.raises(UsageError, match=r"(?s)--soc-model 69.*--lower-layers-cache 1MB.*takes no --memory-budget"):
+        check(TrainConfig(plan="whole", soc_model=69, lower_layers_cache="1MB", memory_budget="1GB"))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from edgetune.planning.workload import Workload
 from edgetune.runtimes import RUNTIMES, onnxruntime
 from edgetune.runtimes.contract import Session
 from edgetune.runtimes.forward_only import ForwardOnlySession
+from edgetune.runtimes.layered.cached_states import record_bytes
 from edgetune.runtimes.layered.session import LayeredSession
 from support.device_profile import PROFILE
 from support.golden import GOLDEN
@@ -192,6 +193,34 @@ def test_what_a_runtime_installs_to_be_timed_is_a_note(bundle: Bundle, monkeypat
     asked = ("plan", bundle.path, "--runtime", "onnxruntime", "--length", "16", "--steps", "1")
     assert "Installing …" in answer(*asked)["notes"]
     assert "Installing …" not in answer(*asked, "--device", "raspberry-pi-5")["notes"]
+
+
+def test_later_epochs_are_predicted_without_the_lower_layers(bundle: Bundle) -> None:
+    asked = ("plan", bundle.path, "--device", "raspberry-pi-5", "--length", "32", "--epochs", "5")
+    found = answer(*asked, "--layers", "1")
+    first, later = found["step_seconds"], found["later_step_seconds"]
+    assert found["run_seconds"] == pytest.approx(first + 4 * later)
+    rows, width = 4, bundle.manifest.architecture.hidden_size
+    assert found["flash"]["states"] == rows * record_bytes(32, width)
+    assert found["kept"].startswith("what enters layer 1 kept on disk (")
+    everything = answer(*asked)
+    assert everything["later_step_seconds"] is None and everything["kept"] == ""
+    # Forward and backward are alike: the lower layer's backward pass is as much as its forward pass.
+    assert everything["step_seconds"] - first == pytest.approx(first - later, rel=0.25)
+    short = answer(*asked, "--layers", "1", "--lower-layers-cache", "1kB")
+    assert short["later_step_seconds"] is None and short["run_seconds"] == pytest.approx(5 * first)
+
+
+def test_what_is_kept_takes_the_flash_that_is_left(bundle: Bundle, tmp_path: Path) -> None:
+    asked = ("--layers", "1", "--length", "64", "--batch-size", "8", "--gradient-accumulation-steps", "8")
+    plain = answer("plan", bundle.path, "--device", board(tmp_path, "2GB"), *asked)["flash"]
+    rows, width = 8 * 8, bundle.manifest.architecture.hidden_size
+    assert plain["states"] == rows * record_bytes(64, width)
+    taken, half = sum(plain.values()), plain["states"] // 2
+    text = CPU.replace("[runtime]", f'flash = {{ value = "{taken - half}B", source = "x" }}\n\n[runtime]', 1)
+    found = answer("plan", bundle.path, "--device", board(tmp_path, "2GB", text), *asked)
+    assert found["flash"]["states"] == plain["states"] - half
+    assert "for 50% of the rows" in found["kept"]
 
 
 def test_flash_is_the_files_and_what_is_written(bundle: Bundle, tmp_path: Path) -> None:

@@ -157,8 +157,8 @@ def test_decoder_layers_in_numpy_are_the_graphs(prepared: Prepared, variant: str
         FrozenWeights(bundle.path, bundle.manifest.architecture),
         batch_of(bundle, rows_of(1, lengths_of(variant, 1))),
     )
-    found = Trunk(frozen, DecoderLayers(bundle, 1, products), 0).hidden(batch)
-    expected = Trunk(frozen, FloatLayers(bundle, 1), 0).hidden(batch)
+    found = Trunk(frozen, DecoderLayers(bundle, 1, products)).hidden(batch)
+    expected = Trunk(frozen, FloatLayers(bundle, 1)).hidden(batch)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
@@ -170,8 +170,8 @@ def test_a_massive_activation_takes_no_bits_from_the_others(massive: Bundle, dat
     layers = DecoderLayers(halves, info.layers, products)
     frozen = FrozenWeights(halves.path, halves.manifest.architecture)
     batch = batch_of(halves, encoded_rows(halves, data))
-    found = Trunk(frozen, layers, 0).hidden(batch)
-    exact = Trunk(frozen, FloatLayers(massive, info.layers), 0).hidden(batch)
+    found = Trunk(frozen, layers).hidden(batch)
+    exact = Trunk(frozen, FloatLayers(massive, info.layers)).hidden(batch)
     assert np.abs(exact[:, 0]).max() > 1000 * np.abs(exact[:, 1:]).max(), "nothing is massive"
     for row in range(len(found)):
         for position in np.flatnonzero(batch.rows[row] == row):

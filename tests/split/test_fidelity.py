@@ -27,7 +27,7 @@ def test_the_error_is_the_distance_of_the_states(prepared: Prepared, tmp_path: P
     frozen = FrozenWeights(whole.path, whole.manifest.architecture)
     batch = batch_of(halves, encoded_rows(halves, data))
     both = (QuantisedLayers(halves), FloatLayers(whole, 1))
-    found, exact = (Trunk(frozen, layers, 0).hidden(batch) for layers in both)
+    found, exact = (Trunk(frozen, layers).hidden(batch) for layers in both)
     real = batch.rows >= 0
     expected = np.mean(np.linalg.norm((found - exact)[real], axis=-1) / np.linalg.norm(exact[real], axis=-1))
     (error,) = read_trunk_info(halves).errors

@@ -95,7 +95,7 @@ def test_massive_activations_are_right_or_refused(largest: float, tmp_path: Path
     errors = np.linalg.norm(states - expected, axis=-1)[real] / np.linalg.norm(expected, axis=-1)[real]
     assert errors.mean() < 0.25
     assert errors.max() < 0.5
-    plan = LayeredPlan(kept_layers=2, trunk=TrunkUse(layers=2, cache_bytes=0))
+    plan = LayeredPlan(kept_layers=2, trunk=TrunkUse(layers=2))
     above = ("model.layers.2", "model.layers.3")
     adapter = {name: value for name, value in adapter_of(halves).items() if name.startswith(above)}
     loss, of_float = (
@@ -106,4 +106,4 @@ def test_massive_activations_are_right_or_refused(largest: float, tmp_path: Path
 
 
 def states_above(bundle: Bundle, layers: TrunkLayers) -> Trunk:
-    return Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), layers, 0)
+    return Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), layers)

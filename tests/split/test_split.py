@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +29,9 @@ from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.trunk import GRAPH, INDEX, read_trunk_info
 from edgetune.model.lora import Parameters
 from edgetune.runtimes import onnxruntime as stock
-from edgetune.runtimes.execution import LayeredPlan, TrunkUse
+from edgetune.runtimes.execution import KeptStates, LayeredPlan, TrunkUse
 from edgetune.runtimes.layered import lower_layers as trunk_module
+from edgetune.runtimes.layered.cached_states import record_bytes
 from edgetune.runtimes.layered.lower_layers import (
     VITIS_AI,
     QuantisedLayers,
@@ -54,7 +56,7 @@ from support.tiny_phi3 import checkpoint
 from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 Floats = NDArray[np.float32]
-ABOVE = LayeredPlan(kept_layers=1, trunk=TrunkUse(layers=1, cache_bytes=1 << 20))
+ABOVE = LayeredPlan(kept_layers=1, trunk=TrunkUse(layers=1))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -113,7 +115,7 @@ def test_with_an_exact_trunk_loss_and_gradients_are_the_whole_models(
         loss = whole.evaluate(batch)
         result = whole.step([batch], LEARNING_RATE)
         expected = whole.gradients()
-    trunk = Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), FloatLayers(bundle, 1), cache_bytes=0)
+    trunk = Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), FloatLayers(bundle, 1))
     above = session_above(bundle, upper(adapter), trunk, plan)
     assert above.evaluate(batch) == pytest.approx(loss, rel=1e-5)
     assert above.step([batch], LEARNING_RATE).loss == pytest.approx(result.loss, rel=1e-5)
@@ -126,9 +128,9 @@ def test_with_an_exact_trunk_loss_and_gradients_are_the_whole_models(
 @pytest.mark.own
 def test_the_int8_trunk_is_close_to_the_float_one(prepared: Prepared, halves: Bundle) -> None:
     batch = batch_of(halves, rows_of(3, [30, 21, 8]))
-    found = Trunk(FrozenWeights(halves.path, halves.manifest.architecture), QuantisedLayers(halves), 0).hidden(batch)
+    found = Trunk(FrozenWeights(halves.path, halves.manifest.architecture), QuantisedLayers(halves)).hidden(batch)
     exact = Trunk(
-        FrozenWeights(halves.path, halves.manifest.architecture), FloatLayers(prepared("multi-head", "int4"), 1), 0
+        FrozenWeights(halves.path, halves.manifest.architecture), FloatLayers(prepared("multi-head", "int4"), 1)
     ).hidden(batch)
     real = batch.rows >= 0
     cosines = (
@@ -180,19 +182,20 @@ def test_the_trunk_keeps_the_rules(halves: Bundle) -> None:
 
 
 def test_a_row_is_computed_once_whatever_it_is_packed_with(halves: Bundle) -> None:
-    rows = rows_of(5, [12, 9, 20])
-    frozen = FrozenWeights(halves.path, halves.manifest.architecture)
-    trunk = Trunk(frozen, QuantisedLayers(halves), 1 << 20)
-    first = trunk.hidden(batch_of(halves, rows))
-    again = trunk.hidden(batch_of(halves, rows[::-1]))
-    assert trunk.computed == 3
-    np.testing.assert_array_equal(first[1, :9], again[1, :9])
-    np.testing.assert_array_equal(first[0, :12], again[2, :12])
-    room = first[0, :12].nbytes
-    small = Trunk(frozen, QuantisedLayers(halves), room)
-    for _ in range(2):
-        small.hidden(batch_of(halves, rows))
-    assert small.computed == 6, "no more is kept than was asked for"
+    lengths = [12, 9, 20]
+    rows, width = rows_of(5, lengths), halves.manifest.architecture.hidden_size
+    everything = sum(record_bytes(length, width) for length in lengths)
+    found = []
+    for most, computed in ((everything, 3), (record_bytes(12, width), 5), (0, 6)):
+        trunk = Trunk(FrozenWeights(halves.path, halves.manifest.architecture), QuantisedLayers(halves))
+        plan = replace(ABOVE, states=KeptStates(most, everything, len(rows)))
+        with closing(session_above(halves, upper(quiet_trunk(adapter_of(halves))), trunk, plan)) as session:
+            found.append([session.evaluate(batch_of(halves, some)) for some in (rows, rows[::-1])])
+        assert trunk.computed == computed, "what fits is kept, and no more"
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == pytest.approx(found[0][1], rel=1e-5)
+    plain = session_above(halves, upper(quiet_trunk(adapter_of(halves))), trunk)
+    assert found[0][0] == pytest.approx(plain.evaluate(batch_of(halves, rows)), rel=1e-4)
 
 
 @pytest.mark.own

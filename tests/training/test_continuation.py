@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 
 from edgetune.config import TrainConfig
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, PausedRunError, UsageError
+from edgetune.runtimes.layered.cached_states import FILE
 from edgetune.training import train
 from edgetune.training.observer import SilentObserver, StepMetrics
 from edgetune.training.saved_run import SavedRun
@@ -73,6 +75,67 @@ def test_a_run_that_is_cut_off_ends_the_same(tmp_path: Path, options: dict[str, 
         assert (output / WEIGHTS).read_bytes() == expected, f"cut off after step {step}"
         assert [line["loss"] for line in metrics(output)] == losses
         assert not SavedRun(output).folder.exists()
+
+
+LOWER: dict[str, dict[str, Any]] = {
+    "all": {},
+    "room for half": {"lower_layers_cache": "20kB"},
+    "openvino": {"runtime": "openvino", "packing": False},
+    "gradient": {"init": "gradient", "eval_steps": 3},
+}
+
+
+@pytest.mark.parametrize("options", LOWER.values(), ids=LOWER)
+def test_what_enters_the_trained_layers_may_be_lost(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Whatever became of its file, what is learnt is the same."""
+    config = replace(BASE, layers="1", epochs=3, steps=None, **options)
+    seen = Recorder()
+    learn(tmp_path / "whole", config, seen)
+    share = "" if "lower_layers_cache" not in options else " for 60% of the rows"
+    assert seen.starts[0].kept.startswith(f"what enters layer 1 kept on disk{share} (")
+    assert not SavedRun(tmp_path / "whole").folder.exists()
+    expected = (tmp_path / "whole" / WEIGHTS).read_bytes()
+    epoch, total = seen.starts[0].steps_per_epoch, seen.starts[0].steps
+    assert total == 3 * epoch
+    cuts = [(epoch // 2, "torn"), (epoch + 2, "torn"), (epoch + 2, "lost"), (total - 1, "there")]
+    for step, fate in cuts if config.runtime == "onnxruntime" else cuts[2:3]:
+        output = tmp_path / f"{fate}{step}"
+        with pytest.raises(Killed):
+            learn(output, config, KillAfter(step))
+        file = SavedRun(output).folder / FILE
+        size = file.stat().st_size
+        if fate == "torn":
+            os.truncate(file, size * 2 // 3)
+        elif fate == "lost":
+            file.unlink()
+        learn(output, replace(config, resume=True))
+        assert (output / WEIGHTS).read_bytes() == expected, f"{fate} after step {step}"
+
+
+def test_a_run_that_goes_on_finds_the_lost_rows_again(tmp_path: Path) -> None:
+    """In the order in which they came, so that the same ones have room."""
+    config, output = replace(BASE, layers="1", epochs=3, steps=None, eval_steps=4), tmp_path / "adapter"
+    with pytest.raises(Killed):
+        learn(output, config, KillAfter(6))
+    file = SavedRun(output).folder / FILE
+    before = file.read_bytes()
+    file.unlink()
+    with pytest.raises(Killed):
+        learn(output, replace(config, resume=True), KillAfter(6))
+    assert file.read_bytes() == before
+
+
+def test_what_a_run_keeps_goes_with_it(tmp_path: Path) -> None:
+    config = replace(BASE, layers="1", epochs=2, steps=None)
+    output = tmp_path / "adapter"
+    with pytest.raises(Killed):
+        learn(output, replace(config, save_steps=0), KillAfter(5))
+    assert not SavedRun(output).folder.exists(), "there is no state to go on from"
+    with pytest.raises(Killed):
+        learn(output, config, KillAfter(5))
+    assert (SavedRun(output).folder / FILE).stat().st_size
+    learn(output, replace(config, force=True, keep_state=True))
+    assert (SavedRun(output).folder / FILE).stat().st_size, "a run that goes further needs it"
 
 
 def test_ort_training_goes_on_to_the_last_digits(tmp_path: Path) -> None:

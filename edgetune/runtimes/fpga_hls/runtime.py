@@ -8,7 +8,7 @@ CPU, which also has all gradients, and every step goes through the simulation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,10 +76,12 @@ def open_session(
         layers = DecoderLayers(bundle, info.layers, products, emulation([core.size for core in cores], KV260))
         backend = OrtBackend(bundle, "fp32")
         if plan.trunk is not None:
-            trunk = Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), layers, plan.trunk.cache_bytes)
-            yield LayeredSession(bundle, parameters, optimizer, plan, backend, trunk)
+            trunk = Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), layers)
+            opened = LayeredSession(bundle, parameters, optimizer, plan, backend, trunk)
         else:
-            yield LayeredSession(bundle, parameters, optimizer, plan, backend, lowest=layers.with_adapters)
+            opened = LayeredSession(bundle, parameters, optimizer, plan, backend, lowest=layers.with_adapters)
+        with closing(opened) as session:
+            yield session
 
 
 def emulation(cores: Sequence[CoreSize], fpga: Fpga) -> Placement:

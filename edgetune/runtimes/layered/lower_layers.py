@@ -1,13 +1,11 @@
-"""The frozen lower layers of a split bundle: what enters the first layer that is trained.
+"""The frozen lower layers of a split bundle: what leaves them, computed row by row.
 
-The states of a row depend on the row alone, not on the batch that it lies in and not on the adapters, so they are
-computed row by row and kept for the next epoch.
+The states of a row depend on the row alone, not on the batch that it lies in and not on the adapters, so that they are
+kept for the next epoch (`edgetune.runtimes.layered.cached_states`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,17 +74,13 @@ class Trunk:
     Args:
         frozen: Holds the embedding.
         layers: Computes a row.
-        cache_bytes: How much to keep of rows that were computed; the one that was not used for longest goes first.
     """
 
-    def __init__(self, frozen: FrozenWeights, layers: TrunkLayers, cache_bytes: int) -> None:
+    def __init__(self, frozen: FrozenWeights, layers: TrunkLayers) -> None:
         self._frozen, self._layers = frozen, layers
-        self._most = cache_bytes
-        self._kept: OrderedDict[bytes, Floats] = OrderedDict()
-        self._used = 0
         self.placement = layers.placement
         self.computed = 0
-        """Rows that went through the trunk, those that were kept not counted."""
+        """Rows that went through the trunk."""
 
     def hidden(self, batch: Batch) -> Floats:
         """(batch, sequence, hidden_size); zeros where there is padding."""
@@ -94,27 +88,10 @@ class Trunk:
         states = np.zeros((*batch.input_ids.shape, width), dtype=np.float32)
         for row in range(len(batch.examples)):
             places = batch.places(row)
-            states[places] = self._row(batch.input_ids[places], batch.rope_cos[places], batch.rope_sin[places])
+            embedded = self._frozen.rows(EMBEDDING, batch.input_ids[places])
+            states[places] = self._layers.forward(embedded, batch.rope_cos[places], batch.rope_sin[places])
+            self.computed += 1
         return states
-
-    def _row(self, ids: NDArray[np.int64], cos: Floats, sin: Floats) -> Floats:
-        # With longrope the tables of a row depend on what it is laid out with.
-        key = hashlib.sha256(ids.tobytes() + cos.tobytes()).digest()
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        states = self._layers.forward(self._frozen.rows(EMBEDDING, ids), cos, sin)
-        self.computed += 1
-        self._keep(key, states)
-        return states
-
-    def _keep(self, key: bytes, states: Floats) -> None:
-        if states.nbytes > self._most:
-            return
-        self._kept[key] = states
-        self._used += states.nbytes
-        while self._used > self._most:
-            self._used -= self._kept.popitem(last=False)[1].nbytes
 
 
 class QuantisedLayers:
@@ -224,4 +201,4 @@ def open_trunk(bundle: Bundle, plan: LayeredPlan) -> Trunk | None:
     if plan.trunk is None:
         return None
     layers = QuantisedLayers(bundle, plan.trunk.vitisai_config)
-    return Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), layers, plan.trunk.cache_bytes)
+    return Trunk(FrozenWeights(bundle.path, bundle.manifest.architecture), layers)

@@ -16,6 +16,7 @@ from edgetune.model.lora import Parameters
 from edgetune.runtimes.contract import OptimizerConfig, SessionState, StepResult
 from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.layered.backend import Arrays, Backend
+from edgetune.runtimes.layered.cached_states import LowerStates, rows_alone
 from edgetune.runtimes.layered.gains import Gains
 from edgetune.runtimes.layered.head import Head
 from edgetune.runtimes.layered.lower_layers import LowestLayers, SublayerForward, Trunk, open_trunk
@@ -60,12 +61,17 @@ class LayeredForward:
         self._frozen = FrozenWeights(bundle.path, architecture)
         self._memory = ReusedMemory()
         linear = LinearWeights(self._frozen, backend, plan.resident, self._memory)
+        self._weights = [linear]
         self._lora = parameters
         self._gains = Gains(bundle, parameters, backend.channels)
         self._workspace = Workspace(backend.storage)
         self._states = HiddenStates(self._workspace, backend, plan.lean)
         self._layers = range(plan.trunk_layers, layers)
         self._first_trained = plan.first_trained
+        self._lower_layers, self._upper_layers = (
+            range(plan.trunk_layers, plan.first_trained),
+            range(plan.first_trained, layers),
+        )
         shared = (bundle, plan.wide, self._gains, self._workspace)
         self._runners = sublayer_runners(*shared, backend, linear)
         self._attention, self._mlp = self._runners
@@ -73,9 +79,14 @@ class LayeredForward:
         if self._exact_layers:
             exact = backend.exact()
             exact_linear = LinearWeights(self._frozen, exact, plan.resident, self._memory)
+            self._weights.append(exact_linear)
             self._exact_runners = sublayer_runners(*shared, exact, exact_linear)
         self._trunk = trunk or open_trunk(bundle, plan)
         self._head = Head(bundle, backend, self._frozen, linear, plan)
+        self._kept_states: LowerStates | None = None
+        if plan.states is not None:
+            made_by = (bundle.manifest.manifest_sha256, *_lower_facts(plan, backend), lowest is not None)
+            self._kept_states = LowerStates(plan.states, repr(made_by), architecture.hidden_size)
 
     def evaluate(self, batch: Batch) -> float:
         """See `edgetune.runtimes.contract.Session.evaluate`."""
@@ -93,27 +104,99 @@ class LayeredForward:
         self._lora.parameter(name)[...] = self._backend.channels.put_adapter(name, values)
         self._gains.forget()
 
-    def _forward(self, batch: Batch, *, for_backward: bool) -> NDArray[np.float32]:
-        """The last hidden state (batch, sequence, hidden_size)."""
+    def recall(self, batch: Batch) -> None:
+        """See `edgetune.runtimes.contract.Recalling`."""
+        if self._kept_states is not None:
+            self._begin(batch)
+            self._entering(batch, _tables(batch), for_backward=False)
+
+    def notices(self) -> list[str]:
+        """See `edgetune.runtimes.contract.Recalling`."""
+        return [] if self._kept_states is None else self._kept_states.notices()
+
+    def close(self) -> None:
+        """Let go of what is kept on disk."""
+        if self._kept_states is not None:
+            self._kept_states.close()
+
+    def _begin(self, batch: Batch) -> None:
+        """Make room for a batch."""
         self._workspace.fit(batch.input_ids.shape)
         sequences, length = batch.input_ids.shape
         self._backend.begin(sequences * length, sequences * length**2)
-        shape = (sequences, length, self._frozen.shape(EMBEDDING)[1])
+
+    def _forward(self, batch: Batch, *, for_backward: bool) -> NDArray[np.float32]:
+        """The last hidden state (batch, sequence, hidden_size)."""
+        self._begin(batch)
         self._gains.find(runner.project for runner in self._runners)
         tables = _tables(batch)
-        first = 2 * self._layers.start
-        hidden = self._states.array(first, shape, kept=for_backward and self._is_kept(first))
-        hidden[...] = self._backend.channels.put(self._entering(batch), -1)
-        for layer in self._layers:
+        hidden = self._entering(batch, tables, for_backward=for_backward)
+        return self._through(self._upper_layers, tables, hidden, for_backward=for_backward)
+
+    def _entering(self, batch: Batch, tables: Arrays, *, for_backward: bool) -> NDArray[np.float32]:
+        """What enters the lowest trained layer: kept from an earlier pass, or what the layers below it make."""
+        if self._kept_states is None:
+            return self._below(batch, tables, for_backward=for_backward)
+
+        def compute(rows: Sequence[int]) -> NDArray[np.float32]:
+            # Where graphs are compiled for shapes, fewer rows would cost more than they save.
+            if len(rows) == len(batch.examples) or (self._backend.fixed_shapes and self._lower_layers):
+                return self._below(batch, tables, for_backward=for_backward)
+            alone, places = rows_alone(batch, rows)
+            self._begin(alone)
+            computed = self._below(alone, _tables(alone), for_backward=False)
+            self._begin(batch)
+            hidden = self._array(2 * self._first_trained, batch, for_backward=False)
+            for row, place in zip(rows, places, strict=True):
+                hidden[batch.places(row)] = computed[place]
+            return hidden
+
+        entering = self._kept_states.take(batch, compute)
+        if self._kept_states.complete:
+            # They are not needed any more.
+            for weights in self._weights:
+                weights.release(self._lower_layers)
+        hidden = self._array(2 * self._first_trained, batch, for_backward=for_backward)
+        hidden.fill(0)
+        for place, halves in entering:
+            states = np.empty(halves.numbers.shape, np.float32)
+            halves.take(states)
+            hidden[place] = states
+        return hidden
+
+    def _below(self, batch: Batch, tables: Arrays, *, for_backward: bool) -> NDArray[np.float32]:
+        """What the layers below the lowest trained one make of a batch."""
+        hidden = self._array(2 * self._layers.start, batch, for_backward=for_backward)
+        hidden[...] = self._backend.channels.put(self._lowest_states(batch), -1)
+        return self._through(self._lower_layers, tables, hidden, for_backward=for_backward)
+
+    def _lowest_states(self, batch: Batch) -> NDArray[np.float32]:
+        """What enters the first layer that the plan runs itself."""
+        if self._trunk is not None:
+            return self._trunk.hidden(batch)
+        return self._frozen.rows(EMBEDDING, batch.input_ids)
+
+    def _through(
+        self, layers: range, tables: Arrays, hidden: NDArray[np.float32], *, for_backward: bool
+    ) -> NDArray[np.float32]:
+        """What leaves these layers (batch, sequence, hidden_size)."""
+        for layer in layers:
             kept = layer >= max(self._first_kept, self._first_trained)
             for number, runner in enumerate(self._forward_runners(layer), start=2 * layer):
                 if for_backward and self._is_kept(number):
                     self._states.keep(number, hidden)
-                output = self._states.array(number + 1, shape, kept=for_backward and self._is_kept(number + 1))
+                output = self._states.array(
+                    number + 1, hidden.shape, kept=for_backward and self._is_kept(number + 1)
+                )
                 runner.forward(layer, tables, hidden, output, str(layer) if for_backward and kept else None)
                 self._release()
                 hidden = output
         return hidden
+
+    def _array(self, number: int, batch: Batch, *, for_backward: bool) -> NDArray[np.float32]:
+        """Where a state of a batch is computed."""
+        shape = (*batch.input_ids.shape, self._frozen.shape(EMBEDDING)[1])
+        return self._states.array(number, shape, kept=for_backward and self._is_kept(number))
 
     def _forward_runners(self, layer: int) -> tuple[SublayerForward, SublayerForward]:
         """Of attention and the feed-forward network, as the forward pass comes to a layer."""
@@ -124,12 +207,6 @@ class LayeredForward:
             # Exact weights take more memory than int8 ones.
             self._memory.release()
         return self._exact_runners if layer in exact else self._runners
-
-    def _entering(self, batch: Batch) -> NDArray[np.float32]:
-        """What enters the first layer."""
-        if self._trunk is not None:
-            return self._trunk.hidden(batch)
-        return self._frozen.rows(EMBEDDING, batch.input_ids)
 
     def _is_kept(self, number: int) -> bool:
         """Whether the backward pass takes this hidden state; otherwise it computes it again."""
@@ -238,6 +315,12 @@ class LayeredSession(LayeredForward):
 def in_order_of(backend: Backend, parameters: Parameters) -> dict[str, NDArray[np.float32]]:
     """LoRA parameters with their channels in the backend's order."""
     return {name: backend.channels.put_adapter(name, values) for name, values in parameters.items()}
+
+
+def _lower_facts(plan: LayeredPlan, backend: Backend) -> tuple[object, ...]:
+    """All of a plan that decides what its lower layers compute."""
+    products = (type(backend).__name__, backend.storage.str, plan.precision, plan.exact_layers, plan.wide)
+    return (*products, plan.trunk_layers, plan.first_trained)
 
 
 def _tables(batch: Batch) -> Arrays:

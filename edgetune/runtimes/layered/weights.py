@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgetune.formats.frozen_weights import FrozenWeights
 from edgetune.formats.roles import SCALES
-from edgetune.model.pieces import Slice
+from edgetune.model.pieces import LAYER_PREFIX, Slice
 from edgetune.runtimes.layered.backend import Allocate, Backend
 
 _WEIGHT = ".weight"
@@ -50,6 +50,11 @@ class LinearWeights:
             for suffix, array in self._arrays(weight_and_layout(name)[1], slice_).items():
                 taken[name + suffix] = array
         return taken
+
+    def release(self, layers: range) -> None:
+        """Let go of what was made of these layers' weights; it is made again if it is needed again."""
+        prefixes = tuple(map(LAYER_PREFIX.format, layers))
+        self._made = {key: made for key, made in self._made.items() if not key[1].parameter.startswith(prefixes)}
 
     def _arrays(self, layout: str, slice_: Slice) -> dict[str, NDArray[Any]]:
         if not self.resident:

@@ -5,6 +5,7 @@ Those between the sublayers are the hidden states, which the backward pass needs
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,33 @@ from edgetune.runtimes.layered.backend import Backend
 _FLOAT, _HALF, _EXPONENT = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int32)
 _HALF_EXPONENT = 15
 """Float16 reaches almost to 2^16. A trained model has rows with one number that is ten thousand times the others."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Float32 numbers in 16 bits: what a position's numbers have in common is a power of two of its own."""
+
+    numbers: NDArray[np.float16]
+    """(..., hidden_size)."""
+    exponents: NDArray[np.int32]
+    """(..., 1): of the powers of two that they are to be multiplied with, plus a constant."""
+
+    @classmethod
+    def of(cls, hidden: NDArray[np.float32]) -> Halves:
+        """New arrays that hold these numbers (..., hidden_size)."""
+        halves = cls(np.empty(hidden.shape, _HALF), np.empty((*hidden.shape[:-1], 1), _EXPONENT))
+        halves.keep(hidden)
+        return halves
+
+    def keep(self, hidden: NDArray[np.float32]) -> None:
+        """Hold these numbers (..., hidden_size)."""
+        # The largest of a position becomes one half to one times 2^_HALF_EXPONENT, whatever it was.
+        self.exponents[...] = np.frexp(np.abs(hidden).max(axis=-1, keepdims=True))[1]
+        np.ldexp(hidden, _HALF_EXPONENT - self.exponents, out=self.numbers, casting="same_kind", dtype=np.float32)
+
+    def take(self, hidden: NDArray[np.float32]) -> None:
+        """Write the numbers, as they were rounded, into an array (..., hidden_size)."""
+        np.ldexp(self.numbers, self.exponents - _HALF_EXPONENT, out=hidden, dtype=np.float32)
 
 
 class Workspace:
@@ -76,10 +104,7 @@ class HiddenStates:
     def keep(self, number: int, hidden: NDArray[np.float32]) -> None:
         """Keep a state that was computed where `array` said."""
         if self._short:
-            short, exponents = self._halves(number, hidden.shape)
-            # The largest of a row becomes one half to one times 2^_HALF_EXPONENT, whatever it was.
-            exponents[...] = np.frexp(np.abs(hidden).max(axis=-1, keepdims=True))[1]
-            np.ldexp(hidden, _HALF_EXPONENT - exponents, out=short, casting="same_kind", dtype=np.float32)
+            self._halves(number, hidden.shape).keep(hidden)
         elif not self._float:
             self._backend.store(hidden, self._workspace.array(f"hidden.{number}", hidden.shape))
 
@@ -89,8 +114,7 @@ class HiddenStates:
             return self._workspace.array(f"hidden.{number}", shape, _FLOAT)
         hidden = self.array(number, shape, kept=False)
         if self._short:
-            short, exponents = self._halves(number, shape)
-            np.ldexp(short, exponents - _HALF_EXPONENT, out=hidden, dtype=np.float32)
+            self._halves(number, shape).take(hidden)
         else:
             hidden[...] = self._backend.restore(self._workspace.array(f"hidden.{number}", shape))
         return hidden
@@ -99,7 +123,6 @@ class HiddenStates:
     def _as_it_is(self) -> bool:
         return self._float and not self._short
 
-    def _halves(self, number: int, shape: tuple[int, ...]) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
-        """A state as float16 numbers, and for each row the power of two that they are to be multiplied with."""
+    def _halves(self, number: int, shape: tuple[int, ...]) -> Halves:
         exponents = self._workspace.array(f"hidden.{number}.exponents", (*shape[:-1], 1), _EXPONENT)
-        return self._workspace.array(f"hidden.{number}", shape, _HALF), exponents
+        return Halves(self._workspace.array(f"hidden.{number}", shape, _HALF), exponents)
