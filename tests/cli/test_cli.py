@@ -177,7 +177,7 @@ def command_of(name: str) -> click.Command:
 
 @pytest.mark.parametrize("name", VERBS)
 def test_every_verb_has_its_options_and_help_for_each(name: str) -> None:
-    options = [param for param in command_of(name).params if isinstance(param, click.Option)]
+    options = [param for param in command_of(name).params if isinstance(param, click.Option) and not param.hidden]
     found = {word.removeprefix("--") for option in options for word in (*option.opts, *option.secondary_opts)}
     assert found == set(OPTIONS[name].split())
     assert all(option.help for option in options)

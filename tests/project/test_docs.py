@@ -214,7 +214,7 @@ def test_options_are_those_of_the_command(page: str, verb: str) -> None:
     said = [option for row in table_after(DOCS / page, "Options") for option in quoted(row[:1])]
     command = main.get_command(click.Context(main), verb)
     assert command is not None
-    options = [param for param in command.params if isinstance(param, click.Option)]
+    options = [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
     assert sorted(said) == sorted(name for option in options for name in (*option.opts, *option.secondary_opts))
 
 
