@@ -167,6 +167,10 @@ class Encoder:
         """Whether a message has control tokens of the model in its text."""
         return self._control.spelt_in(message.content) or self._control.spelt_in(message.tools or "")
 
+    def knows_token(self, text: str) -> bool:
+        """Whether a text is one token of the model."""
+        return self._tokenizer.token_to_id(text) is not None
+
     def _leaves_tools_out(self, messages: Sequence[Message], text: str) -> bool:
         """Whether the template renders a conversation alike with and without its tools."""
         bare = [replace(message, tools=None) for message in messages]
