@@ -77,6 +77,11 @@ class Examples:
 
 
 def encode_rows(path: Source, encoder: Encoder, tally: Tally) -> Iterator[Example]:
+    """What the rows of a file are to the model; arguments and errors are those of `encoded_rows`."""
+    return (example for _, example in encoded_rows(path, encoder, tally))
+
+
+def encoded_rows(path: Source, encoder: Encoder, tally: Tally) -> Iterator[tuple[Row, Example]]:
     """Read and encode the rows of a file; problems are reported together once the last row is through.
 
     Args:
@@ -100,7 +105,7 @@ def encode_rows(path: Source, encoder: Encoder, tally: Tally) -> Iterator[Exampl
             raise IncompatibleError(f"{name_of(path)}:{row.line}: {error}") from error
         else:
             tally.add(row, example)
-            yield example
+            yield row, example
     problems.raise_if_any()
 
 
