@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from edgetune.data.forms import ROWS_KEYS, delimiter_of, foreign_file, is_table
+from edgetune.data.forms import ROWS_KEYS, delimiter_of, foreign_file, is_cut_short, is_table
 from edgetune.data.json_lines import LINE_LIMIT, Line, decoded, lines_of, parsed
 from edgetune.data.json_stream import Record, json_records
 from edgetune.data.problems import RowError, quoted
@@ -47,9 +47,9 @@ def container_of(source: Source) -> Container:
             raise DataError([f"{name_of(source)}:1: {error}"]) from error
     if head.startswith(_PARQUET):
         return Container.PARQUET
-    if not head.strip():
-        raise DataError([f"{name_of(source)}:1: the file has no rows"])
     head = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if not head:
+        raise DataError([f"{name_of(source)}:1: the file has no rows"])
     if form := foreign_file(head):
         raise DataError([f"{name_of(source)}:1: {form.told(source)}"])
     first = next(lines_of(BytesIO(head)))
@@ -58,9 +58,11 @@ def container_of(source: Source) -> Container:
     if head.startswith(b"["):
         return Container.JSON
     if head.startswith(b"{"):
+        over_lines = bool(first.problem) or is_cut_short(first.raw)
         second = _second(head)
-        alone = second is None and _holds_rows(first)
-        return Container.JSONL if not alone and (_is_row(first) or _is_row(second)) else Container.JSON
+        if second is None:
+            return Container.JSON if first.problem or _holds_rows(first) else Container.JSONL
+        return Container.JSON if over_lines and not _is_row(second) else Container.JSONL
     try:
         header = decoded(first.raw)
     except RowError as error:

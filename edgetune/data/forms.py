@@ -60,7 +60,7 @@ def refuse_foreign_file(line: Line, file: BinaryIO, name: str) -> None:
     if raw.startswith(b"["):
         raise FormError("is a JSON array, not a row a line")
     if raw.startswith(b"{"):
-        if not line.problem and _is_cut_short(raw) and _goes_on(raw, _following(file)):
+        if not line.problem and is_cut_short(raw) and _goes_on(raw, _following(file)):
             raise FormError("is JSON over several lines, not a row a line")
     elif not line.problem:
         begin = raw[:200].decode("utf-8", "replace")
@@ -136,7 +136,7 @@ def foreign_record(record: Mapping[str, Any]) -> FormError | None:
     return None
 
 
-def _is_cut_short(raw: bytes) -> bool:
+def is_cut_short(raw: bytes) -> bool:
     """Whether a line is JSON up to its end, where something is missing."""
     text = raw.decode("utf-8", "replace").rstrip()
     try:

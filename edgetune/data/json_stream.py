@@ -65,17 +65,23 @@ def _elements(text: _Text) -> Iterator[Record]:
 def _object(text: _Text) -> Iterator[Record]:
     line, found = text.line, False
     rest: dict[str, Any] = {}
+    seen: set[str] = set()
     text.take("{")
     while text.next() != "}":
         key = text.value()
+        if not isinstance(key, str) or key in seen:
+            raise RowError(f"is not valid JSON: {str(key)[:60]!r} is there twice or is no name")
+        seen.add(key)
         text.take(":")
         if key in ROWS_KEYS and text.next() == "[" and not found:
             found = True
             yield from _elements(text)
         else:
-            rest[str(key)] = text.value()
+            rest[key] = text.value()
         if text.next() != "}":
             text.take(",")
+            if text.next() == "}":
+                raise RowError("is not valid JSON: a comma before the end of the object")
     text.take("}")
     if not found:
         yield Record(line, rest)
