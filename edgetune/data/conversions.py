@@ -128,7 +128,7 @@ class Converter:
         turns: list[dict[str, Any]] = []
         if system := record.get("system"):
             turns.append({"role": "system", "content": system})
-        for pair in record.get("history") or []:
+        for pair in _list("history", record.get("history") or []):
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise RowError("history must be a list of pairs, a question and its answer each")
             turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

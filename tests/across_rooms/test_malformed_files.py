@@ -207,6 +207,9 @@ FILES: dict[str, Wrong] = {
     "Alpaca whose output is a list": Wrong(
         line({"instruction": "a", "output": ["b"]}), "holds Alpaca rows", "content[0] must be an object"
     ),
+    "Alpaca whose history is a number": Wrong(
+        line({"instruction": "a", "output": "b", "history": 3}), "holds Alpaca rows", "history must be a list"
+    ),
     "Alpaca with a broken history": Wrong(
         line({"instruction": "a", "output": "b", "history": [["c"]]}),
         "holds Alpaca rows",
