@@ -26,6 +26,7 @@ Method = Literal["backpropagation", "forward-only"]
 Schedule = Literal["constant", "linear", "cosine"]
 Start = Literal["random", "gradient"]
 OptimizerStates = Literal["auto", "32bit", "8bit"]
+FormName = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 PlatformName = Literal["android", "ios", "web", "linux-arm64"]
 
 MODULES_OF_TARGETS: dict[str, tuple[str, ...]] = {
@@ -415,6 +416,21 @@ class PreviewConfig:
 
     raw_prompts: bool = option(False, _RAW_PROMPTS)
     content_as_text: bool = option(False, _CONTENT_AS_TEXT)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """How `edgetune data convert` makes rows."""
+
+    prompt_column: str | None = option(
+        None, Option("Field or column of the prompt; without it, guessed from the names.")
+    )
+    completion_column: str | None = option(
+        None, Option("Field or column of the completion; without it, guessed from the names.")
+    )
+    system_column: str | None = option(None, Option("Field or column of the system's text; without it, `system`."))
+    skip_bad: bool = option(False, Option("Leave out records that cannot be trained on, and say which they are."))
+    force: bool = option(False, Option("Replace an output that is already there."))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from edgetune.config import EvaluateConfig, check_config
 from edgetune.data.batcher import MEASURED_ROWS, Batcher
 from edgetune.data.encode import IGNORED, Example, load_encoder
 from edgetune.data.examples import load_examples
+from edgetune.data.folder import rows_file
 from edgetune.errors import EdgetuneError
 from edgetune.formats.adapter import read_adapter, row_encoding
 from edgetune.formats.bundle import Bundle, as_bundle
@@ -56,7 +57,7 @@ def evaluate(
 
     Args:
         bundle: What `prepare` made: its path, or what `load_bundle` gave.
-        data: JSONL rows; `-` is standard input.
+        data: JSONL rows; `-` is standard input. Of a folder, its `test.jsonl`, or else its `valid.jsonl`.
         config: How to measure. Rows are encoded as the adapter's contract says as well.
         adapter: The adapter that shall answer; without it the base alone.
         say: Called with one line of text from time to time, and for each thing that is to be said of the rows.
@@ -73,7 +74,7 @@ def evaluate(
         EdgetuneError: The loss is not finite.
     """
     check_config(config)
-    data, adapter = Path(data), None if adapter is None else Path(adapter)
+    data, adapter = rows_file(Path(data), "test", "valid"), None if adapter is None else Path(adapter)
     encoding = RowEncoding(raw_prompts=config.raw_prompts, content_as_text=config.content_as_text)
     with computing_with(config.threads):
         opened = as_bundle(bundle)

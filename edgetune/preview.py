@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgetune.data.encode import IGNORED, Encoder, Example, load_encoder
 from edgetune.data.examples import Tally, encode_rows
+from edgetune.data.folder import rows_file
 from edgetune.formats.bundle import Bundle, as_bundle
 from edgetune.formats.manifest import RowEncoding
 from edgetune.text.pulse import silent
@@ -48,7 +49,7 @@ def preview(
 
     Args:
         bundle: What would be trained: its path, or what `load_bundle` gave.
-        data: JSONL rows.
+        data: JSONL rows. Of a folder, its `train.jsonl`.
         encoding: How they are encoded where there is a choice.
         say: Called after the last row with one line of text for each thing that is to be said of the rows.
 
@@ -58,7 +59,7 @@ def preview(
         IncompatibleError: The bundle does not fit this edgetune or the rows.
         VerificationError: A file of the bundle was changed.
     """
-    opened, data = as_bundle(bundle), Path(data)
+    opened, data = as_bundle(bundle), rows_file(Path(data), "train")
     encoder = load_encoder(opened.path, opened.manifest.tokenizer, encoding)
     tally = Tally(data)
     for example in encode_rows(data, encoder, tally):

@@ -31,6 +31,7 @@ class Verb:
 VERBS = {
     "prepare": Verb("edgetune.cli.prepare", "Turn a Phi-3 checkpoint into a bundle that a device can train (host)."),
     "split": Verb("edgetune.cli.split", "Make an int8 graph of a bundle's lower layers, for an accelerator (host)."),
+    "data": Verb("edgetune.cli.data", "Make rows of other files, and check rows before they are trained on."),
     "plan": Verb("edgetune.cli.plan", "Predict memory, flash and time of a training run, for any device."),
     "train": Verb("edgetune.cli.train", "Train a LoRA adapter on rows of JSONL."),
     "preview": Verb("edgetune.cli.preview", "Show the token ids and labels that each row becomes."),

@@ -33,6 +33,10 @@ class Command(click.Command):
                     formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
+class Group(Command, click.Group):
+    """A command with commands."""
+
+
 def _shown(param: click.Parameter) -> list[str]:
     """The long names of an option, none of one that the help does not show."""
     if isinstance(param, click.Option) and param.hidden:

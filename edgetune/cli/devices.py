@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.command import Command
+from edgetune.cli.command import Command, Group
 from edgetune.cli.options import options_of
 from edgetune.cli.output import cell, console, print_json, printable
 from edgetune.config import ResultConfig
@@ -23,10 +23,6 @@ edgetune devices show raspberry-pi-5
 edgetune devices check
 edgetune devices check ./my-board.toml --json
 """
-
-
-class Group(Command, click.Group):
-    """A command with commands."""
 
 
 @click.group(cls=Group, epilog=EXAMPLES)

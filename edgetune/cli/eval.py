@@ -12,6 +12,7 @@ from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, row_sources
 from edgetune.cli.options import options_of
 from edgetune.cli.output import console, notices, print_json
 from edgetune.config import EvaluateConfig, ProgressConfig
+from edgetune.data.folder import rows_file
 
 EXAMPLES = """
 edgetune eval bundle --data valid.jsonl
@@ -22,7 +23,9 @@ edgetune eval bundle --data valid.jsonl --adapter adapter --json
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("bundle", type=PATH)
-@click.option("--data", type=PATH, required=True, help="JSONL rows to measure on.")
+@click.option(
+    "--data", type=PATH, required=True, help="JSONL rows to measure on; of a folder, test.jsonl, or else valid.jsonl."
+)
 @click.option("--adapter", type=PATH, help="Adapter to measure; without it the base alone.")
 @options_of(EvaluateConfig)
 @options_of(ProgressConfig, "printing")
@@ -38,6 +41,7 @@ def command(
     Only what training would train on counts: the assistant's answers, the completion, or the whole text. With an
     adapter that was trained with --raw-prompts or --content-as-text, rows are encoded so.
     """
+    data = rows_file(data, "test", "valid", option="--data")
     row_sources({"--data": data})
     if adapter is not None:
         adapter_at(adapter)

@@ -14,6 +14,7 @@ from edgetune.cli.options import options_of
 from edgetune.cli.output import cell, console, print_json
 from edgetune.cli.progress import duration_text, passes_text
 from edgetune.config import ResultConfig, TrainConfig
+from edgetune.data.folder import training_files
 from edgetune.text.byte_size import bytes_text
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ edgetune plan bundle --device ./my-board.toml --length 256 --batch-size 2 --step
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("bundle", type=PATH)
-@click.option("--data", type=PATH, help="JSONL rows that would be trained on.")
+@click.option("--data", type=PATH, help="JSONL rows that would be trained on, or a folder with train.jsonl.")
 @click.option("--valid", type=PATH, help="JSONL rows that the loss would be measured on.")
 @click.option(
     "--length",
@@ -52,6 +53,8 @@ def command(
     """
     if data is not None and length is not None:
         raise click.UsageError("--data and --length exclude each other; give one of them")
+    if data is not None:
+        data, valid = training_files(data, valid)
     row_sources({"--data": data, "--valid": valid})
     bundle_folder(bundle)
     from edgetune.devices.place import find_place

@@ -13,6 +13,7 @@ from edgetune.cli.inputs import PATH, bundle_folder, row_sources
 from edgetune.cli.options import options_of
 from edgetune.cli.output import notices, print_json, printable
 from edgetune.config import PreviewConfig, ResultConfig
+from edgetune.data.folder import rows_file
 
 if TYPE_CHECKING:
     from edgetune.preview import Preview
@@ -26,7 +27,7 @@ edgetune preview bundle --data train.jsonl --json | head -n 1
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("bundle", type=PATH)
-@click.option("--data", type=PATH, required=True, help="JSONL rows to show.")
+@click.option("--data", type=PATH, required=True, help="JSONL rows to show; of a folder, train.jsonl.")
 @options_of(PreviewConfig)
 @options_of(ResultConfig, "printing")
 def command(bundle: Path, data: Path, config: PreviewConfig, printing: ResultConfig) -> None:
@@ -35,6 +36,7 @@ def command(bundle: Path, data: Path, config: PreviewConfig, printing: ResultCon
     Text that is trained on is green on a terminal and [[in double brackets]] elsewhere. With --json one object a
     row: `line`, `input_ids`, and `labels` with -100 where nothing is trained.
     """
+    data = rows_file(data, "train", option="--data")
     row_sources({"--data": data})
     bundle_folder(bundle)
     from edgetune.formats.manifest import RowEncoding

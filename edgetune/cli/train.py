@@ -13,6 +13,7 @@ from edgetune.cli.options import options_of
 from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
 from edgetune.config import ProgressConfig, TrainConfig
+from edgetune.data.folder import training_files
 
 EXAMPLES = """
 edgetune train bundle --data train.jsonl --output adapter
@@ -32,7 +33,7 @@ train.toml holds the same options, which flags override:
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("bundle", type=PATH)
-@click.option("--data", type=PATH, required=True, help="JSONL rows to train on.")
+@click.option("--data", type=PATH, required=True, help="JSONL rows to train on, or a folder with train.jsonl.")
 @click.option("--valid", type=PATH, help="JSONL rows to measure the loss on, at the start and the end at least.")
 @click.option("--output", type=PATH, required=True, help="Folder of the adapter.")
 @options_of(TrainConfig, command="train", with_file=True)
@@ -46,7 +47,8 @@ def command(
     conversation of two turns, trained on the completion) or {"text": ...} (trained on all of it). The adapter folder is
     in PEFT's format.
     """
-    row_sources({"--data": data, "--valid": valid})
+    train_rows, valid_rows = training_files(data, valid)
+    row_sources({"--data": train_rows, "--valid": valid_rows})
     if config.vitisai_config is not None:
         input_file(config.vitisai_config, "--vitisai-config", "the vaip_config.json of an installed Vitis AI")
     if config.init_adapter is not None:

@@ -35,6 +35,8 @@ class Renderer(Protocol):
 class Answer:
     """One assistant message as the rendered conversation shows it; places are characters of its text."""
 
+    index: int
+    """Which of the messages it is."""
     begin: int
     """Where the prompt ends: all that follows is the model's to write."""
     content_end: int
@@ -76,7 +78,7 @@ def render_conversation(render: Renderer, messages: Sequence[Message]) -> Conver
         begin, end = _span(render, messages, index, text, ends)
         last = index == len(messages) - 1
         closing = text[end:] if last else _closing(render, messages[: index + 1], text, end)
-        answers.append(Answer(begin, end, closing))
+        answers.append(Answer(index, begin, end, closing))
     left_out = [index for index in range(len(messages)) if ends.get(index) == []]
     for index in left_out:
         if messages[index].role == "assistant" and _places(render, messages, index, text, at=0):

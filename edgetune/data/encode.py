@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -36,6 +36,7 @@ class Remark(StrEnum):
 
     SYSTEM_LEFT_OUT = "the chat template leaves the system's text out; put it into the user's first message"
     MESSAGE_LEFT_OUT = "the chat template leaves messages out, which are not trained"
+    TOOLS_LEFT_OUT = "the chat template leaves the tools out, so that the model is not told of them"
     CONTROL_TOKENS = (
         "messages spell control tokens of the model, which steer it as the chat template's own do; "
         "--content-as-text takes them as text"
@@ -158,9 +159,22 @@ class Encoder:
 
     def remarks_of(self, messages: Sequence[Message]) -> frozenset[Remark]:
         """What is to be said of the messages, whatever the template makes of them."""
-        if self.encoding.content_as_text or not any(self._control.spelt_in(message.content) for message in messages):
+        if self.encoding.content_as_text or not any(map(self.spells_control_tokens, messages)):
             return frozenset()
         return frozenset([Remark.CONTROL_TOKENS])
+
+    def spells_control_tokens(self, message: Message) -> bool:
+        """Whether a message has control tokens of the model in its text."""
+        return self._control.spelt_in(message.content) or self._control.spelt_in(message.tools or "")
+
+    def knows_token(self, text: str) -> bool:
+        """Whether a text is one token of the model."""
+        return self._tokenizer.token_to_id(text) is not None
+
+    def _leaves_tools_out(self, messages: Sequence[Message], text: str) -> bool:
+        """Whether the template renders a conversation alike with and without its tools."""
+        bare = [replace(message, tools=None) for message in messages]
+        return self._render(bare, add_generation_prompt=False) == text
 
     def _encode_chat(self, line: int, messages: Sequence[Message]) -> Example:
         conversation = render_conversation(self._render, messages)
@@ -172,12 +186,16 @@ class Encoder:
         for answer in conversation.answers:
             end = self._end_of_turn(answer, conversation.text, tokens, starts)
             closed = end is not None
+            if not messages[answer.index].trained:
+                continue
             end = self._end_of_text(answer, conversation.text) if end is None else end
             trained = slice(bisect_left(starts, answer.begin), bisect_left(starts, end))
             labels[trained] = ids[trained]
-        if conversation.ends_with_answer and not closed:
+        if conversation.ends_with_answer and not closed and messages[conversation.answers[-1].index].trained:
             _end_sequence(ids, labels, self._eos_token_id)
         remarks = self.remarks_of(messages)
+        if any(message.tools for message in messages) and self._leaves_tools_out(messages, conversation.text):
+            remarks |= {Remark.TOOLS_LEFT_OUT}
         for role in conversation.left_out:
             remarks |= {Remark.SYSTEM_LEFT_OUT if role == "system" else Remark.MESSAGE_LEFT_OUT}
         return Example(line, ids, labels, remarks)
@@ -234,9 +252,9 @@ class Encoder:
             )
         if not self.encoding.content_as_text:
             return self.template.render(messages, add_generation_prompt=add_generation_prompt)
-        hidden = [replace(message, content=self._as_text.hidden(message.content)) for message in messages]
+        hidden = [_with_texts(message, self._as_text.hidden) for message in messages]
         rendered = self.template.render(hidden, add_generation_prompt=add_generation_prompt)
-        plain = [replace(message, content=self._as_text.harmless(message.content)) for message in hidden]
+        plain = [_with_texts(message, self._as_text.harmless) for message in hidden]
         if plain != hidden:
             # What was hidden apart may spell a control token where the template puts it together.
             expected = self.template.render(plain, add_generation_prompt=add_generation_prompt)
@@ -301,6 +319,12 @@ def load_encoder(
             ) from error
         template = ChatTemplate(source, tokenizer.bos_token, tokenizer.eos_token)
     return Encoder(loaded, eos_token_id, template, encoding)
+
+
+def _with_texts(message: Message, change: Callable[[str], str]) -> Message:
+    """A message with its content, and the tools that it names, changed."""
+    tools = None if message.tools is None else change(message.tools)
+    return replace(message, content=change(message.content), tools=tools)
 
 
 def _end_sequence(ids: list[int], labels: list[int], eos_token_id: int) -> None:

@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from edgetune.data.encode import Encoder, Example, Remark
-from edgetune.data.rows import CompletionRow, Problems, Row, read_rows
+from edgetune.data.problems import Problems
+from edgetune.data.rows import CompletionRow, Row, read_rows
 from edgetune.data.source import Source, name_of
 from edgetune.errors import DataError, IncompatibleError
 from edgetune.formats.manifest import RowEncoding
+
+_MOST_NAMES = 12
+"""Of further keys that are named."""
 
 
 class Tally:
@@ -23,6 +27,8 @@ class Tally:
         self._path = path
         self._rows = 0
         self._remarks: dict[Remark, tuple[int, int]] = {}
+        self._ignored: set[str] = set()
+        self._with_ignored = (0, 0)
         self.prompts = 0
         """Prompt/completion rows."""
 
@@ -33,12 +39,22 @@ class Tally:
         for remark in example.remarks:
             count, first = self._remarks.get(remark, (0, example.line))
             self._remarks[remark] = (count + 1, first)
+        if row.ignored:
+            count, first = self._with_ignored
+            self._with_ignored = (count + 1, first or row.line)
+            if len(self._ignored) < _MOST_NAMES:
+                self._ignored |= row.ignored
 
     def notices(self) -> list[str]:
         """One line for each kind of remark: the place of the first row, what it is, and in how many rows."""
+        told = [(remark.value, *place) for remark, place in sorted(self._remarks.items())]
+        if self._ignored:
+            names = ", ".join(sorted(self._ignored)[:_MOST_NAMES])
+            more = ", …" if len(self._ignored) > _MOST_NAMES else ""
+            told.insert(0, (f"further keys are ignored: {names}{more}", *self._with_ignored))
         return [
-            f"{name_of(self._path)}:{first}: {remark} (in {count:,} of {self._rows:,} rows, this is the first)"
-            for remark, (count, first) in sorted(self._remarks.items())
+            f"{name_of(self._path)}:{first}: {text} (in {count:,} of {self._rows:,} rows, this is the first)"
+            for text, count, first in told
         ]
 
 
@@ -61,6 +77,11 @@ class Examples:
 
 
 def encode_rows(path: Source, encoder: Encoder, tally: Tally) -> Iterator[Example]:
+    """What the rows of a file are to the model; arguments and errors are those of `encoded_rows`."""
+    return (example for _, example in encoded_rows(path, encoder, tally))
+
+
+def encoded_rows(path: Source, encoder: Encoder, tally: Tally) -> Iterator[tuple[Row, Example]]:
     """Read and encode the rows of a file; problems are reported together once the last row is through.
 
     Args:
@@ -84,7 +105,7 @@ def encode_rows(path: Source, encoder: Encoder, tally: Tally) -> Iterator[Exampl
             raise IncompatibleError(f"{name_of(path)}:{row.line}: {error}") from error
         else:
             tally.add(row, example)
-            yield example
+            yield row, example
     problems.raise_if_any()
 
 

@@ -49,7 +49,11 @@ class ChatTemplate:
             TemplateStoppedError: It takes too much time or memory.
             ResourceError: The system ended its process, as it does when memory runs out.
         """
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [
+            {"role": message.role, "content": message.content}
+            | ({} if message.tools is None else {"tools": message.tools})
+            for message in messages
+        ]
         answer = self._ask(
             {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         )

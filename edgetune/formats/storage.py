@@ -139,6 +139,53 @@ def atomic_folder(path: Path, *, replace: bool = False, marker: str = "", needed
         raise explained from error
 
 
+@contextmanager
+def atomic_file(path: Path, *, replace: bool = False) -> Iterator[IO[bytes]]:
+    """Write a file under a temporary name beside `path`; rename it to `path` when the block ends well.
+
+    Args:
+        path: The file that shall appear; where it is a link, the file that the link leads to.
+        replace: Put it in the place of a file that is already there.
+
+    Yields:
+        The file to write, at its beginning.
+
+    Raises:
+        UsageError: `path` exists and is not to be replaced, is a folder, cannot be written, or is not valid Unicode.
+        LockedError: Another process writes it.
+        NoRoomError: The disk has less room than is needed.
+        EdgetuneError: The disk fails.
+    """
+    require_unicode(path)
+    path = _real(path)
+    partial = _beside(path, f"partial-{secrets.token_hex(4)}")
+    written = 0
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; give the path of the file to write")
+        if path.exists() and not replace:
+            raise UsageError(f"{path} already exists; choose another output or add --force to replace it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            for stale in path.parent.glob(glob.escape(_beside(path, "partial-").name) + "*"):
+                stale.unlink(missing_ok=True)
+            try:
+                with partial.open("wb") as file:
+                    yield file
+                    file.flush()
+                    written = file.tell()
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+                sync_folder(path.parent)
+            finally:
+                partial.unlink(missing_ok=True)
+    except Exception as error:
+        explained = _explained(error, path, written, 0)
+        if explained is None:
+            raise
+        raise explained from error
+
+
 def require_unicode(path: Path) -> None:
     """Refuse a path that cannot be written down: tokenizers, ONNX Runtime and manifests take text, not bytes.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgetune.config import TrainConfig
 from edgetune.data.encode import Example
+from edgetune.data.folder import training_files
 from edgetune.devices.place import Place
 from edgetune.errors import UsageError
 from edgetune.formats.bundle import Bundle, load_bundle
@@ -98,7 +99,7 @@ def preflight(
 
     Args:
         bundle: What would be trained.
-        data: JSONL rows; without them all rows are taken to be as long as `length` says.
+        data: JSONL rows, or a folder of them; without them all rows are taken to be as long as `length` says.
         valid: JSONL rows that would be measured on.
         config: How to train.
         place: Where; on this machine a few steps are timed, and what is free counts.
@@ -115,6 +116,8 @@ def preflight(
     request, notes = resolved.request, list(resolved.notes)
     opened = load_bundle(bundle)
     reader = RowReader(opened, request)
+    if data is not None:
+        data, valid = training_files(data, valid)
     if data is None:
         rows = _made_up(opened, request, length)
         notes.append(f"no --data: rows of {len(rows[0].input_ids):,} tokens, all of them trained, {len(rows)} an epoch")

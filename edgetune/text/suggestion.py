@@ -28,3 +28,27 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 def _initials(name: str) -> str:
     return "".join(part[0] for part in name.replace("_", "-").split("-") if part)
+
+
+def is_slip(word: str, meant: str) -> bool:
+    """Whether a word is another one but for a slip of the pen: one letter, or two of a long word.
+
+    A letter can be missing, added or another one, in the wrong case, or have changed places with the next.
+
+    Args:
+        word: What was written, such as `mesages`.
+        meant: What may have been meant, such as `messages`.
+    """
+    word, most = word.lower(), 1 if len(meant) <= 6 else 2
+    if abs(len(word) - len(meant)) > most:
+        return False
+    before: list[int] = []
+    row = list(range(len(meant) + 1))
+    for i, letter in enumerate(word, start=1):
+        before, row, last = row, [i], before
+        for j, other in enumerate(meant, start=1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == meant[j - 2] and word[i - 2] == other:
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1] <= most

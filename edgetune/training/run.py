@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from edgetune.config import TrainConfig, check_config
+from edgetune.data.folder import training_files
 from edgetune.devices.place import this_machine
 from edgetune.errors import EdgetuneError, UsageError, VerificationError
 from edgetune.formats.adapter import MANIFEST, most_bytes, write_adapter
@@ -58,10 +59,10 @@ def train(
 
     Args:
         bundle: What `prepare` made: its path, or what `load_bundle` gave.
-        data: JSONL rows to train on; `-` is standard input.
+        data: JSONL rows to train on; `-` is standard input. Of a folder, its `train.jsonl`.
         output: The adapter folder to make.
         config: How to train.
-        valid: JSONL rows to measure on, if any.
+        valid: JSONL rows to measure on, if any; without it, the `valid.jsonl` of a folder of rows.
         observer: Is told what happens; without one nobody is.
 
     Returns:
@@ -78,9 +79,11 @@ def train(
         LockedError: Another process writes `output`.
         EdgetuneError: A loss or gradient was not finite.
     """
-    data, output = Path(data), Path(output)
-    valid = None if valid is None else Path(valid)
-    observer = SilentObserver() if observer is None else observer
+    output, observer = Path(output), SilentObserver() if observer is None else observer
+    given = None if valid is None else Path(valid)
+    data, valid = training_files(Path(data), given)
+    if valid is not None and given is None:
+        observer.on_notice(f"{valid} is measured on, as --valid would name it")
     _require_rows_to_measure(config, valid)
     check_config(config)  # before the device's name is looked up
     resolved = resolve(config, this_machine(config.device))

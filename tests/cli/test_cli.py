@@ -126,8 +126,8 @@ def test_help_is_instant_and_imports_no_command() -> None:
 
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
     assert list(VERBS) == [
-        "prepare", "split", "plan", "train", "preview", "eval", "export", "generate", "ship", "inspect", "devices",
-        "conformance", "doctor",
+        "prepare", "split", "data", "plan", "train", "preview", "eval", "export", "generate", "ship", "inspect",
+        "devices", "conformance", "doctor",
     ]  # fmt: skip
     stdout = run("--help").stdout
     positions = [stdout.index(f"  {name} ") for name in VERBS]
@@ -148,6 +148,7 @@ OPTIONS = {
     "prepare": "output rank alpha rslora rank-pattern alpha-pattern targets dora base quantiser npu calibration "
     "max-length download force quiet json",
     "split": "data output layers length calibration-rows largest-error threads force quiet json",
+    "data": "",
     "plan": "device data valid length runtime plan precision trunk lower-layers-cache method queries memory-budget "
     "threads device-type soc-model buckets steps epochs batch-size gradient-accumulation-steps packing no-packing "
     "share-prefixes no-share-prefixes truncate raw-prompts content-as-text layers optimizer-states eval-steps json",
@@ -302,7 +303,7 @@ def test_what_is_at_a_path_is_named(tmp_path: Path, bundle: Path, data: Path, ve
     checkpoint = folder_with(tmp_path / "checkpoint", "config.json")
     for arguments, reason in [
         ([bundle, "--data", tmp_path / "nix.jsonl"], "nix.jsonl: no such file"),
-        ([bundle, "--data", tmp_path], "is a folder; expected a JSONL file"),
+        ([bundle, "--data", bundle], "is a folder; expected a JSONL file"),
         (
             [tmp_path / "nix", "--data", data],
             "is not there; expected an edgetune bundle: make one with `edgetune prepare",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from edgetune.data import template as templates
-from edgetune.data.encode import IGNORED, Encoder, load_encoder
+from edgetune.data.encode import IGNORED, Encoder, Remark, load_encoder
 from edgetune.data.examples import Examples, load_examples
 from edgetune.data.rows import ChatRow, CompletionRow, Message, TextRow
 from edgetune.data.template import ChatTemplate
@@ -520,3 +520,48 @@ def seal(made: Model, folder: Path, max_length: int) -> Path:
     )
     bundles.seal_bundle(folder, manifest)
     return folder
+
+
+@pytest.mark.parametrize("name", [*BARE_TEMPLATES, "closed by text"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_of_weight_zero_is_read_and_not_trained(model: Models, kind: str, name: str) -> None:
+    text = "{% for m in messages %}### {{ m.role }}:\n{{ m.content + '\n\n' }}{% endfor %}"
+    made = model(kind, BARE_TEMPLATES.get(name, text))
+    messages = turns("hello", "yes", "and now?", "no, it is off")
+    full = made.encoder.encode(ChatRow(1, messages))
+    runs = trained_runs(list(full.input_ids), list(full.labels))
+    assert len(runs) == 2
+    for silent, spoken in ((1, 1), (3, 0)):
+        weighed = tuple(replace(turn, trained=index != silent) for index, turn in enumerate(messages))
+        found = made.encoder.encode(ChatRow(1, weighed))
+        assert trained_runs(list(found.input_ids), list(found.labels)) == [runs[spoken]]
+        # What no template closes has no end of the sequence either where it is not trained.
+        assert found.input_ids == full.input_ids[: len(found.input_ids)]
+        assert len(full.input_ids) - len(found.input_ids) in ((0, 1) if silent == 3 else (0,))
+
+
+@pytest.mark.parametrize("content_as_text", [False, True])
+def test_tools_of_the_system_turn_are_shown_where_the_template_has_a_place_for_them(content_as_text: bool) -> None:
+    encoding = RowEncoding(content_as_text=content_as_text)
+    messages = turns("hello", "yes", system="the kitchen")
+    told = (replace(messages[0], tools='[{"name": "lamp"}]'), *messages[1:])
+    made = tokenizer_model("bytes", BARE_TEMPLATES["dense"])
+    shown = made.encodes(encoding).encode(ChatRow(1, told))
+    oracle = [
+        {**turn, "tools": message.tools} if message.tools else turn
+        for turn, message in zip(dicts(told), told, strict=True)
+    ]
+    assert shown.input_ids == made.oracle.apply_chat_template(oracle)
+    assert '{"name": "lamp"}' in made.encoder.decode(shown.input_ids)
+    assert Remark.TOOLS_LEFT_OUT not in shown.remarks
+    other = tokenizer_model("bytes", BARE_TEMPLATES["headed"]).encodes(encoding)
+    assert other.encode(ChatRow(1, told)).remarks == {Remark.TOOLS_LEFT_OUT}
+    assert other.encode(ChatRow(1, messages)).remarks == frozenset()
+
+
+def test_further_keys_are_told_once_for_a_file(tmp_path: Path) -> None:
+    made, path = tokenizer_model("bytes", BARE_TEMPLATES["dense"]), tmp_path / "rows.jsonl"
+    rows = [{"text": "a"}, {"text": "b", "id": 1}, {"text": "c", "id": 2, "source": "d"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load_examples(path, made.encoder, 100, truncate=False)
+    assert loaded.notices == [f'{path}:2: further keys are ignored: "id", "source" (in 2 of 3 rows, this is the first)']

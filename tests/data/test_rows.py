@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgetune.data.rows import (
-    LINE_LIMIT,
-    PROBLEM_LIMIT,
-    ChatRow,
-    CompletionRow,
-    Message,
-    Problems,
-    Row,
-    TextRow,
-    read_rows,
-)
+from edgetune.data.json_lines import LINE_LIMIT
+from edgetune.data.problems import PROBLEM_LIMIT, Problems
+from edgetune.data.rows import ChatRow, CompletionRow, Message, Row, TextRow, read_rows
 from edgetune.errors import DataError, EdgetuneError, UsageError
 
 CHAT = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 🙂"}]}'
@@ -97,12 +90,48 @@ BAD_LINES = {
     "empty object": ("{}", "is an empty object"),
     "misspelt": ('{"mesages": []}', 'unknown key "mesages"; did you mean "messages"'),
     "misspelt second": ('{"prompt": "a", "competion": "b"}', 'did you mean "completion"'),
-    "unknown key": ('{"text": "a", "id": 3}', 'unknown key "id"; a row has'),
+    "no known key": ('{"phrase": "a", "tone": 3}', 'has the keys "phrase", "tone", and none of a row'),
+    "misspelt weight": (
+        '{"messages": [{"role": "assistant", "content": "a", "wieght": 0}]}',
+        r'messages\[0\] has the unknown key "wieght"; did you mean "weight"',
+    ),
+    "misspelt role": ('{"messages": [{"rol": "user", "content": "a"}]}', 'unknown key "rol"; did you mean "role"'),
+    "wrong case": ('{"Messages": []}', 'unknown key "Messages"; did you mean "messages"'),
+    "half a weight": (
+        '{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}',
+        r"messages\[0\]\.weight must be 0 \(not trained\) or 1, found \"0.5\"",
+    ),
+    "a weight that is none": (
+        '{"messages": [{"role": "assistant", "content": "a", "weight": true}]}',
+        r'weight must be 0 \(not trained\) or 1, found "True"',
+    ),
+    "no answer with a weight": (
+        '{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}',
+        'every assistant message has "weight" 0',
+    ),
+    "an image": (
+        '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}',
+        r'messages\[0\].content\[0\] is of the type "image_url", and the model reads text alone',
+    ),
+    "a part without text": (
+        '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+        r"messages\[0\].content\[0\].text must be a string, found null",
+    ),
+    "a part that is none": (
+        '{"messages": [{"role": "user", "content": ["a"]}]}',
+        r"messages\[0\].content\[0\] must be an object .* found a string",
+    ),
+    "tools that are a number": (
+        '{"messages": [{"role": "system", "content": "a", "tools": 3}]}',
+        r"messages\[0\].tools must be a string, found a number",
+    ),
     "half a pair": ('{"prompt": "a"}', 'lacks the key "completion"'),
-    "two kinds in one": ('{"text": "a", "prompt": "b"}', 'unknown key "text"'),
     "text of the wrong type": ('{"text": 3}', "text must be a string, found a number"),
     "prompt of the wrong type": ('{"prompt": null, "completion": "a"}', "prompt must be a string, found null"),
-    "completion of the wrong type": ('{"prompt": "a", "completion": []}', "completion must be a string, found a list"),
+    "completion of the wrong type": (
+        '{"prompt": "a", "completion": {}}',
+        "completion must be a string, found an object",
+    ),
     "empty text": ('{"text": " \\n"}', "text is empty"),
     "empty completion": ('{"prompt": "a", "completion": ""}', "completion is empty"),
     "surrogate": ('{"text": "a\\ud800"}', r"half a surrogate pair \(\\ud800\)"),
@@ -115,9 +144,9 @@ BAD_LINES = {
     "no role": (chat({"content": "a"}), r'messages\[0\] lacks the key "role"'),
     "no content": (chat({"role": "user"}), r'messages\[0\] lacks the key "content"'),
     "misspelt message key": (chat({"role": "user", "contents": "a"}), 'did you mean "content"'),
-    "tool": (chat({"role": "tool", "content": "a"}), 'one of system, user, assistant, found "tool"'),
+    "role that nobody has": (chat({"role": "bot", "content": "a"}), 'system, user, assistant, tool, found "bot"'),
     "role of the wrong type": (chat({"role": ["user"], "content": "a"}), "one of .* found a list"),
-    "content of the wrong type": (chat({"role": "user", "content": [USER]}), "content must be a string, found a list"),
+    "content of the wrong type": (chat({"role": "user", "content": USER}), "content must be a string, found an object"),
     "empty answer": (chat(USER, {"role": "assistant", "content": " "}), r"messages\[1\]\.content is empty"),
     "surrogate in an answer": (
         '{"messages": [{"role": "assistant", "content": "\\ud83d"}]}',
@@ -138,9 +167,9 @@ def test_bad_line(name: str, path: Path) -> None:
 
 
 def test_byte_order_marks(path: Path) -> None:
-    assert problems(path, b"\xef\xbb\xbf" + TEXT.encode()) == [
-        f"{path}:1: the file starts with a byte order mark; save it as UTF-8 without BOM"
-    ]
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    assert rows_of(path) == [TextRow(1, "Some text")]
+    assert "not valid JSON" in problems(path, f"{TEXT}\n\ufeff{TEXT}")[0], "in the middle it is no mark"
     for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
         data = (TEXT + "\n" + TEXT).encode(encoding)
         assert problems(path, data)[0].startswith(f"{path}:1: ")
@@ -194,7 +223,7 @@ def test_the_longest_line(path: Path, extra: int, end: bytes) -> None:
 
 
 def test_a_million_problems_take_little_memory(path: Path) -> None:
-    path.write_bytes(b"[\n" * 100_000)
+    path.write_bytes(TEXT.encode() + b"\n" + b"[\n" * 100_000)
     tracemalloc.start()
     with pytest.raises(DataError) as caught:
         rows_of(path)
@@ -203,7 +232,119 @@ def test_a_million_problems_take_little_memory(path: Path) -> None:
     assert peak < 4 << 20
     assert len(caught.value.problems) == PROBLEM_LIMIT + 1
     assert "100,000 problems" in str(caught.value)
-    assert f"{path}:1: " in str(caught.value)
+    assert f"{path}:2: " in str(caught.value)
+
+
+FURTHER_KEYS = {
+    '{"id": "a", "text": "b", "source": "c"}': (TextRow(1, "b"), {'"id"', '"source"'}),
+    '{"prompt": "a", "completion": "b", "metadata": {"deep": [1]}}': (CompletionRow(1, "a", "b"), {'"metadata"'}),
+    # As ultrachat has it: messages are what counts.
+    '{"prompt": "Hi", "prompt_id": "x", "messages": [{"role": "assistant", "content": "a"}]}': (
+        ChatRow(1, (Message("assistant", "a"),)),
+        {'"prompt"', '"prompt_id"'},
+    ),
+    '{"messages": [{"role": "user", "name": "Eve", "content": "q"}, {"role": "assistant", "content": "a"}]}': (
+        ChatRow(1, (Message("user", "q"), Message("assistant", "a"))),
+        {'"messages[].name"'},
+    ),
+    '{"messages": [{"role": "assistant", "content": "a"}], "tools": [], "parallel_tool_calls": false}': (
+        ChatRow(1, (Message("assistant", "a"),)),
+        {'"tools"', '"parallel_tool_calls"'},
+    ),
+}
+
+
+@pytest.mark.parametrize("line", FURTHER_KEYS)
+def test_further_keys_are_ignored_and_named(path: Path, line: str) -> None:
+    expected, names = FURTHER_KEYS[line]
+    path.write_text(line)
+    assert rows_of(path) == [replace(expected, ignored=frozenset(names))]
+
+
+def test_what_openai_writes_is_taken_as_it_is(path: Path) -> None:
+    parts = [{"type": "text", "text": "is the "}, {"type": "text", "text": "pump on?"}]
+    messages = [
+        {"role": "system", "content": "Be brief.", "tools": "[]"},
+        {"role": "user", "content": parts, "name": "Eve"},
+        {"role": "assistant", "content": "no", "weight": 0},
+        {"role": "tool", "content": "on"},
+        {"role": "assistant", "content": parts[:1], "weight": 1},
+    ]
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"messages": messages}).encode() + b"\r\n")
+    (row,) = rows_of(path)
+    assert isinstance(row, ChatRow)
+    assert row.messages == (
+        Message("system", "Be brief.", tools="[]"),
+        Message("user", "is the pump on?"),
+        Message("assistant", "no", trained=False),
+        Message("tool", "on"),
+        Message("assistant", "is the "),
+    )
+    assert row.ignored == {'"messages[].name"'}
+
+
+OTHER_FORMS = {
+    "array": ('[\n  {"text": "a"}\n]', "is a JSON array"),
+    "array in a line": ('[{"text": "a"}, {"text": "b"}]', "is a JSON array"),
+    "array in a long line": ("[" + ", ".join(['{"text": "a"}'] * 100_000) + "]", "is a JSON array"),
+    "one object": ('{\n  "conversations": [\n  ]\n}\n', "is JSON over several lines"),
+    "one object with rows": ('{"data": [\n{"text": "a"},\n{"text": "b"}]}', "is JSON over several lines"),
+    "rows in a field": ('{"data": [{"text": "a"}]}', "holds its rows in a field"),
+    "csv": ("prompt,completion\na,b\n" * 5_000, "is a table"),
+    "csv of Excel": ('"Question";"Answer"\na;b\n', "is a table"),
+    "parquet": (b"PAR1\x15\x04\n\x00" * 5_000, "is a Parquet file"),
+    "alpaca": ('{"instruction": "a", "input": "", "output": "b"}\n' * 5_000, "holds Alpaca rows"),
+    "sharegpt": ('{"conversations": [{"from": "human", "value": "a"}]}\n' * 5_000, "holds ShareGPT conversations"),
+    "sharegpt as messages": ('{"messages": [{"from": "human", "value": "a"}]}', "has ShareGPT's messages"),
+    "trl": ('{"prompt": [{"role": "user", "content": "a"}], "completion": []}', "has lists of messages"),
+    "names": ('{"prompt": "a", "response": "b"}\n' * 5_000, 'its prompts in "prompt" and its answers in "response"'),
+    "calls": (
+        '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a"}}]}]}\n' * 5_000,
+        "has tool calls",
+    ),
+    "tools": ('{"messages": [{"role": "assistant", "content": "a"}], "tools": [{"name": "a"}]}', "has tools"),
+    "functions": ('{"messages": [{"role": "function", "content": "a"}]}', 'has messages of the role "function"'),
+    "weights": (
+        '{"messages": [{"role": "assistant", "content": "a", "loss_weight": 0.0}]}',
+        'says what is trained with "loss_weight"',
+    ),
+    "values": (
+        '{"messages": [{"role": "assistant", "content": [{"type": "text", "value": "a"}]}]}',
+        'has its texts in "value"',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_another_form_is_one_line_with_the_command_that_converts_it(path: Path, name: str) -> None:
+    content, what = OTHER_FORMS[name]
+    (found,) = problems(path, content)
+    assert found.startswith(f"{path}:1: ") and what in found
+    assert f"`edgetune data convert {path} --output rows.jsonl" in found
+
+
+REFUSED = {
+    "DPO": ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 5_000, "holds preference rows"),
+    "DPO with messages": ('{"messages": [], "chosen": {}, "rejected": {}}', "holds preference rows"),
+    "KTO": ('{"messages": [{"role": "assistant", "content": "b"}], "label": true}', "holds preference rows"),
+    "zip": (b"PK\x03\x04 and more", "is a zip archive or a spreadsheet; unpack it"),
+    "prose": ("Dear diary\n" * 5_000, "is not valid JSON"),
+    "a pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_nobody_can_convert_is_one_line_as_well(path: Path, name: str) -> None:
+    content, what = REFUSED[name]
+    (found,) = problems(path, content)
+    assert found.startswith(f"{path}:1: ") and what in found
+    assert "data convert" not in found
+
+
+def test_another_form_among_rows_is_told_once(path: Path) -> None:
+    calls = '{"messages": [{"role": "assistant", "tool_calls": [{}]}]}'
+    found = problems(path, f"{CHAT}\n{calls}\n{calls}\n[]\n{calls}\n")
+    assert [problem.removeprefix(f"{path}:").split(":")[0] for problem in found] == ["2", "4"]
 
 
 # ONNX Runtime, wherever it ran before in the process, takes denormal numbers for zero.

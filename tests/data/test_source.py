@@ -20,7 +20,8 @@ from click.testing import CliRunner, Result
 
 from edgetune.cli import main
 from edgetune.data import source as sources
-from edgetune.data.rows import Problems, Row, TextRow, read_rows
+from edgetune.data.problems import Problems
+from edgetune.data.rows import Row, TextRow, read_rows
 from edgetune.data.source import STDIN, kept, name_of, open_source, refuse_shared
 from edgetune.errors import DataError, UsageError
 from edgetune.formats.adapter import MANIFEST, VALIDATION_DATA, VALIDATION_SHA256

@@ -24,7 +24,7 @@ import pytest
 from edgetune.cli.failures import exit_code_of
 from edgetune.errors import EdgetuneError, LockedError, NoRoomError, UsageError
 from edgetune.formats import storage
-from edgetune.formats.storage import atomic_folder, locked, recover, require_unicode, sha256_of, write_file
+from edgetune.formats.storage import atomic_file, atomic_folder, locked, recover, require_unicode, sha256_of, write_file
 
 OLD = {"manifest.json": b"old", "weights": b"old" * 999}
 NEW = {"manifest.json": b"new", "weights": b"new" * 999, "deep/er/file": b"new"}
@@ -715,3 +715,46 @@ def test_a_folder_that_cannot_be_removed_does_not_stop_the_next_writer(tmp_path:
     finally:
         with suppress(FileNotFoundError):  # root removes it
             stale.chmod(0o700)
+
+
+# --- a single file
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    for is_there in (False, True):
+        before = b"first" if is_there else None
+        with pytest.raises(ValueError, match="half"), atomic_file(path, replace=True) as file:
+            file.write(b"half of it")
+            raise ValueError("half")
+        assert (path.read_bytes() if path.exists() else None) == before
+        with atomic_file(path, replace=True) as file:
+            file.write(b"first")
+            assert (path.read_bytes() if path.exists() else None) == before
+            with pytest.raises(LockedError, match="locked by PID"), atomic_file(path, replace=True):
+                pytest.fail("two wrote it at once")
+        assert path.read_bytes() == b"first"
+        assert names(path.parent) == ["rows.jsonl"]
+
+
+def test_what_a_killed_writer_of_a_file_left_goes_away_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".rows.partial-0123abcd").write_bytes(b"half")
+    (tmp_path / ".other.partial-0123abcd").write_bytes(b"another's")
+    with atomic_file(tmp_path / "rows") as file:
+        file.write(b"all")
+    assert names(tmp_path) == [".other.partial-0123abcd", "rows"]
+
+
+def test_a_file_that_cannot_be_written_is_told_with_its_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for path, reason in (
+        (tmp_path / "file" / "rows", "cannot be written"),
+        (tmp_path, "is a folder; give the path of the file to write"),
+        (tmp_path / "file", "already exists; choose another output or add --force"),
+    ):
+        with pytest.raises(UsageError, match=reason), atomic_file(path):
+            pytest.fail("it was begun")
+    if Path("/dev/full").exists():
+        with pytest.raises(NoRoomError), atomic_file(tmp_path / "rows"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert names(tmp_path) == ["file"]

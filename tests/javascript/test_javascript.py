@@ -92,21 +92,29 @@ def rows_at_random(seed: int) -> list[dict[str, Any]]:
     def learnt() -> str:  # what is to be learnt is never empty: reading the rows refuses that
         return next(filled for filled in iter(text, None) if filled.strip())
 
-    def turns(roles: str) -> list[dict[str, str]]:
-        names = {"s": "system", "u": "user", "a": "assistant"}
-        return [{"role": names[role], "content": learnt() if role == "a" else text()} for role in roles]
+    def turns(roles: str) -> list[dict[str, Any]]:
+        names = {"s": "system", "u": "user", "a": "assistant", "z": "assistant"}
+        return [
+            {"role": names[role], "content": learnt() if role in "az" else text()}
+            | ({"weight": 0} if role == "z" else {})
+            for role in roles
+        ]
 
     kinds = [
-        *(lambda roles=roles: {"messages": turns(roles)} for roles in ("ua", "sua", "uaua")),
+        *(lambda roles=roles: {"messages": turns(roles)} for roles in ("ua", "sua", "uaua", "uzua", "uauz")),
         lambda: {"prompt": text(), "completion": learnt()},
         lambda: {"text": learnt()},
     ]
     return [draw.choice(kinds)() for _ in range(ROWS_AT_RANDOM)]
 
 
+def messages_of(turns: list[dict[str, Any]]) -> tuple[Message, ...]:
+    return tuple(Message(turn["role"], turn["content"], trained=turn.get("weight") != 0) for turn in turns)
+
+
 def as_python(row: dict[str, Any]) -> Row:
     if "messages" in row:
-        return ChatRow(1, tuple(Message(**message) for message in row["messages"]))
+        return ChatRow(1, messages_of(row["messages"]))
     if "prompt" in row:
         return CompletionRow(1, row["prompt"], row["completion"])
     return TextRow(1, row["text"])
@@ -151,7 +159,7 @@ def test_tokens_and_labels_are_those_of_python(kind: str, name: str) -> None:
         assert decoded == encoder.decode(expected.input_ids), row
     assert refused < ROWS_AT_RANDOM / 10
     for messages, ids in zip(prompts, answer["asked"], strict=True):
-        assert ids == encoder.encode_prompt([Message(**message) for message in messages])
+        assert ids == encoder.encode_prompt(messages_of(messages))
 
 
 @pytest.mark.parametrize("text", ["half \ud83d a pair", "next\u0085line", "\ufeffmark"])

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from edgetune.data.rows import ChatRow, Problems, read_rows
+from edgetune.data.problems import Problems
+from edgetune.data.rows import ChatRow, read_rows
 from edgetune.evaluation import evaluate
 from edgetune.preview import preview
 from support.golden import GOLDEN

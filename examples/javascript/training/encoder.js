@@ -5,7 +5,7 @@
 import { Template } from "@huggingface/jinja";
 
 import { IGNORED } from "./batch.js";
-import { refuseEmpty } from "./rows.js";
+import { isTrained, refuseEmpty } from "./rows.js";
 import { TokenPlaces } from "./tokens.js";
 
 /** @import { Message, Row } from "./rows.js" */
@@ -134,6 +134,7 @@ export class Encoder {
         ({ id, isSpecial, start, end }) =>
           start >= contentEnd && end <= agreed && (isSpecial || id === this.#eosTokenId),
       );
+      if (!isTrained(messages[index])) return;
       endsWithText = last && !closer;
       const end = closer ? closer.end : this.#endOfText(tokens, text, contentEnd, closing);
       tokens.forEach((token, at) => {

@@ -2,7 +2,7 @@
  * Rows as people write them, checked: the three kinds of docs/data.md.
  */
 
-/** @typedef {{role: "system" | "user" | "assistant", content: string}} Message */
+/** @typedef {{role: "system" | "user" | "assistant", content: string, weight?: 0 | 1}} Message */
 /** @typedef {{messages: Message[]} | {prompt: string, completion: string} | {text: string}} Row */
 
 const ROLES = ["system", "user", "assistant"];
@@ -45,7 +45,7 @@ export function refuseEmpty(row) {
   }
   const answers =
     "messages" in row
-      ? row.messages.filter(({ role }) => role === "assistant").map(({ content }) => content)
+      ? row.messages.filter(isTrained).map(({ content }) => content)
       : [row.completion];
   if (answers.some((answer) => !answer.trim())) throw new Error("an answer is empty");
 }
@@ -67,7 +67,18 @@ function checkRow(row) {
   );
 }
 
+/**
+ * Whether a message is an answer that is trained: one of weight 0 is only read.
+ *
+ * @param {Message} message
+ */
+export function isTrained({ role, weight }) {
+  return role === "assistant" && weight !== 0;
+}
+
 /** @param {any} message */
 function isMessage(message) {
-  return ROLES.includes(message?.role) && typeof message?.content === "string" && Object.keys(message).length === 2;
+  const weighed = message?.role === "assistant" && [0, 1].includes(message.weight);
+  const keys = weighed ? 3 : 2;
+  return ROLES.includes(message?.role) && typeof message?.content === "string" && Object.keys(message).length === keys;
 }
