@@ -266,7 +266,8 @@ class TrainConfig:
         "auto", Option("In what frozen weights are multiplied; auto is as exact as the processor does at full speed.")
     )
     layers: str | None = option(
-        None, Option("Train these decoder layers alone, counted from 0: 16-31, 16- for all from there on, or 16.")
+        None,
+        Option("Train these decoder layers alone, counted from 0: 16-31, 16- for all from there on, 16, or 0-3,16-31."),
     )
     """Those below compute no gradients, keep no activations and have no optimizer state."""
     trunk: bool = option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from edgetune.data.encode import Example
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
@@ -176,7 +177,7 @@ def _peak(attempt: Fit | TooLargeError) -> int:
     return attempt.peak if isinstance(attempt, TooLargeError) else attempt.choice.predicted_peak_bytes or 0
 
 
-def trained_layers(manifest: BundleManifest, request: RunRequest, below: int) -> range | None:
+def trained_layers(manifest: BundleManifest, request: RunRequest, below: int) -> tuple[int, ...] | None:
     """The decoder layers that a run trains; none where it trains all that it can.
 
     Args:
@@ -190,15 +191,16 @@ def trained_layers(manifest: BundleManifest, request: RunRequest, below: int) ->
     asked, count = request.layers, manifest.architecture.num_hidden_layers
     if asked is None:
         return None
-    layers = range(asked.first, count if asked.last is None else asked.last + 1)
-    if not layers or layers.stop > count:
+    spans = [span.of(count) for span in asked.spans]
+    if any(not span or span.stop > count for span in spans):
         raise UsageError(f"--layers {asked}: the bundle has layers 0 to {count - 1}; give some of these")
-    if layers.start < below:
+    layers = sorted(set(chain.from_iterable(spans)))
+    if layers[0] < below:
         raise UsageError(
             f"--layers {asked}: the trunk computes layers 0 to {below - 1}, which have no adapter then; give some of "
             f"{below} to {count - 1}, or train without --trunk"
         )
-    return None if layers == range(below, count) else layers
+    return None if layers == list(range(below, count)) else tuple(layers)
 
 
 def trunk_use(bundle: Bundle, request: RunRequest, examples: Sequence[Example]) -> TrunkUse | None:

@@ -58,11 +58,15 @@ class TrunkRequest:
 
 @dataclass(frozen=True)
 class LayerSpan:
-    """Which decoder layers are to be trained, whatever the model's number of them."""
+    """Decoder layers that follow each other, whatever the model's number of them."""
 
     first: int
     last: int | None
     """None is the model's last."""
+
+    def of(self, count: int) -> range:
+        """The layers of a model with so many."""
+        return range(self.first, count if self.last is None else self.last + 1)
 
     def __str__(self) -> str:
         """As `--layers` takes it."""
@@ -71,17 +75,33 @@ class LayerSpan:
         return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
 
 
-def parse_layers(text: str) -> LayerSpan:
-    """Read `16-31`, `16-` or `16`.
+@dataclass(frozen=True)
+class LayerSpans:
+    """Which decoder layers are to be trained."""
+
+    spans: tuple[LayerSpan, ...]
+
+    def __str__(self) -> str:
+        """As `--layers` takes it."""
+        return ",".join(map(str, self.spans))
+
+
+def parse_layers(text: str) -> LayerSpans:
+    """Read `16-31`, `16-`, `16`, or several of them with commas between.
 
     Raises:
         UsageError: It is none of them.
     """
-    found = _LAYERS.fullmatch(text)
-    if found is None or (found[3] and int(found[3]) < int(found[1])):
-        raise UsageError(f"--layers {text!r:.40}: expected layers counted from 0, such as 16-31, 16- or 16")
-    first = int(found[1])
-    return LayerSpan(first, int(found[3]) if found[3] else None if found[2] else first)
+    spans = []
+    for word in text.split(","):
+        found = _LAYERS.fullmatch(word.strip())
+        if found is None or (found[3] and int(found[3]) < int(found[1])):
+            raise UsageError(
+                f"--layers {text!r:.40}: expected layers counted from 0, such as 16-31, 16-, 16 or 0-3,16-31"
+            )
+        first = int(found[1])
+        spans.append(LayerSpan(first, int(found[3]) if found[3] else None if found[2] else first))
+    return LayerSpans(tuple(spans))
 
 
 @dataclass(frozen=True)
@@ -96,7 +116,7 @@ class RunRequest:
     precision: TrainingPrecision
     trunk: TrunkRequest | None
     """None where the plan runs all layers itself."""
-    layers: LayerSpan | None
+    layers: LayerSpans | None
     """None where all layers above the trunk are trained."""
     lower_layers_cache_bytes: int
     """Most bytes on disk of what enters the lowest trained layer."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -156,8 +158,8 @@ class LayeredPlan:
     """Tokens of the vocabulary whose logits exist at the same time; all when it is not given."""
     trunk: TrunkUse | None = None
     """What computes the lowest layers; none where the plan runs them itself."""
-    layers: range | None = None
-    """The decoder layers that are trained; without it all that are above the trunk."""
+    layers: Sequence[int] | None = None
+    """The decoder layers that are trained, in their order; without it all that are above the trunk."""
     eight_bit_states: bool = False
     """Keep AdamW's moments in 8 bits between steps."""
     forward_only: bool = False
@@ -181,7 +183,7 @@ class LayeredPlan:
     @property
     def first_trained(self) -> int:
         """The lowest layer that is trained: those below have no backward pass."""
-        return self.trunk_layers if self.layers is None else self.layers.start
+        return self.trunk_layers if self.layers is None else self.layers[0]
 
     @property
     def moment_bytes(self) -> float:
@@ -206,10 +208,12 @@ class LayeredPlan:
         return ", ".join([*trunk, *trained, precision, kept, weights, *further])
 
 
-def layers_text(layers: range) -> str:
-    """Layers in words: `layers 16-31`, or `layer 16`."""
-    first, last = layers[0], layers[-1]
-    return f"layer {first}" if first == last else f"layers {first}-{last}"
+def layers_text(layers: Sequence[int]) -> str:
+    """Layers in words: `layers 16-31`, `layers 0-3 and 16-31`, or `layer 16`."""
+    # What follows each other is as far from its place in the list.
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda each: each[1] - each[0])]
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"layer{'s' if len(layers) > 1 else ''} {' and '.join(words)}"
 
 
 ExecutionPlan = WholePlan | LayeredPlan

@@ -330,9 +330,10 @@ def test_a_run_of_some_layers_writes_what_peft_loads_and_goes_on_from_it(
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (TrainConfig(layers="1-0"), "--layers '1-0': expected layers counted from 0, such as 16-31, 16- or 16"),
+        (TrainConfig(layers="1-0"), "--layers '1-0': expected layers counted from 0, such as 16-31, 16-,"),
         (TrainConfig(layers="-1"), "--layers '-1': expected"),
-        (TrainConfig(layers="1,2"), "--layers '1,2': expected"),
+        (TrainConfig(layers="0,,1"), "--layers '0,,1': expected"),
+        (TrainConfig(layers="1,2"), "--layers 1,2: the bundle has layers 0 to 1"),
         (TrainConfig(layers="1-2"), "--layers 1-2: the bundle has layers 0 to 1"),
         (TrainConfig(layers="2-"), "--layers 2-: the bundle has layers 0 to 1"),
         (TrainConfig(layers="1", plan="whole"), "--layers 1 trains layer by layer, and the whole step as one graph"),

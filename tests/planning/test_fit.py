@@ -14,20 +14,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from benchmarks.checkpoints import Size, make_checkpoint
 from edgetune.config import Method, PrepareConfig, TrainConfig
 from edgetune.data.batcher import BatchShape
 from edgetune.data.encode import Example
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
 from edgetune.planning.cost import CostModel
-from edgetune.planning.fit import Fit, Fitting
-from edgetune.runtimes.execution import LayeredPlan
+from edgetune.planning.fit import Fit, Fitting, trained_layers
+from edgetune.runtimes import onnxruntime
+from edgetune.runtimes.execution import LayeredPlan, layers_text
 from edgetune.runtimes.layered.cached_states import record_bytes
 from edgetune.training import train
 from support.fake_runtime import FOOTPRINT, FakeRuntime, runtimes
-from support.prepared_bundles import Prepared, prepare_tiny
+from support.prepared_bundles import CONFIG, Prepared, prepare_checkpoint, prepare_tiny
+from support.random_rows import rows_of
 from support.recorder import Recorder
 from support.run_requests import request_of
+from support.tiny_step import LEARNING_RATE, OPTIMIZER, adapter_of, batch_of
 
 
 @pytest.fixture
@@ -281,3 +285,40 @@ def test_of_rows_that_come_again_the_states_are_kept(
     all_layers = request_of(replace(config, layers=None, lower_layers_cache=TrainConfig.lower_layers_cache))
     whole = Fitting(bundle, train_rows, valid, all_layers).fit().choice.plan
     assert isinstance(whole, LayeredPlan) and whole.states is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "layers", "said"),
+    [
+        ("0-3,16-31", [*range(4), *range(16, 32)], "layers 0-3 and 16-31"),
+        ("7, 5,6-9", list(range(5, 10)), "layers 5-9"),
+        ("0,2,30-", [0, 2, 30, 31], "layers 0 and 2 and 30-31"),
+        ("4", [4], "layer 4"),
+    ],
+)
+def test_layers_are_taken_as_lists(bundle: Bundle, asked: str, layers: list[int], said: str) -> None:
+    deep = replace(bundle.manifest, architecture=replace(bundle.manifest.architecture, num_hidden_layers=32))
+    found = trained_layers(deep, request_of(TrainConfig(layers=asked)), 0)
+    assert found == tuple(layers) and layers_text(layers) == said
+    assert trained_layers(deep, request_of(TrainConfig(layers="0-15,10-")), 0) is None, "these are all"
+
+
+@pytest.mark.own
+def test_layers_between_those_that_are_trained_learn_nothing(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "checkpoint", Size(hidden=64, intermediate=96, layers=3, heads=2, vocabulary=448))
+    deep = prepare_checkpoint(tmp_path / "checkpoint", tmp_path / "bundle", CONFIG)
+    adapter = {
+        name: np.zeros_like(value) if name.startswith("model.layers.1.") and ".lora_B." in name else value
+        for name, value in adapter_of(deep).items()
+    }
+    some = {name: value for name, value in adapter.items() if not name.startswith("model.layers.1.")}
+    batch, found = batch_of(deep, rows_of(1, [12, 30])), []
+    for parameters, layers in ((adapter, None), (some, (0, 2))):
+        plan = LayeredPlan(kept_layers=3, layers=layers)
+        with onnxruntime.open_session(deep, parameters, OPTIMIZER, plan) as session:
+            loss = session.step([batch], LEARNING_RATE).loss
+            found.append((loss, session.gradients()))  # type: ignore[attr-defined]
+    (every_loss, every), (loss, own) = found
+    assert loss == pytest.approx(every_loss, rel=1e-6) and own.keys() == some.keys()
+    for name, gradient in own.items():
+        np.testing.assert_allclose(gradient, every[name], rtol=0, atol=1e-6 * np.abs(every[name]).max(), err_msg=name)

@@ -245,8 +245,18 @@ def rows_alone(batch: Batch, rows: Sequence[int]) -> tuple[Batch, list[Places]]:
         seen = batch.attn_bias[before[0][0], 0][np.ix_(before[1], before[1])]
         bias[now[0][0], 0][np.ix_(now[1], now[1])] = seen
     examples = tuple(batch.examples[row] for row in rows)
-    borrowed = tuple(Borrowed(number, 0) for number in range(len(rows)))
-    alone = Batch(ids, np.full(shape, IGNORED), bias, cos, sin, numbers, examples, borrowed, sum(used), 0)
+    alone = Batch(
+        input_ids=ids,
+        labels=np.full(shape, IGNORED),
+        attn_bias=bias,
+        rope_cos=cos,
+        rope_sin=sin,
+        rows=numbers,
+        examples=examples,
+        borrowed=tuple(Borrowed(number, 0) for number in range(len(rows))),
+        tokens=sum(used),
+        trained_tokens=0,
+    )
     return alone, places
 
 
