@@ -43,7 +43,7 @@ VALUES = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-1, 2)
-    | st.floats(allow_nan=False)
+    | st.floats(allow_nan=False, allow_subnormal=False)
     | st.sampled_from(WORDS)
     | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
