@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,6 +101,29 @@ def test_exact_layers_have_the_exact_plans_loss(prepared: Prepared, plan: Execut
         with openvino.open_session(bundle, adapter_of(bundle), OPTIMIZER, chosen) as session:
             losses.append(session.step([batch], LEARNING_RATE).loss)
     assert losses[1] == losses[0] != losses[2]
+
+
+@installed
+@pytest.mark.parametrize("role", ["attention_grad_kept", "mlp_grad"])
+def test_gains_leave_a_backward_graph_in_bfloat16(prepared: Prepared, with_dora: Prepared, role: str) -> None:
+    """What is elementwise in it is computed as it is without gains, and nothing is converted on the way."""
+    if not has_bfloat16():
+        pytest.skip("the processor has no bfloat16")
+    from edgetune.runtimes.layered.openvino.backend import OpenVinoBackend
+
+    backend = OpenVinoBackend(core(), "CPU", None, KEEP, Channels())
+    kinds = []
+    for make in (prepared, with_dora):
+        graph = backend.load(make("grouped-query", "fp32").file(f"layers/{role}"))
+        sizes = {value.any_name: value.partial_shape for value in graph._model.inputs}
+        shapes = tuple(tuple(s.get_length() if s.is_static else 24 for s in sizes[name]) for name in graph.inputs)
+        infos = [node.get_rt_info() for node in graph._compile(graph._of_shapes(shapes)).get_runtime_model().get_ops()]
+        kinds.append(Counter(f"{i['layerType'].astype(str)} {i['runtimePrecision'].astype(str)}" for i in infos))
+    without, found = kinds
+    assert without["Subgraph bf16"] > 0
+    assert found["Convert bf16"] == 0
+    # Of one gain it is the incoming gradient and the kept result that are multiplied: neither is a product's.
+    assert found["Subgraph f32"] <= without["Subgraph f32"] + 1
 
 
 @installed

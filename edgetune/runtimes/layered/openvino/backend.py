@@ -24,6 +24,7 @@ from edgetune.runtimes.layered.backend import Allocate, Arrays
 from edgetune.runtimes.layered.bindings import Bindings
 from edgetune.runtimes.layered.channels import Channels
 from edgetune.runtimes.layered.openvino.products import Products, is_linear
+from edgetune.runtimes.layered.openvino.sums import sums_as_products
 from edgetune.runtimes.layered.openvino.tensor import BFLOAT16, from_bfloat16, tensor, to_bfloat16
 from edgetune.runtimes.layered.openvino.weights import OpenVinoWeights
 from edgetune.runtimes.openvino_core import MOST_SHAPES, properties_of
@@ -85,6 +86,8 @@ class OpenVinoGraph:
         # Those that `adapt` replaces are weights, whose shapes are known.
         model.reshape({name: list(given[name]) for name in self._plain if name in given})
         self._products.adapt(model)
+        if self._products.short:
+            sums_as_products(model)
         parameters = {parameter.output(0).any_name: parameter for parameter in model.get_parameters()}
         model = ov.Model(model.get_results(), [parameters[name] for name in self.inputs])
         steps = PrePostProcessor(model)
