@@ -39,11 +39,12 @@ WORDS = [
     *("user", "assistant", "system", "tool", "human", "gpt", "function_call", "observation", "developer", "function"),
     *("text", "reasoning", "tool_call", "a", "[]", "[1]", "{}", '{"name": "a"}', '[{"role": "user"}]', "", " "),
 ]
+# ONNX Runtime, wherever it ran before in the process, takes denormal numbers for zero.
 VALUES = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-1, 2)
-    | st.floats(allow_nan=False)
+    | st.floats(allow_nan=False, allow_subnormal=False)
     | st.sampled_from(WORDS)
     | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
