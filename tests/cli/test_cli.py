@@ -200,6 +200,19 @@ def test_the_examples_in_the_help_can_be_parsed(name: str) -> None:
         command_of(name).make_context(name, arguments)
 
 
+@pytest.mark.parametrize("name", ["data", "devices"])
+def test_commands_of_a_command_have_help_and_examples_that_can_be_parsed(name: str) -> None:
+    group = command_of(name)
+    assert isinstance(group, click.Group)
+    for each in group.commands.values():
+        assert all(param.help for param in each.params if isinstance(param, click.Option))
+    examples = [line.split() for line in run(name, "--help").stdout.splitlines() if line.startswith("  edgetune ")]
+    assert {words[2] for words in examples} == set(group.commands)
+    for _, verb, part, *arguments in examples:
+        assert verb == name
+        group.commands[part].make_context(part, arguments)
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [

@@ -263,6 +263,8 @@ def test_the_form_can_be_forced(path: Path) -> None:
     record = {"messages": [USER, ANSWER], "text": "a"}
     assert converted(path, jsonl(record)) == [{"messages": [USER, ANSWER]}]
     assert converted(path, jsonl(record), form="text") == [{"text": "a"}]
+    forced = run("data", "convert", path, "--output", path.with_name("forced"), "--from", "text", "--quiet")
+    assert (forced.exit_code, path.with_name("forced").read_text()) == (0, '{"text": "a"}\n')
     columns = {"prompt_column": "text", "completion_column": "id", "system_column": "s"}
     assert converted(path, jsonl({"text": "Is it on?", "id": "Yes.", "s": "x"}), **columns) == [
         {"messages": [{"role": "system", "content": "x"}, USER, ANSWER]}
