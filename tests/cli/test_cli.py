@@ -601,6 +601,13 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
     return configs
 
 
+def test_the_first_line_says_what_is_kept() -> None:
+    kept = "what enters layer 16 kept on disk for 43% of the rows (2.0 GB)"
+    text = start_text(replace(START, kept=kept, saved="every 9 steps"))
+    assert text.endswith(f"), {kept}, state saved every 9 steps")
+    assert "kept on disk" not in start_text(START)
+
+
 def train(bundle: Path, data: Path, *flags: str | Path) -> Result:
     return run("train", bundle, "--data", data, "--output", "adapter", *flags)
 
