@@ -211,15 +211,17 @@ def test_padding_and_longer_graphs_change_nothing_for_a_row(halves: Bundle) -> N
     np.testing.assert_array_equal(long[:11], short)
 
 
+@pytest.mark.parametrize("states", ["32bit", "8bit"])
 def test_training_learns_and_the_adapter_fits_everything_else(
-    prepared: Prepared, halves: Bundle, data: Path, tmp_path: Path
+    prepared: Prepared, halves: Bundle, data: Path, tmp_path: Path, states: str
 ) -> None:
     output = tmp_path / "adapter"
-    result = train(halves.path, data, output, options_of(trunk=True, steps=20), valid=data)
+    result = train(halves.path, data, output, options_of(trunk=True, steps=20, optimizer_states=states), valid=data)
     assert result.first_validation_loss is not None
     assert result.last_validation_loss is not None
     assert result.last_validation_loss < 0.8 * result.first_validation_loss
     assert result.plan.startswith("split, 1 layers in the trunk")
+    assert result.plan.endswith("8-bit optimizer states") == (states == "8bit")
     (placement,) = result.placement
     assert (placement["graph"], placement["batch"], placement["length"]) == (GRAPH, 1, 48)
     assert (placement["provider"], placement["fallen_back"]) == ("CPUExecutionProvider", [])
