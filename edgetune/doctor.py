@@ -27,6 +27,7 @@ _EXTRAS = {
     "openvino": "train --runtime openvino, the fastest on Intel CPUs with bfloat16",
     "qnn": "train --runtime qnn, on Qualcomm's NPU or, on x86-64 Linux, its emulation",
     "openvino-ep": "train --runtime openvino-ep, the same through ONNX Runtime, on Intel's devices",
+    "eval": "eval --generate with the metrics bleu, chrf and macro-f1",
     "fpga": "train --runtime fpga-hls, an FPGA emulation, which needs g++ as well; ship --target fpga",
 }
 """Extras that nothing needs, and what they are for."""

@@ -16,7 +16,6 @@ from edgetune.data.examples import load_examples
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
 from edgetune.exporting.gains import adapter_gains
 from edgetune.exporting.keep import add_lora_inputs, graph_values, write_onnx_adapter
-from edgetune.exporting.measure import Measured
 from edgetune.exporting.merge import merge_adapter
 from edgetune.exporting.validation import validation_rows_of
 from edgetune.formats.adapter import WEIGHTS as ADAPTER_WEIGHTS
@@ -28,6 +27,7 @@ from edgetune.formats.manifest import FORMAT_VERSION, MODEL_FORMAT, File, ModelM
 from edgetune.formats.manifest_json import write_manifest
 from edgetune.formats.row_norms import read_row_norms
 from edgetune.formats.storage import CHUNK, atomic_folder, sha256_of, write_file
+from edgetune.generation.measure import Measured
 from edgetune.host.versions import version_of
 from edgetune.machine.threads import computing_with
 from edgetune.model.lora import Parameters
@@ -243,7 +243,7 @@ def _merged_losses(
     graph = onnx.load(str(bundle.path / MODEL), load_external_data=False)
     add_lora_inputs(graph, bundle.manifest.lora)
     rope = bundle.manifest.architecture.rope
-    apart = Measured(bundle.path, rope, graph)
+    apart = Measured(bundle.path, rope, graph.SerializeToString())
     pulse = _pulse(examples, say, 3)
     losses = {
         "base": apart.answer_loss(examples, pulse),

@@ -5,7 +5,7 @@ The format is described in `artifacts/FORMAT.md`; `edgetune.formats.manifest_jso
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from edgetune.errors import VerificationError
@@ -169,6 +169,9 @@ class ModelManifest:
     files: list[File]
     encoding: RowEncoding = RowEncoding()
     """How prompts are encoded, as the adapter's rows were; not written where it is the default."""
+    adapters: dict[str, RowEncoding] = field(default_factory=dict)
+    """Of a folder with several adapters, how prompts of each are encoded, by its name, which is that of its file; not
+    written otherwise."""
     manifest_sha256: str = ""
 
 

@@ -139,6 +139,43 @@ def atomic_folder(path: Path, *, replace: bool = False, marker: str = "", needed
         raise explained from error
 
 
+def write_new_file(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all, where there is none.
+
+    Raises:
+        UsageError: There is one, it cannot be written, or its path is not valid Unicode.
+        NoRoomError: The disk has less room than is needed.
+        EdgetuneError: The disk fails.
+    """
+    refuse_existing(path)
+    path = _real(path)
+    partial = _beside(path, f"partial-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_file(partial, data)
+            os.rename(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        explained = _explained(error, path, len(data), len(data))
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse a path at which something is, or that is not valid Unicode.
+
+    Raises:
+        UsageError: That is so.
+    """
+    require_unicode(path)
+    if path.exists():
+        raise UsageError(f"{path} already exists; choose another name or remove it")
+
+
 def require_unicode(path: Path) -> None:
     """Refuse a path that cannot be written down: tokenizers, ONNX Runtime and manifests take text, not bytes.
 

@@ -159,7 +159,7 @@ def test_kept_graph_takes_adapters_of_any_rank(exported: Exporter, tmp_path: Pat
     wider.set_model_version(1)
     wider.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in doubled.items()})
     wider.export_adapter(str(tmp_path / "wider.onnx_adapter"))
-    from edgetune.exporting.measure import Measured
+    from edgetune.generation.measure import Measured
 
     examples = encoded(bundle("multi-head", "int4"), tmp_path)
     model, pulse = Measured(folder, bundle("multi-head", "int4").manifest.architecture.rope), Pulse(silent, "{}")

@@ -13,11 +13,11 @@ from edgetune.config import Base, ExportConfig
 from edgetune.evaluation import measure
 from edgetune.exporting import ADAPTER, export
 from edgetune.exporting.gains import adapter_gains
-from edgetune.exporting.measure import Measured
 from edgetune.formats.adapter import read_adapter, write_adapter
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.row_norms import read_row_norms
 from edgetune.generation import generate_ids
+from edgetune.generation.measure import Measured
 from edgetune.model.lora import MAGNITUDE
 from edgetune.text.pulse import Pulse, silent
 from support import oracle

@@ -21,7 +21,8 @@ from edgetune.formats.bundle import list_files
 from edgetune.formats.genai import MANIFEST, open_model
 from edgetune.formats.manifest import AdapterManifest, ModelManifest, RowEncoding
 from edgetune.formats.manifest_json import read_manifest, write_manifest
-from edgetune.generation import generate, generate_ids, text_pieces
+from edgetune.generation import generate, generate_ids
+from edgetune.generation.pieces import text_pieces
 from support.shared_material import shared_material
 from support.tiny_phi3 import bundle, checkpoint, greedy, save_adapter, torch_model
 
