@@ -164,7 +164,8 @@ class ModelManifest:
     adapter: str | None
     """The `.onnx_adapter` that is active unless another is asked for; none when it was merged into the weights."""
     losses: dict[str, float]
-    """Answer loss on the validation rows of `base`, `base + adapter` and `merged`; empty when there were no rows."""
+    """Answer loss on the validation rows of `base`, `base + adapter` and `merged`; empty when there were no rows. Of
+    several adapters, `base, rows of NAME` and `base + NAME` for each that has rows."""
     provenance: dict[str, str]
     files: list[File]
     encoding: RowEncoding = RowEncoding()

@@ -7,8 +7,8 @@ import pytest
 from edgetune.evaluation.words import distinct, exact_match, normalised_words, token_f1
 from support.answered import answered
 
-# The example on the page of the metric `squad` of Hugging Face's evaluate: two of three answers are right, the other has
-# no word in common (`Beyonce`, where `Beyoncé and Bruno Mars` is the reference).
+# The example on the page of the metric `squad` of Hugging Face's evaluate: two of three answers are right, the other
+# has no word in common (`Beyonce`, where `Beyoncé and Bruno Mars` is the reference).
 SQUAD = [("1976", "1976"), ("Beyoncé and Bruno Mars", "Beyonce"), ("climate change", "climate change")]
 
 

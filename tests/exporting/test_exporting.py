@@ -23,11 +23,11 @@ from edgetune.config import Base, ExportConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, UsageError, VerificationError
-from edgetune.exporting import ADAPTER, ExportReport, export, share_kept
+from edgetune.exporting import ExportReport, export, share_kept
 from edgetune.exporting.validation import validation_rows_of
 from edgetune.formats.adapter import write_adapter
 from edgetune.formats.bundle import Bundle
-from edgetune.formats.genai import open_model
+from edgetune.formats.genai import adapter_file, open_model
 from edgetune.formats.manifest import ModelManifest
 from edgetune.formats.storage import sha256_of
 from edgetune.generation import generate_ids
@@ -46,6 +46,7 @@ ROWS = [
     {"prompt": "turn it off", "completion": " now"},
     {"prompt": "hello", "completion": " world, what is it? tell me the answer"},
 ]
+ADAPTER = adapter_file("adapter")
 BASES: tuple[Base, ...] = ("int4", "fp32")
 OTHERS: list[tuple[str, Base]] = [("grouped-query", "int8"), ("grouped-query", "fp16"), ("partial", "int8")]
 EACH = [*((variant, base) for variant in VARIANTS for base in BASES), *OTHERS]
