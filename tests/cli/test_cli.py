@@ -32,6 +32,8 @@ from edgetune.cli.interruption import termination_interrupts
 from edgetune.cli.output import notices, printable
 from edgetune.cli.progress import BarObserver, LineObserver, duration_text
 from edgetune.config import (
+    ChatConfig,
+    EvalCommandConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
@@ -126,8 +128,8 @@ def test_help_is_instant_and_imports_no_command() -> None:
 
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
     assert list(VERBS) == [
-        "prepare", "split", "plan", "train", "preview", "eval", "export", "generate", "ship", "inspect", "devices",
-        "conformance", "doctor",
+        "prepare", "split", "plan", "train", "preview", "eval", "export", "generate", "chat", "ship", "inspect",
+        "devices", "conformance", "doctor",
     ]  # fmt: skip
     stdout = run("--help").stdout
     positions = [stdout.index(f"  {name} ") for name in VERBS]
@@ -162,6 +164,7 @@ OPTIONS = {
     "max-new-tokens temperature top-p top-k seed quiet json",
     "export": "adapter output merge keep-adapter precision valid least-kept unmeasured threads force quiet json",
     "generate": "prompt system max-new-tokens temperature top-p top-k seed adapter raw content-as-text threads json",
+    "chat": "system max-new-tokens temperature top-p top-k seed adapter content-as-text threads",
     "ship": "target output adapter force quiet json",
     "inspect": "placement buckets device-type soc-model require-npu json",
     "devices": "",
@@ -208,6 +211,8 @@ def test_the_examples_in_the_help_can_be_parsed(name: str) -> None:
         ("train", TrainConfig()),
         ("export", ExportConfig()),
         ("generate", GenerateConfig()),
+        ("chat", ChatConfig()),
+        ("eval", EvalCommandConfig()),
         ("ship", ShipConfig()),
     ],
 )
@@ -888,6 +893,7 @@ NOT_UNICODE = [
     ["export", "{golden}", "--adapter", "{bad}", "--output", "out"],
     ["export", "{golden}", "--adapter", "{adapter}", "--output", "{bad}/out"],
     ["generate", "{bad}", "--prompt", "hello"],
+    ["chat", "{bad}"],
     ["ship", "{bad}", "--target", "web", "--output", "out"],
     ["ship", "{golden}", "--target", "web", "--output", "{bad}/out"],
     ["inspect", "{bad}"],
