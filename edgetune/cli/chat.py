@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 edgetune chat model
 edgetune chat model --adapter kitchen --system "You are the voice of a kettle."
-edgetune chat model --temperature 0.8 < questions.txt
+edgetune chat model --temperature 0.8 --seed 7
 """
 _COMMANDS = {
     "/adapter NAME": "let another adapter answer; without a name, say which there are",

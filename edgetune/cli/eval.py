@@ -15,6 +15,7 @@ from edgetune.cli.options import flag_of, options_of
 from edgetune.cli.output import console, notices, print_json
 from edgetune.cli.values import fields_of
 from edgetune.config import AnswersConfig, AskingConfig, EvalCommandConfig, EvaluateConfig, ProgressConfig
+from edgetune.errors import UsageError
 
 if TYPE_CHECKING:
     from edgetune.evaluation import Evaluation
@@ -52,6 +53,8 @@ def command(
     With --generate, MODEL, which `edgetune export` wrote, answers each row's prompt, and its answers are measured.
     """
     _refuse_other_options(ctx, config)
+    from edgetune.describe import kind_of
+
     row_sources({"--data": data})
     say = notices(quiet=printing.quiet)
     if config.generate:
@@ -61,6 +64,9 @@ def command(
         _print_answers(evaluate_answers(model, data, config, adapter=adapter, say=say), printing)
         return
     folder = None if adapter is None else adapter_at(Path(adapter))
+    if kind_of(model) == "model":
+        flag = flag_of(fields_of(EvalCommandConfig)["generate"])
+        raise UsageError(f"{model} is an exported model, which has no loss graph; measure its answers with {flag}")
     bundle_folder(model)
     from edgetune.evaluation import evaluate
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from edgetune.cli import main
 from edgetune.config import AnswersConfig, ExportConfig, GenerateConfig, TrainConfig
 from edgetune.errors import DataError, UsageError
 from edgetune.evaluation import evaluate
@@ -137,3 +140,25 @@ def test_it_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate_answers(BUNDLE, TRAIN, replace(CONFIG, metric=("accuracy", "perplexity")), say=said.append)
     assert "answered 10 of 10 rows" in said
     assert said[-1] == "measured 10 of 10 rows"
+
+
+def invoke(*arguments: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_prints_a_table_or_one_object(learnt: Path, tmp_path: Path) -> None:
+    asked = ("eval", learnt / "model", "--generate", "--data", TRAIN, "--max-new-tokens", 40, "--metric", "token-f1")
+    code, table, _ = invoke(*asked, "--metric", "distinct-2", "--compare", BUNDLE)
+    assert code == 0
+    assert re.search(r"token-f1 +│ 0\.\d{4} +│ 0\.\d{4} +│ \+0\.\d{4} +│ \+0\.\d{4} to \+\d\.\d{4} +│ better", table)
+    assert re.search(r"distinct-2 .*│ not compared", table)
+    code, printed, _ = invoke(*asked, "--adapter", "base", "--json", "--rows-output", tmp_path / "rows.jsonl")
+    found = json.loads(printed)
+    assert (code, found["rows"], found["left_out"], found["differences"]) == (0, 10, 0, {})
+    assert f"{found['scores']['token-f1']:.4f}" in table, "the base is what the adapter was compared with"
+    assert len(read_answered_rows(tmp_path / "rows.jsonl")) == 10
+    code, _, said = invoke("eval", learnt / "model", "--data", TRAIN)
+    assert code == 2 and "measure its answers with --generate" in said
+    code, _, said = invoke(*asked, "--adapter", "kitchen")
+    assert code == 2 and "has no adapter 'kitchen'; there are adapter, base" in said
