@@ -11,7 +11,6 @@ from typing import Any
 from edgetune.evaluation.measurement import AnsweredRow, Measurement, f1, of_sums, texts
 
 _FENCE = re.compile(r"\s*```\w*\n(.*?)\n?```\s*", re.DOTALL)
-_LINE = re.compile(r"\s*[-*]?\s*([^:]+?)\s*:\s*(.+?)\s*")
 Entity = tuple[str, str]
 """Kind and text, without case."""
 
@@ -34,18 +33,28 @@ def entities_in(text: str) -> Counter[Entity] | None:
     Returns:
         How often each occurs; None where the text is none of these.
     """
+    pairs = list(_pairs(text))
+    found = Counter((_plain(kind), _plain(name)) for kind, name in pairs if kind and name)
+    return found if found.total() == len(pairs) else None
+
+
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    """Kind and text of each entity, either of them empty where there is none."""
     value = _json_in(text)
-    if isinstance(value, list):
-        pairs = [(each.get("type"), each.get("text")) if isinstance(each, dict) else (None, None) for each in value]
-    elif isinstance(value, dict):
-        pairs = [(kind, each) for kind, held in value.items() for each in (held if isinstance(held, list) else [held])]
-    elif value is not None:
-        return None
+    if isinstance(value, dict):
+        for kind, held in value.items():
+            for each in held if isinstance(held, list) else [held]:
+                yield kind, each if isinstance(each, str) else ""
+    elif isinstance(value, list):
+        for each in value:
+            kind, name = (each.get("type"), each.get("text")) if isinstance(each, dict) else ("", "")
+            yield (kind, name) if isinstance(kind, str) and isinstance(name, str) else ("", "")
+    elif value is not None or not text.strip():
+        yield "", ""
     else:
-        lines = [_LINE.fullmatch(line) for line in text.splitlines() if line.strip()]
-        pairs = [(line[1], line[2]) if line else (None, None) for line in lines] or [(None, None)]
-    found = Counter((_plain(kind), _plain(name)) for kind, name in pairs if isinstance(kind, str) and name == str(name))
-    return found if sum(found.values()) == len(pairs) else None
+        for line in filter(str.strip, text.splitlines()):
+            kind, _, name = line.strip().removeprefix("-").removeprefix("*").partition(":")
+            yield kind.strip(), name.strip()
 
 
 def _plain(text: str) -> str:

@@ -40,6 +40,15 @@ def test_what_holds_no_entities(text: str) -> None:
     assert entities_in(text) is None
 
 
+def test_a_long_text_takes_no_long_time() -> None:
+    """A row may have a megabyte: what tried every place of every blank would not come to an end."""
+    blanks = "device" + " " * 500_000
+    assert entities_in(blanks) is None
+    assert entities_in(f"{blanks}: lamp") == Counter({("device", "lamp"): 1})
+    assert entities_in("```\n" * 100_000) is None
+    assert leaves_in("```\n" * 100_000) is None
+
+
 def test_entity_f1_by_hand() -> None:
     rows = answered(
         ("device: lamp\nroom: hall", "device: lamp\nroom: cellar"),  # one of two
