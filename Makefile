@@ -4,6 +4,7 @@
 # make test-native   setup, then training with the C++ sample; skipped where there is no apt or no compiler
 # make test-web      setup, then the JavaScript examples in Node and in Chromium; skipped where these cannot be had
 # make demo    setup, then the main job on a small model that is built on the spot
+# make tasks   setup, then seven tasks on a real model that comes from PyPI: an adapter each, beside its base
 # make lint    setup, then ruff and mypy alone
 # make bench   setup, then edgetune and PyTorch + PEFT in one sitting (BENCH="--cases small-best --runs 3"; docs/benchmarks.md)
 
@@ -16,7 +17,7 @@ DEVICE = .venv-device/bin/python
 SOURCES = $(shell find edgetune devices -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint test test-device test-arm test-native test-host test-web web-tools compiler demo bench
+.PHONY: help setup lint test test-device test-arm test-native test-host test-web web-tools compiler demo tasks bench
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -56,12 +57,15 @@ web-tools:
 demo: setup
 	$(HOST) examples/demo.py
 
+tasks: setup
+	$(HOST) examples/tasks/run.py $(TASKS)
+
 bench: setup
 	$(HOST) -m benchmarks $(BENCH)
 
 .venv/installed: pyproject.toml requirements/host.txt
 	$(PYTHON) -m venv .venv
-	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[host,openvino,openvino-ep,qnn,fpga,data,bench,test]'
+	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[host,openvino,openvino-ep,qnn,fpga,data,eval,bench,test]'
 	touch $@
 
 # First what a device gets, in the verified versions; pytest comes on top and is not counted.

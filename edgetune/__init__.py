@@ -17,7 +17,14 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 __version__ = "0.1.0"
 
 _OFFERED = {
-    "edgetune.config": ("EvaluateConfig", "ExportConfig", "GenerateConfig", "PrepareConfig", "TrainConfig"),
+    "edgetune.config": (
+        "AnswersConfig",
+        "EvaluateConfig",
+        "ExportConfig",
+        "GenerateConfig",
+        "PrepareConfig",
+        "TrainConfig",
+    ),
     "edgetune.errors": (
         "DataError",
         "EdgetuneError",
@@ -33,6 +40,7 @@ _OFFERED = {
         "VerificationError",
     ),
     "edgetune.evaluation": ("Evaluation", "evaluate"),
+    "edgetune.evaluation.answers": ("AnswersEvaluation", "evaluate_answers"),
     "edgetune.exporting": ("ExportReport", "export"),
     "edgetune.formats.bundle": ("Bundle", "load_bundle"),
     "edgetune.generation": ("generate",),
@@ -46,6 +54,7 @@ __all__ = ["__version__", *_MODULE_OF]
 
 if TYPE_CHECKING:
     # Type checkers and editors read this, and do not run what is below.
+    from edgetune.config import AnswersConfig as AnswersConfig
     from edgetune.config import EvaluateConfig as EvaluateConfig
     from edgetune.config import ExportConfig as ExportConfig
     from edgetune.config import GenerateConfig as GenerateConfig
@@ -65,6 +74,8 @@ if TYPE_CHECKING:
     from edgetune.errors import VerificationError as VerificationError
     from edgetune.evaluation import Evaluation as Evaluation
     from edgetune.evaluation import evaluate as evaluate
+    from edgetune.evaluation.answers import AnswersEvaluation as AnswersEvaluation
+    from edgetune.evaluation.answers import evaluate_answers as evaluate_answers
     from edgetune.exporting import ExportReport as ExportReport
     from edgetune.exporting import export as export
     from edgetune.formats.bundle import Bundle as Bundle

@@ -28,6 +28,11 @@ Start = Literal["random", "gradient"]
 OptimizerStates = Literal["auto", "32bit", "8bit"]
 FormName = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 PlatformName = Literal["android", "ios", "web", "linux-arm64"]
+MetricName = Literal[
+    "accuracy", "macro-f1", "entity-f1", "json-match", "exact-match", "token-f1", "chrf", "bleu", "distinct-1",
+    "distinct-2", "perplexity",
+]  # fmt: skip
+"""What `edgetune.evaluation.metrics` has one of each of."""
 
 MODULES_OF_TARGETS: dict[str, tuple[str, ...]] = {
     "all-linear": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
@@ -54,6 +59,8 @@ class Option:
     """Flag that switches off what is on by default, without its dashes; `no-` and the field's name without it."""
     excludes: tuple[str, ...] = ()
     """Fields that cannot be given together with this one."""
+    needs: str | None = None
+    """Field without which this one means nothing."""
     only: str | None = None
     """The one command that takes it, where several take fields of the dataclass."""
     former_names: tuple[str, ...] = ()
@@ -121,6 +128,8 @@ def _problems(config: Any) -> Iterator[str]:
         for other in said.excludes:
             if (given := getattr(config, other)) is not None:
                 yield f"{each.name} ({value}) and {other} ({given}) exclude each other; give one of them"
+        if said.needs is not None and getattr(config, said.needs) is None:
+            yield f"{each.name} ({value}) means nothing without {said.needs}; give that as well, or leave it out"
 
 
 def _expected(value: object, hint: Any, said: Option) -> str:
@@ -133,6 +142,8 @@ def _expected(value: object, hint: Any, said: Option) -> str:
         return f"one of {', '.join(get_args(hint))}{written}"
     if get_origin(hint) is dict:
         return _expected_entries(value, get_args(hint)[1], said)
+    if get_origin(hint) is tuple:
+        return _expected_items(value, get_args(hint)[0], said)
     if not is_a(value, hint):
         return _KINDS[hint]
     if isinstance(value, int | float) and hint is not bool:
@@ -151,6 +162,14 @@ def _expected_entries(value: object, hint: Any, said: Option) -> str:
     return "; ".join(f"for {name}: {expected}" for name, expected in wrong.items())
 
 
+def _expected_items(value: object, hint: Any, said: Option) -> str:
+    """The same of a tuple of values."""
+    if not isinstance(value, tuple):
+        return "a tuple"
+    wrong = {expected: item for item in value if (expected := _expected(item, hint, said))}
+    return "; ".join(f"for {item!r:.60}: {expected}" for expected, item in wrong.items())
+
+
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a Path"}
 """How messages call what each type of field takes."""
 _MANY = 10**9
@@ -160,6 +179,7 @@ _RAW_PROMPTS = Option("Take prompt and completion as they are; without it they g
 _CONTENT_AS_TEXT = Option(
     "Take control tokens that a message spells, such as <|end|>, as text; without it they steer the model."
 )
+_ADAPTER_NAME = Option("Name of the adapter that answers, of those in the folder; base for none of them.")
 _DEVICE_TYPE = Option("Which of the runtime's devices executes a whole step.")
 _SOC_MODEL = Option(
     "Chip that --runtime qnn emulates where there is no NPU: 69 is 8 Elite; else the device's, or 60, X Elite.", least=1
@@ -434,14 +454,74 @@ class ConvertConfig:
     force: bool = option(False, Option("Replace an output that is already there."))
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """How `edgetune eval` measures."""
+DEFAULT_METRICS: tuple[MetricName, ...] = ("exact-match", "token-f1")
+"""What `AnswersConfig` means without any."""
 
-    truncate: bool = option(False, _TRUNCATE)
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How an answer is found, token by token."""
+
+    max_new_tokens: int = option(128, Option("Longest answer, in tokens.", least=1))
+    temperature: float | None = option(
+        None,
+        Option("Draw each token by its probability, evener the higher this is; without it the likeliest.",
+               least=0.01, most=100),
+    )  # fmt: skip
+    """Scores are divided by it before they become probabilities."""
+    top_p: float | None = option(
+        None,
+        Option("Draw from the likeliest tokens that have this probability together.",
+               least=1e-6, most=1, needs="temperature"),
+    )  # fmt: skip
+    """Nucleus sampling (Holtzman et al. 2020)."""
+    top_k: int | None = option(
+        None, Option("Draw from so many of the likeliest tokens.", least=1, most=10**6, needs="temperature")
+    )
+    seed: int | None = option(
+        None,
+        Option("Draw the same tokens each time; without it, others each time.", least=0, most=2**31 - 1,
+               needs="temperature"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AskingConfig:
+    """How rows are encoded, and with how many threads what they ask is computed."""
+
     raw_prompts: bool = option(False, _RAW_PROMPTS)
     content_as_text: bool = option(False, _CONTENT_AS_TEXT)
     threads: int | None = option(None, _THREADS)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(AskingConfig):
+    """How `edgetune eval` measures."""
+
+    truncate: bool = option(False, _TRUNCATE)
+
+
+@dataclass(frozen=True)
+class AnswersConfig(SearchConfig, AskingConfig):
+    """How `edgetune eval --generate` lets a model answer, and what it measures of the answers."""
+
+    metric: tuple[MetricName, ...] | None = option(
+        None,
+        Option(f"What is measured of the answers; can be given again. Without it {' and '.join(DEFAULT_METRICS)}."),
+    )
+    rows_output: Path | None = option(
+        None, Option("File for each row's prompt, reference, answer and scores, as JSONL.")
+    )
+    compare: Path | None = option(
+        None, Option("Another model's answers to the same rows: what --rows-output wrote, or a model to ask.")
+    )
+
+
+@dataclass(frozen=True)
+class EvalCommandConfig(AnswersConfig, EvaluateConfig):
+    """All that `edgetune eval` takes, whichever it does."""
+
+    generate: bool = option(False, Option("Let MODEL answer the prompts, and measure the answers."))
 
 
 @dataclass(frozen=True)
@@ -466,11 +546,20 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(SearchConfig):
     """How `edgetune generate` answers."""
 
-    max_new_tokens: int = option(128, Option("Longest answer, in tokens.", least=1))
+    adapter: str | None = option(None, _ADAPTER_NAME)
     raw: bool = option(False, Option("Go on with the prompt as it is, without the chat template."))
+    content_as_text: bool = option(False, _CONTENT_AS_TEXT)
+    threads: int | None = option(None, _THREADS)
+
+
+@dataclass(frozen=True)
+class ChatConfig(SearchConfig):
+    """How `edgetune chat` answers."""
+
+    adapter: str | None = option(None, _ADAPTER_NAME)
     content_as_text: bool = option(False, _CONTENT_AS_TEXT)
     threads: int | None = option(None, _THREADS)
 

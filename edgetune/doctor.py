@@ -28,6 +28,7 @@ _EXTRAS = {
     "qnn": "train --runtime qnn, on Qualcomm's NPU or, on x86-64 Linux, its emulation",
     "openvino-ep": "train --runtime openvino-ep, the same through ONNX Runtime, on Intel's devices",
     "data": "data convert of Parquet files",
+    "eval": "eval --generate with the metrics bleu, chrf and macro-f1",
     "fpga": "train --runtime fpga-hls, an FPGA emulation, which needs g++ as well; ship --target fpga",
 }
 """Extras that nothing needs, and what they are for."""

@@ -38,6 +38,7 @@ VERBS = {
     "eval": Verb("edgetune.cli.eval", "Measure loss and perplexity of the answers."),
     "export": Verb("edgetune.cli.export", "Write a model folder for ONNX Runtime GenAI (host)."),
     "generate": Verb("edgetune.cli.generate", "Let an exported model answer a prompt."),
+    "chat": Verb("edgetune.cli.chat", "Talk with an exported model, turn by turn."),
     "ship": Verb("edgetune.cli.ship", "Lay out what an app ships: for a phone, a browser or a board."),
     "inspect": Verb("edgetune.cli.inspect", "Say what a bundle, adapter or model is, and verify it."),
     "devices": Verb("edgetune.cli.devices", "List, show and check device profiles."),

@@ -17,12 +17,18 @@ EXAMPLES = """
 edgetune export bundle --adapter adapter --output model
 edgetune export bundle --adapter adapter --output model --merge --precision int4 --valid valid.jsonl
 edgetune export bundle --adapter adapter --output model --keep-adapter
+edgetune export bundle --adapter kitchen --adapter garden=runs/a7 --output model --keep-adapter
 """
 
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("bundle", type=PATH)
-@click.option("--adapter", type=PATH, required=True, help="Adapter that was trained on this bundle, or by PEFT.")
+@click.option(
+    "--adapter",
+    multiple=True,
+    required=True,
+    help="Adapter that was trained on this bundle, or by PEFT; with --keep-adapter several, as PATH or NAME=PATH.",
+)
 @click.option("--output", type=PATH, required=True, help="Folder of the model.")
 @click.option("--valid", type=PATH, help="Rows to measure the answer loss on; default: those of the adapter's run.")
 @options_of(ExportConfig)
@@ -31,7 +37,7 @@ edgetune export bundle --adapter adapter --output model --keep-adapter
 def command(
     ctx: click.Context,
     bundle: Path,
-    adapter: Path,
+    adapter: tuple[str, ...],
     output: Path,
     valid: Path | None,
     config: ExportConfig,
@@ -49,11 +55,11 @@ def command(
     if config.unmeasured and valid is not None:
         raise click.UsageError("--unmeasured and --valid exclude each other; leave one of them out")
     row_sources({"--valid": valid})
-    adapter_at(adapter)
+    adapters = _named(adapter)
     opened = bundle_at(bundle)
     from edgetune.exporting import export
 
-    exported = export(opened, adapter, output, config, valid=valid, say=notices(quiet=printing.quiet))
+    exported = export(opened, adapters, output, config, valid=valid, say=notices(quiet=printing.quiet))
     if printing.json:
         losses, kept = exported.losses, exported.kept
         print_json({"model": exported.path, "bytes": exported.bytes, "losses": losses, "kept": kept})
@@ -65,3 +71,23 @@ def command(
         click.echo(f"  kept of what was learnt: {exported.kept:.1%}")
     elif "merged" in exported.losses:
         click.echo("  kept of what was learnt: nothing to keep, the adapter is no better than the base on these rows")
+
+
+def _named(written: tuple[str, ...]) -> dict[str, Path]:
+    """The adapters by name, of `PATH` or `NAME=PATH`; a path may have a `=` of its own.
+
+    Raises:
+        UsageError: A path is no adapter's, or two adapters have one name.
+    """
+    from edgetune.exporting.adapters import name_of
+
+    named: dict[str, Path] = {}
+    for text in written:
+        name, equals, path = text.partition("=")
+        whole = not equals or Path(text).exists()
+        folder = adapter_at(Path(text if whole else path))
+        name = name_of(folder) if whole else name
+        if name in named:
+            raise click.UsageError(f"two adapters are called {name}: {named[name]} and {folder}; write NAME=PATH")
+        named[name] = folder
+    return named

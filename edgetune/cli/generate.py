@@ -16,6 +16,8 @@ from edgetune.config import GenerateConfig, ResultConfig
 EXAMPLES = """
 edgetune generate model --prompt "Dim the lights."
 edgetune generate model --system "You are the voice of a kettle." --prompt "Are you hot?" --max-new-tokens 64
+edgetune generate model --prompt "Tell me about the moon." --temperature 0.8 --top-p 0.95 --seed 7
+edgetune generate model --prompt "Dim the lights." --adapter kitchen
 edgetune generate bundle --prompt "What did the base say before training?" --json
 """
 
@@ -31,9 +33,9 @@ edgetune generate bundle --prompt "What did the base say before training?" --jso
 def command(model: Path, prompt: str, system: str | None, config: GenerateConfig, printing: ResultConfig) -> None:
     """Let MODEL answer a prompt, word by word as it comes.
 
-    MODEL is what `edgetune export` wrote, or a bundle, whose base then answers. Decoding is greedy. A model
-    whose adapter was trained with --raw-prompts or --content-as-text is asked so. With --json one object, whose `text`
-    is the answer without special tokens.
+    MODEL is what `edgetune export` wrote, or a bundle, whose base then answers. Each token is the likeliest unless
+    there is a --temperature. A model whose adapter was trained with --raw-prompts or --content-as-text is asked so.
+    With --json one object, whose `text` is the answer without special tokens.
     """
     model_at(model)
     from edgetune.generation import generate

@@ -46,12 +46,14 @@ def options_of(
         if command is None or option_of(each).only in (None, command)
     }
 
+    hints = hints_of(kind)
+
     def decorate(function: Function) -> Function:
         @wraps(function)
         def with_config(*arguments: Any, **values: Any) -> None:
             context = click.get_current_context()
             path = values.pop(_FILE) if with_file else None
-            written = {name: _given(each, values.pop(name)) for name, each in known.items()}
+            written = {name: _given(each, hints[each.name], values.pop(name)) for name, each in known.items()}
             # What was written counts, even where it is the default: it overrides the file.
             flags = {
                 name: Setting(value, place="")
@@ -60,7 +62,6 @@ def options_of(
             }
             function(*arguments, **values, **{parameter: kind(**_merged(kind, flags, path))})
 
-        hints = hints_of(kind)
         for name, each in reversed(known.items()):
             _add_option(with_config, name, each, hints[each.name])
         if with_file:
@@ -71,13 +72,15 @@ def options_of(
     return decorate
 
 
-def _given(of: Field[Any], value: Any) -> Any:
-    """What was given for a field; of one that has a value for each of some names, the entries together.
+def _given(of: Field[Any], hint: Any, value: Any) -> Any:
+    """What was given for a field; of one that can be given again, all of it together, and None for nothing.
 
     Raises:
-        UsageError: A name was given twice.
+        UsageError: A name that has a value was given twice.
     """
-    if not isinstance(value, tuple):
+    if get_origin(hint) is tuple:
+        return tuple(dict.fromkeys(value)) or None
+    if get_origin(hint) is not dict:
         return value
     entries: dict[str, Any] = dict(value)
     if len(entries) < len(value):
@@ -100,6 +103,8 @@ def flag_of(of: Field[Any], value: object = True, *, name: str = "") -> str:
         return f"--{off or f'no-{word}'}"
     if isinstance(value, dict):
         return " ".join(f"--{word} {entry}={each}" for entry, each in value.items())
+    if isinstance(value, tuple):
+        return " ".join(f"--{word} {each}" for each in value)
     return f"--{word}" if value is True else f"--{word} {value}"
 
 
@@ -110,7 +115,7 @@ def _add_option(function: Function, name: str, of: Field[Any], hint: Any) -> Non
         name,
         type=type_of(hint, said),
         is_flag=hint is bool,
-        multiple=get_origin(hint) is dict,
+        multiple=get_origin(hint) in (dict, tuple),
         default=of.default,
         show_default=is_on or not (of.default is None or of.default is False),
         help=said.help,

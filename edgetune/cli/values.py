@@ -83,6 +83,8 @@ def type_of(hint: Any, said: Option) -> click.ParamType[Any]:
     """
     if get_origin(hint) is Literal:
         return Choice(get_args(hint), said.former_values)
+    if get_origin(hint) is tuple:
+        return type_of(get_args(hint)[0], said)
     if get_origin(hint) is dict:
         return Entry(type_of(get_args(hint)[1], said))
     if hint is int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgetune.errors import UsageError, VerificationError
@@ -14,11 +14,16 @@ from edgetune.formats.json_file import read_object
 from edgetune.formats.manifest import BundleManifest, ModelManifest, RowEncoding
 from edgetune.formats.storage import recover
 from edgetune.model.blocks import BLOCK_SIZE
+from edgetune.text.suggestion import did_you_mean
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
 CONFIG = "genai_config.json"
 MANIFEST = "edgetune.json"
+ADAPTERS, ADAPTER_SUFFIX = "adapters", ".onnx_adapter"
+"""Folder of kept adapters, and how their files' names end."""
+BASE = "base"
+"""Stands for no adapter where an adapter's name is asked for, and so is none."""
 
 QUANTISED = {4: "_Q4", 8: "_Q8"}
 """What the builder adds to the name of a weight that it puts into blocks, by their bits."""
@@ -67,6 +72,27 @@ def weight_name(stored: str) -> str:
     return stored
 
 
+def adapter_file(name: str) -> str:
+    """Where a kept adapter lies in the model folder."""
+    return f"{ADAPTERS}/{name}{ADAPTER_SUFFIX}"
+
+
+def _adapter_name(file: str) -> str:
+    return PurePosixPath(file).name.removesuffix(ADAPTER_SUFFIX)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What of a model answers: the base, with an adapter or alone."""
+
+    name: str
+    """Of the adapter; `BASE` where there is none, also of a merged model."""
+    adapter: Path | None
+    """The `.onnx_adapter`."""
+    encoding: RowEncoding
+    """How its prompts are encoded."""
+
+
 @dataclass(frozen=True)
 class GenaiModel:
     """A verified model folder."""
@@ -79,15 +105,43 @@ class GenaiModel:
     """Each of them ends an answer."""
 
     @property
-    def encoding(self) -> RowEncoding:
-        """How prompts are encoded."""
-        return self.manifest.encoding if isinstance(self.manifest, ModelManifest) else RowEncoding()
+    def adapters(self) -> list[str]:
+        """Names of the adapters beside the base; the first answers unless another is asked for."""
+        if not isinstance(self.manifest, ModelManifest) or self.manifest.adapter is None:
+            return []
+        first = _adapter_name(self.manifest.adapter)
+        return [first, *(name for name in self.manifest.adapters if name != first)]
 
-    @property
-    def adapter(self) -> Path | None:
-        """The `.onnx_adapter` that is active unless another is asked for."""
-        name = self.manifest.adapter if isinstance(self.manifest, ModelManifest) else None
-        return None if name is None else self.path / name
+    def answering(self, name: str | None = None) -> Answering:
+        """What answers.
+
+        Args:
+            name: One of the adapters, or `BASE` for the base alone; without it the first of them.
+
+        Raises:
+            UsageError: There is no adapter of this name.
+        """
+        names = self.adapters
+        if name == BASE and (names or isinstance(self.manifest, BundleManifest)):
+            return Answering(BASE, None, RowEncoding())
+        if name is not None and name not in names:
+            if not names:
+                raise UsageError(f"{self.path} has no adapters beside its base, so there is no {name!r:.60} to choose")
+            known = [*names, BASE]
+            raise UsageError(
+                f"{self.path} has no adapter {name!r:.60}{did_you_mean(name, known)}; there are {', '.join(known)}"
+            )
+        encoding = RowEncoding()
+        if isinstance(self.manifest, ModelManifest):
+            encoding = self.manifest.adapters.get(name or "", self.manifest.encoding)
+        if not names:
+            return Answering(BASE, None, encoding)
+        chosen = name or names[0]
+        return Answering(chosen, self.path / self._file_of(chosen), encoding)
+
+    def _file_of(self, adapter: str) -> str:
+        first = self.manifest.adapter if isinstance(self.manifest, ModelManifest) else None
+        return first if first is not None and _adapter_name(first) == adapter else adapter_file(adapter)
 
 
 def open_model(model: Bundle | str | PathLike[str]) -> GenaiModel:
@@ -122,8 +176,12 @@ def open_model(model: Bundle | str | PathLike[str]) -> GenaiModel:
         raise VerificationError(f"{path}: its manifest does not list {', '.join(missing)}; make the folder anew")
     if strange := [name for name in SIDE_FILES if name not in listed and (path / name).exists()]:
         raise VerificationError(f"{path}: its manifest does not list {', '.join(strange)}; remove what is foreign")
-    if isinstance(manifest, ModelManifest) and manifest.adapter is not None and manifest.adapter not in listed:
-        raise VerificationError(f"{path / MANIFEST}: adapter {manifest.adapter!r:.80} is not a listed file")
+    if isinstance(manifest, ModelManifest) and manifest.adapter is not None:
+        for file in (manifest.adapter, *map(adapter_file, manifest.adapters)):
+            if file not in listed:
+                raise VerificationError(f"{path / MANIFEST}: adapter {file!r:.80} is not a listed file")
+        if manifest.adapters and _adapter_name(manifest.adapter) not in manifest.adapters:
+            raise VerificationError(f"{path / MANIFEST}: adapter {manifest.adapter!r:.80} is not one of its adapters")
     config = _check_config(path / CONFIG)["model"]
     return GenaiModel(path, manifest, config["context_length"], _ends(config))
 

@@ -5,7 +5,7 @@ The format is described in `artifacts/FORMAT.md`; `edgetune.formats.manifest_jso
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from edgetune.errors import VerificationError
@@ -164,11 +164,15 @@ class ModelManifest:
     adapter: str | None
     """The `.onnx_adapter` that is active unless another is asked for; none when it was merged into the weights."""
     losses: dict[str, float]
-    """Answer loss on the validation rows of `base`, `base + adapter` and `merged`; empty when there were no rows."""
+    """Answer loss on the validation rows of `base`, `base + adapter` and `merged`; empty when there were no rows. Of
+    several adapters, `base, rows of NAME` and `base + NAME` for each that has rows."""
     provenance: dict[str, str]
     files: list[File]
     encoding: RowEncoding = RowEncoding()
     """How prompts are encoded, as the adapter's rows were; not written where it is the default."""
+    adapters: dict[str, RowEncoding] = field(default_factory=dict)
+    """Of a folder with several adapters, how prompts of each are encoded, by its name, which is that of its file; not
+    written otherwise."""
     manifest_sha256: str = ""
 
 

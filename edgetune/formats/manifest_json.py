@@ -63,9 +63,12 @@ _converter.register_unstructure_hook(
         Lora, _converter, rank_stabilised=_absent, rank_pattern=_absent, alpha_pattern=_absent, dora=_absent
     ),
 )
-for _kind in (AdapterManifest, ModelManifest):
-    _write = make_dict_unstructure_fn(_kind, _converter, encoding=_absent)
-    _converter.register_unstructure_hook(_kind, _write)
+_converter.register_unstructure_hook(
+    AdapterManifest, make_dict_unstructure_fn(AdapterManifest, _converter, encoding=_absent)
+)
+_converter.register_unstructure_hook(
+    ModelManifest, make_dict_unstructure_fn(ModelManifest, _converter, encoding=_absent, adapters=_absent)
+)
 
 
 def _shown(value: Any) -> str:

@@ -186,6 +186,17 @@ def atomic_file(path: Path, *, replace: bool = False) -> Iterator[IO[bytes]]:
         raise explained from error
 
 
+def refuse_existing(path: Path) -> None:
+    """Refuse a path at which something is, or that is not valid Unicode.
+
+    Raises:
+        UsageError: That is so.
+    """
+    require_unicode(path)
+    if path.exists():
+        raise UsageError(f"{path} already exists; choose another name or remove it")
+
+
 def require_unicode(path: Path) -> None:
     """Refuse a path that cannot be written down: tokenizers, ONNX Runtime and manifests take text, not bytes.
 

@@ -32,6 +32,8 @@ from edgetune.cli.interruption import termination_interrupts
 from edgetune.cli.output import notices, printable
 from edgetune.cli.progress import BarObserver, LineObserver, duration_text, start_text
 from edgetune.config import (
+    ChatConfig,
+    EvalCommandConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
@@ -126,7 +128,7 @@ def test_help_is_instant_and_imports_no_command() -> None:
 
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
     assert list(VERBS) == [
-        "prepare", "split", "data", "plan", "train", "preview", "eval", "export", "generate", "ship", "inspect",
+        "prepare", "split", "data", "plan", "train", "preview", "eval", "export", "generate", "chat", "ship", "inspect",
         "devices", "conformance", "doctor",
     ]  # fmt: skip
     stdout = run("--help").stdout
@@ -159,9 +161,11 @@ OPTIONS = {
     "content-as-text init init-adapter layers resume save-steps eval-steps patience keep-best keep-state time-budget "
     "pause-file pause-below-battery pause-above-temperature optimizer-states force quiet json",
     "preview": "data raw-prompts content-as-text json",
-    "eval": "data adapter truncate raw-prompts content-as-text threads quiet json",
+    "eval": "data adapter truncate raw-prompts content-as-text threads generate metric rows-output compare "
+    "max-new-tokens temperature top-p top-k seed quiet json",
     "export": "adapter output merge keep-adapter precision valid least-kept unmeasured threads force quiet json",
-    "generate": "prompt system max-new-tokens raw content-as-text threads json",
+    "generate": "prompt system max-new-tokens temperature top-p top-k seed adapter raw content-as-text threads json",
+    "chat": "system max-new-tokens temperature top-p top-k seed adapter content-as-text threads",
     "ship": "target output adapter force quiet json",
     "inspect": "placement buckets device-type soc-model require-npu json",
     "devices": "",
@@ -221,6 +225,8 @@ def test_commands_of_a_command_have_help_and_examples_that_can_be_parsed(name: s
         ("train", TrainConfig()),
         ("export", ExportConfig()),
         ("generate", GenerateConfig()),
+        ("chat", ChatConfig()),
+        ("eval", EvalCommandConfig()),
         ("ship", ShipConfig()),
     ],
 )
@@ -284,6 +290,11 @@ def test_every_option_is_suggested_for_a_slip_of_the_pen(name: str) -> None:
         ("export b --adapter a --output o --least-kept 1.5", "'--least-kept': 1.5 is not in the range 0<=x<=1"),
         ("export b --adapter a --output o --least-kept nan", "'--least-kept': nan is not a finite number"),
         ("generate m", "Missing option '--prompt'"),
+        ("generate m --prompt x --temperature 0", "'--temperature': 0.0 is not in the range 0.01<=x<=100"),
+        ("generate m --prompt x --seed -1", "'--seed': -1 is not in the range 0<=x<=2147483647"),
+        ("eval m --data d --metric f1", "'f1' is not one of 'accuracy', 'macro-f1'"),
+        ("eval m --data d --metric bleu --seed 3", "--seed, --metric means nothing without --generate; leave it out"),
+        ("eval m --data d --generate --truncate", "--truncate means nothing with --generate; leave it out"),
         ("ship b --output o", "Missing option '--target'"),
         ("ship b --output o --target phone", "'phone' is not one of 'android', 'ios', 'web', 'linux-arm64'"),
         ("inspect", "Missing argument 'FOLDER'"),
@@ -910,6 +921,7 @@ NOT_UNICODE = [
     ["export", "{golden}", "--adapter", "{bad}", "--output", "out"],
     ["export", "{golden}", "--adapter", "{adapter}", "--output", "{bad}/out"],
     ["generate", "{bad}", "--prompt", "hello"],
+    ["chat", "{bad}"],
     ["ship", "{bad}", "--target", "web", "--output", "out"],
     ["ship", "{golden}", "--target", "web", "--output", "{bad}/out"],
     ["inspect", "{bad}"],

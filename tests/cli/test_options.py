@@ -36,6 +36,7 @@ class Kettle:
     lamp: bool = option(False, Option("Light the lamp."))
     minutes: int | None = option(None, Option("How long.", least=1, excludes=("hours",)))
     hours: float | None = option(None, Option("How long.", least=0.25))
+    tea: tuple[Literal["green", "black"], ...] | None = option(None, Option("What is put in."))
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def refused(arguments: str) -> str:
         ("--tank 4KiB", Kettle(tank="4KiB")),
         ("--log a/b.txt", Kettle(log=Path("a/b.txt"))),
         ("--mode slow --noise low", Kettle(mode="slow", noise="low")),
+        ("--tea black", Kettle(tea=("black",))),
+        ("--tea black --tea green --tea black", Kettle(tea=("black", "green"))),
         ("--no-boil --lid-open --lamp", Kettle(boil=False, lid=False, lamp=True)),
         ("--boil --lid", Kettle()),
         ("--minutes 3", Kettle(minutes=3)),

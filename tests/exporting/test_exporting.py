@@ -23,11 +23,11 @@ from edgetune.config import Base, ExportConfig
 from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, UsageError, VerificationError
-from edgetune.exporting import ADAPTER, ExportReport, export, share_kept
+from edgetune.exporting import ExportReport, export, share_kept
 from edgetune.exporting.validation import validation_rows_of
 from edgetune.formats.adapter import write_adapter
 from edgetune.formats.bundle import Bundle
-from edgetune.formats.genai import open_model
+from edgetune.formats.genai import adapter_file, open_model
 from edgetune.formats.manifest import ModelManifest
 from edgetune.formats.storage import sha256_of
 from edgetune.generation import generate_ids
@@ -46,6 +46,7 @@ ROWS = [
     {"prompt": "turn it off", "completion": " now"},
     {"prompt": "hello", "completion": " world, what is it? tell me the answer"},
 ]
+ADAPTER = adapter_file("adapter")
 BASES: tuple[Base, ...] = ("int4", "fp32")
 OTHERS: list[tuple[str, Base]] = [("grouped-query", "int8"), ("grouped-query", "fp16"), ("partial", "int8")]
 EACH = [*((variant, base) for variant in VARIANTS for base in BASES), *OTHERS]
@@ -159,7 +160,7 @@ def test_kept_graph_takes_adapters_of_any_rank(exported: Exporter, tmp_path: Pat
     wider.set_model_version(1)
     wider.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in doubled.items()})
     wider.export_adapter(str(tmp_path / "wider.onnx_adapter"))
-    from edgetune.exporting.measure import Measured
+    from edgetune.generation.measure import Measured
 
     examples = encoded(bundle("multi-head", "int4"), tmp_path)
     model, pulse = Measured(folder, bundle("multi-head", "int4").manifest.architecture.rope), Pulse(silent, "{}")

@@ -11,13 +11,14 @@ import torch
 
 from edgetune.config import Base, ExportConfig
 from edgetune.evaluation import measure
-from edgetune.exporting import ADAPTER, export
+from edgetune.exporting import export
 from edgetune.exporting.gains import adapter_gains
-from edgetune.exporting.measure import Measured
 from edgetune.formats.adapter import read_adapter, write_adapter
 from edgetune.formats.bundle import Bundle
+from edgetune.formats.genai import adapter_file
 from edgetune.formats.row_norms import read_row_norms
 from edgetune.generation import generate_ids
+from edgetune.generation.measure import Measured
 from edgetune.model.lora import MAGNITUDE
 from edgetune.text.pulse import Pulse, silent
 from support import oracle
@@ -26,6 +27,7 @@ from support.random_rows import lengths_of, rows_of
 from support.tiny_phi3 import checkpoint, greedy, torch_model, weights
 from support.tiny_step import adapter_of
 
+ADAPTER = adapter_file("adapter")
 BASES: tuple[Base, ...] = ("int4", "fp32")
 VARIANT = "grouped-query"
 PROMPT = [int(token) for token in np.random.default_rng(5).integers(10, 440, 10)]

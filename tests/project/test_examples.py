@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from edgetune.data.problems import Problems
 from edgetune.data.rows import ChatRow, read_rows
 from edgetune.evaluation import evaluate
+from edgetune.evaluation.metrics import problem_of
 from edgetune.preview import preview
 from support.golden import GOLDEN
 from support.repository import ROOT
@@ -24,6 +31,47 @@ def test_the_device_assistant_has_enough_rows_and_holds_ten_out() -> None:
     assert len(train) >= 60
     assert len(valid) == 10
     assert len(set(questions)) == len(questions) == len(train) + len(valid)
+
+
+TASKS = sorted(path for path in (EXAMPLES / "tasks").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("folder", TASKS, ids=lambda folder: folder.name)
+def test_a_task_has_rows_that_its_metrics_can_measure_and_none_twice(folder: Path) -> None:
+    task = runpy.run_path(str(EXAMPLES / "tasks" / "run.py"))["ALL"][folder.name]
+    rows = []
+    for name in ("train", "test"):
+        problems = Problems(folder / f"{name}.jsonl")
+        rows.append(list(read_rows(folder / f"{name}.jsonl", problems)))
+        problems.raise_if_any()
+    train, test = ([repr(replace(row, line=0)) for row in part] for part in rows)
+    assert 60 <= len(train) + len(test) <= 200 and len(test) >= 15
+    assert len({*train, *test}) == len(train) + len(test)
+    answers = [row.messages[-1].content for part in rows for row in part if isinstance(row, ChatRow)]
+    assert bool(answers) == task.asked
+    assert [problem for answer in answers if (problem := problem_of(answer, task.metrics))] == []
+
+
+def test_every_task_is_run_and_described() -> None:
+    known = runpy.run_path(str(EXAMPLES / "tasks" / "run.py"))["ALL"]
+    assert sorted(known) == [folder.name for folder in TASKS]
+    page = (EXAMPLES / "tasks" / "README.md").read_text(encoding="utf-8")
+    for name, task in known.items():
+        assert re.search(
+            rf"^\| \[{name}\].*\| {', '.join(f'`{metric}`' for metric in task.metrics)} \|$", page, re.MULTILINE
+        )
+
+
+def test_the_runner_trains_exports_and_compares(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "tasks" / "run.py"), "chat", "domain", "--rows", "3"]
+    done = subprocess.run(
+        [*command, "--bundle", str(GOLDEN / "bundle"), "--work", str(tmp_path / "work")],
+        cwd=tmp_path, env={**os.environ, "COLUMNS": "120"}, capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, metric in (("chat", "token-f1"), ("chat", "perplexity"), ("domain", "perplexity")):
+        assert re.search(rf"│ {name} +│ {metric} +│ \d+\.\d{{3}} +│ \d+\.\d{{3}}", done.stdout), done.stdout
+    assert (tmp_path / "work" / "model" / "adapters" / "domain.onnx_adapter").is_file()
 
 
 def test_the_portable_loop_learns_and_writes_an_adapter(tmp_path: Path) -> None:

@@ -23,11 +23,10 @@ FLOORS: list[set[str]] = [
     {"data", "side_environment"},
     {"host"},
     {"runtimes"},
-    {"devices"},
+    {"devices", "generation"},
     {"planning"},
     {
-        "preparation", "split", "training", "evaluation", "preview", "exporting", "generation", "ship", "describe",
-        "doctor",
+        "preparation", "split", "training", "evaluation", "preview", "exporting", "ship", "describe", "doctor",
     },
     {"cli"},
     {"__main__"},

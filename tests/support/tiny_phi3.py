@@ -201,8 +201,13 @@ def parameters(variant: str) -> dict[str, NDArray[np.float32]]:
     }
 
 
-def save_adapter(folder: Path, of: Bundle, provenance: dict[str, str] | None = None) -> Path:
-    """Write `parameters` as `edgetune train` does."""
+def save_adapter(
+    folder: Path,
+    of: Bundle,
+    provenance: dict[str, str] | None = None,
+    values: dict[str, NDArray[np.float32]] | None = None,
+) -> Path:
+    """Write `parameters`, or other values, as `edgetune train` does."""
     folder.mkdir()
     base = of.manifest.base
     write_adapter(
@@ -210,7 +215,7 @@ def save_adapter(folder: Path, of: Bundle, provenance: dict[str, str] | None = N
         base=base,
         tokenizer=of.manifest.tokenizer,
         lora=of.manifest.lora,
-        parameters=parameters(base.name),
+        parameters=values or parameters(base.name),
         provenance=provenance or {},
     )
     return folder

@@ -12,19 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgetune.config import ExportConfig, GenerateConfig
+from edgetune.config import ExportConfig, GenerateConfig, SearchConfig
 from edgetune.data.encode import Remark, load_encoder
 from edgetune.data.rows import Message
 from edgetune.errors import IncompatibleError, UsageError, VerificationError
-from edgetune.exporting import ADAPTER, export
+from edgetune.exporting import export
 from edgetune.formats.bundle import list_files
-from edgetune.formats.genai import MANIFEST, open_model
+from edgetune.formats.genai import MANIFEST, adapter_file, open_model
 from edgetune.formats.manifest import AdapterManifest, ModelManifest, RowEncoding
 from edgetune.formats.manifest_json import read_manifest, write_manifest
-from edgetune.generation import generate, generate_ids, text_pieces
+from edgetune.generation import generate, generate_ids
+from edgetune.generation.loaded import LoadedModel
+from edgetune.generation.pieces import text_pieces
 from support.shared_material import shared_material
-from support.tiny_phi3 import bundle, checkpoint, greedy, save_adapter, torch_model
+from support.tiny_phi3 import bundle, checkpoint, greedy, parameters, save_adapter, torch_model
 
+ADAPTER = adapter_file("adapter")
 CONFIG = GenerateConfig(max_new_tokens=16)
 
 
@@ -276,3 +279,93 @@ def test_what_the_prompt_and_the_template_do_not_get_along_with(model: Path) -> 
     reseal(model, adapter=None)
     with pytest.raises(UsageError, match="leaves the system's text out"):
         generate(model, "hello", CONFIG, system="be kind")
+
+
+# Several adapters, and sampling
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with two adapters that answer differently, and a third that was trained on raw prompts."""
+    source = bundle("grouped-query", "int4")
+    folder = tmp_path_factory.mktemp("several")
+    first = save_adapter(folder / "first", source)
+    half = {name: value / 2 for name, value in parameters("grouped-query").items()}
+    second = save_adapter(folder / "second", source, values=half)
+    raw = Path(shutil.copytree(second, folder / "raw"))
+    contract = read_manifest((raw / MANIFEST).read_bytes(), AdapterManifest, MANIFEST)
+    (raw / MANIFEST).write_bytes(write_manifest(replace(contract, encoding=RowEncoding(raw_prompts=True))))
+    export(source, {"first": first, "second": second, "raw": raw}, folder / "model", ExportConfig(merge=False))
+    for name, path in (("first", first), ("second", second), ("raw", raw)):
+        export(source, path, folder / f"only-{name}", ExportConfig(merge=False))
+    return folder
+
+
+def test_each_of_several_adapters_answers_as_it_does_alone(several: Path) -> None:
+    def answer(model: Path | str, adapter: str | None = None) -> str:
+        return "".join(generate(model, "is the lamp on?", replace(CONFIG, adapter=adapter)))
+
+    alone = {name: answer(several / f"only-{name}") for name in ("first", "second", "raw")}
+    alone["base"] = answer(bundle("grouped-query", "int4").path)
+    assert len(set(alone.values())) == 4
+    assert {name: answer(several / "model", name) for name in alone} == alone
+    assert answer(several / "model") == alone["first"]
+    assert answer(several / "only-second", "second") == alone["second"]
+    assert answer(several / "only-second", "base") == alone["base"]
+    assert open_model(several / "model").adapters == ["first", "second", "raw"]
+
+
+def test_an_adapter_that_is_not_there_is_refused_by_name(several: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"no adapter 'secand'; did you mean 'second'.*there are first, second, raw, base"
+    ):
+        generate(several / "model", "hello", replace(CONFIG, adapter="secand"))
+    with pytest.raises(UsageError, match="has no adapters beside its base"):
+        generate(bundle("grouped-query", "int4").path, "hello", replace(CONFIG, adapter="first"))
+
+
+def test_a_manifest_that_lists_adapters_without_their_files_is_refused(several: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(several / "model", tmp_path / "model"))
+    reseal(model, adapters={"first": RowEncoding(), "../../evil": RowEncoding()})
+    with pytest.raises(VerificationError, match=r"adapters/\.\./\.\./evil\.onnx_adapter.*is not a listed file"):
+        open_model(model)
+    reseal(model, adapters={"second": RowEncoding()})
+    with pytest.raises(VerificationError, match="is not one of its adapters"):
+        open_model(model)
+
+
+def test_drawn_tokens_follow_the_seed_and_the_likeliest_come_without_one() -> None:
+    source = bundle("grouped-query", "int4").path
+
+    def answer(**options: Any) -> str:
+        return "".join(generate(source, "is the lamp on?", replace(CONFIG, **options)))
+
+    greedy_answer = answer()
+    drawn = [answer(temperature=1.0, seed=seed) for seed in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1]
+    assert len({greedy_answer, *drawn}) > 2
+    assert answer(temperature=5.0, top_k=1, seed=4) == answer(temperature=5.0, top_p=1e-6, seed=5) == greedy_answer
+    assert len({answer(temperature=1.0) for _ in range(4)}) > 1, "without a seed, others each time"
+
+
+def test_a_temperature_flattens_the_probabilities() -> None:
+    """Of the first token, against the softmax of PyTorch's logits: drawn often enough, shares are probabilities."""
+    import torch
+
+    source = bundle("multi-head", "fp32")
+    prompt, temperature, draws = [5, 6, 7], 4.0, 300
+    with torch.no_grad():
+        logits = torch_model("multi-head", source.path)(torch.tensor([prompt])).logits[0, -1]
+    probabilities = torch.softmax(logits / temperature, -1).numpy()
+    likeliest = np.argsort(-probabilities)[:5]
+    opened = open_model(source)
+    loaded = LoadedModel(opened, None)
+    found = np.zeros(len(probabilities))
+    for seed in range(draws):
+        search = SearchConfig(max_new_tokens=1, temperature=temperature, top_k=5, seed=seed)
+        for token in loaded.stream(prompt, search, opened.answering()):
+            found[token] += 1
+    expected = probabilities[likeliest] / probabilities[likeliest].sum()
+    assert found[likeliest].sum() == draws
+    # Three standard deviations of a share.
+    assert found[likeliest] / draws == pytest.approx(expected, abs=3 * 0.5 / draws**0.5)

@@ -13,7 +13,7 @@ from edgetune.data.batcher import MEASURED_ROWS
 from edgetune.data.encode import IGNORED
 from edgetune.evaluation import evaluate
 from edgetune.exporting import export
-from edgetune.exporting.measure import Measured, batches
+from edgetune.generation.measure import Measured, batches
 from edgetune.model.rope import Rope
 from edgetune.preparation.checkpoint import open_checkpoint
 from edgetune.text import pulse as pulses

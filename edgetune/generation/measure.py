@@ -18,7 +18,6 @@ from edgetune.runtimes.onnx_session import open_graph
 from edgetune.text.pulse import Pulse
 
 if TYPE_CHECKING:
-    import onnx
     import onnxruntime
 
 _DTYPES: dict[str, type[np.generic]] = {
@@ -38,12 +37,12 @@ class Measured:
 
     Args:
         folder: Holds the weights, and the graph unless one is given.
-        rope: The model's rotary embedding.
+        rope: The model's rotary embedding; without it, rows go through the model one by one.
         graph: Used in place of the folder's `model.onnx`; its weights are external data in `folder`.
     """
 
-    def __init__(self, folder: Path, rope: Rope, graph: onnx.ModelProto | None = None) -> None:
-        self._session = open_graph(folder / MODEL if graph is None else graph.SerializeToString(), folder)
+    def __init__(self, folder: Path, rope: Rope | None, graph: bytes | None = None) -> None:
+        self._session = open_graph(folder / MODEL if graph is None else graph, folder)
         self._rope = rope
 
     def answer_loss(
@@ -109,7 +108,7 @@ class Measured:
         return feeds
 
 
-def batches(examples: Sequence[Example], rope: Rope) -> Iterator[list[Example]]:
+def batches(examples: Sequence[Example], rope: Rope | None) -> Iterator[list[Example]]:
     """Rows that go through the model together, the longest first, so that little is padded.
 
     A batch takes no more memory than `MEASURED_ROWS` of the longest rows. The graph keeps rows apart in no other way
@@ -118,8 +117,11 @@ def batches(examples: Sequence[Example], rope: Rope) -> Iterator[list[Example]]:
 
     Args:
         examples: The rows, at least one.
-        rope: The model's rotary embedding.
+        rope: The model's rotary embedding; without it, every row is alone.
     """
+    if rope is None:
+        yield from ([row] for row in examples)
+        return
     left = sorted(examples, key=lambda row: -len(row.input_ids))
     longest = len(left[0].input_ids)
     capacity = Capacity(MEASURED_ROWS, longest, longest)
