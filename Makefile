@@ -61,7 +61,7 @@ bench: setup
 
 .venv/installed: pyproject.toml requirements/host.txt
 	$(PYTHON) -m venv .venv
-	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[host,openvino,openvino-ep,qnn,fpga,bench,test]'
+	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[host,openvino,openvino-ep,qnn,fpga,tensorboard,mlflow,bench,test]'
 	touch $@
 
 # First what a device gets, in the verified versions; pytest comes on top and is not counted.

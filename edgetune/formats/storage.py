@@ -56,6 +56,31 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is wholly there or not there: under another name beside it, flushed, then renamed.
+
+    Raises:
+        UsageError: `path` cannot be written, or is not valid Unicode.
+        NoRoomError: The disk has less room than is needed, or a file is larger than it takes.
+        EdgetuneError: The disk fails.
+    """
+    require_unicode(path)
+    path = _real(path)
+    partial = _beside(path, f"partial-{secrets.token_hex(4)}")
+    try:
+        try:
+            write_file(partial, data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        explained = _explained(error, path, 0, len(data))
+        if explained is None:
+            raise
+        raise explained from error
+
+
 def write_in_place(path: Path) -> IO[bytes]:
     """Open a file to be written from its beginning, keeping the room that it has (`room.reserve`)."""
     return path.open("r+b" if path.exists() else "wb")

@@ -29,7 +29,7 @@ import edgetune
 from edgetune.cli import VERBS, main
 from edgetune.cli.failures import exit_code_of
 from edgetune.cli.interruption import termination_interrupts
-from edgetune.cli.output import notices, printable
+from edgetune.cli.output import notices
 from edgetune.cli.progress import BarObserver, LineObserver, duration_text
 from edgetune.config import (
     EvaluateConfig,
@@ -126,8 +126,8 @@ def test_help_is_instant_and_imports_no_command() -> None:
 
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
     assert list(VERBS) == [
-        "prepare", "split", "plan", "train", "preview", "eval", "export", "generate", "ship", "inspect", "devices",
-        "conformance", "doctor",
+        "prepare", "split", "plan", "train", "preview", "eval", "export", "generate", "ship", "inspect", "report",
+        "runs", "devices", "conformance", "doctor",
     ]  # fmt: skip
     stdout = run("--help").stdout
     positions = [stdout.index(f"  {name} ") for name in VERBS]
@@ -156,13 +156,15 @@ OPTIONS = {
     "gradient-accumulation-steps packing no-packing learning-rate lora-plus-ratio schedule warmup-steps "
     "weight-decay max-grad-norm seed shuffle no-shuffle truncate raw-prompts content-as-text init init-adapter layers "
     "resume save-steps eval-steps patience keep-best keep-state time-budget pause-file pause-below-battery "
-    "pause-above-temperature force quiet json",
+    "pause-above-temperature force report log-to log-folder quiet json",
     "preview": "data raw-prompts content-as-text json",
     "eval": "data adapter truncate raw-prompts content-as-text threads quiet json",
     "export": "adapter output merge keep-adapter precision valid least-kept unmeasured threads force quiet json",
     "generate": "prompt system max-new-tokens raw content-as-text threads json",
     "ship": "target output adapter force quiet json",
     "inspect": "placement buckets device-type soc-model require-npu json",
+    "report": "output answers json",
+    "runs": "sort json",
     "devices": "",
     "conformance": "json",
     "doctor": "json",
@@ -856,10 +858,6 @@ def test_bytes_for_people(count: int, text: str) -> None:
 )
 def test_durations_stay_sane(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
-
-
-def test_control_characters_are_made_visible() -> None:
-    assert printable("a\tb\nc\x1b[2J\x9b\x7f é 日本 👩‍🚀") == "a\tb\nc\\x1b[2J\\x9b\\x7f é 日本 👩‍🚀"
 
 
 # Names that are not Unicode

@@ -24,7 +24,15 @@ import pytest
 from edgetune.cli.failures import exit_code_of
 from edgetune.errors import EdgetuneError, LockedError, NoRoomError, UsageError
 from edgetune.formats import storage
-from edgetune.formats.storage import atomic_folder, locked, recover, require_unicode, sha256_of, write_file
+from edgetune.formats.storage import (
+    atomic_folder,
+    locked,
+    recover,
+    require_unicode,
+    sha256_of,
+    write_atomically,
+    write_file,
+)
 
 OLD = {"manifest.json": b"old", "weights": b"old" * 999}
 NEW = {"manifest.json": b"new", "weights": b"new" * 999, "deep/er/file": b"new"}
@@ -715,3 +723,30 @@ def test_a_folder_that_cannot_be_removed_does_not_stop_the_next_writer(tmp_path:
     finally:
         with suppress(FileNotFoundError):  # root removes it
             stale.chmod(0o700)
+
+
+# --- single files
+
+
+def test_a_file_is_wholly_there_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "page.html"
+    write_atomically(path, b"old")
+    for broken in ("fsync", "replace"):
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, broken, fail)
+            with pytest.raises(NoRoomError):
+                write_atomically(path, b"new" * 1000)
+        assert (names(tmp_path), path.read_bytes()) == (["page.html"], b"old")
+    write_atomically(path, b"new")
+    assert (names(tmp_path), path.read_bytes()) == (["page.html"], b"new")
+
+
+@pytest.mark.parametrize(("name", "told"), [("none/page", "cannot be written"), ("half\udcff", "not valid Unicode")])
+def test_a_file_that_cannot_be_is_refused(tmp_path: Path, name: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        write_atomically(tmp_path / name, b"new")
+    assert names(tmp_path) == []

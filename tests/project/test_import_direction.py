@@ -29,6 +29,7 @@ FLOORS: list[set[str]] = [
         "preparation", "split", "training", "evaluation", "preview", "exporting", "generation", "ship", "describe",
         "doctor",
     },
+    {"reporting"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip
