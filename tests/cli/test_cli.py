@@ -29,6 +29,7 @@ import edgetune
 from edgetune.cli import VERBS, main
 from edgetune.cli.failures import exit_code_of
 from edgetune.cli.interruption import termination_interrupts
+from edgetune.cli.live import Watched
 from edgetune.cli.output import notices
 from edgetune.cli.progress import BarObserver, LineObserver, duration_text
 from edgetune.config import (
@@ -448,7 +449,7 @@ def test_an_interruption_is_one_even_when_a_library_makes_an_error_of_it() -> No
 @pytest.mark.parametrize("bar", [False, True])
 def test_an_interruption_that_a_library_lost_ends_training_at_the_next_step(bar: bool) -> None:
     with Progress(console=Console(file=StringIO())) as progress:
-        observer = BarObserver(progress) if bar else LineObserver(notices(quiet=True))
+        observer = BarObserver(progress, Watched()) if bar else LineObserver(notices(quiet=True))
         observer.on_start(StartInfo("onnxruntime", PLAN, 4, None, 4, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
         with termination_interrupts():
             observer.on_step(StepMetrics(1, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
