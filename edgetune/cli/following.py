@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,6 @@ def followed(
     config: FollowConfig,
     output: Path,
     options: Mapping[str, Any],
-    say: Callable[[str], None],
 ) -> Iterator[Observer]:
     """The observer for a run that is shown on a screen, and followed as was asked for. At its end stands the report.
 
@@ -33,14 +32,13 @@ def followed(
     then is said, and the reason for the stop stays what ends the command.
 
     Args:
-        screen: Shows the run.
+        screen: Shows the run; it is also told where the report is, and what cannot be written.
         config: What was asked for.
         output: The adapter.
         options: Those of the run.
-        say: Takes a line about the report, and about what cannot be written.
 
     Raises:
-        UsageError: No report can be written there, or a folder is given and no tool.
+        UsageError: No report can be written there, a folder is given and no tool, or the tool cannot use it.
         MissingDependencyError: The package of the tool is not installed.
     """
     if config.log_to is None and config.log_folder is not None:
@@ -58,33 +56,31 @@ def followed(
 
             folder = output.absolute().parent / _RUNS if config.log_folder is None else config.log_folder
             name = output.absolute().name
-            observers.append(stack.enter_context(tracked(config.log_to, folder, name, options, say)))
-        with _reported(Everyone(observers), config.report, output, say) as everyone:
+            observers.append(stack.enter_context(tracked(config.log_to, folder, name, options, screen.on_notice)))
+        with _reported(Everyone(observers), config.report, output) as everyone:
             yield everyone
 
 
 @contextmanager
-def _reported(
-    everyone: Everyone, report: Path | None, output: Path, say: Callable[[str], None]
-) -> Iterator[Everyone]:
+def _reported(everyone: Everyone, report: Path | None, output: Path) -> Iterator[Everyone]:
     try:
         yield everyone
     except EdgetuneError:
         if everyone.has_begun and report is not None:
             try:
-                _write(output, report, say)
+                _write(output, report, everyone)
             except EdgetuneError as error:
-                say(f"no report is written: {error}")
+                everyone.on_notice(f"no report is written: {error}")
         raise
     if report is not None:
-        _write(output, report, say)
+        _write(output, report, everyone)
 
 
-def _write(output: Path, report: Path, say: Callable[[str], None]) -> None:
+def _write(output: Path, report: Path, everyone: Everyone) -> None:
     from edgetune.reporting import write_report
 
     written = write_report([output], report)
-    say(f"{written.path}: the run's report, {bytes_text(written.bytes)}")
+    everyone.on_notice(f"{written.path}: the run's report, {bytes_text(written.bytes)}")
 
 
 class Everyone:

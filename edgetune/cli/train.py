@@ -11,7 +11,7 @@ from edgetune.cli.command import Command
 from edgetune.cli.following import followed
 from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file, row_sources
 from edgetune.cli.options import options_of
-from edgetune.cli.output import notices, print_json
+from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
 from edgetune.config import FollowConfig, ProgressConfig, TrainConfig
 
@@ -64,8 +64,7 @@ def command(
     from edgetune.training import train
     from edgetune.training.provenance import told_options
 
-    say, options = notices(quiet=printing.quiet), told_options(config)
-    with shown(quiet=printing.quiet) as screen, followed(screen, follow, output, options, say) as observer:
+    with shown(quiet=printing.quiet) as screen, followed(screen, follow, output, told_options(config)) as observer:
         result = train(bundle, data, output, config, valid=valid, observer=observer)
     if printing.json:
         print_json(asdict(result))

@@ -59,8 +59,11 @@ def write_file(path: Path, data: bytes) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that is wholly there or not there: under another name beside it, flushed, then renamed.
 
+    A killed process leaves only that other, hidden file, which the next writer of the same file removes.
+
     Raises:
         UsageError: `path` cannot be written, or is not valid Unicode.
+        LockedError: Another process writes it.
         NoRoomError: The disk has less room than is needed, or a file is larger than it takes.
         EdgetuneError: The disk fails.
     """
@@ -68,12 +71,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     path = _real(path)
     partial = _beside(path, f"partial-{secrets.token_hex(4)}")
     try:
-        try:
-            write_file(partial, data)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        with locked(path):
+            for stale in _partial_beside(path):
+                stale.unlink(missing_ok=True)
+            try:
+                write_file(partial, data)
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+            sync_folder(path.parent)
     except OSError as error:
         explained = _explained(error, path, 0, len(data))
         if explained is None:
@@ -231,8 +237,13 @@ def _settle(path: Path) -> None:
         # Removing takes many steps; renamed first, what is left of it can never be taken for the folder.
         os.rename(previous, _beside(path, f"partial-{secrets.token_hex(4)}") if path.exists() else path)
         sync_folder(path.parent)
-    for stale in path.parent.glob(glob.escape(_beside(path, "partial-").name) + "*"):
+    for stale in _partial_beside(path):
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def _partial_beside(path: Path) -> Iterator[Path]:
+    """What earlier writers left; the holder of the lock may remove it."""
+    return path.parent.glob(glob.escape(_beside(path, "partial-").name) + "*")
 
 
 def sync_folder(folder: Path) -> None:

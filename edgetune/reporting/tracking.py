@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -15,13 +16,15 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from edgetune.config import TrackingTool
-from edgetune.errors import InterruptedRunError, MissingDependencyError, PausedRunError
+from edgetune.errors import InterruptedRunError, MissingDependencyError, PausedRunError, UsageError
 from edgetune.training.observer import Observer, StartInfo, StepMetrics
 
 _MEASURED = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes", "peak_memory_bytes")
 """Fields of a step that are written."""
 _VALIDATION = "validation_loss"
 _NAMES = {"tensorboard": "TensorBoard", "mlflow": "MLflow"}
+_OF_ADDRESSES = frozenset("?%")
+"""Characters that mean something else in the address of a database."""
 _LONGEST_PARAMETER = 500
 """Characters of a setting."""
 
@@ -64,6 +67,7 @@ def tracked(
 
     Raises:
         MissingDependencyError: The tool's package is not installed.
+        UsageError: The tool cannot use such a folder.
     """
     tracker: Tracker = _TensorBoard(folder, name) if tool == "tensorboard" else _Mlflow(folder, name)
     tracking = _Tracking(tracker, options, _NAMES[tool], say)
@@ -163,12 +167,20 @@ class _Mlflow:
         for logger in ("mlflow", "alembic"):
             logging.getLogger(logger).setLevel(logging.WARNING)
         self._folder, self._name = folder.resolve(), name
+        if strange := sorted(set(str(self._folder)) & _OF_ADDRESSES):
+            raise UsageError(
+                f"{folder}: MLflow opens no database behind {' and '.join(strange)} in a path; choose another place"
+            )
         self._kept: list[Any] = []
         self._written = monotonic()
 
     def begin(self, settings: Mapping[str, str]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._client = self._mlflow.MlflowClient(f"sqlite:///{self._folder / 'mlflow.db'}")
+        database = self._folder / "mlflow.db"
+        # MLflow tries for minutes to open what cannot be written; SQLite says so at once.
+        with closing(sqlite3.connect(database)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+        self._client = self._mlflow.MlflowClient(f"sqlite:///{database}")
         found = self._client.get_experiment_by_name(self._EXPERIMENT)
         experiment = found.experiment_id if found else self._client.create_experiment(
             self._EXPERIMENT, artifact_location=(self._folder / "artifacts").as_uri()

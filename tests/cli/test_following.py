@@ -13,8 +13,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgetune.cli import main
+from edgetune.reporting.runs import read_run
+from support.bigram_runtime import BigramSession
 from support.golden import BUNDLE, TRAIN, VALID
 from support.repository import ROOT
+from support.tiny_bundle import make_bundle, some_rows, write_rows
 from support.written_runs import lines_of_run, write_run
 
 
@@ -72,6 +75,36 @@ def test_a_paused_run_whose_report_cannot_be_written_still_says_that_it_paused(t
     lines = done.stderr.splitlines()
     assert lines[-2].startswith(f"no report is written: {output}: no adapter here")
     assert lines[-1].startswith("error: ")
+
+
+def test_a_run_that_stops_at_a_loss_that_is_not_finite_leaves_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgetune.runtimes.RUNTIMES", {"onnxruntime": "support.bigram_runtime"})
+    monkeypatch.setattr(BigramSession, "break_at", 3)
+    bundle = make_bundle(tmp_path / "bundle")
+    data = write_rows(tmp_path / "train.jsonl", some_rows(10))
+    report = tmp_path / "report.html"
+    done = run("train", bundle.path, "--data", data, "--output", tmp_path / "adapter", "--report", report)
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("error: the loss of step 3 is not finite")
+    assert '<p class="stopped"><strong>adapter</strong>: the loss of step 3 is not finite' in report.read_text()
+
+
+def test_a_run_that_goes_on_has_all_its_steps_in_the_report(tmp_path: Path) -> None:
+    output, report = tmp_path / "adapter", tmp_path / "report.html"
+    more = ["--report", report, "--save-steps", "1"]
+    pause = tmp_path / "pause"
+    pause.touch()
+    assert run(*training(output, *more, "--pause-file", pause)).exit_code == 75
+    before = read_run(output).history
+    assert before.steps == 1 and report.is_file()
+    assert run(*training(output, *more, "--resume")).exit_code == 0
+    after = read_run(output).history
+    assert [point.x for point in after.curves["loss"].points] == [1, 2, 3]
+    assert after.by_time.points[0] == before.by_time.points[0]
+    assert after.by_time.points[1].x > before.seconds
+    assert "not finished" not in report.read_text()
 
 
 def test_a_run_that_does_not_begin_leaves_the_report_of_before(tmp_path: Path) -> None:

@@ -741,7 +741,11 @@ def test_a_file_is_wholly_there_or_as_before(tmp_path: Path, monkeypatch: pytest
             with pytest.raises(NoRoomError):
                 write_atomically(path, b"new" * 1000)
         assert (names(tmp_path), path.read_bytes()) == (["page.html"], b"old")
+    (tmp_path / ".page.html.partial-of-a-killed-process").touch()
     write_atomically(path, b"new")
+    assert (names(tmp_path), path.read_bytes()) == (["page.html"], b"new")
+    with locked(path), pytest.raises(LockedError):
+        write_atomically(path, b"newer")
     assert (names(tmp_path), path.read_bytes()) == (["page.html"], b"new")
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from edgetune.cli import main
 from edgetune.config import TrackingTool
-from edgetune.errors import MissingDependencyError, PausedRunError
+from edgetune.errors import MissingDependencyError, PausedRunError, UsageError
 from edgetune.reporting.tracking import tracked
 from edgetune.training.observer import StartInfo, StepMetrics
 from support.golden import BUNDLE, TRAIN, VALID
@@ -113,21 +114,23 @@ def test_the_telemetry_of_mlflow_is_off(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "a run that never began leaves nothing"
 
 
-@pytest.mark.parametrize(("error", "status"), [(PausedRunError("paused"), "KILLED"), (ValueError("broken"), "FAILED")])
-def test_a_run_that_stops_is_marked_and_whole(tmp_path: Path, error: Exception, status: str) -> None:
+def test_a_run_that_stops_is_marked_and_whole(tmp_path: Path) -> None:
     needs("mlflow")
     import mlflow
 
-    with pytest.raises(type(error)), tracked("mlflow", tmp_path, "run", {}, print) as observer:
-        observer.on_start(START)
-        observer.on_step(StepMetrics(1, 2.5, 1e-4, float("inf"), 64, 100.0, None, 1.0))
-        raise error
+    ends = {"KILLED": PausedRunError("paused"), "FAILED": ValueError("broken")}
+    for name, error in ends.items():
+        with pytest.raises(type(error)), tracked("mlflow", tmp_path, name, {}, print) as observer:
+            observer.on_start(START)
+            observer.on_step(StepMetrics(1, 2.5, 1e-4, float("inf"), 64, 100.0, None, 1.0))
+            raise error
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("edgetune")
     assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.status == status
-    assert run.data.metrics == {"loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 100.0}
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.run_name: run.info.status for run in runs} == {name: name for name in ends}
+    for run in runs:
+        assert run.data.metrics == {"loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 100.0}
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -170,6 +173,25 @@ def test_a_tool_that_fails_is_told_once_and_the_run_goes_on(
     told = [line for line in done.stderr.splitlines() if "gets nothing more of this run" in line]
     assert len(told) == 1 and "No space left on device" in told[0]
     assert len(metrics(tmp_path / "adapter")) == 4
+
+
+def test_a_database_that_cannot_be_opened_is_told_at_once(tmp_path: Path) -> None:
+    needs("mlflow")
+    (tmp_path / "mlflow.db").mkdir()
+    said: list[str] = []
+    begin = time.monotonic()
+    with tracked("mlflow", tmp_path, "run", {}, said.append) as observer:
+        observer.on_start(START)
+        observer.on_validation(0, 1.0)
+    assert time.monotonic() - begin < 20  # MLflow itself would try for minutes
+    assert len(said) == 1 and "unable to open database file" in said[0]
+
+
+def test_a_folder_that_mlflow_cannot_use_is_refused(tmp_path: Path) -> None:
+    needs("mlflow")
+    with pytest.raises(UsageError, match="behind % and \\? in a path"):
+        tracked("mlflow", tmp_path / "50%?", "run", {}, print).__enter__()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_a_tool_is_refused(tmp_path: Path) -> None:
