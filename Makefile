@@ -65,7 +65,7 @@ bench: setup
 
 .venv/installed: pyproject.toml requirements/host.txt
 	$(PYTHON) -m venv .venv
-	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[host,openvino,openvino-ep,qnn,fpga,data,eval,bench,test]'
+	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[host,openvino,openvino-ep,qnn,fpga,data,eval,tensorboard,mlflow,bench,test]'
 	touch $@
 
 # First what a device gets, in the verified versions; pytest comes on top and is not counted.

@@ -27,6 +27,8 @@ Schedule = Literal["constant", "linear", "cosine"]
 Start = Literal["random", "gradient"]
 OptimizerStates = Literal["auto", "32bit", "8bit"]
 FormName = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
+RunsOrder = Literal["date", "name", "steps", "loss", "validation", "time"]
+TrackingTool = Literal["tensorboard", "mlflow"]
 PlatformName = Literal["android", "ios", "web", "linux-arm64"]
 MetricName = Literal[
     "accuracy", "macro-f1", "entity-f1", "json-match", "exact-match", "token-f1", "chrf", "bleu", "distinct-1",
@@ -572,6 +574,28 @@ class ShipConfig:
         None, Option("Adapter that the app starts from; without it, one that changes nothing yet.")
     )
     force: bool = option(False, Option("Replace a shipped folder that is already there."))
+
+
+@dataclass(frozen=True)
+class RunsConfig:
+    """How `edgetune runs` lists adapters."""
+
+    sort: RunsOrder = option("date", Option("What decides the order: the newest, or the least, comes first."))
+
+
+@dataclass(frozen=True)
+class FollowConfig:
+    """What `edgetune train` leaves for those who look at runs, beside the adapter."""
+
+    report: Path | None = option(
+        None, Option("Write the run's report there at the end, as `edgetune report` does, also when it is interrupted.")
+    )
+    log_to: TrackingTool | None = option(
+        None, Option("Write what each step measures into this tool's files while the run goes on.")
+    )
+    log_folder: Path | None = option(
+        None, Option("Folder of the files of --log-to, which many runs share; without it, `runs` beside the adapter.")
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import click
 
 import edgetune
 from edgetune.cli.command import Command
-from edgetune.cli.failures import report
+from edgetune.cli.failures import tell_failure
 from edgetune.cli.interruption import termination_interrupts
 from edgetune.cli.output import replace_closed_streams
 from edgetune.text.suggestion import did_you_mean
@@ -41,6 +41,8 @@ VERBS = {
     "chat": Verb("edgetune.cli.chat", "Talk with an exported model, turn by turn."),
     "ship": Verb("edgetune.cli.ship", "Lay out what an app ships: for a phone, a browser or a board."),
     "inspect": Verb("edgetune.cli.inspect", "Say what a bundle, adapter or model is, and verify it."),
+    "report": Verb("edgetune.cli.report", "Show how adapters were trained, side by side, in one HTML file."),
+    "runs": Verb("edgetune.cli.runs", "List the adapters below a folder, and what they came to."),
     "devices": Verb("edgetune.cli.devices", "List, show and check device profiles."),
     "conformance": Verb("edgetune.cli.conformance", "List what breaks the rules of Vitis AI in a graph (host)."),
     "doctor": Verb("edgetune.cli.doctor", "Say what is installed, what is missing, and how to get it."),
@@ -111,7 +113,7 @@ def _failures_end(ctx: click.Context) -> Iterator[None]:
         # A reader that left early (`| head`) is click's to end quietly.
         raise
     except BaseException as error:
-        ctx.exit(report(error, as_json=ctx.meta["edgetune.json"]))
+        ctx.exit(tell_failure(error, as_json=ctx.meta["edgetune.json"]))
 
 
 @click.group(

@@ -18,9 +18,10 @@ from edgetune.cli.command import Command
 from edgetune.cli.inputs import PATH, model_at
 from edgetune.cli.interruption import Interrupted
 from edgetune.cli.options import options_of
-from edgetune.cli.output import notices, printable
+from edgetune.cli.output import notices
 from edgetune.config import ChatConfig
 from edgetune.errors import DataError, UsageError
+from edgetune.text.printable import printable
 from edgetune.text.suggestion import did_you_mean
 
 if TYPE_CHECKING:

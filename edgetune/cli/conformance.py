@@ -13,9 +13,10 @@ from edgetune.cli.command import Command
 from edgetune.cli.failures import exit_code_of
 from edgetune.cli.inputs import PATH, bundle_at
 from edgetune.cli.options import options_of
-from edgetune.cli.output import print_json, printable
+from edgetune.cli.output import print_json
 from edgetune.config import ResultConfig
 from edgetune.errors import IncompatibleError
+from edgetune.text.printable import printable
 
 EXAMPLES = """
 edgetune conformance split

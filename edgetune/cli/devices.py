@@ -9,9 +9,10 @@ import click
 
 from edgetune.cli.command import Command, Group
 from edgetune.cli.options import options_of
-from edgetune.cli.output import cell, console, print_json, printable
+from edgetune.cli.output import cell, console, print_json
 from edgetune.config import ResultConfig
 from edgetune.text.byte_size import bytes_text
+from edgetune.text.printable import printable
 
 if TYPE_CHECKING:
     from edgetune.devices.presence import Presence

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from edgetune.cli.output import print_json, printable
+from edgetune.cli.output import print_json
 from edgetune.errors import (
     DataError,
     EdgetuneError,
@@ -26,6 +26,7 @@ from edgetune.errors import (
 )
 from edgetune.machine.disk import no_room
 from edgetune.machine.exhaustion import ADVICE, lack_behind
+from edgetune.text.printable import printable
 
 EXIT_CODES: dict[type[EdgetuneError], int] = {
     EdgetuneError: 1,
@@ -101,7 +102,7 @@ def failure_of(error: BaseException) -> Failure:
             return Failure(exit_code_of(EdgetuneError), f"internal error: {reason:.400}; {advice}")
 
 
-def report(error: BaseException, *, as_json: bool) -> int:
+def tell_failure(error: BaseException, *, as_json: bool) -> int:
     """Say what failed, on stderr and, where JSON was asked for, as one object on stdout.
 
     Returns:

@@ -10,8 +10,9 @@ import click
 from edgetune.cli.command import Command
 from edgetune.cli.inputs import PATH, model_at
 from edgetune.cli.options import options_of
-from edgetune.cli.output import notices, print_json, printable
+from edgetune.cli.output import notices, print_json
 from edgetune.config import GenerateConfig, ResultConfig
+from edgetune.text.printable import printable
 
 EXAMPLES = """
 edgetune generate model --prompt "Dim the lights."

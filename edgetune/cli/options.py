@@ -14,10 +14,10 @@ from click.core import ParameterSource
 
 from edgetune.cli.config_file import Setting, read_config
 from edgetune.cli.inputs import PATH
-from edgetune.cli.output import printable
 from edgetune.cli.values import fields_of, type_of
 from edgetune.config import hints_of, option_of
 from edgetune.errors import UsageError
+from edgetune.text.printable import printable
 
 Function = Callable[..., None]
 """What a command calls."""

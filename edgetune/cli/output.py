@@ -10,18 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
-from unicodedata import category
 
 import click
 
 from edgetune.cli.interruption import raise_if_interrupted
+from edgetune.text.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
-
-_DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Unicode's marks, embeddings, overrides and isolates of a direction: a name can look like another with them."""
 
 
 def print_json(value: object) -> None:
@@ -91,19 +88,6 @@ def replace_closed_streams() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             _forget(name)
-
-
-def printable(text: str) -> str:
-    """`text` with what could steer the terminal made visible, whatever file or model says it.
-
-    That is control characters, those that turn the direction of what follows, and halves of a character, which cannot
-    be written. Characters that join others, as in emoji, stay.
-    """
-    return "".join(ascii(char)[1:-1] if _steers(char) else char for char in text)
-
-
-def _steers(char: str) -> bool:
-    return char in _DIRECTIONS or (category(char) in ("Cc", "Cs") and char not in "\n\t")
 
 
 def cell(text: str, style: str = "") -> Text:

@@ -11,9 +11,10 @@ import click
 from edgetune.cli.command import Command
 from edgetune.cli.inputs import PATH, bundle_folder, row_sources
 from edgetune.cli.options import options_of
-from edgetune.cli.output import notices, print_json, printable
+from edgetune.cli.output import notices, print_json
 from edgetune.config import PreviewConfig, ResultConfig
 from edgetune.data.folder import rows_file
+from edgetune.text.printable import printable
 
 if TYPE_CHECKING:
     from edgetune.preview import Preview

@@ -1,4 +1,4 @@
-"""How a training run is shown: a progress bar on a terminal that can move it, plain lines elsewhere; on stderr."""
+"""How a training run is shown: a curve and a bar on a terminal that can move them, plain lines elsewhere; on stderr."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
+    from edgetune.cli.live import Watched
     from edgetune.training import Observer
     from edgetune.training.observer import StartInfo, StepMetrics
 
@@ -36,11 +37,14 @@ def shown(*, quiet: bool) -> Iterator[Observer]:
     if not _moves(terminal):
         yield LineObserver(notices(quiet=False))
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+
+    from edgetune.cli.live import LiveProgress, Watched
 
     columns = (TextColumn("train"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=terminal, expand=True) as progress:
-        yield BarObserver(progress)
+    watched = Watched()
+    with LiveProgress(*columns, console=terminal, watched=watched) as progress:
+        yield BarObserver(progress, watched)
 
 
 def _moves(terminal: Console) -> bool:
@@ -85,10 +89,11 @@ class BarObserver:
 
     Args:
         progress: A started rich display.
+        watched: What the display shows above its bar.
     """
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, watched: Watched) -> None:
+        self._progress, self._watched = progress, watched
         self._task: TaskID | None = None
 
     def on_start(self, info: StartInfo) -> None:
@@ -99,11 +104,13 @@ class BarObserver:
     def on_step(self, metrics: StepMetrics) -> None:
         """Move the bar."""
         raise_if_interrupted()
+        self._watched.step(metrics)
         if self._task is not None:
             self._progress.update(self._task, completed=metrics.step, description=step_text(metrics))
 
     def on_validation(self, step: int, loss: float) -> None:
         """Print the validation loss."""
+        self._watched.validation(loss)
         self._print(validation_text(step, loss))
 
     def on_notice(self, text: str) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import click
 
 from edgetune.cli.command import Command
+from edgetune.cli.following import followed
 from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file, row_sources
 from edgetune.cli.options import options_of
 from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
-from edgetune.config import ProgressConfig, TrainConfig
+from edgetune.config import FollowConfig, ProgressConfig, TrainConfig
 from edgetune.data.folder import training_files
 
 EXAMPLES = """
@@ -23,6 +24,7 @@ edgetune train bundle --data train.jsonl --output adapter --device raspberry-pi-
 edgetune train bundle --data train.jsonl --output adapter --runtime qnn --require-npu
 edgetune train split --data train.jsonl --output adapter --trunk
 edgetune train bundle --data train.jsonl --output adapter --method forward-only --steps 6000 --learning-rate 3e-3
+edgetune train bundle --data train.jsonl --output adapter --report report.html --log-to tensorboard
 edgetune train bundle --data train.jsonl --output adapter --config train.toml --steps 20
 
 train.toml holds the same options, which flags override:
@@ -37,9 +39,16 @@ train.toml holds the same options, which flags override:
 @click.option("--valid", type=PATH, help="JSONL rows to measure the loss on, at the start and the end at least.")
 @click.option("--output", type=PATH, required=True, help="Folder of the adapter.")
 @options_of(TrainConfig, command="train", with_file=True)
+@options_of(FollowConfig, "follow")
 @options_of(ProgressConfig, "printing")
 def command(
-    bundle: Path, data: Path, valid: Path | None, output: Path, config: TrainConfig, printing: ProgressConfig
+    bundle: Path,
+    data: Path,
+    valid: Path | None,
+    output: Path,
+    config: TrainConfig,
+    follow: FollowConfig,
+    printing: ProgressConfig,
 ) -> None:
     """Train a LoRA adapter on the rows of a JSONL file.
 
@@ -55,8 +64,9 @@ def command(
         adapter_at(config.init_adapter)
     bundle_folder(bundle)
     from edgetune.training import train
+    from edgetune.training.provenance import told_options
 
-    with shown(quiet=printing.quiet) as observer:
+    with shown(quiet=printing.quiet) as screen, followed(screen, follow, output, told_options(config)) as observer:
         result = train(bundle, data, output, config, valid=valid, observer=observer)
     if printing.json:
         print_json(asdict(result))

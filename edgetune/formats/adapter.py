@@ -36,7 +36,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "metrics.jsonl"
 """A line an optimizer step; `edgetune.training.record` writes it."""
-MOST_LINE_BYTES = 320
+MOST_LINE_BYTES = 400
 """Of a line of the record; the first, with one key more, may take that of another."""
 VALIDATION_DATA = "validation_data"
 """Provenance key: the rows that the training was validated on, as seen from the folder that the adapter lies in."""

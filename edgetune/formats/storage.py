@@ -167,7 +167,7 @@ def atomic_file(path: Path, *, replace: bool = False) -> Iterator[IO[bytes]]:
             raise UsageError(f"{path} already exists; choose another output or add --force to replace it")
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path):
-            for stale in path.parent.glob(glob.escape(_beside(path, "partial-").name) + "*"):
+            for stale in _partial_beside(path):
                 stale.unlink(missing_ok=True)
             try:
                 with partial.open("wb") as file:
@@ -264,8 +264,13 @@ def _settle(path: Path) -> None:
         # Removing takes many steps; renamed first, what is left of it can never be taken for the folder.
         os.rename(previous, _beside(path, f"partial-{secrets.token_hex(4)}") if path.exists() else path)
         sync_folder(path.parent)
-    for stale in path.parent.glob(glob.escape(_beside(path, "partial-").name) + "*"):
+    for stale in _partial_beside(path):
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def _partial_beside(path: Path) -> Iterator[Path]:
+    """What earlier writers left; the holder of the lock may remove it."""
+    return path.parent.glob(glob.escape(_beside(path, "partial-").name) + "*")
 
 
 def sync_folder(folder: Path) -> None:

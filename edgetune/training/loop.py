@@ -18,7 +18,7 @@ from edgetune.text.pulse import Pulse
 from edgetune.training.early_end import EarlyEnd, held_back
 from edgetune.training.gradient_start import FIRST_STEPS, start_from_gradient
 from edgetune.training.observer import Observer, StartInfo, StepMetrics
-from edgetune.training.record import RunRecord
+from edgetune.training.record import RunRecord, memory_bytes
 from edgetune.training.rest import Rest
 from edgetune.training.saved_run import RunIdentity, SavedState
 from edgetune.training.saver import Saver
@@ -185,6 +185,8 @@ class _Loop:
             tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
             peak_memory_bytes=state.look_at_memory(),
             eta_seconds=self._spent / (state.steps - self._done_before) * (total - state.steps),
+            seconds=self._elapsed(),
+            memory_bytes=memory_bytes(),
         )
 
     def _validate(self) -> float | None:

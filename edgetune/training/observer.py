@@ -70,6 +70,10 @@ class StepMetrics:
     """Highest resident memory so far of this process and a runtime's own; none where the system does not tell."""
     eta_seconds: float
     """Expected time to the end, without validation."""
+    seconds: float = 0.0
+    """Wall time of the run's steps and validations so far."""
+    memory_bytes: int | None = None
+    """Resident memory after the step, of this process and a runtime's own; none where the system does not tell."""
 
 
 @dataclass(frozen=True)

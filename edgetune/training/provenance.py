@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import edgetune
+from edgetune.config import TrainConfig
+from edgetune.devices.presence import this_machine
 from edgetune.formats.adapter import VALIDATION_DATA, VALIDATION_GIVEN, VALIDATION_SHA256
 from edgetune.machine.threads import threads_used
 from edgetune.training.state import PlannedRun, RunState
@@ -19,12 +23,13 @@ _PRIVATE = (
     "save_steps", "time_budget", "vitisai_config",
 )  # fmt: skip
 """Neither how the folder came to its place nor a path of this machine belongs to what was learnt."""
+_MOST_NAME = 200
+"""Characters of what a machine calls itself."""
 
 
 def provenance_of(run: PlannedRun, state: RunState) -> dict[str, str]:
     """How a run was made and what came of it."""
     config, choice, execution = run.config, run.fit.choice, run.execution
-    options = {key: value for key, value in asdict(config).items() if key not in _PRIVATE}
     provenance = {
         "edgetune": edgetune.__version__,
         "runtime": execution.runtime,
@@ -33,10 +38,12 @@ def provenance_of(run: PlannedRun, state: RunState) -> dict[str, str]:
         "threads": str(threads_used()),
         "numpy": np.__version__,
         "bundle": run.bundle.manifest.manifest_sha256,
-        "options": json.dumps(options, sort_keys=True),
+        "options": json.dumps(told_options(config), sort_keys=True),
         "rows": str(len(run.rows.train.examples)),
         "steps": str(state.steps),
         "final_loss": repr(state.final_loss),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine_name(),
     }
     if execution.pass_rows is not None:
         provenance["pass_rows"] = str(execution.pass_rows)
@@ -51,6 +58,17 @@ def provenance_of(run: PlannedRun, state: RunState) -> dict[str, str]:
     if state.stopped:
         provenance["stopped"] = state.stopped
     return provenance
+
+
+def told_options(config: TrainConfig) -> dict[str, Any]:
+    """The options of a run that may be told to whoever gets the adapter."""
+    return {key: value for key, value in asdict(config).items() if key not in _PRIVATE}
+
+
+def machine_name() -> str:
+    """What this machine calls its board and processor, and the kind of both."""
+    machine = this_machine()
+    return ", ".join([*machine.names, machine.architecture, machine.system])[:_MOST_NAME]
 
 
 def validation_rows(path: Path, sha256: str, output: Path) -> dict[str, str]:

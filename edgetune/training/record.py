@@ -1,8 +1,8 @@
 """The run record `metrics.jsonl`: one line an optimizer step, each flushed when it is complete.
 
-A line has the keys `step`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `tokens_per_second` and `peak_memory_bytes`.
-Where validation loss was measured after the step, it also has `validation_loss`; the first line has
-`initial_validation_loss`, measured before any step. A number that is not finite is written as null.
+A line has the keys `step`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `tokens_per_second`, `peak_memory_bytes`,
+`seconds` and `memory_bytes`. Where validation loss was measured after the step, it also has `validation_loss`; the
+first line has `initial_validation_loss`, measured before any step. A number that is not finite is written as null.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from types import TracebackType
 from edgetune.formats.adapter import RECORD
 from edgetune.formats.storage import write_in_place
 from edgetune.training.observer import StepMetrics
+
+_HIGH_WATER_MARK, _RESIDENT = "VmHWM:", "VmRSS:"
+"""Lines of Linux's status of a process. `ru_maxrss` would count what the parent process had used before the fork."""
 
 
 class RunRecord:
@@ -86,8 +89,8 @@ class RunRecord:
 
 def peak_memory_bytes() -> int | None:
     """Highest resident memory so far of this process and of the children it has now; none where nothing tells."""
-    if (own := _high_water_mark("self")) is not None:
-        return own + sum(_high_water_mark(child) or 0 for child in _children())
+    if (peak := _of_all(_HIGH_WATER_MARK)) is not None:
+        return peak
     if sys.platform == "win32":
         return None
     import resource
@@ -96,14 +99,24 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _high_water_mark(process: str) -> int | None:
-    """VmHWM of Linux; ru_maxrss would count what the parent process had used before the fork."""
+def memory_bytes() -> int | None:
+    """Resident memory now of this process and of its children; none where nothing tells."""
+    return _of_all(_RESIDENT)
+
+
+def _of_all(key: str) -> int | None:
+    own = _status(key, "self")
+    return None if own is None else own + sum(_status(key, child) or 0 for child in _children())
+
+
+def _status(key: str, process: str) -> int | None:
+    """Bytes of a line of Linux's status of a process."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
         return None
     for line in status.splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(key):
             return int(line.split()[1]) * 1024
     return None
 

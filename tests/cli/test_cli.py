@@ -29,7 +29,8 @@ import edgetune
 from edgetune.cli import VERBS, main
 from edgetune.cli.failures import exit_code_of
 from edgetune.cli.interruption import termination_interrupts
-from edgetune.cli.output import notices, printable
+from edgetune.cli.live import Watched
+from edgetune.cli.output import notices
 from edgetune.cli.progress import BarObserver, LineObserver, duration_text, start_text
 from edgetune.config import (
     ChatConfig,
@@ -129,7 +130,7 @@ def test_help_is_instant_and_imports_no_command() -> None:
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
     assert list(VERBS) == [
         "prepare", "split", "data", "plan", "train", "preview", "eval", "export", "generate", "chat", "ship", "inspect",
-        "devices", "conformance", "doctor",
+        "report", "runs", "devices", "conformance", "doctor",
     ]  # fmt: skip
     stdout = run("--help").stdout
     positions = [stdout.index(f"  {name} ") for name in VERBS]
@@ -159,7 +160,8 @@ OPTIONS = {
     "batch-size gradient-accumulation-steps packing no-packing share-prefixes no-share-prefixes learning-rate "
     "lora-plus-ratio schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle truncate raw-prompts "
     "content-as-text init init-adapter layers resume save-steps eval-steps patience keep-best keep-state time-budget "
-    "pause-file pause-below-battery pause-above-temperature optimizer-states force quiet json",
+    "pause-file pause-below-battery pause-above-temperature optimizer-states force report log-to log-folder quiet "
+    "json",
     "preview": "data raw-prompts content-as-text json",
     "eval": "data adapter truncate raw-prompts content-as-text threads generate metric rows-output compare "
     "max-new-tokens temperature top-p top-k seed quiet json",
@@ -168,6 +170,8 @@ OPTIONS = {
     "chat": "system max-new-tokens temperature top-p top-k seed adapter content-as-text threads",
     "ship": "target output adapter force quiet json",
     "inspect": "placement buckets device-type soc-model require-npu json",
+    "report": "output answers json",
+    "runs": "sort json",
     "devices": "",
     "conformance": "json",
     "doctor": "json",
@@ -471,7 +475,7 @@ def test_an_interruption_is_one_even_when_a_library_makes_an_error_of_it() -> No
 @pytest.mark.parametrize("bar", [False, True])
 def test_an_interruption_that_a_library_lost_ends_training_at_the_next_step(bar: bool) -> None:
     with Progress(console=Console(file=StringIO())) as progress:
-        observer = BarObserver(progress) if bar else LineObserver(notices(quiet=True))
+        observer = BarObserver(progress, Watched()) if bar else LineObserver(notices(quiet=True))
         observer.on_start(StartInfo("onnxruntime", PLAN, 4, None, 4, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
         with termination_interrupts():
             observer.on_step(StepMetrics(1, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
@@ -895,10 +899,6 @@ def test_bytes_for_people(count: int, text: str) -> None:
 )
 def test_durations_stay_sane(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
-
-
-def test_control_characters_are_made_visible() -> None:
-    assert printable("a\tb\nc\x1b[2J\x9b\x7f é 日本 👩‍🚀") == "a\tb\nc\\x1b[2J\\x9b\\x7f é 日本 👩‍🚀"
 
 
 # Names that are not Unicode

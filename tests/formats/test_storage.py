@@ -720,6 +720,11 @@ def test_a_folder_that_cannot_be_removed_does_not_stop_the_next_writer(tmp_path:
 # --- a single file
 
 
+def _write(path: Path, data: bytes) -> None:
+    with atomic_file(path, replace=True) as file:
+        file.write(data)
+
+
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.jsonl"
     for is_there in (False, True):
@@ -758,3 +763,30 @@ def test_a_file_that_cannot_be_written_is_told_with_its_path(tmp_path: Path) -> 
         with pytest.raises(NoRoomError), atomic_file(tmp_path / "rows"):
             raise OSError(errno.ENOSPC, "No space left on device")
         assert names(tmp_path) == ["file"]
+
+
+def test_a_file_is_wholly_there_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "page.html"
+    _write(path, b"old")
+    for broken in ("fsync", "replace"):
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, broken, fail)
+            with pytest.raises(NoRoomError):
+                _write(path, b"new" * 1000)
+        assert (names(tmp_path), path.read_bytes()) == (["page.html"], b"old")
+    (tmp_path / ".page.html.partial-of-a-killed-process").touch()
+    _write(path, b"new")
+    assert (names(tmp_path), path.read_bytes()) == (["page.html"], b"new")
+    with locked(path), pytest.raises(LockedError):
+        _write(path, b"newer")
+    assert (names(tmp_path), path.read_bytes()) == (["page.html"], b"new")
+
+
+def test_a_file_of_no_unicode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not valid Unicode"):
+        _write(tmp_path / "half\udcff", b"new")
+    assert names(tmp_path) == []

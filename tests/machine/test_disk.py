@@ -336,7 +336,7 @@ def test_no_file_of_an_adapter_takes_more_than_is_said(tmp_path: Path) -> None:
 def test_no_line_of_a_record_takes_more_than_is_said(tmp_path: Path) -> None:
     longest = -sys.float_info.min
     with RunRecord(tmp_path, print) as record:
-        metrics = StepMetrics(10**9, longest, longest, longest, 10**9, longest, 10**12, 0.0)
+        metrics = StepMetrics(10**9, longest, longest, longest, 10**9, longest, 10**12, 0.0, longest, 10**12)
         record.write(metrics, validation_loss=longest, initial_validation_loss=longest)
         record.write(metrics, validation_loss=longest)
     first, second = (tmp_path / RECORD).read_bytes().splitlines(keepends=True)

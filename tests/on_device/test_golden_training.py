@@ -126,6 +126,14 @@ def test_inspect_verifies_bundle_and_adapter(trained: Trained) -> None:
     assert edgetune("inspect", BUNDLE).code == 0
 
 
+def test_a_device_shows_its_runs(trained: Trained, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    written = json.loads(edgetune("report", trained.result.path, "--output", page, "--json").out)
+    assert written["bytes"] == len(page.read_bytes()) and b"</svg>" in page.read_bytes()
+    (listed,) = json.loads(edgetune("runs", trained.result.path, "--json").out)
+    assert (listed["steps"], listed["loss"]) == (20, trained.recorder.steps[-1].loss)
+
+
 def test_doctor_is_content_with_a_device() -> None:
     said = edgetune("doctor", "--json")
     assert said.code == 0, said

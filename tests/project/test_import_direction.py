@@ -28,6 +28,7 @@ FLOORS: list[set[str]] = [
     {
         "preparation", "split", "training", "evaluation", "preview", "exporting", "ship", "describe", "doctor",
     },
+    {"reporting"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import subprocess
 import sys
 import threading
 from collections import Counter
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +33,16 @@ from edgetune.formats.manifest_json import read_manifest
 from edgetune.formats.storage import locked, sha256_of
 from edgetune.model.lora import Lora, initial_parameters
 from edgetune.training import StartInfo, StepMetrics, TrainResult, train
-from edgetune.training.record import RunRecord, peak_memory_bytes
+from edgetune.training.record import RunRecord, memory_bytes, peak_memory_bytes
 from support import bigram_runtime
 from support.bigram_runtime import BigramSession
 from support.recorder import Recorder, metrics
 from support.tiny_bundle import BASE, LORA, MAX_LENGTH, SLOT, make_bundle, some_rows, write_rows
 
-KEYS = ["step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes"]
+KEYS = [
+    "step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes", "seconds",
+    "memory_bytes",
+]  # fmt: skip
 FAST = TrainConfig(learning_rate=0.5, schedule="constant", batch_size=4)
 
 
@@ -103,6 +108,9 @@ def test_a_run_learns_and_leaves_a_sealed_adapter(bundle: Bundle, data: Path) ->
     assert {entry.path for entry in manifest.files} == {path.name for path in result.path.iterdir()} - {"edgetune.json"}
     assert (manifest.base, manifest.lora) == (BASE, LORA)
     assert "stopped" not in manifest.provenance
+    finished = datetime.fromisoformat(manifest.provenance["finished"])
+    assert timedelta() <= datetime.now(UTC) - finished < timedelta(minutes=10)
+    assert platform.machine() in manifest.provenance["machine"].replace("arm64", "aarch64")
     for name, value in read(bundle, result.path).items():
         np.testing.assert_array_equal(value, BigramSession.opened.parameters[name])
     assert result.steps == 60  # 20 epochs of 3 batches
@@ -118,6 +126,8 @@ def test_metrics_have_a_line_a_step(bundle: Bundle, data: Path) -> None:
     assert [line["learning_rate"] for line in lines] == pytest.approx([0.0, 0.3, 0.2, 0.1])
     assert [line["learning_rate"] for line in lines] == BigramSession.opened.rates
     assert [line["loss"] for line in lines] == [step.loss for step in seen.steps]
+    seconds = [line["seconds"] for line in lines]
+    assert seconds[0] > 0 and seconds == sorted(seconds) and seconds[-1] <= result.seconds
     assert all(line["tokens_per_second"] > 0 and line["peak_memory_bytes"] > 1e6 for line in lines)
     assert sum(line["tokens"] for line in lines[:3]) == seen.starts[0].tokens_per_epoch
     assert seen.steps[-1].eta_seconds == 0 < seen.steps[0].eta_seconds
@@ -417,9 +427,25 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
                 "tokens": 7,
                 "tokens_per_second": 3.5,
                 "peak_memory_bytes": None,
+                "seconds": 0.0,
+                "memory_bytes": None,
                 "validation_loss": None,
             }
         ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what is resident now")
+def test_memory_now_falls_when_it_is_given_back_and_its_peak_stays() -> None:
+    size = 64 << 20
+    before = memory_bytes()
+    held = np.ones(size, np.uint8)
+    full, peak = memory_bytes(), peak_memory_bytes()
+    del held
+    after = memory_bytes()
+    assert before is not None and full is not None and after is not None and peak is not None
+    assert full - before > 0.9 * size
+    assert full - after > 0.9 * size
+    assert peak >= full
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a running child")
