@@ -37,7 +37,9 @@ def requirements(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in lines]
 
 
-@pytest.mark.parametrize(("name", "extras"), [("host", ("host", "tensorboard", "mlflow", "bench", "test")), ("device", ())])
+@pytest.mark.parametrize(
+    ("name", "extras"), [("host", ("host", "tensorboard", "mlflow", "bench", "test")), ("device", ())]
+)
 def test_the_pinned_versions_satisfy_what_is_declared(name: str, extras: tuple[str, ...]) -> None:
     pinned = pins(CONSTRAINTS[name])
     for requirement in requirements(*extras):
