@@ -29,6 +29,8 @@ _EXTRAS = {
     "openvino-ep": "train --runtime openvino-ep, the same through ONNX Runtime, on Intel's devices",
     "data": "data convert of Parquet files",
     "eval": "eval --generate with the metrics bleu, chrf and macro-f1",
+    "tensorboard": "train --log-to tensorboard",
+    "mlflow": "train --log-to mlflow",
     "fpga": "train --runtime fpga-hls, an FPGA emulation, which needs g++ as well; ship --target fpga",
 }
 """Extras that nothing needs, and what they are for."""
