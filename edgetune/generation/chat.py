@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from os import PathLike
 
 from edgetune.config import ChatConfig, check_config
@@ -108,22 +108,22 @@ class Chat:
                 self._turns.pop()
 
     def _fitting(self) -> list[int]:
-        """The prompt; the oldest turns leave it where there would be no place for the answer."""
+        """The prompt; the oldest turns leave it, and the conversation, where there would be no place for the answer."""
         most = self._model.context_length
         place = min(self._config.max_new_tokens, most // 2)
-        left_out = 0
-        input_ids = self._encoded()
-        while len(input_ids) + place > most and len(self._turns) > 1:
-            del self._turns[:2]
-            left_out += 2
-            input_ids = self._encoded()
-        if left_out:
-            self._say(f"the {left_out} oldest turns are left out: the model takes {most:,} tokens, answer and all")
+        turns = list(self._turns)
+        input_ids = self._encoded(turns)
+        while len(input_ids) + place > most and len(turns) > 1:
+            del turns[:2]
+            input_ids = self._encoded(turns)
         check_length(input_ids, most)
+        if left_out := len(self._turns) - len(turns):
+            self._turns = turns
+            self._say(f"the {left_out} oldest turns are left out: the model takes {most:,} tokens, answer and all")
         return input_ids
 
-    def _encoded(self) -> list[int]:
-        messages = [*self._system, *self._turns]
+    def _encoded(self, turns: Sequence[Message]) -> list[int]:
+        messages = [*self._system, *turns]
         for remark in self._encoder.remarks_of(messages) - self._remarked:
             self._remarked.add(remark)
             self._say(remark)
