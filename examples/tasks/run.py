@@ -72,7 +72,7 @@ def asked(arguments: list[str | Path]) -> dict[str, Any]:
 def bundle_of_the_real_model(work: Path) -> Path:
     """The bundle, unless an earlier run has left it."""
     if not (work / "base").is_dir():
-        run([sys.executable, "-m", "benchmarks.real_model", work / "base"])
+        run([sys.executable, ROOT / "examples" / "llama_to_phi3.py", "smollm2", work / "base"])
     if not (work / "bundle").is_dir():
         run([*EDGETUNE, "prepare", work / "base", "--output", work / "bundle", *LORA])
     return work / "bundle"
