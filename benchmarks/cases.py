@@ -263,7 +263,7 @@ def _epochs(name: str, contestant: Edgetune) -> tuple[Case, Case]:
     """The upper half of the layers over five epochs, against the same with nothing kept, and against all layers."""
     layers = SMALL.size.layers
     ours = Epochs(contestant, SMALL_1024, f"{layers // 2}-{layers - 1}")
-    title = f"98 M, {name}, upper half of the layers, five epochs, the lower half computed once"
+    title = f"98 M, {contestant}, upper half of the layers, five epochs, the lower half computed once"
     goals = (Goal("seconds", "≤", 0.6, relative=True),)
     every_epoch, everything = replace(ours, kept=False), replace(ours, layers=None)
     return (
@@ -272,7 +272,7 @@ def _epochs(name: str, contestant: Edgetune) -> tuple[Case, Case]:
     )
 
 
-EPOCHS_CASES = (*_epochs("onnxruntime", STOCK), *_epochs("openvino", OPENVINO), *_epochs("int8", OPENVINO_INT8))
+EPOCHS_CASES = (*_epochs("stock", STOCK), *_epochs("openvino", OPENVINO), *_epochs("int8", OPENVINO_INT8))
 
 CASES: tuple[Case, ...] = (
     Case(
