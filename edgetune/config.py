@@ -25,6 +25,8 @@ DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
 Method = Literal["backpropagation", "forward-only"]
 Schedule = Literal["constant", "linear", "cosine"]
 Start = Literal["random", "gradient"]
+HelpGroup = Literal["data", "method", "schedule", "memory", "device", "output", "other"]
+"""Headings of options, in the order in which they are shown."""
 OptimizerStates = Literal["auto", "32bit", "8bit"]
 FormName = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 RunsOrder = Literal["date", "name", "steps", "loss", "validation", "time"]
@@ -51,6 +53,8 @@ class Option:
 
     help: str
     """One sentence for `--help`."""
+    group: HelpGroup = "other"
+    """Under which heading `--help` and `edgetune init` have it."""
     least: float | None = None
     """Smallest number that is taken; for more than zero, a number as small as makes sense."""
     most: float | None = None
@@ -175,16 +179,21 @@ def _expected_items(value: object, hint: Any, said: Option) -> str:
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a Path"}
 """How messages call what each type of field takes."""
 _MANY = 10**9
-_THREADS = Option("How many threads compute; without it, as many as this process may use.", least=1)
-_TRUNCATE = Option("Cut rows that are too long; without it they are left out and counted.")
-_RAW_PROMPTS = Option("Take prompt and completion as they are; without it they go through the model's chat template.")
+_THREADS = Option("How many threads compute; without it, as many as this process may use.", least=1, group="device")
+_TRUNCATE = Option("Cut rows that are too long; without it they are left out and counted.", group="data")
+_RAW_PROMPTS = Option(
+    "Take prompt and completion as they are; without it they go through the model's chat template.", group="data"
+)
 _CONTENT_AS_TEXT = Option(
-    "Take control tokens that a message spells, such as <|end|>, as text; without it they steer the model."
+    "Take control tokens that a message spells, such as <|end|>, as text; without it they steer the model.",
+    group="data",
 )
 _ADAPTER_NAME = Option("Name of the adapter that answers, of those in the folder; base for none of them.")
-_DEVICE_TYPE = Option("Which of the runtime's devices executes a whole step.")
+_DEVICE_TYPE = Option("Which of the runtime's devices executes a whole step.", group="device")
 _SOC_MODEL = Option(
-    "Chip that --runtime qnn emulates where there is no NPU: 69 is 8 Elite; else the device's, or 60, X Elite.", least=1
+    "Chip that --runtime qnn emulates where there is no NPU: 69 is 8 Elite; else the device's, or 60, X Elite.",
+    least=1,
+    group="device",
 )
 
 
@@ -206,45 +215,60 @@ class ProgressConfig(ResultConfig):
 class PrepareConfig:
     """What `edgetune prepare` makes of a checkpoint."""
 
-    rank: int = option(8, Option("Rank of every LoRA slot.", least=1))
-    alpha: float = option(16.0, Option("The update is scaled by alpha / rank.", least=1e-9))
+    rank: int = option(8, Option("Rank of every LoRA slot.", least=1, group="method"))
+    alpha: float = option(16.0, Option("The update is scaled by alpha / rank.", least=1e-9, group="method"))
     rslora: bool = option(
-        False, Option("Scale the update by alpha / √rank, so that high ranks learn as fast as low ones.")
+        False,
+        Option("Scale the update by alpha / √rank, so that high ranks learn as fast as low ones.", group="method"),
     )
     """Rank-stabilised LoRA (Kalajdzievski 2023)."""
     rank_pattern: dict[str, int] | None = option(
-        None, Option("Another rank for one projection, such as down_proj=32; can be given again.", least=1)
+        None,
+        Option("Another rank for one projection, such as down_proj=32; can be given again.", least=1, group="method"),
     )
     """As PEFT's `rank_pattern`, whose keys match the end of a module's name: here it is one of the projections."""
     alpha_pattern: dict[str, float] | None = option(
-        None, Option("Another alpha for one projection, such as down_proj=64; can be given again.", least=1e-9)
+        None,
+        Option(
+            "Another alpha for one projection, such as down_proj=64; can be given again.", least=1e-9, group="method"
+        ),
     )
     """As PEFT's `alpha_pattern`."""
     targets: str = option(
         "all-linear",
-        Option("Which projections can be trained: all-linear, attention, or names such as qkv_proj,down_proj."),
+        Option(
+            "Which projections can be trained: all-linear, attention, or names such as qkv_proj,down_proj.",
+            group="method",
+        ),
     )
-    dora: bool = option(False, Option("Train magnitudes as well, as DoRA does: one for each row of a projection."))
-    base: Base = option("int4", Option("How the frozen weights are stored."))
+    dora: bool = option(
+        False, Option("Train magnitudes as well, as DoRA does: one for each row of a projection.", group="method")
+    )
+    base: Base = option("int4", Option("How the frozen weights are stored.", group="memory"))
     """The model that is trained on is the one that answers."""
-    quantiser: Quantiser = option("least-squares", Option("How weights are rounded for --base int4."))
+    quantiser: Quantiser = option("least-squares", Option("How weights are rounded for --base int4.", group="memory"))
     """The scale of a block is the one of least squared error, or puts its largest weight on the lowest point. By `gptq`
     inputs are rounded one after the other, and later ones make up for the errors of earlier ones on `calibration` rows.
     """
     npu: NpuKind = option(
-        "none", Option("Add the step with int8 frozen weights, for `train --runtime qnn --precision int8`.")
+        "none",
+        Option("Add the step with int8 frozen weights, for `train --runtime qnn --precision int8`.", group="device"),
     )
     """The step for NPUs has 16-bit fixed-point activations (`qdq`), or blocks of weights (`blocks`). It takes two bytes
     a weight, `qdq` three."""
     calibration: Path | None = option(
-        None, Option("Rows for --quantiser gptq and the ranges of --npu qdq, and to see what float16 does not hold.")
+        None,
+        Option(
+            "Rows for --quantiser gptq and the ranges of --npu qdq, and to see what float16 does not hold.",
+            group="data",
+        ),
     )
     """Without it `qdq` measures the ranges on random tokens, and nothing is said of float16."""
-    max_length: int = option(512, Option("Longest row of training, in tokens.", least=2))
+    max_length: int = option(512, Option("Longest row of training, in tokens.", least=2, group="data"))
     """It is never more than the model's positions."""
-    download: bool = option(False, Option("Fetch a hub id that is not on this machine."))
+    download: bool = option(False, Option("Fetch a hub id that is not on this machine.", group="data"))
     """Without it nothing goes on the network."""
-    force: bool = option(False, Option("Replace a bundle that is already there."))
+    force: bool = option(False, Option("Replace a bundle that is already there.", group="output"))
 
 
 @dataclass(frozen=True)
@@ -272,9 +296,10 @@ DEFAULT_EPOCHS = 3.0
 class TrainConfig:
     """How `edgetune train` runs."""
 
-    runtime: RuntimeName = option("auto", Option("What executes the training step."))
+    runtime: RuntimeName = option("auto", Option("What executes the training step.", group="device"))
     device: str | None = option(
-        None, Option("Hold to a device's limits: its name, or a profile's path; without it, this machine's.")
+        None,
+        Option("Hold to a device's limits: its name, or a profile's path; without it, this machine's.", group="device"),
     )
     """The profile's memory, runtimes and limits hold."""
     plan: PlanName = option(
@@ -282,18 +307,27 @@ class TrainConfig:
         Option(
             "What is kept in memory and what is computed again.",
             former_values={"int8": {"precision": "int8"}, "split": {"trunk": True}},
+            group="memory",
         ),
     )
     precision: TrainingPrecision = option(
-        "auto", Option("In what frozen weights are multiplied; auto is as exact as the processor does at full speed.")
+        "auto",
+        Option(
+            "In what frozen weights are multiplied; auto is as exact as the processor does at full speed.",
+            group="memory",
+        ),
     )
     layers: str | None = option(
         None,
-        Option("Train these decoder layers alone, counted from 0: 16-31, 16- for all from there on, 16, or 0-3,16-31."),
+        Option(
+            "Train these decoder layers alone, counted from 0: 16-31, 16- for all from there on, 16, or 0-3,16-31.",
+            group="method",
+        ),
     )
     """Those below compute no gradients, keep no activations and have no optimizer state."""
     trunk: bool = option(
-        False, Option("Let a split bundle's trunk compute the lowest layers, which are not trained then.")
+        False,
+        Option("Let a split bundle's trunk compute the lowest layers, which are not trained then.", group="method"),
     )
     lower_layers_cache: str = option(
         "2GB",
@@ -301,93 +335,158 @@ class TrainConfig:
             "How much of what enters the lowest trained layer is kept on disk: later epochs need not compute it.",
             is_size=True,
             former_names=("trunk_cache",),
+            group="memory",
         ),
     )
     """With `layers` or `trunk`, what is below that layer gives the same in every epoch."""
     vitisai_config: Path | None = option(
-        None, Option("vaip_config.json of the Vitis AI that runs the trunk, where it wants one.", only="train")
+        None,
+        Option(
+            "vaip_config.json of the Vitis AI that runs the trunk, where it wants one.", only="train", group="device"
+        ),
     )
     method: Method = option(
         "backpropagation",
-        Option("How the gradient is found; forward-only estimates it from losses and needs no backward pass."),
+        Option(
+            "How the gradient is found; forward-only estimates it from losses and needs no backward pass.",
+            group="method",
+        ),
     )
-    queries: int = option(160, Option("Perturbations that a forward-only step measures.", least=2, most=10**6))
+    queries: int = option(
+        160, Option("Perturbations that a forward-only step measures.", least=2, most=10**6, group="method")
+    )
     perturbation_size: float = option(
         1e-2,
         Option(
-            "By how much forward-only moves each parameter to measure the loss.", least=1e-9, most=1000, only="train"
+            "By how much forward-only moves each parameter to measure the loss.",
+            least=1e-9,
+            most=1000,
+            only="train",
+            group="method",
         ),
     )
     memory_budget: str | None = option(
-        None, Option("Most memory of the process, such as 3GB; without it, what the machine has free.", is_size=True)
+        None,
+        Option(
+            "Most memory of the process, such as 3GB; without it, what the machine has free.",
+            is_size=True,
+            group="memory",
+        ),
     )
     threads: int | None = option(None, _THREADS)
     device_type: DeviceType = option("auto", _DEVICE_TYPE)
     """`qnn` has an NPU, `openvino` all three."""
     require_npu: bool = option(
-        False, Option("End with exit code 4 where a node of the step would run on the CPU instead.", only="train")
+        False,
+        Option(
+            "End with exit code 4 where a node of the step would run on the CPU instead.", only="train", group="device"
+        ),
     )
     soc_model: int | None = option(None, _SOC_MODEL)
     """Qualcomm's number of the chip."""
     buckets: str | None = option(
-        None, Option("Shapes of batches on an accelerator, such as 4x128,1x512; without it a few that suit the rows.")
+        None,
+        Option(
+            "Shapes of batches on an accelerator, such as 4x128,1x512; without it a few that suit the rows.",
+            group="device",
+        ),
     )
-    steps: int | None = option(None, Option("Optimizer steps.", least=1, most=_MANY, excludes=("epochs",)))
+    steps: int | None = option(
+        None, Option("Optimizer steps.", least=1, most=_MANY, excludes=("epochs",), group="schedule")
+    )
     epochs: float | None = option(
         None,
         Option(
             f"Epochs, each once through all rows; {DEFAULT_EPOCHS:g} when neither --steps nor --epochs is given.",
             least=1e-9,
             most=10**6,
+            group="schedule",
         ),
     )
     batch_size: int = option(
         4,
         Option(
-            "Rows of a batch; where memory is short, they go through the model in several passes.", least=1, most=10**6
+            "Rows of a batch; where memory is short, they go through the model in several passes.",
+            least=1,
+            most=10**6,
+            group="schedule",
         ),
     )
     """No pass through the model takes more memory than so many of the longest rows."""
-    gradient_accumulation_steps: int = option(1, Option("Batches of one optimizer step.", least=1, most=10**6))
-    packing: bool = option(True, Option("Put short rows behind each other instead of padding each; none sees another."))
-    share_prefixes: bool = option(
-        True, Option("Compute once a sequence what packed rows begin with in common, such as a system prompt.")
+    gradient_accumulation_steps: int = option(
+        1, Option("Batches of one optimizer step.", least=1, most=10**6, group="schedule")
     )
-    learning_rate: float = option(2e-4, Option("Peak learning rate.", least=1e-30, most=1000, only="train"))
+    packing: bool = option(
+        True, Option("Put short rows behind each other instead of padding each; none sees another.", group="data")
+    )
+    share_prefixes: bool = option(
+        True,
+        Option("Compute once a sequence what packed rows begin with in common, such as a system prompt.", group="data"),
+    )
+    learning_rate: float = option(
+        2e-4, Option("Peak learning rate.", least=1e-30, most=1000, only="train", group="schedule")
+    )
     lora_plus_ratio: float = option(
         1.0,
-        Option("Learning rate of B matrices, as a multiple of all others'.", least=1e-9, most=1e6, only="train"),
+        Option(
+            "Learning rate of B matrices, as a multiple of all others'.",
+            least=1e-9,
+            most=1e6,
+            only="train",
+            group="schedule",
+        ),
     )
     """LoRA+ (Hayou et al. 2024), with 16 in the paper."""
-    schedule: Schedule = option("cosine", Option("How the learning rate falls after the warm-up.", only="train"))
-    warmup_steps: int = option(
-        0, Option("Steps over which the learning rate rises from zero.", least=0, most=_MANY, only="train")
+    schedule: Schedule = option(
+        "cosine", Option("How the learning rate falls after the warm-up.", only="train", group="schedule")
     )
-    weight_decay: float = option(0.0, Option("AdamW's weight decay.", least=0, most=1000, only="train"))
+    warmup_steps: int = option(
+        0,
+        Option(
+            "Steps over which the learning rate rises from zero.", least=0, most=_MANY, only="train", group="schedule"
+        ),
+    )
+    weight_decay: float = option(
+        0.0, Option("AdamW's weight decay.", least=0, most=1000, only="train", group="schedule")
+    )
     """It is decoupled from the gradient."""
     max_grad_norm: float = option(
-        1.0, Option("Clip gradients to this norm; 0 switches clipping off.", least=0, most=1e30, only="train")
+        1.0,
+        Option(
+            "Clip gradients to this norm; 0 switches clipping off.", least=0, most=1e30, only="train", group="schedule"
+        ),
     )
     """The 2-norm of all gradients together; they are scaled down."""
     optimizer_states: OptimizerStates = option(
-        "auto", Option("How AdamW keeps its two moments; auto takes 8bit only where no plan fits the memory otherwise.")
+        "auto",
+        Option(
+            "How AdamW keeps its two moments; auto takes 8bit only where no plan fits the memory otherwise.",
+            group="memory",
+        ),
     )
     """In 8 bits, and a float32 scale for each block of 256, they take 2 bytes a parameter instead of 8 (Dettmers et al.
     2022)."""
     seed: int = option(
-        0, Option("Decides the order of rows and the first adapter.", least=0, most=2**63 - 1, only="train")
+        0,
+        Option(
+            "Decides the order of rows and the first adapter.", least=0, most=2**63 - 1, only="train", group="schedule"
+        ),
     )
-    shuffle: bool = option(True, Option("Draw a new order of rows every epoch.", only="train"))
+    shuffle: bool = option(True, Option("Draw a new order of rows every epoch.", only="train", group="data"))
     truncate: bool = option(False, _TRUNCATE)
     raw_prompts: bool = option(False, _RAW_PROMPTS)
     content_as_text: bool = option(False, _CONTENT_AS_TEXT)
     init: Start = option(
-        "random", Option("What A begins with; gradient takes where the first batches' loss falls.", only="train")
+        "random",
+        Option("What A begins with; gradient takes where the first batches' loss falls.", only="train", group="method"),
     )
     """B is zero in any case, so that the first model is the base."""
-    init_adapter: Path | None = option(None, Option("Adapter to start from, PEFT's as well.", only="train"))
+    init_adapter: Path | None = option(
+        None, Option("Adapter to start from, PEFT's as well.", only="train", group="method")
+    )
     resume: bool = option(
-        False, Option("Go on with the run that was interrupted: the same command, and this.", only="train")
+        False,
+        Option("Go on with the run that was interrupted: the same command, and this.", only="train", group="output"),
     )
     """Where it never came to save a state, it starts over."""
     save_steps: int | None = option(
@@ -397,11 +496,17 @@ class TrainConfig:
             least=0,
             most=_MANY,
             only="train",
+            group="output",
         ),
     )
     eval_steps: int | None = option(
         None,
-        Option("Measure the validation rows after so many steps; without it, after every epoch.", least=1, most=_MANY),
+        Option(
+            "Measure the validation rows after so many steps; without it, after every epoch.",
+            least=1,
+            most=_MANY,
+            group="schedule",
+        ),
     )
     patience: int | None = option(
         None,
@@ -410,27 +515,57 @@ class TrainConfig:
             least=1,
             most=_MANY,
             only="train",
+            group="schedule",
         ),
     )
     keep_best: bool = option(
-        False, Option("Write the adapter of the step with the lowest validation loss, not of the last.", only="train")
+        False,
+        Option(
+            "Write the adapter of the step with the lowest validation loss, not of the last.",
+            only="train",
+            group="schedule",
+        ),
     )
     keep_state: bool = option(
-        False, Option("Keep the last state, so that --resume with more --steps or --epochs goes on.", only="train")
+        False,
+        Option(
+            "Keep the last state, so that --resume with more --steps or --epochs goes on.", only="train", group="output"
+        ),
     )
     time_budget: str | None = option(
-        None, Option("Pause after so much time, such as 20m or 1.5h: exit code 75.", only="train")
+        None, Option("Pause after so much time, such as 20m or 1.5h: exit code 75.", only="train", group="output")
     )
     pause_below_battery: float | None = option(
-        None, Option("Rest while the battery has fewer percent and is not plugged in.", least=0, most=100, only="train")
+        None,
+        Option(
+            "Rest while the battery has fewer percent and is not plugged in.",
+            least=0,
+            most=100,
+            only="train",
+            group="device",
+        ),
     )
     pause_above_temperature: float | None = option(
-        None, Option("Rest while the machine is hotter, in degrees Celsius.", least=0, most=200, only="train")
+        None,
+        Option(
+            "Rest while the machine is hotter, in degrees Celsius.", least=0, most=200, only="train", group="device"
+        ),
     )
-    pause_file: Path | None = option(None, Option("Pause when this file is there: exit code 75.", only="train"))
+    pause_file: Path | None = option(
+        None, Option("Pause when this file is there: exit code 75.", only="train", group="output")
+    )
     force: bool = option(
-        False, Option("Replace an adapter that is already there, and forget an unfinished run.", only="train")
+        False,
+        Option("Replace an adapter that is already there, and forget an unfinished run.", only="train", group="output"),
     )
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """How `edgetune init` writes a file of options."""
+
+    output: Path | None = option(None, Option("File to write; without it, STAGE.toml."))
+    force: bool = option(False, Option("Replace a file that is already there."))
 
 
 @dataclass(frozen=True)
@@ -588,13 +723,21 @@ class FollowConfig:
     """What `edgetune train` leaves for those who look at runs, beside the adapter."""
 
     report: Path | None = option(
-        None, Option("Write the run's report there at the end, as `edgetune report` does, also when it is interrupted.")
+        None,
+        Option(
+            "Write the run's report there at the end, as `edgetune report` does, also when it is interrupted.",
+            group="output",
+        ),
     )
     log_to: TrackingTool | None = option(
-        None, Option("Write what each step measures into this tool's files while the run goes on.")
+        None, Option("Write what each step measures into this tool's files while the run goes on.", group="output")
     )
     log_folder: Path | None = option(
-        None, Option("Folder of the files of --log-to, which many runs share; without it, `runs` beside the adapter.")
+        None,
+        Option(
+            "Folder of the files of --log-to, which many runs share; without it, `runs` beside the adapter.",
+            group="output",
+        ),
     )
 
 

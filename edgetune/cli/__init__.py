@@ -29,6 +29,7 @@ class Verb:
 
 
 VERBS = {
+    "init": Verb("edgetune.cli.init", "Write a commented file with every option of prepare or train."),
     "prepare": Verb("edgetune.cli.prepare", "Turn a Phi-3 checkpoint into a bundle that a device can train (host)."),
     "split": Verb("edgetune.cli.split", "Make an int8 graph of a bundle's lower layers, for an accelerator (host)."),
     "data": Verb("edgetune.cli.data", "Make rows of other files, and check rows before they are trained on."),
@@ -46,6 +47,7 @@ VERBS = {
     "devices": Verb("edgetune.cli.devices", "List, show and check device profiles."),
     "conformance": Verb("edgetune.cli.conformance", "List what breaks the rules of Vitis AI in a graph (host)."),
     "doctor": Verb("edgetune.cli.doctor", "Say what is installed, what is missing, and how to get it."),
+    "completion": Verb("edgetune.cli.completion", "Print what lets a shell complete commands and options."),
 }
 """Every command, in the order of the work."""
 FORMER = {"bundle": "ship"}

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from textwrap import dedent
+from typing import Any, get_args
 
 import click
 
+from edgetune.config import HelpGroup
 from edgetune.text.suggestion import did_you_mean
+
+
+class Grouped(click.Option):
+    """An option that `--help` shows under a heading.
+
+    Args:
+        group: The heading.
+        declared: What click takes.
+        settings: What click takes.
+    """
+
+    def __init__(self, declared: Sequence[str], *, group: HelpGroup, **settings: Any) -> None:
+        super().__init__(declared, **settings)
+        self.group = group
 
 
 class Command(click.Command):
@@ -24,6 +41,18 @@ class Command(click.Command):
             names = [name.removeprefix("--") for param in self.get_params(ctx) for name in _shown(param)]
             message = f"no such option '{option}'{did_you_mean(option.lstrip('-'), names, prefix='--')}"
             raise click.UsageError(message, ctx) from None
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under their headings, those without one first."""
+        under: dict[HelpGroup, list[tuple[str, str]]] = {group: [] for group in ("other", *get_args(HelpGroup))}
+        for param in self.get_params(ctx):
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)) is not None:
+                under[param.group if isinstance(param, Grouped) else "other"].append(record)
+        for group, records in under.items():
+            if not records:
+                continue
+            with formatter.section("Options" if group == "other" else f"{group.capitalize()} options"):
+                formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples as they stand; click would fill them as a paragraph."""

@@ -51,12 +51,24 @@ def read_config(path: Path, kind: type) -> dict[str, Setting]:
         if name in settings:
             raise UsageError(f"{place}: '{key}' is set twice, as {name} and as {name.replace('_', '-')}")
         hint, said = hints[known[name].name], option_of(known[name])
-        found = _typed(value, hint, said, f"{place}: {key}")
-        try:
-            settings[name] = Setting(type_of(hint, said).convert(found, None, None), place)
-        except click.BadParameter as error:
-            raise UsageError(f"{place}: {name}: {error.message}") from error
+        if get_origin(hint) is not dict:
+            settings[name] = Setting(_value(value, hint, said, place, key), place)
+            continue
+        if not isinstance(value, dict):
+            raise UsageError(f"{place}: {key} is {value!r:.60}, expected a table such as {{ down_proj = 32 }}")
+        of_entry = get_args(hint)[1]
+        entries = {entry: _value(one, of_entry, said, place, f"{key}.{entry}") for entry, one in value.items()}
+        settings[name] = Setting(entries, place)
     return settings
+
+
+def _value(value: object, hint: Any, said: Option, place: str, key: str) -> Any:
+    """A value of the file as the field's type, within its bounds."""
+    found = _typed(value, hint, said, f"{place}: {key}")
+    try:
+        return type_of(hint, said).convert(found, None, None)
+    except click.BadParameter as error:
+        raise UsageError(f"{place}: {key.replace('-', '_')}: {error.message}") from error
 
 
 def _typed(value: object, hint: Any, said: Option, place: str) -> Any:
@@ -67,11 +79,11 @@ def _typed(value: object, hint: Any, said: Option, place: str) -> Any:
             raise UsageError(f"{place} is {value!r:.60}, expected {' or '.join(repr(choice) for choice in choices)}")
         return value
     if not is_a(value, str if hint is Path else hint):
-        raise UsageError(f"{place} is {value!r:.60}, expected {_KINDS[hint]}")
+        raise UsageError(f"{place} is {value!r:.60}, expected {KINDS[hint]}")
     return hint(value)
 
 
-_KINDS = {
+KINDS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",

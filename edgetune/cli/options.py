@@ -12,6 +12,7 @@ from typing import Any, get_origin
 import click
 from click.core import ParameterSource
 
+from edgetune.cli.command import Grouped
 from edgetune.cli.config_file import Setting, read_config
 from edgetune.cli.inputs import PATH
 from edgetune.cli.values import fields_of, type_of
@@ -66,7 +67,7 @@ def options_of(
             _add_option(with_config, name, each, hints[each.name])
         if with_file:
             text = "TOML file with any of the options below; flags override it."
-            click.option("--config", _FILE, type=PATH, help=text)(with_config)
+            click.option("--config", _FILE, type=PATH, help=text, cls=Grouped, group="other")(with_config)
         return with_config
 
     return decorate
@@ -120,6 +121,8 @@ def _add_option(function: Function, name: str, of: Field[Any], hint: Any) -> Non
         show_default=is_on or not (of.default is None or of.default is False),
         help=said.help,
         hidden=name != of.name,
+        cls=Grouped,
+        group=said.group,
     )(function)
 
 

@@ -18,6 +18,7 @@ edgetune prepare ./Phi-3.5-mini-instruct --output bundle
 edgetune prepare ./Phi-4-mini-instruct --output bundle --rank 16 --alpha 32 --targets attention
 edgetune prepare ./Phi-3.5-mini-instruct --output bundle --quantiser gptq --calibration train.jsonl
 edgetune prepare ./Phi-3.5-mini-instruct --output bundle --npu qdq --calibration train.jsonl
+edgetune prepare ./Phi-3.5-mini-instruct --output bundle --config prepare.toml
 edgetune prepare microsoft/Phi-3-mini-4k-instruct --download --output bundle
 """
 
@@ -25,7 +26,7 @@ edgetune prepare microsoft/Phi-3-mini-4k-instruct --download --output bundle
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("checkpoint")
 @click.option("--output", type=PATH, required=True, help="Folder of the bundle.")
-@options_of(PrepareConfig)
+@options_of(PrepareConfig, with_file=True)
 @options_of(ProgressConfig, "printing")
 def command(checkpoint: str, output: Path, config: PrepareConfig, printing: ProgressConfig) -> None:
     """Turn CHECKPOINT into a bundle that any device can train.
