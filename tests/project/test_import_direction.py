@@ -116,10 +116,11 @@ def shadowed(source: str, package: str, modules: set[str]) -> set[str]:
     """Names that a package's `__init__` binds, and that the import of a module of its own binds anew."""
     bound: set[str] = set()
     for node in ast.parse(source).body:
-        if isinstance(node, ast.ImportFrom) and node.module == package:
-            continue  # the module itself
         if isinstance(node, ast.ImportFrom | ast.Import):
-            bound |= {alias.asname or alias.name for alias in node.names}
+            names = {alias.asname or alias.name for alias in node.names}
+            # The module itself, or what is bound after the module was imported.
+            origin = node.module if isinstance(node, ast.ImportFrom) else None
+            bound |= {name for name in names if origin not in (package, f"{package}.{name}")}
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             bound.add(node.name)
     return bound & modules
