@@ -14,10 +14,10 @@ from edgetune.data.problems import Problems
 from edgetune.data.rows import ChatRow, CompletionRow, Message, Row, TextRow, read_rows
 from edgetune.data.source import Source, kept, name_of
 from edgetune.errors import DataError, IncompatibleError, UsageError
+from edgetune.evaluation.answered_rows import read_answered_rows, write_answered_rows
 from edgetune.evaluation.comparison import Difference, compare
 from edgetune.evaluation.measurement import AnsweredRow, Measurement
 from edgetune.evaluation.metrics import METRICS, problem_of, require_packages
-from edgetune.evaluation.rows_file import read_answered_rows, write_answered_rows
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.genai import Answering, GenaiModel, open_model
 from edgetune.formats.manifest import RowEncoding

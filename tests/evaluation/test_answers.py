@@ -14,8 +14,8 @@ from edgetune.cli import main
 from edgetune.config import AnswersConfig, ExportConfig, GenerateConfig, TrainConfig
 from edgetune.errors import DataError, UsageError
 from edgetune.evaluation import evaluate
+from edgetune.evaluation.answered_rows import read_answered_rows
 from edgetune.evaluation.answers import evaluate_answers
-from edgetune.evaluation.rows_file import read_answered_rows
 from edgetune.exporting import export
 from edgetune.generation import generate
 from edgetune.text import pulse as pulses

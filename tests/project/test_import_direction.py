@@ -112,6 +112,31 @@ def test_the_package_itself_takes_nothing_from_what_it_offers() -> None:
     assert wrong == []
 
 
+def shadowed(source: str, package: str, modules: set[str]) -> set[str]:
+    """Names that a package's `__init__` binds, and that the import of a module of its own binds anew."""
+    bound: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            names = {alias.asname or alias.name for alias in node.names}
+            # The module itself, or what is bound after the module was imported.
+            origin = node.module if isinstance(node, ast.ImportFrom) else None
+            bound |= {name for name in names if origin not in (package, f"{package}.{name}")}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+    return bound & modules
+
+
+def test_no_name_of_a_package_is_that_of_a_module_in_it() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        if path.parent != PACKAGE:  # which offers verbs by the names of their rooms, each when it is asked for
+            modules = {each.stem for each in path.parent.glob("*.py")} | {
+                each.name for each in path.parent.iterdir() if (each / "__init__.py").is_file()
+            }
+            assert shadowed(path.read_text(encoding="utf-8"), module_name(path), modules) == set(), path
+    source = "from a import other\nfrom a.b import rows\ndef read(): ..."
+    assert shadowed(source, "a", {"rows", "read", "other"}) == {"rows", "read"}
+
+
 def test_device_code_never_imports_what_a_device_does_not_have() -> None:
     wrong = [
         str(entry)

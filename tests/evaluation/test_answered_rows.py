@@ -10,8 +10,8 @@ import pytest
 
 from edgetune.data.rows import Message
 from edgetune.errors import DataError, UsageError
+from edgetune.evaluation.answered_rows import read_answered_rows, write_answered_rows
 from edgetune.evaluation.measurement import AnsweredRow
-from edgetune.evaluation.rows_file import read_answered_rows, write_answered_rows
 
 ROW = AnsweredRow(
     3, (Message("system", "short"), Message("user", "größer?")), "ja", "nein", 0.5, 7, {"bleu": 0.0, "accuracy": 1.0}
