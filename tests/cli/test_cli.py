@@ -129,8 +129,8 @@ def test_help_is_instant_and_imports_no_command() -> None:
 
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
     assert list(VERBS) == [
-        "prepare", "split", "data", "plan", "train", "preview", "eval", "export", "generate", "chat", "ship", "inspect",
-        "report", "runs", "devices", "conformance", "doctor",
+        "init", "prepare", "split", "data", "plan", "train", "preview", "eval", "export", "generate", "chat", "ship",
+        "inspect", "report", "runs", "devices", "conformance", "doctor", "completion",
     ]  # fmt: skip
     stdout = run("--help").stdout
     positions = [stdout.index(f"  {name} ") for name in VERBS]
@@ -148,7 +148,8 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 
 
 OPTIONS = {
-    "prepare": "output rank alpha rslora rank-pattern alpha-pattern targets dora base quantiser npu calibration "
+    "init": "output force",
+    "prepare": "output config rank alpha rslora rank-pattern alpha-pattern targets dora base quantiser npu calibration "
     "max-length download force quiet json",
     "split": "data output layers length calibration-rows largest-error threads force quiet json",
     "data": "",
@@ -175,6 +176,7 @@ OPTIONS = {
     "devices": "",
     "conformance": "json",
     "doctor": "json",
+    "completion": "",
 }
 
 
