@@ -53,6 +53,8 @@ class Command(click.Command):
                 continue
             with formatter.section("Options" if group == "other" else f"{group.capitalize()} options"):
                 formatter.write_dl(records)
+        if isinstance(self, click.Group):
+            self.format_commands(ctx, formatter)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples as they stand; click would fill them as a paragraph."""

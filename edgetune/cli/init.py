@@ -21,7 +21,6 @@ from edgetune.text.printable import printable
 
 EXAMPLES = """
 edgetune init train
-edgetune train bundle --data train.jsonl --output adapter --config train.toml
 edgetune init prepare --output small.toml
 """
 STAGES: dict[str, type] = {"prepare": PrepareConfig, "train": TrainConfig}
