@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from safetensors.numpy import load_file
 
 from edgetune.config import TrainConfig
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, PausedRunError, UsageError
+from edgetune.preview import preview
 from edgetune.runtimes.layered.cached_states import FILE
 from edgetune.training import train
 from edgetune.training.observer import SilentObserver, StepMetrics
 from edgetune.training.saved_run import SavedRun
 from support.bigram_runtime import BigramSession
 from support.golden import BUNDLE, TRAIN, VALID
+from support.prepared_bundles import Prepared
 from support.recorder import Recorder, metrics
 from support.tiny_bundle import make_bundle, some_rows, write_rows
 
@@ -75,6 +78,25 @@ def test_a_run_that_is_cut_off_ends_the_same(tmp_path: Path, options: dict[str, 
         assert (output / WEIGHTS).read_bytes() == expected, f"cut off after step {step}"
         assert [line["loss"] for line in metrics(output)] == losses
         assert not SavedRun(output).folder.exists()
+
+
+def test_long_and_short_rows_of_longrope_go_on_the_same(tmp_path: Path, prepared: Prepared) -> None:
+    """Groups with a row of more than 64 tokens have other factors, and passes of their own."""
+    words = (4, 30, 6, 9, 28, 5, 12, 7)
+    texts = [" ".join(f"w{7 * row + word}" for word in range(count)) for row, count in enumerate(words)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    bundle, config = prepared("longrope", "int4"), replace(BASE, gradient_accumulation_steps=2, steps=6)
+    lengths = [len(row.input_ids) for row in preview(bundle.path, data)]
+    assert min(lengths) < 64 < max(lengths)
+    train(bundle, data, tmp_path / "whole", config)
+    expected = (tmp_path / "whole" / WEIGHTS).read_bytes()
+    for step in (1, 4):
+        output = tmp_path / f"cut{step}"
+        with pytest.raises(Killed):
+            train(bundle, data, output, config, observer=KillAfter(step))
+        train(bundle, data, output, replace(config, resume=True))
+        assert (output / WEIGHTS).read_bytes() == expected, f"cut off after step {step}"
 
 
 LOWER: dict[str, dict[str, Any]] = {
