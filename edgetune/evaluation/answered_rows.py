@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,10 @@ def write_answered_rows(path: Path, rows: Sequence[AnsweredRow]) -> None:
     """
     with atomic_file(path) as file:
         for row in rows:
-            file.write(f"{json.dumps(asdict(row))}\n".encode("ascii"))
+            record = asdict(row)
+            if not isinstance(row.prompt, str):
+                record["prompt"] = [_written(message) for message in row.prompt]
+            file.write(f"{json.dumps(record)}\n".encode("ascii"))
 
 
 def read_answered_rows(path: Path) -> list[AnsweredRow]:
@@ -68,12 +71,19 @@ def _row(record: Any) -> AnsweredRow:
     return AnsweredRow(**record | {"prompt": prompt if isinstance(prompt, str) else tuple(map(_message, prompt))})
 
 
+def _written(message: Message) -> dict[str, Any]:
+    """A turn as an object, without what is as in most turns."""
+    said = {each.name: (getattr(message, each.name), each.default) for each in fields(message)}
+    return {name: value for name, (value, usual) in said.items() if value != usual}
+
+
 def _message(record: Any) -> Message:
+    kinds = {"role": str, "content": str, "trained": bool, "tools": str}
     if (
         not isinstance(record, dict)
-        or record.keys() != {"role", "content"}
+        or not {"role", "content"} <= record.keys() <= kinds.keys()
+        or not all(isinstance(value, kinds[key]) for key, value in record.items())
         or record["role"] not in ROLES
-        or not isinstance(record["content"], str)
     ):
         raise ValueError(f"a message of the prompt is {record!r:.60}")
-    return Message(record["role"], record["content"])
+    return Message(**record)

@@ -40,7 +40,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     [
         ({"answer": 3}, "answer is 3"),
         ({"tokens": True}, "tokens is True"),
-        ({"prompt": [{"role": "tool", "content": "x"}]}, "a message of the prompt is"),
+        ({"prompt": [{"role": "teacher", "content": "x"}]}, "a message of the prompt is"),
         ({"prompt": [{"role": "user"}]}, "a message of the prompt is"),
         ({"more": 1}, "is no object with the keys"),
     ],
