@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from textwrap import dedent
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from edgetune.config import HelpGroup
 from edgetune.text.suggestion import did_you_mean
+
+if TYPE_CHECKING:
+    from edgetune.config import HelpGroup
 
 
 class Grouped(click.Option):
@@ -44,15 +46,19 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under their headings, those without one first."""
-        under: dict[HelpGroup, list[tuple[str, str]]] = {group: [] for group in ("other", *get_args(HelpGroup))}
+        under: dict[HelpGroup, list[tuple[str, str]]] = {"other": []}
         for param in self.get_params(ctx):
             if isinstance(param, click.Option) and (record := param.get_help_record(ctx)) is not None:
-                under[param.group if isinstance(param, Grouped) else "other"].append(record)
-        for group, records in under.items():
-            if not records:
-                continue
-            with formatter.section("Options" if group == "other" else f"{group.capitalize()} options"):
-                formatter.write_dl(records)
+                under.setdefault(param.group if isinstance(param, Grouped) else "other", []).append(record)
+        with formatter.section("Options"):
+            formatter.write_dl(under.pop("other"))
+        if under:
+            # Here, because the list of commands shows at once without it.
+            from edgetune.config import HelpGroup
+
+            for group in (group for group in get_args(HelpGroup) if group in under):
+                with formatter.section(f"{group.capitalize()} options"):
+                    formatter.write_dl(under[group])
         if isinstance(self, click.Group):
             self.format_commands(ctx, formatter)
 

@@ -123,7 +123,7 @@ def test_help_is_instant_and_imports_no_command() -> None:
     result = subprocess.run([sys.executable, "-c", loaded], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     modules = set(result.stderr.split())
     assert "click" in modules
-    heavy = {"numpy", "rich", "jinja2", "cattrs", "onnxruntime", "tokenizers", "torch"}
+    heavy = {"numpy", "rich", "jinja2", "cattrs", "onnxruntime", "tokenizers", "torch", "edgetune.config"}
     assert not modules & (heavy | {verb.module for verb in VERBS.values()})
 
 
