@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +40,9 @@ def read_answers(path: Path) -> list[Answers]:
     with open_source(path) as stream:
         try:
             for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE + 1), b""), 1):
-                found = [*_problems(line)]
+                read, found = _read(line)
                 problems += [f"{name_of(path)}:{number}: {problem}" for problem in found]
-                if line.strip() and not found:
-                    value = json.loads(line)
-                    answers.append(Answers(*(value[key] for key in KEYS)))
+                answers += read
                 if len(line) > _LONGEST_LINE:
                     break
         except SourceError as error:
@@ -57,20 +54,19 @@ def read_answers(path: Path) -> list[Answers]:
     return answers
 
 
-def _problems(line: bytes) -> Iterator[str]:
+def _read(line: bytes) -> tuple[list[Answers], list[str]]:
+    """What stands in a line, if anything does, and all that is wrong with it."""
     if len(line) > _LONGEST_LINE:
-        yield f"has more than {_LONGEST_LINE:,} bytes, and so have no answers"
-        return
+        return [], [f"has more than {_LONGEST_LINE:,} bytes, and so have no answers"]
     if not line.strip():
-        return
+        return [], []
     try:
         value: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
-        yield f"not valid JSON ({error})"
-        return
+        return [], [f"not valid JSON ({error})"]
     if not isinstance(value, dict):
-        yield f"expected a JSON object, found {type(value).__name__}"
-        return
-    for key in KEYS:
-        if not isinstance(value.get(key), str):
-            yield f'"{key}" is {value.get(key)!r:.40}, expected a text'
+        return [], [f"expected a JSON object, found {type(value).__name__}"]
+    wrong = [
+        f'"{key}" is {value.get(key)!r:.40}, expected a text' for key in KEYS if not isinstance(value.get(key), str)
+    ]
+    return [] if wrong else [Answers(*(value[key] for key in KEYS))], wrong

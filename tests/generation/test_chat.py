@@ -12,11 +12,10 @@ from edgetune.config import ChatConfig, ExportConfig
 from edgetune.data.encode import load_encoder
 from edgetune.errors import UsageError
 from edgetune.exporting import export
-from edgetune.formats.manifest import AdapterManifest, RowEncoding
-from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.generation.chat import Chat
 from edgetune.generation.pieces import text_pieces
-from support.tiny_phi3 import bundle, checkpoint, greedy, parameters, save_adapter, torch_model
+from support.several_adapters import save_several
+from support.tiny_phi3 import bundle, checkpoint, greedy, torch_model
 
 CONFIG = ChatConfig(max_new_tokens=12)
 
@@ -38,13 +37,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with two adapters for conversations, and one for raw prompts."""
     source = bundle("grouped-query", "int4")
     folder = tmp_path_factory.mktemp("several")
-    first = save_adapter(folder / "first", source)
-    half = {name: value / 2 for name, value in parameters("grouped-query").items()}
-    second = save_adapter(folder / "second", source, values=half)
-    raw = Path(shutil.copytree(second, folder / "raw"))
-    contract = read_manifest((raw / "edgetune.json").read_bytes(), AdapterManifest, "edgetune.json")
-    (raw / "edgetune.json").write_bytes(write_manifest(replace(contract, encoding=RowEncoding(raw_prompts=True))))
-    export(source, {"first": first, "second": second, "raw": raw}, folder / "model", ExportConfig(merge=False))
+    export(source, save_several(folder, source), folder / "model", ExportConfig(merge=False))
     return folder / "model"
 
 

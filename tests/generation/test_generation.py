@@ -24,8 +24,9 @@ from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.generation import generate, generate_ids
 from edgetune.generation.loaded import LoadedModel
 from edgetune.generation.pieces import text_pieces
+from support.several_adapters import save_several
 from support.shared_material import shared_material
-from support.tiny_phi3 import bundle, checkpoint, greedy, parameters, save_adapter, torch_model
+from support.tiny_phi3 import bundle, checkpoint, greedy, save_adapter, torch_model
 
 ADAPTER = adapter_file("adapter")
 CONFIG = GenerateConfig(max_new_tokens=16)
@@ -289,14 +290,9 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with two adapters that answer differently, and a third that was trained on raw prompts."""
     source = bundle("grouped-query", "int4")
     folder = tmp_path_factory.mktemp("several")
-    first = save_adapter(folder / "first", source)
-    half = {name: value / 2 for name, value in parameters("grouped-query").items()}
-    second = save_adapter(folder / "second", source, values=half)
-    raw = Path(shutil.copytree(second, folder / "raw"))
-    contract = read_manifest((raw / MANIFEST).read_bytes(), AdapterManifest, MANIFEST)
-    (raw / MANIFEST).write_bytes(write_manifest(replace(contract, encoding=RowEncoding(raw_prompts=True))))
-    export(source, {"first": first, "second": second, "raw": raw}, folder / "model", ExportConfig(merge=False))
-    for name, path in (("first", first), ("second", second), ("raw", raw)):
+    adapters = save_several(folder, source)
+    export(source, adapters, folder / "model", ExportConfig(merge=False))
+    for name, path in adapters.items():
         export(source, path, folder / f"only-{name}", ExportConfig(merge=False))
     return folder
 
