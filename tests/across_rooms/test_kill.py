@@ -230,7 +230,7 @@ def test_a_killed_replacement_leaves_the_old_model(tmp_path: Path, scratch: Path
         assert visible(folder) == ["model"]
         open_model(folder / "model")
     finish(scratch, *arguments, "--keep-adapter", "--force")
-    assert open_model(folder / "model").adapter is not None
+    assert open_model(folder / "model").adapters == [adapter.name]
     assert sorted(path.name for path in folder.iterdir()) == ["model"]
 
 

@@ -375,7 +375,7 @@ def test_a_run_opens_forward_graphs_alone(
     [
         ("onnxruntime", []),
         pytest.param("openvino", ["loss 4x64"], marks=needs_openvino),
-        pytest.param("qnn", ["loss 4x64"], marks=needs_qnn),
+        pytest.param("qnn", ["loss_half 4x64"], marks=needs_qnn),
     ],
 )
 def test_a_run_says_where_its_forward_graphs_run(runtime: Any, graphs: list[str], tmp_path: Path) -> None:
