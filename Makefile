@@ -41,7 +41,7 @@ test-native: setup
 	.venv/bin/pytest tests/native
 
 test-host: setup compiler web-tools
-	.venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2 --durations 40 --durations-min 8
 
 test-web: setup web-tools
 	.venv/bin/pytest tests/javascript

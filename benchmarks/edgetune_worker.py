@@ -182,7 +182,7 @@ def _fit(contestant: Edgetune, bundle: Bundle, workload: Workload) -> tuple[Fit,
 def batch_of(bundle: Bundle, workload: Workload) -> Batch:
     """The rows of a step in one batch."""
     rows = examples_of(workload)
-    (batch,) = Batcher(bundle.manifest, rows, workload.rows, packing=False).step([rows])
+    (batch,) = Batcher(bundle.manifest, workload.length, workload.rows, packing=False).step([rows])
     return batch
 
 

@@ -12,6 +12,7 @@ from benchmarks.ragged_rows import rows_of
 from benchmarks.training_steps import LEARNING_RATE, MAX_GRAD_NORM
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
+from edgetune.data.stored_examples import longest
 from edgetune.formats.bundle import load_bundle
 from edgetune.model.lora import initial_parameters
 from edgetune.runtimes.contract import OptimizerConfig, Session
@@ -54,8 +55,8 @@ def measure_row_losses(experiment: RowLosses, folder: Path) -> dict[str, float]:
     fitted = fit(experiment.contestant, bundle, rows, len(rows), packing=packing, share_prefixes=share)
     pass_rows = fitted.workload.capacity().rows
     batchers = [
-        Batcher(bundle.manifest, rows, pass_rows, packing=packing, share_prefixes=share),
-        Batcher(bundle.manifest, rows, pass_rows, packing=False),
+        Batcher(bundle.manifest, longest(rows), pass_rows, packing=packing, share_prefixes=share),
+        Batcher(bundle.manifest, longest(rows), pass_rows, packing=False),
     ]
     with open_session(fitted.choice, bundle, parameters, OptimizerConfig(0.0, MAX_GRAD_NORM)) as session:
         other, padded = (_losses(session, batcher.step([rows])) for batcher in batchers)

@@ -17,7 +17,7 @@ from edgetune.errors import UsageError
 Base = Literal["int4", "int8", "fp16", "fp32"]
 Quantiser = Literal["least-squares", "nearest", "gptq"]
 MergedPrecision = Literal["int4", "fp32"]
-RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn", "openvino-ep", "fpga-hls"]
+RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn", "openvino-ep", "fpga-hls", "torch"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream"]
 TrainingPrecision = Literal["auto", "int8"]
 NpuKind = Literal["none", "qdq", "blocks"]
@@ -25,6 +25,8 @@ DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
 Method = Literal["backpropagation", "forward-only"]
 Schedule = Literal["constant", "linear", "cosine"]
 Start = Literal["random", "gradient"]
+Sharding = Literal["auto", "none", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3-offload"]
+"""What `edgetune.runtimes.torch.engines` has one of each of; `auto` is `none` in one process, else `ddp`."""
 HelpGroup = Literal["data", "method", "schedule", "memory", "device", "output", "other"]
 """Headings of options, in the order in which they are shown."""
 OptimizerStates = Literal["auto", "32bit", "8bit"]
@@ -310,6 +312,14 @@ class TrainConfig:
             group="memory",
         ),
     )
+    sharding: Sharding = option(
+        "auto",
+        Option(
+            "With --runtime torch, under torchrun: what is divided between the processes, one for each GPU.",
+            group="memory",
+        ),
+    )
+    """Weights, gradients or moments."""
     precision: TrainingPrecision = option(
         "auto",
         Option(

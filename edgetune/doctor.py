@@ -31,6 +31,8 @@ _EXTRAS = {
     "eval": "eval --generate with the metrics bleu, chrf and macro-f1",
     "tensorboard": "train --log-to tensorboard",
     "mlflow": "train --log-to mlflow",
+    "torch": "train --runtime torch, on hosts with GPUs or without",
+    "deepspeed": "train --runtime torch --sharding zero1, zero2 or zero3",
     "fpga": "train --runtime fpga-hls, an FPGA emulation, which needs g++ as well; ship --target fpga",
 }
 """Extras that nothing needs, and what they are for."""

@@ -63,6 +63,12 @@ def command(
     if config.init_adapter is not None:
         adapter_at(config.init_adapter)
     bundle_folder(bundle)
+    if config.runtime == "torch":
+        from edgetune.runtimes.torch import runtime
+
+        if runtime.is_led():
+            runtime.follow()
+            return
     from edgetune.training import train
     from edgetune.training.provenance import told_options
 

@@ -46,11 +46,12 @@ class Batcher:
 
     Args:
         manifest: The bundle's.
-        examples: All rows that will come, at least one; the longest decides how much room there is.
+        longest: Tokens of the longest row that will come, which decide how much room there is.
         pass_rows: Every batch has room for this many of the longest row, padded.
         packing: Put several rows into one sequence; otherwise each has its own.
         share_prefixes: Where rows are packed, let those that begin alike follow one copy of what they have in common.
         buckets: The only shapes that batches may have; any shape may come without them.
+        processes: That share a step: there is a batch for each of them, of about as many tokens, as far as rows go.
 
     Raises:
         UsageError: A row fits into no bucket.
@@ -59,13 +60,15 @@ class Batcher:
     def __init__(
         self,
         manifest: BundleManifest,
-        examples: Sequence[Example],
+        longest: int,
         pass_rows: int,
         *,
         packing: bool,
         share_prefixes: bool = True,
         buckets: Sequence[Bucket] | None = None,
+        processes: int = 1,
     ) -> None:
+        self._processes = processes
         self._architecture = manifest.architecture
         self._buckets = buckets
         self._rope = manifest.architecture.rope
@@ -74,7 +77,6 @@ class Batcher:
         self._attention = attention_share(manifest.architecture)
         self._packing = packing
         self._share_prefixes = packing and share_prefixes
-        longest = max(len(example.input_ids) for example in examples)
         if buckets is not None:
             check_buckets(buckets, longest)
         limit = max(longest, manifest.max_length)
@@ -117,7 +119,9 @@ class Batcher:
     def _pools(self, drawn: Sequence[Sequence[Example]]) -> list[list[Example]]:
         """Rows that may be laid out together."""
         rows = [example for group in drawn for example in group]
-        return [list(group) for group in drawn] if any(map(self._is_long, rows)) else [rows]
+        if any(map(self._is_long, rows)):
+            return [list(group) for group in drawn]
+        return [rows] if self._processes == 1 else _divided(rows, self._processes)
 
     def _measured(self, examples: Sequence[Example]) -> list[list[Example]]:
         pools = ([row for row in examples if self._is_long(row) is long] for long in (True, False))
@@ -150,6 +154,20 @@ class Batcher:
         """Whether this row alone would have longrope's long factors."""
         rope = self._rope
         return rope.long_factor is not None and len(example.input_ids) > rope.original_max_position_embeddings
+
+
+def _divided(rows: Sequence[Example], count: int) -> list[list[Example]]:
+    """Rows in so many groups of about as many tokens, or in as many as there are rows.
+
+    The longest come first, each to the group that has the fewest tokens by then.
+    """
+    groups: list[list[Example]] = [[] for _ in range(min(count, len(rows)))]
+    tokens = [0] * len(groups)
+    for row in sorted(rows, key=lambda row: len(row.input_ids), reverse=True):
+        least = tokens.index(min(tokens))
+        groups[least].append(row)
+        tokens[least] += len(row.input_ids)
+    return groups
 
 
 def _shape(pool: Sequence[Example], item: Pass) -> BatchShape:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,8 +26,6 @@ TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer.json"
 _WINDOW = 256
 """Characters around the end of an answer within which a tokenizer's choice of tokens can depend on what follows."""
-_OBJECTS = 290
-"""Measured bytes of an example beside its tokens."""
 
 
 class Remark(StrEnum):
@@ -58,15 +55,6 @@ class Example:
     def trained_tokens(self) -> int:
         """Tokens that are trained; the first one never is, because nothing precedes it."""
         return sum(label != IGNORED for label in self.labels[1:])
-
-    @property
-    def memory(self) -> int:
-        """Bytes that it takes when it is compact."""
-        return _OBJECTS + 8 * len(self.input_ids)
-
-    def compact(self) -> Example:
-        """The same in `memory` bytes, a fifth of what lists take."""
-        return replace(self, input_ids=array("i", self.input_ids), labels=array("i", self.labels))
 
 
 @dataclass(frozen=True)

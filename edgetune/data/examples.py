@@ -9,6 +9,7 @@ from edgetune.data.encode import Encoder, Example, Remark
 from edgetune.data.problems import Problems
 from edgetune.data.rows import CompletionRow, Row, read_rows
 from edgetune.data.source import Source, name_of
+from edgetune.data.stored_examples import StoredExamples
 from edgetune.errors import DataError, IncompatibleError
 from edgetune.formats.manifest import RowEncoding
 
@@ -62,13 +63,13 @@ class Tally:
 class Examples:
     """The encoded rows of a file, and which rows were left out or cut."""
 
-    examples: list[Example]
+    examples: StoredExamples
     rows: int
     """Rows in the file."""
-    too_long: list[tuple[int, int]]
-    """Line and length in tokens of every row that was left out."""
-    truncated: list[tuple[int, int]]
-    """Line and length in tokens, before the cut, of every row that was cut."""
+    too_long: int
+    """Rows that were left out."""
+    truncated: int
+    """Rows that were cut."""
     trained_tokens: int
     encoding: RowEncoding
     """How prompts are to be encoded, so that what was trained is what is asked."""
@@ -123,24 +124,25 @@ def load_examples(path: Source, encoder: Encoder, max_length: int, *, truncate: 
         DataError: Naming every bad row; or every row is too long.
         IncompatibleError: The model's template does not fit the rows.
     """
-    examples: list[Example] = []
-    too_long: list[tuple[int, int]] = []
-    truncated: list[tuple[int, int]] = []
+    examples = StoredExamples()
+    trained_tokens = truncated = too_long = 0
+    shortest = (0, 0)
     tally = Tally(path)
     for example in encode_rows(path, encoder, tally):
         length = len(example.input_ids)
-        if length <= max_length:
-            examples.append(example.compact())
-            continue
-        cut = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
-        if truncate and cut.trained_tokens:
-            examples.append(cut.compact())
-            truncated.append((example.line, length))
-        else:
-            too_long.append((example.line, length))
-    count = len(examples) + len(too_long)
+        taken = example
+        if length > max_length:
+            taken = replace(example, input_ids=example.input_ids[:max_length], labels=example.labels[:max_length])
+            if not (truncate and taken.trained_tokens):
+                too_long += 1
+                shortest = (length, example.line) if too_long == 1 else min(shortest, (length, example.line))
+                continue
+            truncated += 1
+        examples.add(taken)
+        trained_tokens += taken.trained_tokens
+    count = len(examples) + too_long
     if not examples:
-        line, length = min(too_long, key=lambda entry: entry[1])
+        length, line = shortest
         fix = "their answers begin after that" if truncate else "shorten them, or cut them with --truncate"
         raise DataError(
             [
@@ -148,7 +150,6 @@ def load_examples(path: Source, encoder: Encoder, max_length: int, *, truncate: 
                 f"fewest ({length:,}); {fix}, or prepare the model with a larger --max-length"
             ]
         )
-    trained_tokens = sum(example.trained_tokens for example in examples)
     raw_prompts = encoder.asks_raw and encoder.template is not None and tally.prompts > 0
     encoding = replace(encoder.encoding, raw_prompts=raw_prompts)
     return Examples(examples, count, too_long, truncated, trained_tokens, encoding, tally.notices())

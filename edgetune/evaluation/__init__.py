@@ -14,6 +14,7 @@ from edgetune.data.batcher import MEASURED_ROWS, Batcher
 from edgetune.data.encode import IGNORED, Example, load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.data.folder import rows_file
+from edgetune.data.stored_examples import longest
 from edgetune.errors import EdgetuneError
 from edgetune.formats.adapter import read_adapter, row_encoding
 from edgetune.formats.bundle import Bundle, as_bundle
@@ -88,7 +89,7 @@ def evaluate(
         parameters = None
         if adapter is not None:
             parameters = read_adapter(adapter, manifest.lora, manifest.base, manifest.tokenizer, read_row_norms(opened))
-        return measure(opened, examples.examples, parameters, left_out=len(examples.too_long), say=say)
+        return measure(opened, examples.examples, parameters, left_out=examples.too_long, say=say)
 
 
 def measure(
@@ -115,7 +116,7 @@ def measure(
     trained = right = exact = 0
     total = 0.0
     pulse = Pulse(say, f"measured {{}} of {len(examples):,} rows")
-    for batch in Batcher(manifest, examples, MEASURED_ROWS, packing=True).measure(examples):
+    for batch in Batcher(manifest, longest(examples), MEASURED_ROWS, packing=True).measure(examples):
         loss, predictions = session.run(["loss", "predictions"], {**batch.tensors(), **adapter})
         counted = batch.labels != IGNORED
         hit = predictions == batch.labels

@@ -234,7 +234,7 @@ def _examples(bundle: Bundle, rows: Path | None, encoding: RowEncoding) -> list[
         return []
     encoder = load_encoder(bundle.path, bundle.manifest.tokenizer, encoding)
     # Whatever is left of a long row says as much about what quantising changes.
-    return load_examples(rows, encoder, bundle.manifest.max_length, truncate=True).examples
+    return list(load_examples(rows, encoder, bundle.manifest.max_length, truncate=True).examples)
 
 
 def _merged_losses(

@@ -23,7 +23,7 @@ from edgetune.text.byte_size import bytes_text
 
 _SHARE = 0.85
 """Of the memory that is free, or that a device has, a plan may take this share: others need some as well."""
-_WITH_MAGNITUDES = ("onnxruntime", "openvino")
+_WITH_MAGNITUDES = ("onnxruntime", "openvino", "torch")
 """Runtimes that train the magnitudes of DoRA."""
 _MARGIN = 1.05
 """By which a budget is larger than the prediction of a plan that fits: predictions are rarely further off."""
@@ -115,7 +115,7 @@ def choose(
             return replace(choice, notes=tuple(notes))
         footprint = footprint_of(name, request, plan)
         if footprint is None:
-            whole = WholePlan(forward_only=request.forward_only)
+            whole = WholePlan(forward_only=request.forward_only, sharding=request.sharding)
             return replace(_whole(name, runtime, whole, request, manifest, work), notes=tuple(notes))
         planned.append(_Planned(name, runtime, Planner(manifest, footprint, work, given), footprint))
     choice = _fitting(planned, request)

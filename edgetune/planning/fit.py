@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+import numpy as np
+
 from edgetune.data.encode import Example
+from edgetune.data.stored_examples import ShortenedExamples, longest
 from edgetune.errors import IncompatibleError, ResourceError, UsageError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.manifest import BundleManifest
@@ -102,7 +105,7 @@ class Fitting:
         request = self._request
         workload = Workload(self._bundle.manifest, self._rows, self._valid, request)
         require_rows_fit(request, workload.longest())
-        trunk = trunk_use(self._bundle, request, [*self._rows, *self._valid])
+        trunk = trunk_use(self._bundle, request, workload.longest())
         layers = trained_layers(self._bundle.manifest, request, 0 if trunk is None else trunk.layers)
         given = LayeredPlan(trunk=trunk, layers=layers, eight_bit_states=eight_bit_states)
         given = replace(given, states=kept_states(self._bundle.manifest, request, workload, given.first_trained))
@@ -149,7 +152,7 @@ class Fitting:
 
     def _advice(self) -> str:
         """The longest rows that fit."""
-        fits, too_long = 0, max(len(row.input_ids) for row in (*self._rows, *self._valid))
+        fits, too_long = 0, max(longest(self._rows), longest(self._valid))
         found = None
         while too_long - fits > 1:
             length = (fits + too_long) // 2
@@ -165,10 +168,7 @@ class Fitting:
 
     def _choose_length(self, length: int) -> Choice:
         """With rows that are cut to that length."""
-        cut, valid = (
-            [replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length]) for row in rows]
-            for rows in (self._rows, self._valid)
-        )
+        cut, valid = ShortenedExamples(self._rows, length), ShortenedExamples(self._valid, length)
         return Fitting(self._bundle, cut, valid, self._request)._fastest().choice
 
 
@@ -203,13 +203,13 @@ def trained_layers(manifest: BundleManifest, request: RunRequest, below: int) ->
     return None if layers == list(range(below, count)) else tuple(layers)
 
 
-def trunk_use(bundle: Bundle, request: RunRequest, examples: Sequence[Example]) -> TrunkUse | None:
+def trunk_use(bundle: Bundle, request: RunRequest, most_tokens: int) -> TrunkUse | None:
     """What the bundle's trunk does in a run; none where all layers are trained.
 
     Args:
         bundle: It was split, if the request has a trunk.
         request: What the run asks for.
-        examples: All rows that will come.
+        most_tokens: Of the longest row that will come.
 
     Raises:
         IncompatibleError: The bundle has no trunk, or a row does not fit it.
@@ -218,11 +218,10 @@ def trunk_use(bundle: Bundle, request: RunRequest, examples: Sequence[Example]) 
     if request.trunk is None:
         return None
     info = read_trunk_info(bundle)
-    longest = max(len(example.input_ids) for example in examples)
-    if longest > info.length:
+    if most_tokens > info.length:
         raise IncompatibleError(
-            f"the longest row has {longest} tokens, the bundle's trunk takes {info.length}; split the bundle again "
-            f"with --length {longest} or more, or leave longer rows out"
+            f"the longest row has {most_tokens} tokens, the bundle's trunk takes {info.length}; split the bundle again "
+            f"with --length {most_tokens} or more, or leave longer rows out"
         )
     return TrunkUse(info.layers, request.trunk.vitisai_config)
 
@@ -242,6 +241,8 @@ def kept_states(
     """
     if not first_trained:
         return None
-    sizes = [record_bytes(length, manifest.architecture.hidden_size) for length in workload.lengths_again()]
-    most = min(request.lower_layers_cache_bytes, sum(sizes))
-    return KeptStates(most if most >= min(sizes, default=1) else 0, sum(sizes), workload.different_rows())
+    lengths, counts = np.unique(workload.lengths_again(), return_counts=True)
+    sizes = [record_bytes(int(length), manifest.architecture.hidden_size) for length in lengths]
+    total = sum(int(count) * size for count, size in zip(counts, sizes, strict=True))
+    most = min(request.lower_layers_cache_bytes, total)
+    return KeptStates(most if most >= min(sizes, default=1) else 0, total, workload.different_rows())

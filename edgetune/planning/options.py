@@ -14,8 +14,10 @@ from edgetune.planning.candidates import require_runtime
 from edgetune.planning.run import RunRequest, run_request
 from edgetune.runtimes.execution import ACCELERATING
 
-_WHOLE_ALONE = ("ort-training", "qnn", "openvino-ep")
+_WHOLE_ALONE = ("ort-training", "qnn", "openvino-ep", "torch")
 """Runtimes that have the whole step and no other form."""
+_OWN_GRADIENTS = ("ort-training", "torch")
+"""Those that keep gradients to themselves."""
 _OF_BACKWARD = ("keep", "recompute")
 
 
@@ -49,6 +51,7 @@ _REQUIREMENTS = (
         f"a runtime that compiles the whole step, {ACCELERATED}",
         lambda _, accelerated: accelerated,
     ),
+    _Requirement(("sharding",), "--runtime torch", lambda config, _: config.runtime == "torch"),
     _Requirement(("soc_model",), "--runtime qnn", lambda config, _: config.runtime == "qnn"),
     _Requirement(
         ("lower_layers_cache",), "--layers or --trunk", lambda config, _: config.trunk or config.layers is not None
@@ -142,10 +145,11 @@ def _contradictions(config: TrainConfig, accelerated: bool) -> Iterator[str]:
             f"--optimizer-states {config.optimizer_states} is for AdamW's moments, and --method forward-only has none; "
             "leave it out"
         )
-    if config.init == "gradient" and (name == "ort-training" or config.method == "forward-only"):
+    if config.init == "gradient" and (name in _OWN_GRADIENTS or config.method == "forward-only"):
+        runtimes = " and ".join(f"--runtime {each}" for each in _OWN_GRADIENTS)
         yield (
-            "--init gradient needs gradients of A and B by name, and --runtime ort-training and --method forward-only "
-            "give none; leave it out"
+            f"--init gradient needs gradients of A and B by name, and {runtimes} and --method forward-only give none; "
+            "leave it out"
         )
     if config.init == "gradient" and config.init_adapter is not None:
         yield f"--init gradient makes a first adapter, --init-adapter {config.init_adapter} is one; give one of them"
@@ -159,7 +163,7 @@ def _contradictions(config: TrainConfig, accelerated: bool) -> Iterator[str]:
     if facts is not None and accelerated and config.require_npu and facts.device(config.device_type) != "NPU":
         device = facts.device(config.device_type)
         yield f"--require-npu means nothing on OpenVINO's {device}; give --device-type NPU as well, or leave it out"
-    if config.memory_budget is not None and (config.plan == "whole" or config.runtime == "ort-training" or accelerated):
+    if config.memory_budget is not None and (config.plan == "whole" or name in _WHOLE_ALONE or accelerated):
         yield (
             "the whole step as one graph keeps all activations and takes no --memory-budget; "
             "use --plan auto with --runtime auto"

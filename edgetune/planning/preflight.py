@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def preflight(
         read = reader.read(data)
         rows = read.examples
         notes += read.notices
-    measured: list[Example] = []
+    measured: Sequence[Example] = []
     if valid is not None:
         read = reader.read(valid)
         measured = read.examples
@@ -172,7 +173,7 @@ def preflight(
     )
 
 
-def _made_up(bundle: Bundle, request: RunRequest, length: int | None) -> list[Example]:
+def _made_up(bundle: Bundle, request: RunRequest, length: int | None) -> Sequence[Example]:
     """The rows of a step, all of one length and all of their tokens trained."""
     manifest, batching = bundle.manifest, request.batching
     tokens = length or longest_taken(request, manifest)

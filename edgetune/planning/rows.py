@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ class RunRows:
     """What is trained and measured on."""
 
     train: Examples
-    valid: list[Example]
+    valid: Sequence[Example]
     """Empty where nothing is measured."""
     valid_sha256: str
     """Of the validation file when it was read: later it may be gone, or another. Empty where it was a pipe, which is
@@ -51,10 +52,10 @@ class RowReader:
         notices = []
         which = f"of {rows.rows:,} rows are longer than {self._most:,} tokens"
         if rows.truncated:
-            notices.append(f"{name_of(path)}: {len(rows.truncated):,} {which} and were cut")
+            notices.append(f"{name_of(path)}: {rows.truncated:,} {which} and were cut")
         if rows.too_long:
             advice = "their answers begin after that" if self._truncate else "--truncate cuts them instead"
-            notices.append(f"{name_of(path)}: {len(rows.too_long):,} {which} and were left out; {advice}")
+            notices.append(f"{name_of(path)}: {rows.too_long:,} {which} and were left out; {advice}")
         return replace(rows, notices=[*notices, *rows.notices])
 
     @cached_property

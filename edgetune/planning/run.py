@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgetune.config import Method, OptimizerStates, PlanName, RuntimeName, TrainConfig, TrainingPrecision
+from edgetune.config import Method, OptimizerStates, PlanName, RuntimeName, Sharding, TrainConfig, TrainingPrecision
 from edgetune.data.buckets import Bucket, parse_buckets
 from edgetune.devices.place import Place
 from edgetune.errors import UsageError
 from edgetune.formats.manifest import RowEncoding
+from edgetune.machine.torchrun import process_count
 from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.execution import Accelerator
 from edgetune.runtimes.forward_only import QueryConfig
@@ -113,6 +114,10 @@ class RunRequest:
     accelerator: Accelerator | None
     """What executes the whole step in static shapes; none on a runtime that takes any shape."""
     plan: PlanName
+    sharding: Sharding
+    """What several processes of the torch runtime divide between them."""
+    processes: int
+    """That share the rows of each step."""
     precision: TrainingPrecision
     trunk: TrunkRequest | None
     """None where the plan runs all layers itself."""
@@ -179,6 +184,8 @@ def run_request(config: TrainConfig, place: Place, *, accelerated: bool) -> RunR
         runtime=config.runtime,
         accelerator=accelerator if accelerated else None,
         plan=config.plan,
+        sharding=config.sharding,
+        processes=process_count() if config.runtime == "torch" else 1,
         precision=config.precision,
         trunk=TrunkRequest(config.vitisai_config) if config.trunk else None,
         layers=None if config.layers is None else parse_layers(config.layers),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetune.data.batcher import Batcher, BatchShape
 from edgetune.data.batches import Batch, epoch_batches
 from edgetune.data.buckets import Bucket
 from edgetune.data.encode import Example
 from edgetune.data.packing import Capacity
+from edgetune.data.stored_examples import longest, memory_bytes, token_counts
 from edgetune.formats.manifest import BundleManifest
 from edgetune.planning.memory import Work
 from edgetune.planning.run import RunRequest
@@ -94,14 +96,15 @@ class Workload:
         """Which part of the tokens of the first steps is not computed again, being another row's prefix as well."""
         shapes = [shape for step in self.step_shapes for shape in step]
         return sum(shape.shared_tokens for shape in shapes) / sum(shape.tokens for shape in shapes)
+
     def different_rows(self) -> int:
         """Number of rows, for training and for validation, rows that are alike counted once."""
-        return len(_lengths([*self._rows, *self._valid]))
+        return len(_lengths(self._rows, self._valid))
 
-    def lengths_again(self) -> list[int]:
+    def lengths_again(self) -> NDArray[np.int32]:
         """Tokens of each row that goes through the model more than once; of rows that are alike only one counts."""
         again = self.schedule.total_steps > self.schedule.steps_per_epoch or self._request.forward_only
-        return list(_lengths([*self._rows, *self._valid] if again else self._valid).values())
+        return _lengths(self._rows, self._valid) if again else _lengths(self._valid)
 
     def validations(self) -> int:
         """How often the validation rows are measured."""
@@ -115,8 +118,7 @@ class Workload:
             shapes += self._batcher.shapes_of_strangers(self._longest_drawn())
         sizes = sorted({(shape.positions, shape.scores) for shape in shapes}, reverse=True)
         positions, scores = sizes[0][0], max(scores for _, scores in sizes)
-        row_bytes = sum(row.memory for row in (*self._rows, *self._valid))
-        return Work(positions, scores, tuple(sizes[1:]), row_bytes)
+        return Work(positions, scores, tuple(sizes[1:]), memory_bytes(self._rows) + memory_bytes(self._valid))
 
     def capacity(self) -> Capacity:
         """The largest pass of training and validation."""
@@ -125,7 +127,7 @@ class Workload:
 
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return max(len(row.input_ids) for row in (*self._rows, *self._valid))
+        return max(longest(self._rows), longest(self._valid))
 
     def _drawn(self) -> Iterator[list[list[Example]]]:
         """The rows of every step, in groups of the batch size."""
@@ -137,22 +139,29 @@ class Workload:
     def _longest_drawn(self) -> list[list[Example]]:
         """A step's worth of the longest rows, in groups of the batch size."""
         size = self._request.batching.batch_size
-        rows = sorted(self._rows, key=lambda row: len(row.input_ids), reverse=True)
-        rows = rows[: size * self._request.batching.gradient_accumulation_steps]
+        longest_first = np.argsort(-token_counts(self._rows), kind="stable")
+        rows = [self._rows[row] for row in longest_first[: size * self._request.batching.gradient_accumulation_steps]]
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _batches_of(self, rows: Sequence[Example], buckets: Sequence[Bucket] | None) -> Batcher:
         batching = self._request.batching
         return Batcher(
             self._manifest,
-            rows,
+            longest(rows),
             self._pass_rows,
             packing=batching.packing,
             share_prefixes=batching.share_prefixes,
             buckets=buckets,
+            processes=self._request.processes,
         )
 
 
-def _lengths(rows: Iterable[Example]) -> dict[bytes, int]:
-    """Tokens of rows by a hash of what they are."""
-    return {hashlib.sha256(np.asarray(row.input_ids, "<i4").tobytes()).digest(): len(row.input_ids) for row in rows}
+def _lengths(*rows: Sequence[Example]) -> NDArray[np.int32]:
+    """Tokens of rows that are not alike, told by a short hash: they are only counted."""
+    hashes = [
+        int.from_bytes(hashlib.blake2b(np.asarray(row.input_ids, "<i4").tobytes(), digest_size=8).digest(), "little")
+        for row in chain(*rows)
+    ]
+    _, first = np.unique(np.array(hashes, np.uint64), return_index=True)
+    counts: NDArray[np.int32] = np.concatenate([token_counts(part) for part in rows])[first]
+    return counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike, fspath
@@ -238,7 +238,7 @@ def _build_int8_step(
     source: Checkpoint,
     folder: Path,
     config: PrepareConfig,
-    rows: list[Example],
+    rows: Sequence[Example],
     lora: Lora,
     lowered: dict[str, ir.Model],
 ) -> list[str]:
@@ -253,7 +253,7 @@ def _build_int8_step(
 
 
 def _in_float16(
-    source: Checkpoint, folder: Path, config: PrepareConfig, lora: Lora, step: ir.Model, rows: list[Example]
+    source: Checkpoint, folder: Path, config: PrepareConfig, lora: Lora, step: ir.Model, rows: Sequence[Example]
 ) -> str:
     """Whether an NPU that computes in half precision holds the step's tensors on these rows, in words."""
     from edgetune.preparation.rewrites.ranges import largest_magnitudes
@@ -291,7 +291,7 @@ def _check_rows(
                 raise DataError([f"{config.calibration}: no row can be used"])
 
 
-def _encoded(rows: Source, folder: Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+def _encoded(rows: Source, folder: Path, tokenizer: Tokenizer, max_length: int) -> Sequence[Example]:
     """Rows as token ids, long ones cut.
 
     By the folder's tokenizer.json, as in training: the model builder may have written another than the checkpoint's.

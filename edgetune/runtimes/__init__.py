@@ -20,6 +20,7 @@ RUNTIMES: dict[RuntimeName, str] = {
     "qnn": "edgetune.runtimes.qnn",
     "openvino-ep": "edgetune.runtimes.openvino_ep",
     "fpga-hls": "edgetune.runtimes.fpga_hls.runtime",
+    "torch": "edgetune.runtimes.torch.runtime",
 }
 """Every runtime and the module whose `RUNTIME` is its record, the fastest first."""
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from edgetune.config import DeviceType, PlanName, TrainingPrecision
+from edgetune.config import DeviceType, PlanName, Sharding, TrainingPrecision
 from edgetune.model.dynamic_code import BYTES_A_NUMBER
 from edgetune.model.lora import Lora
 from edgetune.text.byte_size import bytes_text
@@ -74,6 +74,8 @@ class WholePlan:
     """What executes it, one graph for each shape; none on a runtime that takes any shape."""
     forward_only: bool = False
     """Run forward alone, and keep nothing for a backward pass."""
+    sharding: Sharding = "auto"
+    """What several processes divide between them, on a runtime that has several."""
 
     @property
     def kept_text(self) -> str:
@@ -98,6 +100,8 @@ class WholePlan:
         """In a few words."""
         whole = "whole forward pass" if self.forward_only else "whole step"
         weights = ", int8 weights" if self.precision == "int8" else ""
+        if self.sharding != "auto":
+            return f"{whole}, {self.sharding}"
         return whole if self.accelerator is None else f"{whole} in static shapes{weights}"
 
 

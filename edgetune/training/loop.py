@@ -9,7 +9,10 @@ from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
+
 from edgetune.data.batches import Batch
+from edgetune.data.stored_examples import token_counts
 from edgetune.errors import EdgetuneError
 from edgetune.planning.schedule import learning_rate
 from edgetune.planning.trainer import open_trainer
@@ -255,10 +258,10 @@ def _start_info(run: PlannedRun, state: RunState, saver: Saver) -> StartInfo:
         steps=schedule.total_steps,
         steps_per_epoch=schedule.steps_per_epoch,
         rows=len(train.examples),
-        rows_left_out=len(train.too_long),
-        rows_truncated=len(train.truncated),
+        rows_left_out=train.too_long,
+        rows_truncated=train.truncated,
         validation_rows=len(run.rows.valid),
-        tokens_per_epoch=sum(len(example.input_ids) for example in train.examples),
+        tokens_per_epoch=int(token_counts(train.examples).sum(dtype=np.int64)),
         trained_tokens_per_epoch=train.trained_tokens,
         trainable_parameters=sum(state.first[name].size for name in run.trained_names()),
         first_step=state.steps + 1,

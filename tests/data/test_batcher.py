@@ -12,6 +12,7 @@ import pytest
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch, make_batch
 from edgetune.data.encode import Example
+from edgetune.data.stored_examples import longest
 from edgetune.formats.manifest import BundleManifest
 from edgetune.model.rope import Rope
 from support.tiny_bundle import make_bundle
@@ -61,7 +62,7 @@ def test_longrope_looks_at_the_rows_that_were_drawn_together(longrope: BundleMan
     everything = [row for group in drawn for row in group]
     # However few of them go through at a time.
     for pass_rows in (3, 1):
-        found = cos_by_line(Batcher(longrope, everything, pass_rows, packing=packing).step(drawn))
+        found = cos_by_line(Batcher(longrope, longest(everything), pass_rows, packing=packing).step(drawn))
         assert_same(found, expected(longrope, drawn))
     alone = expected(longrope, [[row] for row in everything])
     assert (found[2] != alone[2]).any()  # short, but drawn with a long one
@@ -70,27 +71,27 @@ def test_longrope_looks_at_the_rows_that_were_drawn_together(longrope: BundleMan
 @pytest.mark.parametrize("packing", [True, False])
 def test_in_measuring_each_row_has_its_own_factors(longrope: BundleManifest, packing: bool) -> None:
     everything = rows(3, 21, 20, 5, 30, 8)
-    found = cos_by_line(Batcher(longrope, everything, 4, packing=packing).measure(everything))
+    found = cos_by_line(Batcher(longrope, longest(everything), 4, packing=packing).measure(everything))
     assert_same(found, expected(longrope, [[row] for row in everything]))
 
 
 def test_a_sequence_may_be_long_where_no_row_is(longrope: BundleManifest) -> None:
     everything = rows(20, 20, 4, 4, 4, 4, 4, 4)
-    batches = Batcher(longrope, everything, 8, packing=True).step([everything])
+    batches = Batcher(longrope, longest(everything), 8, packing=True).step([everything])
     assert max(batch.input_ids.shape[1] for batch in batches) > 20
     assert_same(cos_by_line(batches), expected(longrope, [[row] for row in everything]))
 
 
 def test_the_rows_of_a_step_share_passes_whatever_the_accumulation(manifest: BundleManifest) -> None:
     everything = rows(60, 10, 12, 20, 14, 9, 31, 22)
-    whole = Batcher(manifest, everything, 4, packing=True)
+    whole = Batcher(manifest, longest(everything), 4, packing=True)
     split = [everything[start : start + 4] for start in (0, 4)]
     assert [batch.input_ids.shape for batch in whole.step(split)] == [(3, 64)]
-    padded = Batcher(manifest, everything, 4, packing=False).step(split)
+    padded = Batcher(manifest, longest(everything), 4, packing=False).step(split)
     assert [batch.input_ids.shape for batch in padded] == [(4, 64), (4, 16)]
     assert [[len(row.input_ids) for row in batch.examples] for batch in padded] == [[60, 31, 22, 20], [14, 12, 10, 9]]
 
 
 def test_a_row_that_was_not_counted_on_is_an_error_of_the_program(manifest: BundleManifest) -> None:
     with pytest.raises(ValueError, match="a row has 30 tokens, but there is room for 24"):
-        Batcher(manifest, rows(20), 2, packing=True).step([rows(30)])
+        Batcher(manifest, longest(rows(20)), 2, packing=True).step([rows(30)])

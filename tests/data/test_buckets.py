@@ -9,6 +9,7 @@ from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch
 from edgetune.data.buckets import Bucket, default_buckets, parse_buckets
 from edgetune.data.packing import Capacity
+from edgetune.data.stored_examples import longest
 from edgetune.errors import UsageError
 from support.random_rows import rows_of
 from support.tiny_phi3 import bundle
@@ -19,7 +20,7 @@ LENGTHS = [5, 30, 17, 8, 21, 12, 40, 9, 33, 6]
 def batches_of(buckets: str, lengths: list[int], *, packing: bool) -> list[Batch]:
     rows = rows_of(0, lengths)
     manifest = bundle("multi-head", "fp32").manifest
-    return Batcher(manifest, rows, 4, packing=packing, buckets=parse_buckets(buckets)).step([rows])
+    return Batcher(manifest, longest(rows), 4, packing=packing, buckets=parse_buckets(buckets)).step([rows])
 
 
 def test_buckets_are_read_in_order() -> None:

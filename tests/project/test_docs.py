@@ -253,13 +253,14 @@ def test_the_native_recipe_trains_as_edgetune_does(
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.fixture
-def kept_model(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def kept_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `model` is the golden bundle's, with an adapter beside it."""
-    train_golden(tmp_path / "adapter", TrainConfig(epochs=60, learning_rate=1e-2))
+    folder = tmp_path_factory.mktemp("kept")
+    train_golden(folder / "adapter", TrainConfig(epochs=60, learning_rate=1e-2))
     bundle = load_bundle(GOLDEN / "bundle")
-    export(bundle, tmp_path / "adapter", tmp_path / "model", ExportConfig(merge=False))
-    return tmp_path
+    export(bundle, folder / "adapter", folder / "model", ExportConfig(merge=False))
+    return folder
 
 
 def test_the_genai_example_answers_with_and_without_adapter(

@@ -17,6 +17,7 @@ import pytest
 
 from edgetune.data.batcher import Batcher
 from edgetune.data.batches import Batch, epoch_batches
+from edgetune.data.stored_examples import longest
 from edgetune.formats.bundle import Bundle
 from edgetune.runtimes import find_runtime
 from edgetune.runtimes.execution import KeptStates, LayeredPlan
@@ -57,7 +58,7 @@ def parameters_of(bundle: Bundle) -> dict[str, Any]:
 def steps_of(bundle: Bundle, lengths: list[int], epochs: int, *, pass_rows: int = 4) -> Iterator[list[Batch]]:
     """Steps of two times two rows, packed, in another order every epoch."""
     rows = prompted_rows(lengths)
-    batcher = Batcher(bundle.manifest, rows, pass_rows, packing=True)
+    batcher = Batcher(bundle.manifest, longest(rows), pass_rows, packing=True)
     drawn = epoch_batches(rows, 2, seed=3, shuffle=True)
     for _ in range(epochs * len(rows) // 4):
         yield batcher.step([next(drawn), next(drawn)])

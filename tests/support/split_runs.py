@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def write_split_rows(folder: Path) -> Path:
     return path
 
 
-def encoded_rows(bundle: Bundle, data: Path) -> list[Example]:
+def encoded_rows(bundle: Bundle, data: Path) -> Sequence[Example]:
     """The rows of a file as the bundle's tokenizer has them."""
     encoder = load_encoder(bundle.path, bundle.manifest.tokenizer)
     return load_examples(data, encoder, bundle.manifest.max_length, truncate=False).examples
