@@ -3,6 +3,7 @@
 # make test-arm      setup, then training with the aarch64 wheels under an emulator; skipped where there is no apt
 # make test-native   setup, then training with the C++ sample; skipped where there is no apt or no compiler
 # make test-web      setup, then the JavaScript examples in Node and in Chromium; skipped where these cannot be had
+# make test-hosts    setup and DeepSpeed, then twenty steps by every engine of the torch runtime, in 1 to 3 processes
 # make demo    setup, then the main job on a small model that is built on the spot
 # make tasks   setup, then seven tasks on a real model that comes from PyPI: an adapter each, beside its base
 # make lint    setup, then ruff and mypy alone
@@ -17,7 +18,7 @@ DEVICE = .venv-device/bin/python
 SOURCES = $(shell find edgetune devices -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint test test-device test-arm test-native test-host test-web web-tools compiler demo tasks bench
+.PHONY: help setup lint test test-device test-arm test-native test-host test-hosts test-web web-tools compiler demo tasks bench
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -45,6 +46,10 @@ test-host: setup compiler web-tools
 
 test-web: setup web-tools
 	.venv/bin/pytest tests/javascript
+
+test-hosts: setup
+	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[deepspeed]'
+	.venv/bin/pytest tests/hosts
 
 # The C simulation of FPGA cores; where there is no g++ and no way to get it, its tests are skipped and say so.
 compiler:

@@ -153,11 +153,12 @@ OPTIONS = {
     "max-length download force quiet json",
     "split": "data output layers length calibration-rows largest-error threads force quiet json",
     "data": "",
-    "plan": "device data valid length runtime plan precision trunk lower-layers-cache method queries memory-budget "
-    "threads device-type soc-model buckets steps epochs batch-size gradient-accumulation-steps packing no-packing "
-    "share-prefixes no-share-prefixes truncate raw-prompts content-as-text layers optimizer-states eval-steps json",
-    "train": "data valid output config runtime device plan precision trunk lower-layers-cache vitisai-config method "
-    "queries perturbation-size memory-budget threads device-type require-npu soc-model buckets steps epochs "
+    "plan": "device data valid length runtime plan sharding precision trunk lower-layers-cache method queries "
+    "memory-budget threads device-type soc-model buckets steps epochs batch-size gradient-accumulation-steps packing "
+    "no-packing share-prefixes no-share-prefixes truncate raw-prompts content-as-text layers optimizer-states "
+    "eval-steps json",
+    "train": "data valid output config runtime device plan sharding precision trunk lower-layers-cache vitisai-config "
+    "method queries perturbation-size memory-budget threads device-type require-npu soc-model buckets steps epochs "
     "batch-size gradient-accumulation-steps packing no-packing share-prefixes no-share-prefixes learning-rate "
     "lora-plus-ratio schedule warmup-steps weight-decay max-grad-norm seed shuffle no-shuffle truncate raw-prompts "
     "content-as-text init init-adapter layers resume save-steps eval-steps patience keep-best keep-state time-budget "

@@ -25,6 +25,7 @@ def test_every_field_can_be_set(tmp_path: Path) -> None:
 runtime = "ort-training"
 device = "raspberry-pi-5"
 plan = "stream"
+sharding = "zero3"
 precision = "int8"
 trunk = true
 lower_layers_cache = "1MB"
@@ -78,6 +79,7 @@ force = true
         runtime="ort-training",
         device="raspberry-pi-5",
         plan="stream",
+        sharding="zero3",
         precision="int8",
         trunk=True,
         lower_layers_cache="1MB",

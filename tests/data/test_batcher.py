@@ -95,3 +95,16 @@ def test_the_rows_of_a_step_share_passes_whatever_the_accumulation(manifest: Bun
 def test_a_row_that_was_not_counted_on_is_an_error_of_the_program(manifest: BundleManifest) -> None:
     with pytest.raises(ValueError, match="a row has 30 tokens, but there is room for 24"):
         Batcher(manifest, longest(rows(20)), 2, packing=True).step([rows(30)])
+
+
+@pytest.mark.parametrize(("processes", "batches"), [(1, 1), (2, 2), (3, 3), (8, 5)])
+def test_processes_share_the_rows_of_a_step_about_evenly(
+    manifest: BundleManifest, processes: int, batches: int
+) -> None:
+    everything = rows(20, 19, 12, 9, 10)
+    batcher = Batcher(manifest, longest(everything), 8, packing=True, processes=processes)
+    made = batcher.step([everything])
+    assert len(made) == batches == len(batcher.shapes([everything]))
+    assert sorted(row.line for batch in made for row in batch.examples) == sorted(row.line for row in everything)
+    tokens = [batch.tokens for batch in made]
+    assert max(tokens) - min(tokens) <= 12 or processes == 8

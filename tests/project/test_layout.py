@@ -15,6 +15,7 @@ OTHERS = {
     "across_rooms": "what several rooms do together, such as a run that is killed and the next one",
     "arm": "under an emulator, with Debian's packages: `make test-arm`",
     "benchmarks": "of `benchmarks/`, which is no part of the package",
+    "hosts": "of hosts with several processes, with DeepSpeed: `make test-hosts`",
     "javascript": "of the JavaScript examples, with the scripts that answer them in Node",
     "native": "of the C++ sample, with Debian's packages: `make test-native`",
     "on_device": "where nothing but a device's packages is installed: `make test-device`",
