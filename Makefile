@@ -3,7 +3,7 @@
 # make test-arm      setup, then training with the aarch64 wheels under an emulator; skipped where there is no apt
 # make test-native   setup, then training with the C++ sample; skipped where there is no apt or no compiler
 # make test-web      setup, then the JavaScript examples in Node and in Chromium; skipped where these cannot be had
-# make test-hosts    setup and DeepSpeed, then twenty steps by every engine of the torch runtime, in 1 to 3 processes
+# make test-hosts    setup, DeepSpeed and Azure's library, then every engine of the torch runtime in 1 to 3 processes, and job files
 # make demo    setup, then the main job on a small model that is built on the spot
 # make tasks   setup, then seven tasks on a real model that comes from PyPI: an adapter each, beside its base
 # make lint    setup, then ruff and mypy alone
@@ -49,6 +49,8 @@ test-web: setup web-tools
 
 test-hosts: setup
 	$(HOST) $(PIP_INSTALL) --constraint requirements/host.txt --editable '.[deepspeed]'
+	test -d .venv-azure || $(PYTHON) -m venv .venv-azure
+	.venv-azure/bin/python $(PIP_INSTALL) azure-ai-ml==1.35.2
 	.venv/bin/pytest tests/hosts
 
 # The C simulation of FPGA cores; where there is no g++ and no way to get it, its tests are skipped and say so.

@@ -34,6 +34,12 @@ FormName = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"
 RunsOrder = Literal["date", "name", "steps", "loss", "validation", "time"]
 TrackingTool = Literal["tensorboard", "mlflow"]
 PlatformName = Literal["android", "ios", "web", "linux-arm64"]
+KaitoPreset = Literal[
+    "phi-3-mini-4k-instruct", "phi-3-mini-128k-instruct", "phi-3-medium-4k-instruct", "phi-3-medium-128k-instruct",
+    "phi-3.5-mini-instruct", "phi-4-mini-instruct", "phi-4",
+]  # fmt: skip
+"""Presets of Kaito 0.12 that it tunes and that are of Phi-3's architecture."""
+KaitoMethod = Literal["lora", "qlora"]
 MetricName = Literal[
     "accuracy", "macro-f1", "entity-f1", "json-match", "exact-match", "token-f1", "chrf", "bleu", "distinct-1",
     "distinct-2", "perplexity",
@@ -719,6 +725,65 @@ class ShipConfig:
         None, Option("Adapter that the app starts from; without it, one that changes nothing yet.")
     )
     force: bool = option(False, Option("Replace a shipped folder that is already there."))
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """What every hosted job has."""
+
+    name: str = option("edgetune", Option("Name of the job.", group="output"))
+    epochs: float = option(3.0, Option("Epochs.", least=1e-9, most=10**6, group="schedule"))
+    batch_size: int = option(4, Option("Rows of a batch.", least=1, most=10**6, group="schedule"))
+    learning_rate: float = option(2e-4, Option("Peak learning rate.", least=1e-9, most=1, group="schedule"))
+    force: bool = option(False, Option("Replace a job's folder that is already there.", group="output"))
+
+
+@dataclass(frozen=True)
+class AzureMlConfig(JobConfig):
+    """A job for Azure Machine Learning."""
+
+    compute: str = option("gpu-cluster", Option("Cluster of the workspace.", group="device"))
+    gpus: int = option(1, Option("GPUs of each node, with a process for each.", least=1, most=64, group="device"))
+    nodes: int = option(1, Option("Nodes.", least=1, most=1024, group="device"))
+    sharding: Sharding = option("auto", Option("What is divided between the processes.", group="memory"))
+    pipeline: bool = option(
+        False,
+        Option("Run Azure's own chat_completion_pipeline instead of edgetune, and import its adapter.", group="method"),
+    )
+    model: str = option(
+        "Phi-3-mini-4k-instruct", Option("With --pipeline: the registry's name of the bundle's checkpoint.")
+    )
+
+
+@dataclass(frozen=True)
+class FoundryConfig(JobConfig):
+    """A fine-tuning job for Azure AI Foundry."""
+
+    epochs: int = option(3, Option("Epochs.", least=1, most=1000, group="schedule"))
+    model: str = option("Phi-4-mini-instruct", Option("Which of the models that it fine-tunes.", group="method"))
+    model_version: int = option(1, Option("Its version in the registry.", least=1, most=10**6, group="method"))
+    compute: str | None = option(None, Option("Cluster of one's own; without it, Foundry's.", group="device"))
+    instance_type: str | None = option(
+        None, Option("Machine of one's own, such as Standard_NC96ads_A100_v4.", group="device")
+    )
+
+
+@dataclass(frozen=True)
+class KaitoConfig(JobConfig):
+    """A tuning workspace for Kaito."""
+
+    epochs: int = option(3, Option("Epochs.", least=1, most=1000, group="schedule"))
+    preset: KaitoPreset = option("phi-3-mini-4k-instruct", Option("Kaito's name of the model.", group="method"))
+    method: KaitoMethod = option("qlora", Option("Whether frozen weights are quantised to 4 bits.", group="method"))
+    rank: int = option(16, Option("Rank of the adapter; the bundle's is at least that.", least=1, group="method"))
+    alpha: int = option(32, Option("Scale of the adapter, times rank.", least=1, group="method"))
+    instance_type: str = option("Standard_NC24ads_A100_v4", Option("Node to run on.", group="device"))
+    input_claim: str | None = option(None, Option("Volume claim that has the rows.", group="data"))
+    input_url: str | None = option(None, Option("Public address of the rows.", group="data"))
+    input_image: str | None = option(None, Option("Image that has the rows under /data.", group="data"))
+    output_image: str | None = option(None, Option("Image that the adapter is pushed as.", group="output"))
+    push_secret: str | None = option(None, Option("Secret with which it is pushed.", group="output"))
+    output_claim: str | None = option(None, Option("Volume claim that the adapter is written to.", group="output"))
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ VERBS = {
     "export": Verb("edgetune.cli.export", "Write a model folder for ONNX Runtime GenAI (host)."),
     "generate": Verb("edgetune.cli.generate", "Let an exported model answer a prompt."),
     "chat": Verb("edgetune.cli.chat", "Talk with an exported model, turn by turn."),
+    "jobs": Verb("edgetune.cli.jobs", "Write what Azure or Kaito is given to train on its GPUs."),
     "ship": Verb("edgetune.cli.ship", "Lay out what an app ships: for a phone, a browser or a board."),
     "inspect": Verb("edgetune.cli.inspect", "Say what a bundle, adapter or model is, and verify it."),
     "report": Verb("edgetune.cli.report", "Show how adapters were trained, side by side, in one HTML file."),

@@ -170,6 +170,7 @@ OPTIONS = {
     "export": "adapter output merge keep-adapter precision valid least-kept unmeasured threads force quiet json",
     "generate": "prompt system max-new-tokens temperature top-p top-k seed adapter raw content-as-text threads json",
     "chat": "system max-new-tokens temperature top-p top-k seed adapter content-as-text threads",
+    "jobs": "",
     "ship": "target output adapter force quiet json",
     "inspect": "placement buckets device-type soc-model require-npu json",
     "report": "output answers json",

@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"devices", "generation"},
     {"planning"},
     {
-        "preparation", "split", "training", "evaluation", "preview", "exporting", "ship", "describe", "doctor",
+        "preparation", "split", "training", "evaluation", "preview", "exporting", "ship", "jobs", "describe", "doctor",
     },
     {"reporting"},
     {"cli"},
