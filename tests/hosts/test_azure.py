@@ -23,7 +23,7 @@ PYTHON = Path(os.environ.get("EDGETUNE_AZURE_PYTHON", ROOT / ".venv-azure" / "bi
 
 def checked(path: Path) -> dict[str, Any]:
     """What azure-ai-ml would send of a job file, or why it refuses it."""
-    checker = Path(__file__).with_name("azure_checker.py")
+    checker = ROOT / "tests" / "support" / "azure_checker.py"
     done = subprocess.run([PYTHON, checker, path], capture_output=True, text=True, check=True, timeout=300)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
