@@ -75,7 +75,7 @@ def require_source(source: Path, option: str = "") -> None:
     try:
         status = source.stat()
     except FileNotFoundError as error:
-        raise UsageError(f"{name}: no such file; give the path of a JSONL file, or - for standard input") from error
+        raise UsageError(f"{name}: no such file; give the path of a file of rows, or - for standard input") from error
     except OSError as error:
         raise _unreadable(name, error) from error
     if stat.S_ISDIR(status.st_mode):

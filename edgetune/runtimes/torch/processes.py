@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed
 
 from edgetune.machine.torchrun import LEADER, process_count, process_on_machine, was_started_by_torchrun
+
+_PATIENCE = timedelta(days=30)
+"""How long a process waits for the leader, which may pause; one that has ended is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def processes_together() -> Iterator[Processes]:
     # One process alone is a group as well: engines that divide a model want one.
     store = distributed.HashStore()  # type: ignore[attr-defined]
     alone: Mapping[str, Any] = {"store": store, "rank": LEADER, "world_size": 1}
-    distributed.init_process_group(backend, **({} if was_started_by_torchrun() else alone))
+    distributed.init_process_group(backend, timeout=_PATIENCE, **({} if was_started_by_torchrun() else alone))
     try:
         yield Processes(device)
     finally:
