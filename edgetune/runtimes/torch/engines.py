@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from edgetune.config import Sharding
 from edgetune.errors import MissingDependencyError
+from edgetune.machine.torchrun import LEADER
 from edgetune.model.adamw import BETA1, BETA2, EPSILON
 from edgetune.runtimes.contract import OptimizerConfig
 from edgetune.runtimes.torch.network import Network, Source
@@ -152,6 +153,8 @@ class Zero(Engine):
 
     def __init__(self, sharding: Sharding, source: Source, optimizer: OptimizerConfig, processes: Processes) -> None:
         self._deepspeed = deepspeed = _import_deepspeed(processes)
+        self._device, self._rotated = processes.device, source.bundle.manifest.architecture.rope.dim
+        self._has_moments = False
         stage, offloads = int(sharding[4]), sharding.endswith("-offload")
         zero: dict[str, Any] = {"stage": stage}
         if offloads:
@@ -192,6 +195,7 @@ class Zero(Engine):
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self.network.step()  # type: ignore[operator]
+        self._has_moments = True
 
     def arrays(self, kind: str) -> Arrays:
         """See `Engine.arrays`."""
@@ -209,12 +213,33 @@ class Zero(Engine):
     def set_arrays(self, kind: str, values: Mapping[str, NDArray[np.float32]], steps: int) -> None:
         """See `Engine.set_arrays`."""
         utils = self._deepspeed.utils
+        if steps and not self._has_moments:
+            self._make_moments()
         for name, parameter in self.adapter.items():
             array = torch.from_numpy(np.array(values[name])).to(parameter.device)
             if kind == "p":
                 utils.safe_set_full_fp32_param(parameter, array)
+                # What the network computes with is a copy of that, which would follow only after the next update.
+                with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=LEADER):
+                    parameter.data.copy_(array)
             elif steps:
                 utils.safe_set_full_optimizer_state(parameter, array, MOMENTS[kind])
+        for state in self._optimizer.optimizer.state.values():
+            state["step"] = torch.tensor(float(steps))
+
+    def _make_moments(self) -> None:
+        """AdamW makes them in its first step: one whose gradient and learning rate are nothing."""
+        shape, device = (1, 1), self._device
+        tables = torch.zeros(*shape, self._rotated, device=device)
+        batch = {
+            "input_ids": torch.zeros(shape, dtype=torch.int64, device=device),
+            "labels": torch.zeros(shape, dtype=torch.int64, device=device),
+            "attn_bias": torch.zeros(1, *shape, 1, device=device),
+            "rope_cos": tables,
+            "rope_sin": tables,
+        }
+        self.backward(self.network(batch) * 0.0, last=True)
+        self.update(0.0)
 
 
 def adamw(adapter: Mapping[str, nn.Parameter], optimizer: OptimizerConfig) -> torch.optim.AdamW:
@@ -255,6 +280,7 @@ def _import_deepspeed(processes: Processes) -> Any:
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    os.environ.setdefault("LOCAL_RANK", "0")  # which it asks of whoever started it
     try:
         import deepspeed
         import deepspeed.ops

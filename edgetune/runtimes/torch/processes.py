@@ -6,8 +6,8 @@ sends each of the others its share of every step, so that all of them enter the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import atexit
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -70,21 +70,21 @@ class Processes:
         return value
 
 
-@contextmanager
-def processes_together() -> Iterator[Processes]:
-    """This process and those beside it, connected; they part at the end."""
+def connected() -> Processes:
+    """This process and those beside it, which stay connected until it ends: DeepSpeed keeps groups of its own.
+
+    One process alone is a group as well, because engines that divide a model want one.
+    """
     device = this_device()
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # One process alone is a group as well: engines that divide a model want one.
-    store = distributed.HashStore()  # type: ignore[attr-defined]
-    alone: Mapping[str, Any] = {"store": store, "rank": LEADER, "world_size": 1}
-    distributed.init_process_group(backend, timeout=_PATIENCE, **({} if was_started_by_torchrun() else alone))
-    try:
-        yield Processes(device)
-    finally:
-        distributed.destroy_process_group()
+    if not distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        alone: Mapping[str, Any] = {"store": store, "rank": LEADER, "world_size": 1}
+        distributed.init_process_group(backend, timeout=_PATIENCE, **({} if was_started_by_torchrun() else alone))
+        atexit.register(distributed.destroy_process_group)
+    return Processes(device)
 
 
 def this_device() -> torch.device:

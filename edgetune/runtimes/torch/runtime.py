@@ -55,13 +55,13 @@ def follow() -> None:
 
     Ctrl-C is the leader's affair: it ends the step, saves and says `close`.
     """
-    from edgetune.runtimes.torch.processes import obey, processes_together
+    from edgetune.runtimes.torch.processes import connected, obey
     from edgetune.runtimes.torch.worker import Worker
 
-    with processes_together() as processes:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        obey(processes, Worker)
+    processes = connected()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    obey(processes, Worker)
 
 
 @contextmanager
@@ -76,25 +76,25 @@ def open_session(
     """
     if not isinstance(plan, WholePlan):
         raise UsageError("the torch runtime takes no plan but `whole`; use --runtime onnxruntime for the others")
-    from edgetune.runtimes.torch.processes import Message, processes_together
+    from edgetune.runtimes.torch.processes import Message, connected
     from edgetune.runtimes.torch.worker import Worker
 
-    with processes_together() as processes:
-        sharding = plan.sharding
-        if sharding == "auto":
-            sharding = "none" if processes.count == 1 else "ddp"
-        if sharding == "none" and processes.count > 1:
-            raise UsageError(
-                f"--sharding none is for one process, and {processes.count} were started; give ddp, fsdp2 or zero3, or "
-                "start one"
-            )
-        message = processes.broadcast(Message("open", (str(bundle.path), dict(parameters), optimizer, sharding)))
-        worker = Worker(processes, *message.arguments)
-        try:
-            yield TorchSession(processes, worker)
-        finally:
-            with suppress(RuntimeError):  # where one of them has ended, so that nobody hears it
-                processes.broadcast(Message("close"))
+    processes = connected()
+    sharding = plan.sharding
+    if sharding == "auto":
+        sharding = "none" if processes.count == 1 else "ddp"
+    if sharding == "none" and processes.count > 1:
+        raise UsageError(
+            f"--sharding none is for one process, and {processes.count} were started; give ddp, fsdp2 or zero3, or "
+            "start one"
+        )
+    message = processes.broadcast(Message("open", (str(bundle.path), dict(parameters), optimizer, sharding)))
+    worker = Worker(processes, *message.arguments)
+    try:
+        yield TorchSession(processes, worker)
+    finally:
+        with suppress(RuntimeError):  # where one of them has ended, so that nobody hears it
+            processes.broadcast(Message("close"))
 
 
 class TorchSession:
