@@ -11,7 +11,6 @@ from typing import Literal
 from edgetune.errors import UsageError, VerificationError
 from edgetune.formats.adapter import CONFIG as ADAPTER_CONFIG
 from edgetune.formats.adapter import MANIFEST as ADAPTER_MANIFEST
-from edgetune.formats.adapter import PATTERNS, is_pattern
 from edgetune.formats.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from edgetune.formats.bundle import MANIFEST, is_there, list_files, load_bundle, load_manifest, verify_files
 from edgetune.formats.genai import CONFIG as GENAI_CONFIG
@@ -19,6 +18,7 @@ from edgetune.formats.genai import MANIFEST as MODEL_MANIFEST
 from edgetune.formats.genai import open_model
 from edgetune.formats.json_file import read_object
 from edgetune.formats.manifest import AdapterManifest, BaseModel, File, Graph, ModelManifest, Tokenizer
+from edgetune.formats.peft_config import PATTERNS, is_pattern
 from edgetune.formats.safetensors_file import read_header
 from edgetune.formats.storage import recover
 from edgetune.model.architecture import Architecture
