@@ -21,13 +21,15 @@ from edgetune.formats.manifest import AdapterManifest, BaseModel, File, Graph, M
 from edgetune.formats.peft_config import PATTERNS, is_pattern
 from edgetune.formats.safetensors_file import read_header
 from edgetune.formats.storage import recover
+from edgetune.importing.image import OCI_MARK
 from edgetune.model.architecture import Architecture
 from edgetune.model.lora import Lora
 
-Kind = Literal["bundle", "adapter", "shipped", "unsealed", "model", "checkpoint", "folder", "file", "nothing"]
+Kind = Literal["image", "bundle", "adapter", "shipped", "unsealed", "model", "checkpoint", "folder", "file", "nothing"]
 
 
 _MARKS: dict[str, Kind] = {
+    OCI_MARK: "image",
     MANIFEST: "bundle",
     ADAPTER_CONFIG: "adapter",
     "target.json": "shipped",
@@ -38,6 +40,7 @@ _MARKS: dict[str, Kind] = {
 """The file that makes a folder what it is; the first that is there decides (a bundle is a GenAI model as well)."""
 
 KIND_NAMES: dict[Kind, str] = {
+    "image": "a container image",
     "bundle": "an edgetune bundle",
     "adapter": "a LoRA adapter",
     "shipped": "what an app ships, made by `edgetune ship`",
@@ -51,6 +54,7 @@ KIND_NAMES: dict[Kind, str] = {
 """How messages call each kind."""
 
 _ADVICE: dict[Kind, str] = {
+    "image": "; `edgetune import` takes the adapter out of one",
     "checkpoint": "; `edgetune prepare` makes a bundle of it",
     "unsealed": "; copy it again from its source",
 }

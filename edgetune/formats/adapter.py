@@ -40,7 +40,7 @@ from edgetune.formats.peft_config import (
 )
 from edgetune.formats.safetensors_file import FLOATS, StoredTensor, read_floats, read_header
 from edgetune.formats.storage import recover, write_file
-from edgetune.model.lora import Lora, Parameters, RowNorms, Slot, _require_slots, initial_parameters
+from edgetune.model.lora import Lora, Parameters, RowNorms, Slot, initial_parameters, require_slots
 
 MANIFEST = "edgetune.json"
 CONFIG = "adapter_config.json"
@@ -154,7 +154,7 @@ def read_adapter(
         VerificationError: A file was changed, cut off, holds pickle or numbers that are not finite; or the bundle has
             no slots.
     """
-    _require_slots(lora)
+    require_slots(lora)
     recover(path)
     if not is_there(path / CONFIG):
         raise UsageError(f"{path}: no adapter here (no {CONFIG}); give the folder that `edgetune train` or PEFT saved")
@@ -173,6 +173,10 @@ def read_adapter(
         title = f"{path} does not fit a bundle of {base.name} with {described(lora)}:"
         modules = {name.removesuffix(_A).rpartition(".")[2] for name in found if name.endswith(_A)}
         advice = _advice(config, modules, lora)
+        rank = config.get("r")
+        if type(rank) is int and rank <= lora.rank and not foreign_fields(config):
+            # Other scaling, lower ranks and fewer projections or layers.
+            advice.insert(0, f"what can be re-shaped to fit: edgetune import {path} --bundle BUNDLE --output ADAPTER")
         raise IncompatibleError("\n".join([title, *problems, *advice]))
     parameters = {name: read_floats(weights, found[PREFIX + name]) for name in trained.shapes()}
     _require_finite(parameters, str(weights))
@@ -306,7 +310,8 @@ def _scale_problems(config: Mapping[str, Any], lora: Lora) -> list[str]:
         return []
     ours = {"r": lora.rank, "lora_alpha": shortest(lora.alpha), "use_rslora": lora.rank_stabilised}
     patterns: dict[str, Any] = {"rank_pattern": lora.rank_pattern, "alpha_pattern": lora.alpha_pattern}
-    given = {**config, "use_rslora": config.get("use_rslora") or False, **{key: config.get(key) or {} for key in PATTERNS}}
+    given = {**config, "use_rslora": config.get("use_rslora") or False}
+    given |= {key: config.get(key) or {} for key in PATTERNS}
     return pattern_problems(config) + [
         f"{key} is {short(value)}, the bundle's is {expected}"
         for key, expected in (ours | patterns).items()
