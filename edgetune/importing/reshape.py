@@ -245,8 +245,8 @@ def rescaled(b: NDArray[np.float32], scaling: float, ours: float) -> tuple[NDArr
         scaling: What B·A is multiplied with where it comes from.
         ours: What it is multiplied with where it goes.
     """
-    (theirs, exponent), (mine, own_exponent) = (np.frexp(np.float32(factor)) for factor in (scaling, ours))
     with np.errstate(over="ignore", under="ignore"):
+        (theirs, exponent), (mine, own_exponent) = (np.frexp(np.float32(factor)) for factor in (scaling, ours))
         if theirs == mine:
             # A power of two apart, as float32 has them: nothing is lost but in numbers below 1e-38.
             shift = int(exponent) - int(own_exponent)

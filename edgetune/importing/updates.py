@@ -28,7 +28,8 @@ _AGAIN = "copy the adapter again, or save it anew"
 _MODULE = r"(model\.layers\.\d{1,6}\.(?:self_attn|mlp)\.\w{1,40})"
 _PEFT_NAME = re.compile(
     # In memory, PEFT puts an adapter's name before `weight`; some save it so.
-    rf"(?:base_model\.model\.)?{_MODULE}\.lora_(A|B|magnitude_vector)(?:\.(?!weight$)([^.]{{1,100}}))?(?:\.weight)?"
+    rf"(?:base_model\.model\.)?{_MODULE}\.lora_(A(?=.*\.weight$)|B(?=.*\.weight$)|magnitude_vector)"
+    r"(?:\.(?!weight$)([^.]{1,100}))?(?:\.weight)?"
 )
 _MLX_NAME = re.compile(rf"{_MODULE}\.(?:lora_(a|b)|(m))")
 _PARTS = {"A": "A", "a": "A", "B": "B", "b": "B", "m": "magnitudes", "magnitude_vector": "magnitudes"}
@@ -229,7 +230,8 @@ def _foreign_tensors(found: Mapping[str, StoredTensor], names: re.Pattern[str]) 
 
 def _several_names(found: Mapping[str, StoredTensor]) -> list[str]:
     named = {match[3] or "" for name in found if (match := _PEFT_NAME.fullmatch(name))}
-    return [f"holds several adapters: {_listed(sorted(named))}; save one alone"] if len(named) > 1 else []
+    told = _listed([name or "one without a name" for name in sorted(named)])
+    return [f"holds several adapters: {told}; save one alone"] if len(named) > 1 else []
 
 
 def _refused(source: Source, problems: list[str]) -> IncompatibleError:
