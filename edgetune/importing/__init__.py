@@ -95,11 +95,11 @@ def import_adapter(
         LockedError: Another process writes `output`.
     """
     check_config(config)
-    target, made = as_bundle(bundle), Path(output)
-    manifest = target.manifest
+    into, made = as_bundle(bundle), Path(output)
+    manifest = into.manifest
     needed = sum(most_bytes(manifest.lora).values())
     with atomic_folder(made, replace=config.force, marker=MANIFEST, needed=needed) as folder:
-        foreign = read_foreign(Path(source), target)
+        foreign = read_foreign(Path(source), into)
         for line in foreign.notices:
             say(line)
         written = write_adapter(

@@ -184,11 +184,10 @@ def _too_large(fillings: list[Filling], lora: Lora) -> Iterable[str]:
 
 def _advice(updates: Updates, fillings: list[Filling], lora: Lora) -> str:
     """How to get a bundle whose slots hold the updates, to the bit, or why there can be none."""
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+    ranks = {module: lora.rank_of(module) for module in lora.target_modules}
+    alphas = {module: lora.alpha_pattern.get(module, lora.alpha) for module in lora.target_modules}
     for module in PROJECTIONS:
-        of = [filling for filling in fillings if filling.module == module]
-        if of:
+        if of := [filling for filling in fillings if filling.module == module]:
             ranks[module] = max(filling.rank for filling in of)
             divisor = math.sqrt(ranks[module]) if updates.rank_stabilised else ranks[module]
             alphas[module] = float(f"{of[0].updates[0].scaling * divisor:.{_DIGITS}g}")
@@ -199,7 +198,7 @@ def _advice(updates: Updates, fillings: list[Filling], lora: Lora) -> str:
     asked = Lora(
         rank,
         alpha,
-        sorted({*lora.target_modules, *ranks}),
+        sorted(ranks),
         [],
         updates.rank_stabilised,
         {module: each for module, each in ranks.items() if each != rank},

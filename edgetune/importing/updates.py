@@ -32,7 +32,7 @@ _PEFT_NAME = re.compile(
     r"(?:\.(?!weight$)([^.]{1,100}))?(?:\.weight)?"
 )
 _MLX_NAME = re.compile(rf"{_MODULE}\.(?:lora_(a|b)|(m))")
-_PARTS = {"A": "A", "a": "A", "B": "B", "b": "B", "m": "magnitudes", "magnitude_vector": "magnitudes"}
+_MATRICES = {"A": "A", "a": "A", "B": "B", "b": "B", "m": "magnitudes", "magnitude_vector": "magnitudes"}
 _SHOWN = 3
 _TUNED = {"lora": False, "dora": True}
 """mlx-lm's `fine_tune_type`, and whether there are magnitudes."""
@@ -184,7 +184,7 @@ def _updates(
     problems, updates = [], []
     for name, tensor in read_header(weights, _AGAIN).items():
         if found := names.fullmatch(name):
-            part = _PARTS[found[2] or found[3]]
+            part = _MATRICES[found[2] or found[3]]
             if parts.setdefault(found[1], {}).setdefault(part, tensor) is not tensor:
                 problems.append(f"{found[1]} has {part} twice, as {name} and under another name")
     expected = {"A", "B", "magnitudes"} if dora else {"A", "B"}
