@@ -154,7 +154,7 @@ def read_foreign(source: Path, bundle: Bundle) -> ForeignAdapter:
             "of two; a bundle whose alpha / rank is (prepare --alpha) takes every bit"
         )
     if made.untouched:
-        notices.append(f"untouched, as in the base: {', '.join(made.untouched)}")
+        notices.append(f"untouched by the adapter: {', '.join(made.untouched)}")
     tool = updates.tool if found.contract is None else "edgetune"
     return ForeignAdapter(
         tool, made.parameters, made.filled, made.untouched, list(made.rounded), sha256, encoding, notices

@@ -333,7 +333,7 @@ def test_what_stays_untouched_and_another_base_are_said(tmp_path: Path) -> None:
     import_adapter(source, bundle_of(lora_of(), tmp_path / "bundle"), tmp_path / "adapter", say=said.append)
     assert said == [
         f"{source} says that it was trained on microsoft/Phi-3-mini-4k-instruct; the bundle holds org/tiny-phi3",
-        "untouched, as in the base: qkv_proj, gate_up_proj, down_proj",
+        "untouched by the adapter: qkv_proj, gate_up_proj, down_proj",
     ]
 
 
@@ -349,14 +349,24 @@ def test_an_adapter_that_is_there_is_kept(tmp_path: Path) -> None:
 # --- the whole way, on the golden bundle
 
 
-def golden_source(folder: Path, **options: Any) -> Any:
-    """An adapter of PEFT on the golden bundle's own weights."""
-    from transformers import Phi3ForCausalLM
+def golden_source(folder: Path, *, apart: bool, **options: Any) -> Any:
+    """An adapter of PEFT on the golden bundle's own weights, as Phi-3 or as a Llama, whose projections are apart."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Phi3ForCausalLM
 
     from support.oracle import load_stored
 
     model = Phi3ForCausalLM.from_pretrained(GOLDEN / "edgetune-golden-base", attn_implementation="eager").float()
     load_stored(model, BUNDLE)
+    if apart:
+        sizes, weights = model.config.to_dict(), model.state_dict()
+        del sizes["model_type"], sizes["architectures"]
+        for name in [name for name in weights if name.endswith(("qkv_proj.weight", "gate_up_proj.weight"))]:
+            parts = ("q", "k", "v") if "qkv_proj" in name else ("gate", "up")
+            parent, whole = name.rpartition(".weight")[0].rpartition(".")[0], weights.pop(name)
+            for part, rows in zip(parts, whole.chunk(len(parts)), strict=True):
+                weights[f"{parent}.{part}_proj.weight"] = rows
+        model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="eager"))
+        model.load_state_dict(weights)
     source = peft_model(model, **options)
     source.save_pretrained(folder)
     return source
@@ -365,10 +375,11 @@ def golden_source(folder: Path, **options: Any) -> Any:
 @pytest.mark.parametrize(
     "options",
     [
-        {"r": 2, "lora_alpha": 4, "target_modules": ["o_proj", "down_proj"]},
-        {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ALL},
+        {"apart": False, "r": 2, "lora_alpha": 4, "target_modules": ["o_proj", "down_proj"]},
+        {"apart": False, "r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ALL},
+        {"apart": True, "r": 1, "lora_alpha": 4, "target_modules": APART},
     ],
-    ids=["fewer projections", "rsLoRA, rounded"],
+    ids=["fewer projections", "rsLoRA, rounded", "apart"],
 )
 def test_eval_measures_what_peft_measures(tmp_path: Path, options: dict[str, Any]) -> None:
     from support.oracle import loss
@@ -407,7 +418,7 @@ def test_the_command_says_what_it_made(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, [*arguments])
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith(f"{tmp_path / 'adapter'}: 2 of 8 slots are PEFT's, ")
-    assert "untouched, as in the base: qkv_proj, gate_up_proj, down_proj" in done.stderr
+    assert "untouched by the adapter: qkv_proj, gate_up_proj, down_proj" in done.stderr
     done = CliRunner().invoke(main, [*arguments, "--json", "--force", "--quiet"])
     facts = json.loads(done.stdout)
     assert facts["filled"] == [slot.name for slot in slots] and facts["rounded"] == []
