@@ -13,7 +13,7 @@ from __future__ import annotations
 import gzip
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -39,6 +39,9 @@ _ABOUT_THE_NEXT = (b"L", b"K", b"x", b"g")
 """Kinds of members that say the name of the next one, the end of its link, or more of it, or of all."""
 _WITHOUT_BYTES = (b"1", b"2", b"3", b"4", b"5", b"6")
 """Links, devices, folders and pipes: none follow, whatever their headers say."""
+
+Files = Mapping[str, Path | None]
+"""Files by their path in a folder, archive or image; None for what is no regular file, or nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -174,36 +177,50 @@ class Tar:
         return VerificationError(f"{self._shown}: {why}; get it again, or unpack it and give the adapter's own folder")
 
 
-def unpack(archive: Path, folder: Path, is_wanted: Callable[[str], bool], shown: str) -> dict[str, Path | None]:
-    """Write the wanted files of an archive into a folder, under names of our own.
+class Scratch:
+    """A folder for what is unpacked, and where each file in it comes from."""
 
-    Args:
-        archive: A tar archive, plain or gzipped.
-        folder: Where the files go.
-        is_wanted: Says of a path in the archive whether it is.
-        shown: How messages call the archive.
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._origins: dict[Path, str] = {}
 
-    Returns:
-        Where each wanted file lies, by its path in the archive, in the archive's order; None where it is a link or
-        something else, of which nothing is made.
+    def explained(self, text: str) -> str:
+        """A message with the places that people know instead of the files in the folder."""
+        for path, origin in self._origins.items():
+            text = text.replace(str(path), origin)
+        return text
 
-    Raises:
-        VerificationError: It is no such archive, cut off, too large, or leads out of itself.
-    """
-    found: dict[str, Path | None] = {}
-    with archive.open("rb") as raw:
-        tar = Tar(_unpacked(raw, shown), shown)
-        for member in tar:
-            if not is_wanted(member.name):
-                continue
-            found.pop(member.name, None)  # the later one counts, at its place
-            found[member.name] = None
-            if member.is_file:
-                with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                    for piece in tar.data():
-                        file.write(piece)
-                found[member.name] = Path(file.name)
-    return found
+    def unpack(self, archive: Path, shown: str, is_wanted: Callable[[str], bool]) -> Files:
+        """Write the wanted files of an archive into the folder.
+
+        Args:
+            archive: A tar archive, plain or gzipped.
+            shown: How messages call the archive.
+            is_wanted: Says of a path in the archive whether it is.
+
+        Returns:
+            Where each member of the archive lies now, by its path in the archive, in the archive's order.
+
+        Raises:
+            VerificationError: It is no such archive, cut off, too large, or leads out of itself.
+        """
+        found: dict[str, Path | None] = {}
+        with archive.open("rb") as raw:
+            tar = Tar(_unpacked(raw, shown), shown)
+            for member in tar:
+                found.pop(member.name, None)  # the later one counts, at its place
+                found[member.name] = self._write(tar, member, shown) if is_wanted(member.name) else None
+        return found
+
+    def _write(self, tar: Tar, member: Member, shown: str) -> Path | None:
+        if not member.is_file:
+            return None
+        with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+            for piece in tar.data():
+                file.write(piece)
+        path = Path(file.name)
+        self._origins[path] = f"{shown}, {member.name:.300}"
+        return path
 
 
 def _unpacked(raw: IO[bytes], shown: str) -> IO[bytes]:

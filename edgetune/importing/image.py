@@ -16,7 +16,7 @@ from typing import Any
 from edgetune.errors import UsageError, VerificationError
 from edgetune.formats.json_file import read_json
 from edgetune.formats.storage import sha256_of
-from edgetune.importing.archive import unpack
+from edgetune.importing.archive import Files, Scratch
 
 OCI_INDEX, DOCKER_MANIFEST = "index.json", "manifest.json"
 OCI_MARK = "oci-layout"
@@ -27,23 +27,20 @@ _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 _MOST_MANIFESTS = 64
 _ONE = "copy the one that is meant with `skopeo copy`, which takes a tag and a platform"
 
-Files = Mapping[str, Path | None]
-"""Files by their path in an archive or image; None stands for what is there and no regular file."""
-
 
 def is_part_of_image(name: str) -> bool:
     """Whether an archive's member may belong to an image: its description, a blob or a layer."""
     return name in (OCI_MARK, OCI_INDEX, DOCKER_MANIFEST) or name.startswith("blobs/") or name.endswith(".tar")
 
 
-def files_of_image(parts: Files, folder: Path, is_wanted: Callable[[str], bool], shown: str) -> Files:
-    """The wanted files of an image.
+def files_of_image(parts: Files, scratch: Scratch, shown: str, is_wanted: Callable[[str], bool]) -> Files:
+    """The files of an image, of which the wanted ones are unpacked.
 
     Args:
         parts: The files that the image consists of.
-        folder: Where unpacked files go.
-        is_wanted: Says of a path in the image whether it is.
+        scratch: Where unpacked files go.
         shown: How messages call the image.
+        is_wanted: Says of a path in the image whether it is.
 
     Raises:
         UsageError: There are several images.
@@ -51,8 +48,7 @@ def files_of_image(parts: Files, folder: Path, is_wanted: Callable[[str], bool],
     """
     found: dict[str, Path | None] = {}
     for number, layer in enumerate(_layers(parts, shown)):
-        named = f"{shown}, layer {number}"
-        unpacked = unpack(layer, folder, lambda name: is_wanted(name) or _hides(name), named)
+        unpacked = scratch.unpack(layer, f"{shown}, layer {number}", is_wanted)
         for name in filter(_hides, unpacked):
             parent, _, last = name.rpartition("/")
             hidden = parent if last == _OPAQUE else f"{parent}/{last.removeprefix(_WHITEOUT)}".removeprefix("/")

@@ -19,14 +19,15 @@ from pathlib import Path
 from edgetune.errors import UsageError, VerificationError
 from edgetune.formats.adapter import CONFIG, MANIFEST, WEIGHTS
 from edgetune.formats.storage import recover, require_unicode
-from edgetune.importing.archive import unpack
-from edgetune.importing.image import DOCKER_MANIFEST, OCI_MARK, Files, files_of_image, is_part_of_image
+from edgetune.importing.archive import Files, Scratch
+from edgetune.importing.image import DOCKER_MANIFEST, OCI_MARK, files_of_image, is_part_of_image
 
 MLX_WEIGHTS = "adapters.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 _MLX_ARCHIVE = "adapters.npz"
 _MODELS = ("model.safetensors", "model.safetensors.index.json")
-_KNOWN = frozenset({CONFIG, WEIGHTS, MLX_WEIGHTS, MANIFEST, *_PICKLES, _MLX_ARCHIVE, *_MODELS})
+_READ = frozenset({CONFIG, WEIGHTS, MLX_WEIGHTS, MANIFEST})
+_KNOWN = _READ | {*_PICKLES, _MLX_ARCHIVE, *_MODELS}
 _DEEPEST = 8
 """Levels of folders that are looked into."""
 _MOST_ENTRIES = 100_000
@@ -65,11 +66,16 @@ def opened(path: Path) -> Iterator[Source]:
     recover(path)
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder; expected an adapter of PEFT, mlx-lm, Azure ML or Kaito")
-    with tempfile.TemporaryDirectory(prefix="edgetune-import-") as scratch:
-        yield _source(_files(path, Path(scratch)), str(path))
+    with tempfile.TemporaryDirectory(prefix="edgetune-import-") as folder:
+        scratch = Scratch(Path(folder))
+        try:
+            yield _source(_files(path, scratch), str(path))
+        except VerificationError as error:
+            # The files that it names will be gone.
+            raise VerificationError(scratch.explained(str(error))) from error
 
 
-def _files(path: Path, scratch: Path) -> Files:
+def _files(path: Path, scratch: Scratch) -> Files:
     """What may belong to an adapter, by its path in the folder, archive or image."""
     is_folder, shown = path.is_dir(), str(path)
     if is_folder:
@@ -80,13 +86,13 @@ def _files(path: Path, scratch: Path) -> Files:
             raise UsageError(f"{path}: is neither a folder nor a regular file; give the adapter's folder or archive")
         if path.suffix == ".safetensors":
             raise UsageError(f"{path}: is one file of an adapter; give the folder that it lies in, with its {CONFIG}")
-        found = unpack(path, scratch, lambda name: _is_wanted(name) or is_part_of_image(name), shown)
+        found = scratch.unpack(path, shown, lambda name: _is_read(name) or is_part_of_image(name))
         is_image = OCI_MARK in found or DOCKER_MANIFEST in found
-    return files_of_image(found, scratch, _is_wanted, shown) if is_image else found
+    return files_of_image(found, scratch, shown, _is_read) if is_image else found
 
 
-def _is_wanted(name: str) -> bool:
-    return name.rpartition("/")[2] in _KNOWN
+def _is_read(name: str) -> bool:
+    return name.rpartition("/")[2] in _READ
 
 
 def _walk(root: Path) -> Files:
@@ -103,7 +109,7 @@ def _walk(root: Path) -> Files:
         folders[:] = sorted(folders) if len(parent.parts) < _DEEPEST else []
         for name in names:
             inside = (parent / name).as_posix()
-            if _is_wanted(name) or (is_image and is_part_of_image(inside)):
+            if name in _KNOWN or (is_image and is_part_of_image(inside)):
                 # A hub's cache has links in the place of files.
                 found[inside] = folder / name if (folder / name).is_file() else None
     return found
@@ -122,9 +128,8 @@ def _source(files: Files, shown: str) -> Source:
     inside = nearest[0]
     place = f"{shown}, {inside}" if inside else shown
     here = {name: files[path] for name in _KNOWN if (path := f"{inside}/{name}".removeprefix("/")) in files}
-    config = here[CONFIG]
-    if config is None or None in here.values():
-        wrong = sorted(name for name, path in here.items() if path is None)
+    config, wrong = here[CONFIG], sorted(name for name, path in here.items() if path is None and name in _READ)
+    if config is None or wrong:
         raise VerificationError(f"{place}: {', '.join(wrong)}: a link or no regular file; put the file itself there")
     if WEIGHTS not in here and MLX_WEIGHTS not in here:
         raise _unreadable(here.keys(), place)

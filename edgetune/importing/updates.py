@@ -128,11 +128,12 @@ def _of_peft(config: Mapping[str, Any], source: Source) -> Updates:
         )
     if not isinstance(dora, bool):
         problems.append(f"use_dora is {short(dora)}, expected true or false")
-    found = read_header(source.weights, _AGAIN)
-    problems += [*_foreign_tensors(found, _PEFT_NAME), *_several_names(found)]
+    tensors = read_header(source.weights, _AGAIN)
+    problems += [*_foreign_tensors(tensors, _PEFT_NAME), *_several_names(tensors)]
     if problems or scaling is None:
         raise _refused(source, problems)
-    updates = _updates(source, source.weights, _PEFT_NAME, dora is True, scaling.of, is_transposed=False)
+    found = _Found(source.weights, tensors, _PEFT_NAME, is_transposed=False)
+    updates = _updates(source, found, dora is True, scaling.of)
     base = config.get("base_model_name_or_path")
     return Updates("PEFT", base if isinstance(base, str) else "", dora is True, scaling.rank_stabilised, updates)
 
@@ -143,11 +144,13 @@ def _of_mlx(config: Mapping[str, Any], source: Source) -> Updates:
     kind, scaling = str(config.get("fine_tune_type", "lora")), _mlx_scaling(config.get("lora_parameters"))
     problems = [] if kind in _TUNED else [f"fine_tune_type is {short(kind)}, expected 'lora' or 'dora'"]
     problems += [scaling] if isinstance(scaling, str) else []
-    problems += _foreign_tensors(read_header(source.mlx_weights, _AGAIN), _MLX_NAME)
+    tensors = read_header(source.mlx_weights, _AGAIN)
+    problems += _foreign_tensors(tensors, _MLX_NAME)
     if problems or isinstance(scaling, str):
         raise _refused(source, problems)
     dora, everywhere = _TUNED[kind], scaling
-    updates = _updates(source, source.mlx_weights, _MLX_NAME, dora, lambda _: everywhere, is_transposed=True)
+    found = _Found(source.mlx_weights, tensors, _MLX_NAME, is_transposed=True)
+    updates = _updates(source, found, dora, lambda _: everywhere)
     base = config.get("model")
     return Updates("mlx-lm", base if isinstance(base, str) else "", dora, False, updates)
 
@@ -166,14 +169,19 @@ def _mlx_scaling(parameters: object) -> tuple[int, float] | str:
     return rank, scale
 
 
+@dataclass(frozen=True)
+class _Found:
+    """The tensors of a file."""
+
+    weights: Path
+    tensors: Mapping[str, StoredTensor]
+    names: re.Pattern[str]
+    """How the tool calls those of LoRA."""
+    is_transposed: bool
+
+
 def _updates(
-    source: Source,
-    weights: Path,
-    names: re.Pattern[str],
-    dora: bool,
-    scaling: Callable[[str], tuple[int, float]],
-    *,
-    is_transposed: bool,
+    source: Source, found: _Found, dora: bool, scaling: Callable[[str], tuple[int, float]]
 ) -> list[Update]:
     """Put A, B and magnitudes of each projection together.
 
@@ -182,11 +190,11 @@ def _updates(
     """
     parts: dict[str, dict[str, StoredTensor]] = {}
     problems, updates = [], []
-    for name, tensor in read_header(weights, _AGAIN).items():
-        if found := names.fullmatch(name):
-            part = _MATRICES[found[2] or found[3]]
-            if parts.setdefault(found[1], {}).setdefault(part, tensor) is not tensor:
-                problems.append(f"{found[1]} has {part} twice, as {name} and under another name")
+    for name, tensor in found.tensors.items():
+        if said := found.names.fullmatch(name):
+            part = _MATRICES[said[2] or said[3]]
+            if parts.setdefault(said[1], {}).setdefault(part, tensor) is not tensor:
+                problems.append(f"{said[1]} has {part} twice, as {name} and under another name")
     expected = {"A", "B", "magnitudes"} if dora else {"A", "B"}
     for module, given in parts.items():
         if lacking := sorted(expected - given.keys()):
@@ -196,7 +204,8 @@ def _updates(
             problems.append(f"{module} has {' and '.join(surplus)}, and the configuration says that there is no DoRA")
             continue
         rank, factor = scaling(module)
-        update = Update(module, factor, weights, is_transposed, given["A"], given["B"], given.get("magnitudes"))
+        pair, magnitudes = (given["A"], given["B"]), given.get("magnitudes")
+        update = Update(module, factor, found.weights, found.is_transposed, *pair, magnitudes)
         problems += _shape_problems(update, rank)
         updates.append(update)
     if not parts:

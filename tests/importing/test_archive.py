@@ -13,7 +13,7 @@ import pytest
 
 from edgetune.errors import VerificationError
 from edgetune.importing import archive
-from edgetune.importing.archive import Tar, unpack
+from edgetune.importing.archive import Scratch, Tar
 from support.foreign_adapters import tar_of
 
 LONG = "/".join(["a-folder-with-a-long-name"] * 8) + "/file"
@@ -21,7 +21,7 @@ LONG = "/".join(["a-folder-with-a-long-name"] * 8) + "/file"
 
 def everything(path: Path, folder: Path) -> dict[str, bytes | None]:
     folder.mkdir()
-    found = unpack(path, folder, lambda _: True, "it")
+    found = Scratch(folder).unpack(path, "it", lambda _: True)
     return {name: None if at is None else at.read_bytes() for name, at in found.items()}
 
 
@@ -84,7 +84,7 @@ def test_every_cut_is_found(tmp_path: Path, gzipped: bool) -> None:
     for cut in cuts:
         (tmp_path / "out").mkdir(exist_ok=True)
         with pytest.raises(VerificationError, match=r"is cut off|is no tar archive"):
-            unpack(written(tmp_path / "it.tar", whole[:cut]), tmp_path / "out", lambda _: True, "it")
+            Scratch(tmp_path / "out").unpack(written(tmp_path / "it.tar", whole[:cut]), "it", lambda _: True)
 
 
 def test_flipped_bits_of_headers_are_found(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_flipped_bits_of_headers_are_found(tmp_path: Path) -> None:
         place = int(generator.integers(510))  # what stands behind the digits of the sum says nothing
         changed[place + 2 * (place >= 154)] ^= 1 << int(generator.integers(8))
         with pytest.raises(VerificationError):
-            unpack(written(tmp_path / "it.tar", bytes(changed)), tmp_path / "out", lambda _: True, "it")
+            Scratch(tmp_path / "out").unpack(written(tmp_path / "it.tar", bytes(changed)), "it", lambda _: True)
 
 
 def test_flipped_bits_of_gzipped_data_are_found(tmp_path: Path) -> None:
@@ -144,17 +144,17 @@ def test_what_unpacks_to_more_than_is_reasonable_is_refused(tmp_path: Path, monk
     bomb = written(tmp_path / "it.tar.gz", tar_of({"x": bytes(20_000_000)}, gzipped=True))
     assert bomb.stat().st_size < 100_000
     with pytest.raises(VerificationError, match="unpacks to more than 10,000,000 bytes"):
-        unpack(bomb, tmp_path, lambda _: False, "it")
+        Scratch(tmp_path).unpack(bomb, "it", lambda _: False)
     # What follows the archive is read for gzip's sum alone, and counts.
     with pytest.raises(VerificationError, match="unpacks to more than"):
-        unpack(written(bomb, gzip.compress(tar_of({}) + bytes(20_000_000))), tmp_path, lambda _: False, "it")
+        Scratch(tmp_path).unpack(written(bomb, gzip.compress(tar_of({}) + bytes(20_000_000))), "it", lambda _: False)
 
 
 def test_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "MOST_MEMBERS", 100)
     path = written(tmp_path / "it.tar", tar_of({f"{number}": b"" for number in range(101)}))
     with pytest.raises(VerificationError, match="has more than 100 members"):
-        unpack(path, tmp_path, lambda _: False, "it")
+        Scratch(tmp_path).unpack(path, "it", lambda _: False)
 
 
 @pytest.mark.parametrize(
@@ -178,3 +178,9 @@ def test_data_is_taken_in_pieces() -> None:
     for member in tar:
         assert (member.name, member.is_file) == ("x", True)
         assert [len(piece) for piece in tar.data()] == [1 << 20] * 3
+
+
+def test_a_message_names_the_place_that_people_know(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    found = scratch.unpack(written(tmp_path / "it.tar", tar_of({"data/x": b"x", "y": b"y"})), "it.tar", lambda _: True)
+    assert scratch.explained(f"{found['data/x']}: is broken") == "it.tar, data/x: is broken"

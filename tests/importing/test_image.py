@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edgetune.errors import EdgetuneError, UsageError, VerificationError
-from edgetune.importing.image import Files, files_of_image, is_part_of_image
+from edgetune.importing.archive import Files, Scratch
+from edgetune.importing.image import files_of_image, is_part_of_image
 from support.foreign_adapters import archived, docker_archive, oci_layout, tar_of
 
 
@@ -19,8 +23,10 @@ def parts_of(folder: Path) -> Files:
 
 def contents(parts: Files, scratch: Path) -> dict[str, bytes | None]:
     scratch.mkdir(exist_ok=True)
-    found = files_of_image(parts, scratch, lambda name: name.startswith("data/"), "it")
-    return {name: None if path is None else path.read_bytes() for name, path in found.items()}
+    found = files_of_image(parts, Scratch(scratch), "it", lambda name: name.startswith("data/"))
+    return {
+        name: None if path is None else path.read_bytes() for name, path in found.items() if name.startswith("data/")
+    }
 
 
 @pytest.mark.parametrize(
@@ -43,9 +49,6 @@ def test_a_later_layer_lies_over_an_earlier_one(
 
 
 def test_a_link_in_the_place_of_a_file_is_none(tmp_path: Path) -> None:
-    import io
-    import tarfile
-
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as made:
         member = tarfile.TarInfo("data/a")
@@ -63,8 +66,6 @@ def test_an_index_of_an_index_and_a_signature_beside_it(tmp_path: Path) -> None:
     nested = tmp_path / "nested"
     oci_layout(nested, [tar_of({"data/a": b"1"})])
     data = json.dumps(inner | {"manifests": [*inner["manifests"], signature]}).encode()
-    import hashlib
-
     digest = hashlib.sha256(data).hexdigest()
     (nested / "blobs" / "sha256" / digest).write_bytes(data)
     (nested / "index.json").write_text(json.dumps({"manifests": [{"digest": f"sha256:{digest}"}]}))
@@ -130,10 +131,8 @@ def test_a_broken_image_of_docker_save_is_refused(tmp_path: Path, manifest: byte
 
 
 def test_an_image_of_docker_save_is_read(tmp_path: Path) -> None:
-    from edgetune.importing.archive import unpack
-
     (tmp_path / "image.tar").write_bytes(docker_archive([tar_of({"data/a": b"1"}), tar_of({"data/b": b"2"})]))
-    parts = unpack(tmp_path / "image.tar", tmp_path, is_part_of_image, "it")
+    parts = Scratch(tmp_path).unpack(tmp_path / "image.tar", "it", is_part_of_image)
     assert contents(parts, tmp_path / "scratch") == {"data/a": b"1", "data/b": b"2"}
 
 

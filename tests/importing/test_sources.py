@@ -407,6 +407,16 @@ ARCHIVES: dict[str, tuple[Callable[[Path], Path], type[EdgetuneError], str]] = {
         VerificationError,
         "is pickle",
     ),
+    "a broken configuration in an image": (
+        lambda at: image_with({f"data/{CONFIG}": b"{", f"data/{WEIGHTS}": b""}, at),
+        VerificationError,
+        "image.tar, layer 0, data/adapter_config.json: not valid JSON",
+    ),
+    "a whole model in an archive": (
+        lambda at: written(at, "x.tar", tar_of({"model/model.safetensors": bytes(99)})),
+        UsageError,
+        "x.tar: holds a whole model, no adapter",
+    ),
     "an image without its blobs": (
         lambda at: (oci_layout(at / "oci", [tar_of({})]), shutil.rmtree(at / "oci" / "blobs"))[0],
         VerificationError,
