@@ -12,6 +12,7 @@ from edgetune.errors import UsageError, VerificationError
 from edgetune.formats.adapter import CONFIG as ADAPTER_CONFIG
 from edgetune.formats.adapter import MANIFEST as ADAPTER_MANIFEST
 from edgetune.formats.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from edgetune.formats.adapter import require_weights
 from edgetune.formats.bundle import MANIFEST, is_there, list_files, load_bundle, load_manifest, verify_files
 from edgetune.formats.genai import CONFIG as GENAI_CONFIG
 from edgetune.formats.genai import MANIFEST as MODEL_MANIFEST
@@ -184,7 +185,9 @@ def describe_contract(path: Path, manifest: AdapterManifest) -> Description:
 def _describe_peft(path: Path) -> Description:
     """An adapter that PEFT saved: its configuration and the shapes in its weights are all there is."""
     config = read_object(path / ADAPTER_CONFIG, _COPY_AGAIN)
-    shapes = _tensor_shapes(path / ADAPTER_WEIGHTS)
+    require_weights(path)
+    tensors = read_header(path / ADAPTER_WEIGHTS, "copy it again from its source")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules") or []
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
         message = f"{path / ADAPTER_CONFIG}: r and lora_alpha are {rank!r:.40} and {alpha!r:.40}, expected numbers"
@@ -290,10 +293,3 @@ def _count(shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    if not path.is_file():
-        advice = "only safetensors are read; save the adapter with safe_serialization=True"
-        raise VerificationError(f"{path} is missing; {advice}")
-    return {name: tensor.shape for name, tensor in read_header(path, "copy it again from its source").items()}

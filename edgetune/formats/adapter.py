@@ -45,6 +45,8 @@ from edgetune.model.lora import Lora, Parameters, RowNorms, Slot, initial_parame
 MANIFEST = "edgetune.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+MLX_WEIGHTS = "adapters.safetensors"
+"""What mlx-lm calls its tensors, which `edgetune import` reads."""
 RECORD = "metrics.jsonl"
 """A line an optimizer step; `edgetune.training.record` writes it."""
 MOST_LINE_BYTES = 400
@@ -161,11 +163,7 @@ def read_adapter(
     if is_there(path / MANIFEST):
         check_contract(path, base, tokenizer, lora)
     weights = path / WEIGHTS
-    if not weights.is_file():
-        pickled = " (adapter_model.bin is pickle, which can run code)" if (path / "adapter_model.bin").exists() else ""
-        raise VerificationError(
-            f"{path}: no {WEIGHTS}{pickled}; save the adapter with PEFT's save_pretrained(safe_serialization=True)"
-        )
+    require_weights(path)
     config = read_object(path / CONFIG, "save the adapter again")
     trained, found = _trained(config, lora), read_header(weights, "copy it again")
     problems = [*_config_problems(config, lora), *_tensor_problems(found, trained)]
@@ -181,6 +179,23 @@ def read_adapter(
     parameters = {name: read_floats(weights, found[PREFIX + name]) for name in trained.shapes()}
     _require_finite(parameters, str(weights))
     return parameters if trained is lora else initial_parameters(lora, 0, norms) | parameters
+
+
+def require_weights(path: Path) -> None:
+    """See that an adapter's folder has tensors that can be read.
+
+    Raises:
+        VerificationError: It has none, or those of another tool.
+    """
+    if (path / WEIGHTS).is_file():
+        return
+    if (path / MLX_WEIGHTS).is_file():
+        advice = f"edgetune import {path} --bundle BUNDLE --output ADAPTER makes an adapter of it"
+        raise VerificationError(f"{path}: no {WEIGHTS}, and {MLX_WEIGHTS} is mlx-lm's: {advice}")
+    pickled = " (adapter_model.bin is pickle, which can run code)" if (path / "adapter_model.bin").exists() else ""
+    raise VerificationError(
+        f"{path}: no {WEIGHTS}{pickled}; save the adapter with PEFT's save_pretrained(safe_serialization=True)"
+    )
 
 
 def row_encoding(path: Path) -> RowEncoding:

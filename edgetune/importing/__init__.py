@@ -150,8 +150,8 @@ def read_foreign(source: Path, bundle: Bundle) -> ForeignAdapter:
     if made.rounded:
         scaling = next(iter(made.rounded.values()))
         notices.append(
-            f"B of {len(made.rounded)} slots is rounded to float32: scaling {scaling:g} is not the bundle's by a power "
-            "of two; a bundle whose alpha / rank is (prepare --alpha) takes every bit"
+            f"B of {len(made.rounded)} slots is rounded to float32, because the scaling {scaling:g} is no power of two "
+            "times the bundle's; a bundle of that scaling (prepare --alpha) takes every bit"
         )
     if made.untouched:
         notices.append(f"untouched by the adapter: {', '.join(made.untouched)}")

@@ -103,7 +103,7 @@ def reshape(updates: Updates, lora: Lora, architecture: Architecture, norms: Row
     fillings = _fillings(updates)
     foreign = list(_of_another_model(fillings, lora, architecture))
     if foreign:
-        raise IncompatibleError("\n".join([title, *_some(foreign), "it was trained on another model"]))
+        raise IncompatibleError("\n".join([title, *_some(foreign)]))
     problems = [*_without_slot(fillings, lora), *_too_large(fillings, lora)]
     if updates.dora != lora.dora:
         problems.append(f"it is {_KINDS[updates.dora]}, and the bundle's slots are {_KINDS[lora.dora]}")
@@ -145,17 +145,17 @@ def _of_another_model(fillings: list[Filling], lora: Lora, architecture: Archite
         slot = known.get(filling.name)
         if slot is None:
             layers = architecture.num_hidden_layers
-            yield f"{filling.updates[0].module} is no projection of the bundle's model with {layers} layers"
+            yield f"{filling.updates[0].module} is no projection of the bundle's model, which has {layers} layers"
             continue
         if filling.module in filling.parts and len(filling.parts) > 1:
-            yield f"{filling.name} is there as a whole and in parts: {', '.join(filling.parts)}"
+            yield f"{filling.name} is there as a whole and in parts, {', '.join(filling.parts)}; save one of both"
             continue
         for update, part in zip(filling.updates, filling.parts, strict=True):
             sizes, expected = (update.in_features, update.out_features), len(_places(slot, architecture)[part])
             if sizes != (slot.in_features, expected):
                 yield (
                     f"{update.module} takes {sizes[0]} and gives {sizes[1]} features, the bundle's "
-                    f"{slot.in_features} and {expected}"
+                    f"{slot.in_features} and {expected}: it was trained on another model"
                 )
 
 

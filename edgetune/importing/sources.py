@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune.errors import UsageError, VerificationError
-from edgetune.formats.adapter import CONFIG, MANIFEST, WEIGHTS
+from edgetune.formats.adapter import CONFIG, MANIFEST, MLX_WEIGHTS, WEIGHTS
 from edgetune.formats.storage import recover, require_unicode
 from edgetune.importing.archive import Files, Scratch
 from edgetune.importing.image import DOCKER_MANIFEST, OCI_MARK, files_of_image, is_part_of_image
 
-MLX_WEIGHTS = "adapters.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 _MLX_ARCHIVE = "adapters.npz"
 _MODELS = ("model.safetensors", "model.safetensors.index.json")

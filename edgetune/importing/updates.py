@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune.errors import IncompatibleError, VerificationError
+from edgetune.formats.adapter import MLX_WEIGHTS
 from edgetune.formats.json_file import read_object
 from edgetune.formats.peft_config import foreign_fields, is_positive, pattern_problems, scaling_of, short
 from edgetune.formats.safetensors_file import FLOATS, StoredTensor, read_floats, read_header
-from edgetune.importing.sources import MLX_WEIGHTS, Source
+from edgetune.importing.sources import Source
 
 _AGAIN = "copy the adapter again, or save it anew"
 _MODULE = r"(model\.layers\.\d{1,6}\.(?:self_attn|mlp)\.\w{1,40})"

@@ -285,12 +285,12 @@ FAULTS: dict[str, tuple[Change, type[EdgetuneError], str]] = {
     "another model": (
         resized(FIRST, 128),
         IncompatibleError,
-        "qkv_proj takes 128 and gives 192 features, the bundle's 64 and 192\nit was trained on another model",
+        "qkv_proj takes 128 and gives 192 features, the bundle's 64 and 192: it was trained on another model",
     ),
     "more layers": (
         moved("layers.1.", "layers.31."),
         IncompatibleError,
-        "model.layers.31.mlp.down_proj is no projection of the bundle's model with 2 layers",
+        "model.layers.31.mlp.down_proj is no projection of the bundle's model, which has 2 layers",
     ),
     "another projection": (
         moved("o_proj", "dense_proj"),
@@ -303,7 +303,7 @@ FAULTS: dict[str, tuple[Change, type[EdgetuneError], str]] = {
             added(f"{FIRST[:-8]}q_proj.lora_B.weight", 64, 4)(at),
         ),
         IncompatibleError,
-        "qkv_proj is there as a whole and in parts: qkv_proj, q_proj",
+        "qkv_proj is there as a whole and in parts, qkv_proj, q_proj; save one",
     ),
     "a scaling beyond float32": (
         config(lora_alpha=1e300),
