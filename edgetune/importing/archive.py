@@ -22,10 +22,11 @@ from edgetune.errors import VerificationError
 
 MOST_BYTES = 1 << 33
 """That an archive may unpack to; the adapter of a model with 14 B weights at rank 256 takes 3.6 GB in float32."""
-MOST_MEMBERS = 100_000
+MOST_HEADERS = 200_000
+"""Of members, and of what is said before them."""
 _BLOCK, _CHUNK = 512, 1 << 20
-_LONGEST_TEXT = 1 << 16
-"""Bytes of a member that says the name of the next one."""
+_LONGEST_TEXT, _MOST_TEXT = 1 << 16, 1 << 24
+"""Bytes of a member that says the name of the next one, and of all of them; Python would read them for hours."""
 _PACKED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"BZh": "bzip2",
@@ -65,8 +66,8 @@ class Tar:
             shown: How messages call it.
         """
         self._stream, self._shown = stream, shown
-        self._left = self._read = 0
-        """Bytes of the current member that nobody took yet, and of all that were read."""
+        self._left = self._read = self._told = self._headers = 0
+        """Bytes of the current member that nobody took yet, of all that were read, and of headers' texts; headers."""
 
     def __iter__(self) -> Iterator[Member]:
         """Each member in turn; what of the one before was not taken is passed over.
@@ -74,19 +75,15 @@ class Tar:
         Raises:
             VerificationError: It is no tar archive, cut off, too large, or has a name that leads out of it.
         """
-        for _ in range(MOST_MEMBERS):
-            described = self._next_header()
-            if described is None:
-                while self._stream_piece(_CHUNK):
-                    pass  # what gzip says of all bytes stands at the end
-                return
+        while described := self._next_header():
             name, size, kind = described
             self._left = size
             yield Member(self._plain(name), kind in _FILES and not name.endswith("/"))
             for _ in self.data():
                 pass
             self._exactly(-size % _BLOCK)
-        raise self._broken(f"has more than {MOST_MEMBERS:,} members")
+        while self._stream_piece(_CHUNK):
+            pass  # what gzip says of all bytes stands at the end
 
     def data(self) -> Iterator[bytes]:
         """The bytes of the current member, in pieces of 1 MiB at most."""
@@ -104,6 +101,9 @@ class Tar:
             if kind in _ABOUT_THE_NEXT:
                 if said > _LONGEST_TEXT:
                     raise self._broken(f"has a header of {said:,} bytes")
+                self._told += said
+                if self._told > _MOST_TEXT:
+                    raise self._broken(f"has headers of more than {_MOST_TEXT:,} bytes")
                 text = self._exactly(said)
                 self._exactly(-said % _BLOCK)
                 if kind == b"L":
@@ -121,7 +121,10 @@ class Tar:
         return None
 
     def _check(self, header: bytes) -> None:
-        """See that a block is a header, by its own sum, which counts its place as spaces."""
+        """See that a block is a header, by its own sum, which counts its place as spaces; and count it."""
+        self._headers += 1
+        if self._headers > MOST_HEADERS:
+            raise self._broken(f"has more than {MOST_HEADERS:,} headers")
         if sum(header[:148]) + sum(header[156:]) + 8 * ord(" ") != self._number(header[148:156]):
             raise self._broken("is no tar archive, or was changed")
 
@@ -136,13 +139,14 @@ class Tar:
 
     def _records(self, text: bytes) -> dict[bytes, bytes]:
         """What a header of POSIX.1-2001 says: records `LENGTH KEY=VALUE` and a new line."""
-        records = {}
-        while text:
-            length = self._decimal(text[:20].split(b" ")[0])
-            key, equals, value = text[:length].partition(b" ")[2].partition(b"=")
-            if not 0 < length <= len(text) or not equals or not value.endswith(b"\n"):
+        records, begin = {}, 0
+        while begin < len(text):
+            length = self._decimal(text[begin : begin + 20].split(b" ")[0])
+            end = begin + length
+            key, equals, value = text[begin:end].partition(b" ")[2].partition(b"=")
+            if not length or end > len(text) or not equals or not value.endswith(b"\n"):
                 raise self._broken("has a header that says nothing")
-            records[key], text = value[:-1], text[length:]
+            records[key], begin = value[:-1], end
         return records
 
     def _decimal(self, text: bytes) -> int:

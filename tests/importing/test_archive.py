@@ -151,10 +151,21 @@ def test_what_unpacks_to_more_than_is_reasonable_is_refused(tmp_path: Path, monk
 
 
 def test_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "MOST_MEMBERS", 100)
+    monkeypatch.setattr(archive, "MOST_HEADERS", 100)
     path = written(tmp_path / "it.tar", tar_of({f"{number}": b"" for number in range(101)}))
-    with pytest.raises(VerificationError, match="has more than 100 members"):
+    with pytest.raises(VerificationError, match="has more than 100 headers"):
         Scratch(tmp_path).unpack(path, "it", lambda _: False)
+
+
+def test_headers_about_others_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gzipped archive of a few megabytes may hold gigabytes of them, which would take hours to read."""
+    monkeypatch.setattr(archive, "MOST_HEADERS", 1000)
+    monkeypatch.setattr(archive, "_MOST_TEXT", 200_000)
+    records = b"5 a=\n" * 10_000
+    about = header(kind=b"x", size=b"%o" % len(records)) + records + bytes(-len(records) % 512)
+    for data, reason in [(about * 5, "headers of more than 200,000"), (header(kind=b"x") * 1001, "1,000 headers")]:
+        with pytest.raises(VerificationError, match=f"has .*{reason}"):
+            Scratch(tmp_path).unpack(written(tmp_path / "it.tar", data), "it", lambda _: False)
 
 
 @pytest.mark.parametrize(
