@@ -56,15 +56,18 @@ def test_what_mlx_writes_is_turned_round(tmp_path: Path) -> None:
         np.testing.assert_array_equal(other.b(), update.b())
 
 
-@pytest.mark.parametrize("tool", ["PEFT", "mlx-lm"])
-def test_magnitudes_have_their_names(tmp_path: Path, tool: str) -> None:
+@pytest.mark.parametrize("written", ["PEFT", "PEFT in memory", "mlx-lm"])
+def test_magnitudes_have_their_names(tmp_path: Path, written: str) -> None:
     lora = lora_of(4, 8.0, dora=True)
     peft = folder = write_peft(tmp_path / "peft", lora)
-    if tool == "mlx-lm":
-        folder = as_mlx(peft, tmp_path / "mlx", 2.0, 4, fine_tune_type="dora")
-    updates = read(folder)
-    assert (updates.tool, updates.dora) == (tool, True)
     stored = load_file(peft / WEIGHTS)
+    if written == "mlx-lm":
+        folder = as_mlx(peft, tmp_path / "mlx", 2.0, 4, fine_tune_type="dora")
+    elif written == "PEFT in memory":
+        named = {f"{name.removesuffix('.weight')}.default.weight": value for name, value in stored.items()}
+        save_file(named, peft / WEIGHTS)
+    updates = read(folder)
+    assert (updates.tool, updates.dora) == (written.partition(" ")[0], True)
     for update in updates.of:
         expected = stored[f"base_model.model.{update.module}.lora_magnitude_vector"]
         np.testing.assert_array_equal(update.magnitudes(), expected)
