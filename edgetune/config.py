@@ -678,6 +678,13 @@ class EvalCommandConfig(AnswersConfig, EvaluateConfig):
 
 
 @dataclass(frozen=True)
+class ImportConfig:
+    """How `edgetune import` writes an adapter."""
+
+    force: bool = option(False, Option("Replace an adapter that is already there."))
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """What `edgetune export` writes."""
 

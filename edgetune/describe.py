@@ -11,23 +11,26 @@ from typing import Literal
 from edgetune.errors import UsageError, VerificationError
 from edgetune.formats.adapter import CONFIG as ADAPTER_CONFIG
 from edgetune.formats.adapter import MANIFEST as ADAPTER_MANIFEST
-from edgetune.formats.adapter import PATTERNS, is_pattern
 from edgetune.formats.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from edgetune.formats.adapter import require_weights
 from edgetune.formats.bundle import MANIFEST, is_there, list_files, load_bundle, load_manifest, verify_files
 from edgetune.formats.genai import CONFIG as GENAI_CONFIG
 from edgetune.formats.genai import MANIFEST as MODEL_MANIFEST
 from edgetune.formats.genai import open_model
 from edgetune.formats.json_file import read_object
 from edgetune.formats.manifest import AdapterManifest, BaseModel, File, Graph, ModelManifest, Tokenizer
+from edgetune.formats.peft_config import PATTERNS, is_pattern
 from edgetune.formats.safetensors_file import read_header
 from edgetune.formats.storage import recover
+from edgetune.importing.image import OCI_MARK
 from edgetune.model.architecture import Architecture
 from edgetune.model.lora import Lora
 
-Kind = Literal["bundle", "adapter", "shipped", "unsealed", "model", "checkpoint", "folder", "file", "nothing"]
+Kind = Literal["image", "bundle", "adapter", "shipped", "unsealed", "model", "checkpoint", "folder", "file", "nothing"]
 
 
 _MARKS: dict[str, Kind] = {
+    OCI_MARK: "image",
     MANIFEST: "bundle",
     ADAPTER_CONFIG: "adapter",
     "target.json": "shipped",
@@ -38,6 +41,7 @@ _MARKS: dict[str, Kind] = {
 """The file that makes a folder what it is; the first that is there decides (a bundle is a GenAI model as well)."""
 
 KIND_NAMES: dict[Kind, str] = {
+    "image": "a container image",
     "bundle": "an edgetune bundle",
     "adapter": "a LoRA adapter",
     "shipped": "what an app ships, made by `edgetune ship`",
@@ -51,6 +55,7 @@ KIND_NAMES: dict[Kind, str] = {
 """How messages call each kind."""
 
 _ADVICE: dict[Kind, str] = {
+    "image": "; `edgetune import` takes the adapter out of one",
     "checkpoint": "; `edgetune prepare` makes a bundle of it",
     "unsealed": "; copy it again from its source",
 }
@@ -180,7 +185,9 @@ def describe_contract(path: Path, manifest: AdapterManifest) -> Description:
 def _describe_peft(path: Path) -> Description:
     """An adapter that PEFT saved: its configuration and the shapes in its weights are all there is."""
     config = read_object(path / ADAPTER_CONFIG, _COPY_AGAIN)
-    shapes = _tensor_shapes(path / ADAPTER_WEIGHTS)
+    require_weights(path)
+    tensors = read_header(path / ADAPTER_WEIGHTS, "copy it again from its source")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules") or []
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
         message = f"{path / ADAPTER_CONFIG}: r and lora_alpha are {rank!r:.40} and {alpha!r:.40}, expected numbers"
@@ -286,10 +293,3 @@ def _count(shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    if not path.is_file():
-        advice = "only safetensors are read; save the adapter with safe_serialization=True"
-        raise VerificationError(f"{path} is missing; {advice}")
-    return {name: tensor.shape for name, tensor in read_header(path, "copy it again from its source").items()}

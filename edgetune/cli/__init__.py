@@ -35,6 +35,7 @@ VERBS = {
     "data": Verb("edgetune.cli.data", "Make rows of other files, and check rows before they are trained on."),
     "plan": Verb("edgetune.cli.plan", "Predict memory, flash and time of a training run, for any device."),
     "train": Verb("edgetune.cli.train", "Train a LoRA adapter on rows of JSONL."),
+    "import": Verb("edgetune.cli.import_", "Make an adapter of one that PEFT, mlx-lm, Azure ML or Kaito trained."),
     "preview": Verb("edgetune.cli.preview", "Show the token ids and labels that each row becomes."),
     "eval": Verb("edgetune.cli.eval", "Measure loss and perplexity of the answers."),
     "export": Verb("edgetune.cli.export", "Write a model folder for ONNX Runtime GenAI (host)."),

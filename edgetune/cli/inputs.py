@@ -93,6 +93,15 @@ def adapter_at(path: Path) -> Path:
     return _folder(path, "adapter")
 
 
+def adapter_source(path: Path) -> Path:
+    """Where another tool may have left an adapter: a folder or a file; what is in it, the stages look for.
+
+    Raises:
+        UsageError: There is nothing, or another folder of edgetune's.
+    """
+    return _folder(path, "adapter", "folder", "file", "checkpoint", "image")
+
+
 def model_at(path: Path) -> Path:
     """A GenAI model folder; a bundle is one as well.
 

@@ -9,7 +9,7 @@ import click
 
 from edgetune.cli.command import Command
 from edgetune.cli.following import followed
-from edgetune.cli.inputs import PATH, adapter_at, bundle_folder, input_file, row_sources
+from edgetune.cli.inputs import PATH, adapter_source, bundle_folder, input_file, row_sources
 from edgetune.cli.options import options_of
 from edgetune.cli.output import print_json
 from edgetune.cli.progress import duration_text, shown
@@ -61,7 +61,7 @@ def command(
     if config.vitisai_config is not None:
         input_file(config.vitisai_config, "--vitisai-config", "the vaip_config.json of an installed Vitis AI")
     if config.init_adapter is not None:
-        adapter_at(config.init_adapter)
+        adapter_source(config.init_adapter)
     bundle_folder(bundle)
     if config.runtime == "torch":
         from edgetune.runtimes.torch import runtime

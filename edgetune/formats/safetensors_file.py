@@ -23,13 +23,13 @@ _LENGTH = 8
 """Bytes that say how long the header is."""
 _LONGEST_HEADER = 100_000_000
 """Bytes; no reader of the format takes more."""
-_EXPONENTS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
+_EXPONENTS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 """The bits of the exponent by type: all of them are set in NaN and infinity, and in no other number (IEEE 754)."""
 NUMPY_TYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "|u1"}
 """Types that `write_tensors` writes and `read_tensor` reads, by the format's names."""
 _NAMES = {numpy: name for name, numpy in NUMPY_TYPES.items()}
 FLOATS = tuple(_EXPONENTS)
-"""Types whose numbers can be looked at."""
+"""Types of floating-point numbers that are looked at, and read."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,17 @@ def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[Any]:
     dtype = np.dtype(NUMPY_TYPES[tensor.dtype])
     count = (tensor.end - tensor.start) // dtype.itemsize
     return np.fromfile(path, dtype, count, offset=tensor.start).reshape(tensor.shape)
+
+
+def read_floats(path: Path, tensor: StoredTensor) -> NDArray[np.float32]:
+    """The values of one entry of a header, of a type in `FLOATS`; all of them are exact in float32."""
+    kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.dtype]
+    count = (tensor.end - tensor.start) // np.dtype(kind).itemsize
+    stored = np.fromfile(path, kind, count, offset=tensor.start)
+    if tensor.dtype == "BF16":
+        # The upper half of a float32; numpy does not have it.
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(tensor.shape)
+    return stored.astype(np.float32).reshape(tensor.shape)
 
 
 def read_header(path: Path, again: str = "copy or download it again") -> dict[str, StoredTensor]:

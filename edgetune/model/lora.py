@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from types import MappingProxyType
 
 import numpy as np
@@ -166,7 +167,7 @@ def initial_parameters(
     Raises:
         VerificationError: There are no slots.
     """
-    _require_slots(lora)
+    require_slots(lora)
     generator = np.random.default_rng(seed)
     shapes = lora.shapes()
     # One large array goes back to the system as soon as nobody holds it; many small ones would stay in the heap.
@@ -181,7 +182,15 @@ def initial_parameters(
     return parameters
 
 
-def _require_slots(lora: Lora) -> None:
+def layers_text(layers: Sequence[int]) -> str:
+    """Layers in words: `layers 16-31`, `layers 0-3 and 16-31`, or `layer 16`."""
+    # What follows each other is as far from its place in the list.
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda each: each[1] - each[0])]
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"layer{'s' if len(layers) > 1 else ''} {' and '.join(words)}"
+
+
+def require_slots(lora: Lora) -> None:
     """Rows can be looked at without any, which is why a bundle opens without them."""
     if not lora.slots:
         raise VerificationError("the bundle's manifest lists no LoRA slots, so there is nothing to train; make it anew")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 from edgetune.config import DeviceType, PlanName, Sharding, TrainingPrecision
 from edgetune.model.dynamic_code import BYTES_A_NUMBER
-from edgetune.model.lora import Lora
+from edgetune.model.lora import Lora, layers_text
 from edgetune.text.byte_size import bytes_text
 
 Precision = Literal["fp32", "bf16", "int8"]
@@ -210,14 +209,6 @@ class LayeredPlan:
         span = self.layers
         trained = [] if span is None else [f"{layers_text(span)} trained"]
         return ", ".join([*trunk, *trained, precision, kept, weights, *further])
-
-
-def layers_text(layers: Sequence[int]) -> str:
-    """Layers in words: `layers 16-31`, `layers 0-3 and 16-31`, or `layer 16`."""
-    # What follows each other is as far from its place in the list.
-    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda each: each[1] - each[0])]
-    words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"layer{'s' if len(layers) > 1 else ''} {' and '.join(words)}"
 
 
 ExecutionPlan = WholePlan | LayeredPlan

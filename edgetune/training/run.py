@@ -98,7 +98,7 @@ def train(
             earlier = _earlier(saved, output, config, observer)
             resolved = _with_memory(resolved, earlier)
             run = _plan(bundle, data, valid, resolved, observer)
-            state = first_state(run)
+            state = first_state(run, observer.on_notice)
             install(run.fit.choice.runtime, observer.on_notice)
             total_steps = run.fit.workload.schedule.total_steps
             identity = identity_of(run, state, resolved.request.free_memory_bytes)

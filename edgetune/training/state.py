@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from edgetune.config import TrainConfig
 from edgetune.errors import IncompatibleError
-from edgetune.formats.adapter import read_adapter
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.row_norms import read_row_norms
+from edgetune.importing import read_foreign
 from edgetune.model.lora import Lora, Parameters, initial_parameters
 from edgetune.planning.fit import Fit
 from edgetune.planning.rows import RunRows
@@ -126,8 +126,12 @@ class RunState:
         self.best_loss = math.inf if progress.best_loss is None else progress.best_loss
 
 
-def first_state(run: PlannedRun) -> RunState:
+def first_state(run: PlannedRun, say: Callable[[str], None]) -> RunState:
     """The state before the first step: a new adapter, or the one that the run starts from.
+
+    Args:
+        run: The plan.
+        say: Called with one line of text for each thing that is to be said of that adapter.
 
     Raises:
         UsageError: That adapter is not there.
@@ -135,11 +139,13 @@ def first_state(run: PlannedRun) -> RunState:
         VerificationError: A file of it was changed.
     """
     manifest, start = run.bundle.manifest, run.config.init_adapter
-    norms = read_row_norms(run.bundle)
     if start is None:
-        parameters = initial_parameters(manifest.lora, run.config.seed, norms)
+        parameters = initial_parameters(manifest.lora, run.config.seed, read_row_norms(run.bundle))
     else:
-        parameters = read_adapter(start, manifest.lora, manifest.base, manifest.tokenizer, norms)
+        foreign = read_foreign(start, run.bundle)
+        for line in foreign.notices:
+            say(line)
+        parameters = foreign.parameters
     trained = run.lora.shapes()
     lost = [slot for slot in manifest.lora.slots if slot.b not in trained and parameters[slot.b].any()]
     if lost and run.config.layers is not None:

@@ -38,6 +38,7 @@ from edgetune.config import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    ImportConfig,
     PrepareConfig,
     ShipConfig,
     SplitConfig,
@@ -129,8 +130,8 @@ def test_help_is_instant_and_imports_no_command() -> None:
 
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
     assert list(VERBS) == [
-        "init", "prepare", "split", "data", "plan", "train", "preview", "eval", "export", "generate", "chat", "ship",
-        "inspect", "report", "runs", "devices", "conformance", "doctor", "completion",
+        "init", "prepare", "split", "data", "plan", "train", "import", "preview", "eval", "export", "generate", "chat",
+        "ship", "inspect", "report", "runs", "devices", "conformance", "doctor", "completion",
     ]  # fmt: skip
     stdout = run("--help").stdout
     positions = [stdout.index(f"  {name} ") for name in VERBS]
@@ -164,6 +165,7 @@ OPTIONS = {
     "content-as-text init init-adapter layers resume save-steps eval-steps patience keep-best keep-state time-budget "
     "pause-file pause-below-battery pause-above-temperature optimizer-states force report log-to log-folder quiet "
     "json",
+    "import": "bundle output force quiet json",
     "preview": "data raw-prompts content-as-text json",
     "eval": "data adapter truncate raw-prompts content-as-text threads generate metric rows-output compare "
     "max-new-tokens temperature top-p top-k seed quiet json",
@@ -232,6 +234,7 @@ def test_commands_of_a_command_have_help_and_examples_that_can_be_parsed(name: s
         ("split", SplitConfig()),
         ("train", TrainConfig()),
         ("export", ExportConfig()),
+        ("import", ImportConfig()),
         ("generate", GenerateConfig()),
         ("chat", ChatConfig()),
         ("eval", EvalCommandConfig()),
@@ -918,6 +921,9 @@ NOT_UNICODE = [
     ["train", "{golden}", "--data", "{data}", "--output", "{bad}/out"],
     ["train", "{golden}", "--data", "{data}", "--output", "out", "--valid", "{bad}/train.jsonl"],
     ["train", "{golden}", "--data", "{data}", "--output", "out", "--init-adapter", "{bad}"],
+    ["import", "{bad}", "--bundle", "{golden}", "--output", "out"],
+    ["import", "{adapter}", "--bundle", "{bad}", "--output", "out"],
+    ["import", "{adapter}", "--bundle", "{golden}", "--output", "{bad}/out"],
     ["preview", "{bad}", "--data", "{data}"],
     ["eval", "{bad}", "--data", "{data}"],
     ["eval", "{golden}", "--data", "{data}", "--adapter", "{bad}"],

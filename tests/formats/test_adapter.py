@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from edgetune.cli import main
 from edgetune.cli.prepare import command
 from edgetune.config import PrepareConfig
+from edgetune.describe import describe
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune.formats.adapter import CONFIG, MANIFEST, PREFIX, WEIGHTS, read_adapter, write_adapter
 from edgetune.formats.manifest import AdapterManifest, BaseModel, Tokenizer
@@ -518,6 +519,23 @@ def test_pickle_is_refused_with_the_way_out(peft_folder: Path) -> None:
     (peft_folder / WEIGHTS).rename(peft_folder / "adapter_model.bin")
     with pytest.raises(VerificationError, match=r"adapter_model\.bin is pickle.*safe_serialization=True"):
         read(peft_folder)
+
+
+def test_tensors_of_mlx_are_named(peft_folder: Path) -> None:
+    (peft_folder / WEIGHTS).rename(peft_folder / "adapters.safetensors")
+    for look in (read, describe):
+        with pytest.raises(VerificationError, match=r"adapters\.safetensors is mlx-lm's: edgetune import .* --bundle"):
+            look(peft_folder)
+
+
+def test_what_could_be_imported_comes_with_the_command(tmp_path: Path, phi3: Any) -> None:
+    folder = saved(tmp_path / "peft", phi3, r=2, target_modules=["o_proj"])
+    with pytest.raises(IncompatibleError, match=r"re-shaped to fit: edgetune import .*peft --bundle BUNDLE --output A"):
+        read(folder)
+    for options in ({"r": 8}, {"lora_bias": True}):
+        with pytest.raises(IncompatibleError) as caught:
+            read(saved(tmp_path / f"{options}", phi3, **options))
+        assert "edgetune import" not in str(caught.value)
 
 
 def test_missing_weights_and_missing_folders(peft_folder: Path, tmp_path: Path) -> None:

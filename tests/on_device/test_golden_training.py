@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,22 @@ def test_a_bundle_of_an_earlier_version_trains(plan: str, precision: str, tmp_pa
     trained = train_golden(EARLIER / "bundle", tmp_path / "adapter", options)
     close = CLOSE if precision == "auto" else 0.05
     np.testing.assert_allclose([step.loss for step in trained.recorder.steps], wanted["losses"], rtol=close)
+
+
+def test_an_adapter_of_peft_is_imported_without_peft(tmp_path: Path, trained: Trained) -> None:
+    """Bit by bit, where it is of the bundle's own rank and scaling; it is measured as what was trained here."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(trained.result.path / name, source)
+    said = edgetune("import", source, "--bundle", BUNDLE, "--output", tmp_path / "adapter")
+    assert said.code == 0, said
+    assert said.out.startswith(f"{tmp_path / 'adapter'}: 8 of 8 slots are PEFT's")
+    losses = [
+        json.loads(edgetune("eval", BUNDLE, "--data", VALID, "--adapter", adapter, "--json").out)["loss"]
+        for adapter in (trained.result.path, tmp_path / "adapter")
+    ]
+    assert losses[0] == losses[1] == pytest.approx(trained.result.last_validation_loss, rel=CLOSE)
 
 
 def test_the_command_trains_the_same_adapter(tmp_path: Path, trained: Trained, expected: Expected) -> None:

@@ -20,10 +20,11 @@ from edgetune.data.batcher import BatchShape
 from edgetune.data.encode import Example
 from edgetune.errors import ResourceError
 from edgetune.formats.bundle import Bundle
+from edgetune.model.lora import layers_text
 from edgetune.planning.cost import CostModel
 from edgetune.planning.fit import Fit, Fitting, trained_layers
 from edgetune.runtimes import onnxruntime
-from edgetune.runtimes.execution import LayeredPlan, layers_text
+from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.layered.cached_states import record_bytes
 from edgetune.training import train
 from support.fake_runtime import FOOTPRINT, FakeRuntime, runtimes

@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"text", "machine"},
     {"config", "model"},
     {"formats"},
-    {"data", "side_environment"},
+    {"data", "importing", "side_environment"},
     {"host"},
     {"runtimes"},
     {"devices", "generation"},

@@ -389,7 +389,7 @@ def test_a_changed_bundle_is_refused_before_loading(unloadable: Bundle, data: Pa
 
 
 def test_an_adapter_that_does_not_fit_is_refused_before_loading(unloadable: Bundle, data: Path, tmp_path: Path) -> None:
-    other = Lora(2, 8.0, LORA.target_modules, LORA.slots)
+    other = Lora(6, 8.0, LORA.target_modules, LORA.slots)
     (tmp_path / "other").mkdir()
     write_adapter(
         tmp_path / "other",
@@ -399,7 +399,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_loading(unloadable: Bund
         parameters=initial_parameters(other, 0),
         provenance={},
     )
-    with pytest.raises(IncompatibleError, match=r"rank 2.*rank 4"):
+    with pytest.raises(IncompatibleError, match=r"needs rank 6 .* the bundle has 4"):
         run(unloadable, data, TrainConfig(init_adapter=tmp_path / "other"))
 
 
