@@ -27,7 +27,7 @@ from edgetune.formats.bundle import is_there, list_files, load_manifest, verify_
 from edgetune.formats.json_file import read_object
 from edgetune.formats.manifest import ADAPTER_FORMAT, FORMAT_VERSION, AdapterManifest, BaseModel, RowEncoding, Tokenizer
 from edgetune.formats.manifest_json import write_manifest
-from edgetune.formats.safetensors_file import StoredTensor, read_header
+from edgetune.formats.safetensors_file import FLOATS, StoredTensor, as_float32, read_header
 from edgetune.formats.storage import recover, write_file
 from edgetune.model.lora import Lora, Parameters, RowNorms, Slot, _require_slots, initial_parameters
 
@@ -421,8 +421,8 @@ def _tensor_problems(found: Mapping[str, StoredTensor], lora: Lora) -> list[str]
             ],
         ),
         *_listed(
-            f"tensors are of another type than {', '.join(_DECODERS)}",
-            [f"{name} {dtype}" for name, dtype in types.items() if dtype not in _DECODERS],
+            f"tensors are of another type than {', '.join(FLOATS)}",
+            [f"{name} {dtype}" for name, dtype in types.items() if dtype not in FLOATS],
         ),
     ]
     return [f"{WEIGHTS}: {problem}" for problem in problems]
@@ -433,19 +433,6 @@ def _listed(what: str, names: list[str]) -> list[str]:
     return [f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}"] if names else []
 
 
-def _from_bfloat16(data: bytes) -> NDArray[np.float32]:
-    """bfloat16 is the upper half of a float32; numpy does not have it."""
-    return (np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-_DECODERS = {
-    "F32": lambda data: np.frombuffer(data, "<f4").astype(np.float32),
-    "F16": lambda data: np.frombuffer(data, "<f2").astype(np.float32),
-    "BF16": _from_bfloat16,
-}
-"""Types of tensors that are taken, all of them exact in float32."""
-
-
 def _read_tensors(weights: Path, lora: Lora) -> dict[str, NDArray[np.float32]]:
     """Values of a file whose header was found to fit, and whose size is thereby bounded."""
     from safetensors import deserialize
@@ -454,7 +441,7 @@ def _read_tensors(weights: Path, lora: Lora) -> dict[str, NDArray[np.float32]]:
     values: dict[str, NDArray[np.float32]] = {}
     for name, shape in lora.shapes().items():
         tensor = tensors[PREFIX + name]
-        values[name] = _DECODERS[tensor["dtype"]](tensor["data"]).reshape(shape)
+        values[name] = as_float32(tensor["data"], tensor["dtype"]).reshape(shape)
     return values
 
 

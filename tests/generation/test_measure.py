@@ -14,8 +14,8 @@ from edgetune.data.encode import IGNORED
 from edgetune.evaluation import evaluate
 from edgetune.exporting import export
 from edgetune.generation.measure import Measured, batches
+from edgetune.host.checkpoint import open_checkpoint
 from edgetune.model.rope import Rope
-from edgetune.preparation.checkpoint import open_checkpoint
 from edgetune.text import pulse as pulses
 from edgetune.text.pulse import Pulse
 from support.random_rows import prompted_rows
