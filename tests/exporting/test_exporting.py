@@ -32,6 +32,7 @@ from edgetune.formats.genai import adapter_file, open_model
 from edgetune.formats.manifest import ModelManifest
 from edgetune.formats.storage import sha256_of
 from edgetune.generation import generate_ids
+from edgetune.model.blocks import BITS
 from edgetune.model.lora import initial_parameters
 from edgetune.text.pulse import Pulse
 from edgetune.training.provenance import validation_rows
@@ -205,7 +206,9 @@ def test_a_merge_into_blocks_is_the_merge_in_whole_steps(
         errors = errors[step != 0] / step[step != 0, None]
         # The base goes to its nearest point, the update to one beside it; a few weights would lie beyond the grid.
         assert np.abs(errors).max() < 1.7 and np.abs(errors).mean() < 0.5, name
-        assert abs(errors.mean()) <= 4 * errors.std() / errors.size**0.5, name
+        # The few points of an int4 block miss int8's by as much wherever they are: that is no draw, and has a mean.
+        if (base, precision) != ("int4", "int8"):
+            assert abs(errors.mean()) <= 4 * errors.std() / errors.size**0.5, name
     assert {path.name for path in folder.iterdir()} == {path.name for path in exported(variant, base, MERGED).iterdir()}
     assert (folder / "model.onnx.data").stat().st_size == (
         bundle(variant, precision).path / "model.onnx.data"
@@ -214,12 +217,14 @@ def test_a_merge_into_blocks_is_the_merge_in_whole_steps(
     assert generate_ids(folder, PROMPT, 24) == expected
 
 
-@pytest.mark.parametrize("base", get_args(Base))
+@pytest.mark.parametrize(
+    ("base", "precision"), [*((base, "int4") for base in get_args(Base)), ("int8", "int8"), ("fp32", "int8")]
+)
 @pytest.mark.parametrize("variant", ["multi-head", "partial"])
-def test_what_the_adapter_leaves_alone_is_the_builders_int4_to_the_byte(
-    variant: str, base: Base, tmp_path: Path
+def test_what_the_adapter_leaves_alone_is_the_builders_to_the_byte(
+    variant: str, base: Base, precision: MergedPrecision, tmp_path: Path
 ) -> None:
-    """An int4 base comes back as it is; any other becomes what GenAI's builder makes of it."""
+    """A base of that precision comes back as it is; any other becomes what GenAI's builder makes of it."""
     source, changed = bundle(variant, base), "model.layers.1.self_attn.o_proj"
     values = parameters(variant)
     values |= {name: np.zeros_like(b) for name, b in values.items() if "lora_B" in name and changed not in name}
@@ -228,16 +233,17 @@ def test_what_the_adapter_leaves_alone_is_the_builders_int4_to_the_byte(
     write_adapter(
         tmp_path / "adapter", base=of.base, tokenizer=of.tokenizer, lora=of.lora, parameters=values, provenance={}
     )
-    export(source, tmp_path / "adapter", tmp_path / "model", MERGED_INT4)
-    found, expected = stored(tmp_path / "model"), stored(bundle(variant, "int4").path)
+    export(source, tmp_path / "adapter", tmp_path / "model", ExportConfig(precision=precision, unmeasured=True))
+    found, expected = stored(tmp_path / "model"), stored(bundle(variant, precision).path)
     assert found.keys() == expected.keys()
     # fp16 and int8 moved the weights before; where they lay is not known any more.
-    exact = base in ("int4", "fp32")
+    exact = base in (precision, "fp32")
     same = {name for name in found if found[name].tobytes() == expected[name].tobytes()}
     layer = "model.layers.1.attn.o_proj.MatMul.weight"
-    assert f"{layer}_Q4" not in same
+    stored_as = f"{layer}_Q{BITS[precision]}"
+    assert stored_as not in same
     if exact:
-        assert found.keys() - same <= {f"{layer}_Q4", f"{layer}_scales"}
+        assert found.keys() - same <= {stored_as, f"{layer}_scales"}
     assert {name for name in found if "MatMul" not in name} <= same
 
 
