@@ -213,7 +213,7 @@ def _loss_of_checkpoint(folder: Path, examples: list[Example], pulse: Pulse) -> 
 
     # transformers 4 would take a rotary embedding that transformers 5 described for none.
     config = Phi3Config.from_dict(with_older_rope_keys(read_object(folder / CONFIG, "export again")))
-    model = Phi3ForCausalLM.from_pretrained(folder, config=config, torch_dtype="auto", local_files_only=True).eval()
+    model = Phi3ForCausalLM.from_pretrained(folder, config=config, dtype="auto", local_files_only=True).eval()
     total, tokens = 0.0, 0
     with torch.inference_mode():
         for example in examples:

@@ -49,7 +49,7 @@ def config_of(source: Path, **changes: Any) -> ExportConfig:
 
 def stored_as(variant: str, dtype: torch.dtype, shard: str, folder: Path) -> Path:
     """The variant's checkpoint in a type and in files of some size, its tokenizer beside it."""
-    model = Phi3ForCausalLM.from_pretrained(checkpoint(variant), torch_dtype=dtype)
+    model = Phi3ForCausalLM.from_pretrained(checkpoint(variant), dtype=dtype)
     model.save_pretrained(folder, max_shard_size=shard)
     for file in checkpoint(variant).iterdir():
         if "token" in file.name or file.suffix == ".jinja":
@@ -85,7 +85,7 @@ def save(of: Bundle, values: dict[str, Any], folder: Path) -> Path:
 def merged_by_peft(source: Path, adapter: Path, dtype: torch.dtype) -> Any:
     from peft import PeftModel
 
-    model = Phi3ForCausalLM.from_pretrained(source, torch_dtype=dtype)
+    model = Phi3ForCausalLM.from_pretrained(source, dtype=dtype)
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
 
 
@@ -114,7 +114,7 @@ def test_every_tensor_and_the_logits_are_those_of_pefts_merge(case: str, tmp_pat
         size = before[name].double().abs() + (expected[name].double() - before[name].double()).abs()
         error = (value.double() - expected[name].double()).abs()
         assert (error <= EPSILON[dtype] * size.clamp(min=1e-3)).all(), name
-    loaded = Phi3ForCausalLM.from_pretrained(tmp_path / "merged", torch_dtype="auto").eval()
+    loaded = Phi3ForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
     assert loaded.dtype == dtype
     with torch.no_grad():
         ours, theirs, base = (
