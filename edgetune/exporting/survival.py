@@ -158,8 +158,9 @@ def refuse_what_lost_too_much(losses: Mapping[str, float], config: ExportConfig,
     ways.append("--keep-adapter (100.0%)")
     if config.precision == "int4" and base != "int4":
         ways.append("an adapter that was trained on an int4 base (prepare --base int4)")
+    model = written if written == MERGED_CHECKPOINT else f"model merged into {config.precision}"
     raise IncompatibleError(
-        f"the {written.replace('merged', 'model merged into', 1)} keeps {kept:.1%} of what was learnt, expected "
+        f"the {model} keeps {kept:.1%} of what was learnt, expected "
         f"{config.least_kept:.1%} or more (answer loss: {measured}), so it was not written; what keeps it: "
         f"{', '.join(ways)}; or write it all the same with a lower --least-kept (0 accepts any)"
     )

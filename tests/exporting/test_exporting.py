@@ -24,7 +24,6 @@ from edgetune.data.encode import load_encoder
 from edgetune.data.examples import load_examples
 from edgetune.errors import DataError, EdgetuneError, IncompatibleError, NoRoomError, UsageError, VerificationError
 from edgetune.exporting import ExportReport, export
-from edgetune.exporting.survival import share_kept
 from edgetune.exporting.validation import validation_rows_of
 from edgetune.formats.adapter import write_adapter
 from edgetune.formats.bundle import Bundle
@@ -461,15 +460,6 @@ def test_the_command_says_what_is_kept_and_refuses_what_lost_too_much(learnt: Le
     assert f"  keeps {kept:.1%}\n" in told.stdout
     told = CliRunner().invoke(main, [*command[:-2], "--output", str(tmp_path / "c"), "--unmeasured"])
     assert "\n  not measured on held-out rows" in told.stdout
-
-
-def test_without_a_gain_there_is_no_share_of_it() -> None:
-    losses = {"base": 2.0, "base + adapter": 1.0, "merged int4": 1.25}
-    assert share_kept(losses, "merged int4") == 0.75
-    assert share_kept(losses | {"merged int4": 2.5}, "merged int4") == -0.5
-    assert share_kept(losses | {"base": 1.0}, "merged int4") is None
-    assert share_kept(losses, "merged fp32") is None
-    assert share_kept({}, "merged int4") is None
 
 
 def test_a_merge_to_int4_without_rows_has_to_be_asked_for(adapter: Callable[[Bundle], Path], tmp_path: Path) -> None:
