@@ -92,7 +92,7 @@ def test_export_says_how_far_it_is(merge: bool, tmp_path: Path, monkeypatch: pyt
     said: list[str] = []
     adapter = save_adapter(tmp_path / "adapter", source)
     export(source, adapter, tmp_path / "model", ExportConfig(merge=merge), valid=rows, say=said.append)
-    models = 3 if merge else 2
+    models = 5 if merge else 2
     assert said[-1] == f"measured {7 * models} of {7 * models} rows ({models} models)"
 
 
