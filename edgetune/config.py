@@ -16,7 +16,8 @@ from edgetune.errors import UsageError
 
 Base = Literal["int4", "int8", "fp16", "fp32"]
 Quantiser = Literal["least-squares", "nearest", "gptq"]
-MergedPrecision = Literal["int4", "fp32"]
+ModelFormat = Literal["genai", "safetensors"]
+MergedPrecision = Literal["fp32", "int8", "int4"]
 RuntimeName = Literal["auto", "openvino", "onnxruntime", "ort-training", "qnn", "openvino-ep", "fpga-hls", "torch"]
 PlanName = Literal["auto", "whole", "keep", "recompute", "stream"]
 TrainingPrecision = Literal["auto", "int8"]
@@ -692,10 +693,21 @@ class ExportConfig:
         True,
         Option("Fold the adapter into the weights, or put it beside the base as an .onnx_adapter.", off="keep-adapter"),
     )
+    format: ModelFormat = option(
+        "genai", Option("A folder for ONNX Runtime GenAI, or a merged Hugging Face folder, made of --checkpoint.")
+    )
+    checkpoint: str | None = option(
+        None, Option("What the bundle was made from, a folder or a cached hub id: safetensors adds the adapter to it.")
+    )
+    """Its files have to be those that `prepare` read."""
     precision: MergedPrecision = option("fp32", Option("Weights of a merged model."))
     """A merge into int4 can lose what was learnt: it is measured."""
+    trials: bool = option(
+        True, Option("Measure the merge in the other precisions as well, each written beside the output and removed.")
+    )
+    """They say what would keep more, and what would do with less."""
     least_kept: float = option(
-        0.95,
+        0.8,
         Option("Share of what was learnt that a merged model must keep on these rows; 0 accepts any.", least=0, most=1),
     )
     """The answer losses say it; a model that keeps less is not written."""

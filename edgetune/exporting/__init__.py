@@ -1,9 +1,13 @@
-"""From bundle and adapter to a model folder for ONNX Runtime GenAI: merged, or base and adapter side by side."""
+"""From bundle and adapter to a model folder for ONNX Runtime GenAI: merged, or base and adapter side by side.
+
+Or to a merged Hugging Face folder, of the checkpoint that the bundle was made from.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,11 +17,20 @@ from edgetune import __version__
 from edgetune.config import ExportConfig, check_config
 from edgetune.data.encode import Example, load_encoder
 from edgetune.data.examples import load_examples
-from edgetune.errors import IncompatibleError, UsageError, VerificationError
+from edgetune.errors import UsageError, VerificationError
 from edgetune.exporting.adapters import AdapterPaths, NamedAdapter, read_adapters
 from edgetune.exporting.gains import adapter_gains
 from edgetune.exporting.keep import add_lora_inputs, graph_values, write_onnx_adapter
-from edgetune.exporting.merge import merge_adapter
+from edgetune.exporting.merged_checkpoint import MERGE, checkpoint_of, stored_types, write_merged_checkpoint
+from edgetune.exporting.survival import (
+    Merge,
+    measure_checkpoint,
+    measure_merges,
+    pulse_of,
+    refuse_what_lost_too_much,
+    share_kept,
+    written_as,
+)
 from edgetune.exporting.validation import validation_rows_of
 from edgetune.formats.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from edgetune.formats.adapter import most_bytes
@@ -30,8 +43,7 @@ from edgetune.formats.storage import CHUNK, atomic_folder, sha256_of, write_file
 from edgetune.generation.measure import Measured
 from edgetune.host.versions import version_of
 from edgetune.machine.threads import computing_with
-from edgetune.model.lora import Parameters
-from edgetune.text.pulse import Pulse, silent
+from edgetune.text.pulse import silent
 
 _TOOLS = ("onnx", "onnxruntime")
 """Packages whose versions the manifest records."""
@@ -47,31 +59,22 @@ class ExportReport:
     """The model folder."""
     kind: Kind
     """Whether the adapter is in the weights or beside them."""
+    weights: str
+    """How the model stores its weights: `fp32`, `int8` or `int4` when merged, as the checkpoint does in a Hugging Face
+    folder (`bf16`), otherwise as the bundle does."""
     losses: dict[str, float]
-    """Answer loss on the validation rows of `base`, `base + adapter` and `merged`; empty when there were no rows. Of
-    several adapters, `base, rows of NAME` and `base + NAME` for each that has rows."""
+    """Answer loss on the validation rows of `base`, `base + adapter`, and `merged fp32`, `merged int8`, `merged int4`,
+    or of a Hugging Face folder `merged checkpoint`; empty when there were no rows. Of several adapters, `base, rows of
+    NAME` and `base + NAME` for each that has rows."""
     bytes: int
     """Size of all files."""
+    kept: float | None
+    """The share of what was learnt that the merged model keeps which was written; see `share_kept`."""
 
     @property
-    def kept(self) -> float | None:
-        """Share of what was learnt that the merged model keeps; see `share_kept`."""
-        return share_kept(self.losses)
-
-
-def share_kept(losses: Mapping[str, float]) -> float | None:
-    """How much of the adapter's gain over the base a merged model has: 1 for all of it, 0 where it answers as the base.
-
-    Args:
-        losses: Answer loss of `base`, `base + adapter` and `merged`.
-
-    Returns:
-        The share; None where nothing was merged or measured, or the adapter is no better than the base.
-    """
-    if "merged" not in losses:
-        return None
-    gain = losses["base"] - losses["base + adapter"]
-    return (losses["base"] - losses["merged"]) / gain if gain > 0 else None
+    def shares(self) -> dict[str, float | None]:
+        """Of each merged model that was measured, the share of what was learnt that it keeps; see `share_kept`."""
+        return {name: share_kept(self.losses, name) for name in self.losses if name.startswith("merged ")}
 
 
 def export(
@@ -83,14 +86,14 @@ def export(
     valid: str | PathLike[str] | None = None,
     say: Callable[[str], None] = silent,
 ) -> ExportReport:
-    """Write a model folder for ONNX Runtime GenAI. This is work for a host.
+    """Write a model folder for ONNX Runtime GenAI, or a merged Hugging Face folder. This is work for a host.
 
     Args:
         bundle: What the adapter was trained on: its path, or what `load_bundle` gave.
         adapter: The adapter folder, of `train` or of PEFT. Beside the base there may be several, by name; the first of
             them answers unless another is asked for.
         output: The folder to write; it appears whole or not at all.
-        config: Merged or kept apart, and in which precision.
+        config: Merged or kept apart, in which format and precision.
         valid: Rows to measure on; without them, those that the adapter's training was validated on.
         say: Called with one line of text as each stage begins.
 
@@ -101,13 +104,15 @@ def export(
         UsageError: A value of the configuration that cannot be meant, there is no adapter, or its name cannot be a
             file's, several are to be merged, `output` is there already, or a merge into int4 has no rows to measure on.
         DataError: `valid` has bad rows.
-        IncompatibleError: The adapter does not fit the bundle, or the merged model keeps too little of it.
+        IncompatibleError: The adapter does not fit the bundle, the merged model keeps too little of it, or the
+            checkpoint is not the bundle's.
         VerificationError: A file of adapter or bundle was changed.
         MissingDependencyError: A host package is not installed.
         NoRoomError: The disk has less room than the model needs.
         LockedError: Another process writes `output`.
     """
     check_config(config)
+    _check_format(config)
     bundle, output = as_bundle(bundle), Path(output)
     valid = None if valid is None else Path(valid)
     adapters = read_adapters(bundle, adapter)
@@ -121,22 +126,45 @@ def export(
             "--valid, or ask for it with --unmeasured"
         )
     examples = [_examples(bundle, path, each.encoding) for path, each in zip(rows, adapters, strict=True)]
+    write = _export_checkpoint if config.format == "safetensors" else _export_model
+    with computing_with(config.threads):
+        return write(bundle, adapters, output, config, examples, say)
+
+
+def _check_format(config: ExportConfig) -> None:
+    if config.format == "genai":
+        if config.checkpoint is not None:
+            raise UsageError(f"checkpoint ({config.checkpoint}) is for format safetensors; give that as well")
+        return
+    if not config.merge:
+        raise UsageError("format safetensors is for a merge; an adapter beside its base is for format genai")
+    if config.checkpoint is None:
+        raise UsageError("format safetensors adds the adapter to the checkpoint that the bundle was made from; give it")
+    if config.precision != ExportConfig.precision:
+        raise UsageError(
+            f"precision {config.precision} is for format genai; a Hugging Face folder has the checkpoint's type"
+        )
+
+
+def _export_model(
+    bundle: Bundle,
+    adapters: list[NamedAdapter],
+    output: Path,
+    config: ExportConfig,
+    examples: list[list[Example]],
+    say: Callable[[str], None],
+) -> ExportReport:
     versions = {name: version_of(name) for name in _TOOLS}
     listed = {file.path: file for file in bundle.manifest.files}
     needed = _needed(bundle, config, len(adapters), sum(listed[name].size for name in SIDE_FILES if name in listed))
-    with (
-        computing_with(config.threads),
-        atomic_folder(output, replace=config.force, marker=MANIFEST, needed=needed) as folder,
-    ):
+    with atomic_folder(output, replace=config.force, marker=MANIFEST, needed=needed) as folder:
         files = [_copy(bundle.path, folder, listed[name]) for name in SIDE_FILES if name in listed]
         if config.merge:
             say(f"merging the adapter into {config.precision} weights")
-            (only,) = adapters
-            gains = adapter_gains(bundle, only.parameters)
-            merge_adapter(bundle.path, folder, bundle.manifest.lora, only.parameters, config.precision, gains)
-            values = graph_values(bundle.manifest.lora, only.parameters, gains)
-            losses = _merged_losses(bundle, folder, values, examples[0], say)
-            _refuse_what_lost_too_much(losses, config)
+            merge = _merge_of(bundle, adapters)
+            merge.write(folder, config.precision)
+            losses = measure_merges(merge, folder, config, examples[0], say)
+            refuse_what_lost_too_much(losses, config, bundle.manifest.base.weights)
         else:
             what = "the adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"
             say(f"putting {what} beside the {bundle.manifest.base.weights} base")
@@ -149,7 +177,42 @@ def export(
         manifest = _manifest(bundle, adapters, config, losses, versions, files)
         write_file(folder / MANIFEST, write_manifest(manifest))
     kind: Kind = "merged" if config.merge else "base + adapter"
-    return ExportReport(output, kind, losses, sum(file.size for file in files))
+    kept = share_kept(losses, written_as(config)) if config.merge else None
+    return ExportReport(output, kind, manifest.weights, losses, sum(file.size for file in files), kept)
+
+
+def _export_checkpoint(
+    bundle: Bundle,
+    adapters: list[NamedAdapter],
+    output: Path,
+    config: ExportConfig,
+    examples: list[list[Example]],
+    say: Callable[[str], None],
+) -> ExportReport:
+    say(f"verifying the checkpoint {config.checkpoint}")
+    checkpoint = checkpoint_of(bundle, str(config.checkpoint))
+    merge = _merge_of(bundle, adapters)
+    needed = sum(file.stat().st_size for file in checkpoint.weights)
+    with atomic_folder(output, replace=config.force, marker=MERGE, needed=needed) as folder:
+        written = write_merged_checkpoint(checkpoint, folder, bundle, merge.parameters, say)
+        losses = measure_checkpoint(merge, folder, examples[0], say)
+        refuse_what_lost_too_much(losses, config, bundle.manifest.base.weights)
+        size = sum((folder / name).stat().st_size for name in written)
+        made_of = {
+            "base": {"name": bundle.manifest.base.name, "sha256": bundle.manifest.base.sha256},
+            "bundle_manifest_sha256": bundle.manifest.manifest_sha256,
+            "adapter_sha256": adapters[0].sha256,
+            "edgetune": __version__,
+            "losses": losses,
+        }
+        write_file(folder / MERGE, f"{json.dumps(made_of, indent=2)}\n".encode())
+    weights = stored_types(checkpoint, bundle.manifest.lora)
+    return ExportReport(output, "merged", weights, losses, size, share_kept(losses, written_as(config)))
+
+
+def _merge_of(bundle: Bundle, adapters: list[NamedAdapter]) -> Merge:
+    (only,) = adapters
+    return Merge(bundle, only.parameters, adapter_gains(bundle, only.parameters))
 
 
 def _needed(bundle: Bundle, config: ExportConfig, adapters: int, beside: int) -> int:
@@ -204,18 +267,6 @@ def _copy(source: Path, folder: Path, file: File) -> File:
     return file
 
 
-def _refuse_what_lost_too_much(losses: Mapping[str, float], config: ExportConfig) -> None:
-    kept = share_kept(losses)
-    if kept is None or kept >= config.least_kept or config.least_kept == 0:
-        return
-    measured = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    raise IncompatibleError(
-        f"the model merged into {config.precision} keeps {kept:.1%} of what was learnt, expected "
-        f"{config.least_kept:.1%} or more (answer loss: {measured}), so it was not written; use --precision fp32 or "
-        "--keep-adapter, or accept it with a lower --least-kept"
-    )
-
-
 def _write_kept(bundle: Bundle, folder: Path, adapters: list[NamedAdapter]) -> None:
     import onnx
 
@@ -237,27 +288,6 @@ def _examples(bundle: Bundle, rows: Path | None, encoding: RowEncoding) -> list[
     return list(load_examples(rows, encoder, bundle.manifest.max_length, truncate=True).examples)
 
 
-def _merged_losses(
-    bundle: Bundle, folder: Path, values: Parameters, examples: list[Example], say: Callable[[str], None]
-) -> dict[str, float]:
-    import onnx
-
-    if not examples:
-        return {}
-    say(f"measuring the answer loss on {len(examples)} validation rows")
-    graph = onnx.load(str(bundle.path / MODEL), load_external_data=False)
-    add_lora_inputs(graph, bundle.manifest.lora)
-    rope = bundle.manifest.architecture.rope
-    apart = Measured(bundle.path, rope, graph.SerializeToString())
-    pulse = _pulse(examples, say, 3)
-    losses = {
-        "base": apart.answer_loss(examples, pulse),
-        "base + adapter": apart.answer_loss(examples, pulse, values=values),
-    }
-    del apart  # two big models in memory would be one too many
-    return losses | {"merged": Measured(folder, rope).answer_loss(examples, pulse)}
-
-
 def _kept_losses(
     bundle: Bundle,
     folder: Path,
@@ -272,15 +302,10 @@ def _kept_losses(
     for each, rows in zip(adapters, examples, strict=True):
         if rows:
             say(f"measuring the answer loss on {len(rows)} validation rows")
-            pulse = _pulse(rows, say, 2)
+            pulse = pulse_of(rows, say, 2)
             base, adapted = "base", "base + adapter"
             if len(adapters) > 1:
                 base, adapted = f"base, rows of {each.name}", f"base + {each.name}"
             losses[base] = model.answer_loss(rows, pulse)
             losses[adapted] = model.answer_loss(rows, pulse, adapter=folder / adapter_file(each.name))
     return losses
-
-
-def _pulse(examples: list[Example], say: Callable[[str], None], models: int) -> Pulse:
-    """Of rows that are measured with several models, one after the other."""
-    return Pulse(say, f"measured {{}} of {models * len(examples):,} rows ({models} models)")

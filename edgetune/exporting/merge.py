@@ -1,6 +1,6 @@
-"""The adapter folded into the weights: W + scaling · B·A in fp32 or int4, a piece of one weight in memory at a time.
+"""The adapter folded into the weights: W + scaling · B·A in fp32, int8 or int4, a piece of one in memory at a time.
 
-With DoRA it is g ⊙ (W + scaling · B·A): a row of a weight on an int4 grid that is multiplied with its gain lies on the
+With DoRA it is g ⊙ (W + scaling · B·A): a row of a weight on a grid that is multiplied with its gain lies on the
 grid whose scales are, and only the update is rounded.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,11 +20,10 @@ from numpy.typing import NDArray
 from edgetune.config import MergedPrecision
 from edgetune.errors import IncompatibleError
 from edgetune.exporting.projections import Product, products_of
-from edgetune.exporting.quantise import generator_of, on_grid
+from edgetune.exporting.quantise import fresh_scales, generator_of, on_grid
 from edgetune.formats.genai import BLOCKS_DOMAIN, HALF, MODEL, QUANTISED, WEIGHTS, block_attributes, weight_name
 from edgetune.model.blocks import BITS, BLOCK_SIZE, Block, dequantised
 from edgetune.model.lora import Lora, Parameters
-from edgetune.model.rounding import least_squares_scales
 
 if TYPE_CHECKING:
     import onnx
@@ -32,7 +32,6 @@ _PIECE = 16 << 20
 """Bytes of fp32 weights that are processed at once, roughly; a handful of arrays of this size are in memory."""
 _SMALLEST = 256
 """Fewest inputs that are processed at once; a multiple of every block size."""
-_INT4 = BITS["int4"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ def merge_adapter(
         output: Folder for `model.onnx` and `model.onnx.data`.
         lora: The slots.
         parameters: A (rank, in_features) and B (out_features, rank), as `Lora.shapes` names them.
-        precision: How linear layers and the head are stored; everything else is copied. An int4 weight that gets no
-            update stays int4 as it is, to the byte.
+        precision: How linear layers and the head are stored; everything else is copied. A weight that is stored
+            so and gets no update stays as it is, to the byte.
         gains: Of every slot (out_features,), as `Slot.gain` names them, where slots have magnitudes.
 
     Raises:
@@ -78,7 +77,7 @@ def merge_adapter(
     layers = {weight_name(node.input[1]): node for node in graph.node if node.op_type in ("MatMul", "MatMulNBits")}
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     scales = {node.input[2] for node in layers.values() if node.op_type == "MatMulNBits"}
-    write_layer = _write_fp32 if precision == "fp32" else _write_int4
+    write_layer = _write_fp32 if precision == "fp32" else partial(_write_blocks, bits=BITS[precision])
     written: list[onnx.TensorProto] = []
     with (source / WEIGHTS).open("rb") as file, (output / WEIGHTS).open("wb") as data:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -141,10 +140,10 @@ def _transposed(weight: Block, start: int, stop: int) -> NDArray[np.float32]:
     return np.ascontiguousarray(dequantised(replace(weight, values=packed, scales=scales)).T)
 
 
-def _write_int4(
-    data: BinaryIO, node: onnx.NodeProto, name: str, weight: Block, update: _Update | None
+def _write_blocks(
+    data: BinaryIO, node: onnx.NodeProto, name: str, weight: Block, update: _Update | None, *, bits: int
 ) -> list[onnx.TensorProto]:
-    """Append W and its scales, and turn the node into the `MatMulNBits` that the builder makes for an int4 model."""
+    """Append W and its scales, and turn the node into the `MatMulNBits` that the builder makes of so many bits."""
     import onnx
     from onnx import helper
 
@@ -153,23 +152,22 @@ def _write_int4(
         raise IncompatibleError(f"{name}: {inputs} inputs, expected a multiple of {BLOCK_SIZE}; use --precision fp32")
     blocks = inputs // BLOCK_SIZE
     scales = np.empty((outputs, blocks), np.float32)
-    stored, scales_name = name + QUANTISED[_INT4], f"{name}_scales"
-    if weight.bits != _INT4:
-        node.op_type, node.domain, node.name = "MatMulNBits", BLOCKS_DOMAIN, weight_name(node.name) + QUANTISED[_INT4]
-        sizes = block_attributes(outputs, inputs, _INT4)
+    stored, scales_name = name + QUANTISED[bits], f"{name}_scales"
+    if weight.bits != bits:
+        node.op_type, node.domain, node.name = "MatMulNBits", BLOCKS_DOMAIN, weight_name(node.name) + QUANTISED[bits]
+        sizes = block_attributes(outputs, inputs, bits)
         del node.attribute[:]
         node.attribute.extend(helper.make_attribute(key, value) for key, value in sizes.items())
     _take(node, stored, scales_name)
-    packed = _append(
-        data, stored, onnx.TensorProto.UINT8, (outputs, blocks, BLOCK_SIZE // 2), _rounded(name, weight, update, scales)
-    )
+    shape = (outputs, blocks, BLOCK_SIZE * bits // 8)
+    packed = _append(data, stored, onnx.TensorProto.UINT8, shape, _rounded(name, weight, update, scales, bits))
     return [packed, _append(data, scales_name, onnx.TensorProto.FLOAT, scales.shape, [scales])]
 
 
 def _rounded(
-    name: str, weight: Block, update: _Update | None, scales: NDArray[np.float32]
+    name: str, weight: Block, update: _Update | None, scales: NDArray[np.float32], bits: int
 ) -> Iterator[NDArray[np.uint8]]:
-    """W + scaling · B·A in int4, piece by piece along the outputs; `scales` (out, in / 32) are filled meanwhile."""
+    """W + scaling · B·A in points of so many bits, piece by piece along the outputs; fills `scales` (out, in / 32)."""
     outputs, inputs = weight.shape
     rows, generator = max(1, _PIECE // (4 * inputs)), generator_of(name)
     for start in range(0, outputs, rows):
@@ -178,7 +176,7 @@ def _rounded(
             values=weight.values[start : start + rows],
             scales=None if weight.scales is None else weight.scales[start : start + rows],
         )
-        if update is None and piece.bits == _INT4:
+        if update is None and piece.bits == bits:
             assert piece.scales is not None  # for mypy: a weight in blocks has them
             scales[start : start + rows] = piece.scales
             yield piece.values
@@ -189,10 +187,10 @@ def _rounded(
         if update is not None:
             gain, change = update.gain[start : start + rows], update.b[start : start + rows] @ update.a
             values = gain * values
-        stored = piece.scales if piece.bits == _INT4 else None
-        base = least_squares_scales(values) if stored is None else stored * np.abs(gain)
+        stored = piece.scales if piece.bits == bits else None
+        base = fresh_scales(values, bits) if stored is None else stored * np.abs(gain)
         draws = generator.random(values.shape, dtype=np.float32)
-        packed, scales[start : start + rows] = on_grid(values, base, change, draws)
+        packed, scales[start : start + rows] = on_grid(values, base, change, draws, bits)
         yield packed
 
 

@@ -160,12 +160,13 @@ class ModelManifest:
     tokenizer: Tokenizer
     lora: Lora
     weights: str
-    """How this folder stores its weights: `int4` or `fp32` when merged, otherwise as `base.weights`."""
+    """How this folder stores its weights: `fp32`, `int8` or `int4` when merged, otherwise as `base.weights`."""
     adapter: str | None
     """The `.onnx_adapter` that is active unless another is asked for; none when it was merged into the weights."""
     losses: dict[str, float]
-    """Answer loss on the validation rows of `base`, `base + adapter` and `merged`; empty when there were no rows. Of
-    several adapters, `base, rows of NAME` and `base + NAME` for each that has rows."""
+    """Answer loss on the validation rows of `base`, `base + adapter`, and each `merged PRECISION` that was measured;
+    empty when there were no rows. Of several adapters, `base, rows of NAME` and `base + NAME` for each that has rows.
+    """
     provenance: dict[str, str]
     files: list[File]
     encoding: RowEncoding = RowEncoding()

@@ -1,4 +1,4 @@
-"""Safetensors files that others wrote: what is in them, why one cannot be read, and which tensors hold NaN or infinity.
+"""Safetensors files that others wrote: what is in them, why one cannot be read, their numbers as float32 and back.
 
 The format: eight bytes that say how long the header is (little-endian), a header in JSON, the tensors' bytes.
 """
@@ -29,7 +29,7 @@ NUMPY_TYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "U8": "|u1"}
 """Types that `write_tensors` writes and `read_tensor` reads, by the format's names."""
 _NAMES = {numpy: name for name, numpy in NUMPY_TYPES.items()}
 FLOATS = tuple(_EXPONENTS)
-"""Types of floating-point numbers that are looked at, and read."""
+"""Types of floating-point numbers that are looked at, and read; all of them are exact in float32."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,36 @@ def read_tensor(path: Path, tensor: StoredTensor) -> NDArray[Any]:
 
 
 def read_floats(path: Path, tensor: StoredTensor) -> NDArray[np.float32]:
-    """The values of one entry of a header, of a type in `FLOATS`; all of them are exact in float32."""
-    kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.dtype]
-    count = (tensor.end - tensor.start) // np.dtype(kind).itemsize
-    stored = np.fromfile(path, kind, count, offset=tensor.start)
-    if tensor.dtype == "BF16":
-        # The upper half of a float32; numpy does not have it.
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(tensor.shape)
-    return stored.astype(np.float32).reshape(tensor.shape)
+    """The values of one entry of a header, of a type in `FLOATS`."""
+    stored = np.fromfile(path, np.uint8, tensor.end - tensor.start, offset=tensor.start)
+    return as_float32(stored.data, tensor.dtype).reshape(tensor.shape)
+
+
+def as_float32(data: bytes | memoryview, dtype: str) -> NDArray[np.float32]:
+    """The numbers (n,) of a tensor's bytes, or of some of them.
+
+    Args:
+        data: Whole numbers' bytes.
+        dtype: One of `FLOATS`.
+    """
+    if dtype == "BF16":  # the upper half of a float32; numpy does not have it
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
+
+
+def from_float32(values: NDArray[np.float32], dtype: str) -> bytes:
+    """The bytes of numbers, each rounded to the nearest that a type has, and between two of them to the even one.
+
+    Args:
+        values: Finite; what is beyond the type's largest number becomes infinity.
+        dtype: One of `FLOATS`.
+    """
+    if dtype == "BF16":
+        half = np.uint32(16)
+        bits = np.ascontiguousarray(values, "<f4").view("<u4")
+        return ((bits + np.uint32(0x7FFF) + (bits >> half & np.uint32(1))) >> half).astype("<u2").tobytes()
+    with np.errstate(over="ignore"):
+        return values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
 
 
 def read_header(path: Path, again: str = "copy or download it again") -> dict[str, StoredTensor]:

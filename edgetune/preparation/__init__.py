@@ -24,12 +24,12 @@ from edgetune.formats.manifest import BUNDLE_FORMAT, BUNDLE_VERSION, BaseModel, 
 from edgetune.formats.roles import HALF_LOSS, HALF_STEP, INDEX, LOSS, STEP
 from edgetune.formats.row_norms import write_row_norms
 from edgetune.formats.storage import atomic_folder, sha256_of
+from edgetune.host.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.host.versions import version_of
 from edgetune.model.architecture import Architecture, frozen_weights
 from edgetune.model.blocks import BITS
 from edgetune.model.lora import Lora
 from edgetune.preparation.builder_view import builder_view
-from edgetune.preparation.checkpoint import Checkpoint, copy_chat_template, open_checkpoint, refuse_non_finite
 from edgetune.preparation.slots import check_slots, lora_of
 from edgetune.side_environment import ensure_side_environment
 from edgetune.text.pulse import silent

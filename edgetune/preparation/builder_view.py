@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.formats.json_file import read_object
-from edgetune.preparation.checkpoint import FAMILY_CLASS, SIDE_FILES, TOKENIZER, TOKENIZER_CONFIG, Checkpoint
-from edgetune.preparation.rope_config import with_older_rope_keys
+from edgetune.host.checkpoint import FAMILY_CLASS, SIDE_FILES, TOKENIZER, TOKENIZER_CONFIG, Checkpoint
+from edgetune.host.rope_config import with_older_rope_keys
 
 _FROM_FILE = "PreTrainedTokenizerFast"
 """transformers 4's class that takes `tokenizer.json` as it is."""

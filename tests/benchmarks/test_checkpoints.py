@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.checkpoints import SIZES, Size, make_checkpoint
-from edgetune.preparation.checkpoint import open_checkpoint
+from edgetune.host.checkpoint import open_checkpoint
 
 TINY = Size(hidden=64, intermediate=96, layers=3, heads=2, vocabulary=448, positions=128)
 

@@ -169,7 +169,8 @@ OPTIONS = {
     "preview": "data raw-prompts content-as-text json",
     "eval": "data adapter truncate raw-prompts content-as-text threads generate metric rows-output compare "
     "max-new-tokens temperature top-p top-k seed quiet json",
-    "export": "adapter output merge keep-adapter precision valid least-kept unmeasured threads force quiet json",
+    "export": "adapter output merge keep-adapter format checkpoint precision trials no-trials valid least-kept "
+    "unmeasured threads force quiet json",
     "generate": "prompt system max-new-tokens temperature top-p top-k seed adapter raw content-as-text threads json",
     "chat": "system max-new-tokens temperature top-p top-k seed adapter content-as-text threads",
     "jobs": "",
@@ -295,6 +296,9 @@ def test_every_option_is_suggested_for_a_slip_of_the_pen(name: str) -> None:
         ("train b --data d --output o --steps 3 --epochs 2", "--steps and --epochs exclude each other"),
         ("train b --output o", "Missing option '--data'"),
         ("export b --adapter a --output o --keep-adapter --precision int4", "--precision is for --merge"),
+        ("export b --adapter a --output o --keep-adapter --no-trials", "--trials and --no-trials are for"),
+        ("export b --adapter a --output o --unmeasured --trials", "--trials and --no-trials are for"),
+        ("export b --adapter a --output o --format safetensors --precision int8", "--precision is for --format genai"),
         ("export b --adapter a --output o --valid v --unmeasured", "--unmeasured and --valid exclude each other"),
         ("export b --adapter a --output o --keep-adapter --least-kept 0.9", "--least-kept is for a merge that is"),
         ("export b --adapter a --output o --unmeasured --least-kept 0.9", "--least-kept is for a merge that is"),

@@ -14,8 +14,8 @@ from edgetune.data.batches import MASKED, Batch, epoch_batches, lay_out, make_ba
 from edgetune.data.encode import IGNORED, Example
 from edgetune.data.prefixes import PackedRow
 from edgetune.errors import DataError
+from edgetune.host.rope_config import rope_from_config
 from edgetune.model.rope import rope_tables
-from edgetune.preparation.rope_config import rope_from_config
 
 ROPE = rope_from_config({"hidden_size": 32, "num_attention_heads": 4})
 LONG = Example(1, [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [IGNORED] * 4 + [9, 10, 11, 12, 13, 14])

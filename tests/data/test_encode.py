@@ -24,9 +24,9 @@ from edgetune.errors import DataError, EdgetuneError, IncompatibleError, UsageEr
 from edgetune.formats import bundle as bundles
 from edgetune.formats.manifest import BaseModel, BundleManifest, RowEncoding
 from edgetune.formats.storage import sha256_of
+from edgetune.host.rope_config import rope_from_config
 from edgetune.model.architecture import Architecture
 from edgetune.model.lora import Lora
-from edgetune.preparation.rope_config import rope_from_config
 from edgetune.preview import preview
 from support.chat_templates import BARE_TEMPLATES, ENDED, TEMPLATES
 from support.tokenizer_models import (

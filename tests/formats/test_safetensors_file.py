@@ -11,7 +11,14 @@ import pytest
 
 from edgetune.errors import VerificationError
 from edgetune.formats import safetensors_file
-from edgetune.formats.safetensors_file import FLOATS, StoredTensor, non_finite, read_header
+from edgetune.formats.safetensors_file import (
+    FLOATS,
+    StoredTensor,
+    as_float32,
+    from_float32,
+    non_finite,
+    read_header,
+)
 from support.small_checkpoint import POINTER
 
 
@@ -118,3 +125,17 @@ def test_bit_patterns_against_numpy(path: Path) -> None:
     one = {index: StoredTensor("F16", (1,), 2 * index, 2 * index + 2) for index in range(65536)}
     found = {int(name) for name in non_finite(path, ((str(index), tensor) for index, tensor in one.items()))}
     assert found == set(np.flatnonzero(~np.isfinite(every.view("<f2"))).tolist())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_numbers_are_rounded_and_read_as_pytorch_does(dtype: str) -> None:
+    import torch
+
+    draws = np.random.default_rng(0).standard_normal(4096).astype(np.float32)
+    halfway = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-8], np.float32)
+    extremes = np.array([0.0, -0.0, 1e-45, 6e-8, 65504, 65520, 1e30, 3.4e38, -3.4e38], np.float32)
+    values = np.concatenate([draws, halfway, extremes])
+    expected = torch.from_numpy(values).to(torch_types()[dtype])
+    stored = from_float32(values, dtype)
+    assert stored == expected.contiguous().view(torch.uint8).numpy().tobytes()
+    np.testing.assert_array_equal(as_float32(stored, dtype), expected.float().numpy())

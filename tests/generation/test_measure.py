@@ -14,8 +14,8 @@ from edgetune.data.encode import IGNORED
 from edgetune.evaluation import evaluate
 from edgetune.exporting import export
 from edgetune.generation.measure import Measured, batches
+from edgetune.host.checkpoint import open_checkpoint
 from edgetune.model.rope import Rope
-from edgetune.preparation.checkpoint import open_checkpoint
 from edgetune.text import pulse as pulses
 from edgetune.text.pulse import Pulse
 from support.random_rows import prompted_rows
@@ -92,7 +92,7 @@ def test_export_says_how_far_it_is(merge: bool, tmp_path: Path, monkeypatch: pyt
     said: list[str] = []
     adapter = save_adapter(tmp_path / "adapter", source)
     export(source, adapter, tmp_path / "model", ExportConfig(merge=merge), valid=rows, say=said.append)
-    models = 3 if merge else 2
+    models = 5 if merge else 2
     assert said[-1] == f"measured {7 * models} of {7 * models} rows ({models} models)"
 
 

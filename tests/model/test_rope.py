@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from edgetune.errors import IncompatibleError
+from edgetune.host.rope_config import rope_from_config, with_older_rope_keys
 from edgetune.model.rope import rope_tables
-from edgetune.preparation.rope_config import rope_from_config, with_older_rope_keys
 from support.shared_material import shared_material
 from support.small_checkpoint import as_transformers_5
 

@@ -16,8 +16,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from edgetune.config import Base
+from edgetune.host.checkpoint import Checkpoint, read_architecture
 from edgetune.preparation.builder_view import builder_view
-from edgetune.preparation.checkpoint import Checkpoint, read_architecture
 from support.prepared_bundles import CONFIG as BUNDLE
 from support.prepared_bundles import prepare_checkpoint
 from support.shared_material import shared_material

@@ -19,9 +19,9 @@ from transformers import Phi3ForCausalLM
 from edgetune.config import PrepareConfig
 from edgetune.data.batches import make_batch
 from edgetune.data.encode import Example
+from edgetune.host.rope_config import rope_from_config
 from edgetune.model.lora import Lora, Slot
 from edgetune.preparation.graphs.forward import export_forward
-from edgetune.preparation.rope_config import rope_from_config
 from support import oracle
 from support.tiny_phi3 import VARIANTS, checkpoint
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.preparation.checkpoint import Checkpoint, open_checkpoint
+from edgetune.host.checkpoint import Checkpoint, open_checkpoint
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Phi3ForCausalLM"],

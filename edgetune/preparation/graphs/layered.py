@@ -15,11 +15,11 @@ import onnx_ir as ir
 
 from edgetune.config import PrepareConfig
 from edgetune.formats.roles import LAYERS, WIDE
+from edgetune.host.checkpoint import Checkpoint
 from edgetune.model.architecture import Architecture
 from edgetune.model.blocks import BITS
 from edgetune.model.lora import GAIN
 from edgetune.model.pieces import Pieces, cut, cut_wide
-from edgetune.preparation.checkpoint import Checkpoint
 from edgetune.preparation.gradient import ARTIFACTS, differentiate
 from edgetune.preparation.graphs.adamw import build_flat_adamw
 from edgetune.preparation.graphs.dequantise import build_dequantise

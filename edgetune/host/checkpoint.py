@@ -15,9 +15,9 @@ from edgetune.formats.git_lfs import refuse_pointers
 from edgetune.formats.json_file import read_object
 from edgetune.formats.safetensors_file import FLOATS, non_finite, read_header
 from edgetune.formats.storage import require_unicode, sha256_of
+from edgetune.host.rope_config import rope_from_config
 from edgetune.model.architecture import Architecture, tensor_shapes
 from edgetune.model.blocks import BLOCK_SIZE
-from edgetune.preparation.rope_config import rope_from_config
 
 FAMILY = "phi3"
 FAMILY_CLASS = "Phi3ForCausalLM"
@@ -25,7 +25,7 @@ FAMILY_CLASS = "Phi3ForCausalLM"
 FETCHED = ("*.safetensors", "*.json", "*.jinja")
 """What is fetched of a hub repository: weights and descriptions, no code and no pickles."""
 _AGAIN = "copy or fetch the checkpoint again"
-_CONFIG = "config.json"
+CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
@@ -85,8 +85,8 @@ def open_checkpoint(source: str, *, download: bool, blocks: bool) -> Checkpoint:
         VerificationError: The folder is incomplete, broken, or holds pickles in the place of safetensors.
     """
     path = _locate(source, download=download)
-    refuse_pointers([path / name for name in (_CONFIG, _SINGLE, _INDEX, TOKENIZER, TOKENIZER_CONFIG, *SIDE_FILES)])
-    config = _read_json(path / _CONFIG)
+    refuse_pointers([path / name for name in (CONFIG, _SINGLE, _INDEX, TOKENIZER, TOKENIZER_CONFIG, *SIDE_FILES)])
+    config = _read_json(path / CONFIG)
     _check_family(path, config)
     architecture = read_architecture(config)
     weights = _find_weights(path)
@@ -104,7 +104,7 @@ def _locate(source: str, *, download: bool) -> Path:
     if path.is_dir():
         require_unicode(path)
         _refuse_lost_links(path)
-        if not (path / _CONFIG).is_file():
+        if not (path / CONFIG).is_file():
             raise UsageError(f"{path}: no config.json; expected a Hugging Face model folder")
         return path
     if path.exists():

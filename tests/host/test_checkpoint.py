@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from edgetune.config import PrepareConfig
 from edgetune.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
+from edgetune.host.checkpoint import copy_chat_template, open_checkpoint, read_architecture, refuse_non_finite
 from edgetune.model.architecture import tensor_shapes
 from edgetune.preparation import prepare
 from edgetune.preparation.builder_view import builder_view
-from edgetune.preparation.checkpoint import copy_chat_template, open_checkpoint, read_architecture, refuse_non_finite
 from support.small_checkpoint import CONFIG, POINTER, SHAPES, opened, shard, tensors, write_checkpoint, write_json
 
 
