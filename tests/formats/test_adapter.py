@@ -505,7 +505,7 @@ def test_numbers_that_are_not_finite_are_refused(peft_folder: Path, value: float
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.uint8])
 def test_other_types_are_refused(peft_folder: Path, dtype: type) -> None:
     change_tensor(peft_folder, lambda tensors: tensors.update({FIRST: tensors[FIRST].astype(dtype)}))
-    with pytest.raises(IncompatibleError, match="another type than F32, BF16, F16"):
+    with pytest.raises(IncompatibleError, match="another type than F32, F16, BF16"):
         read(peft_folder)
 
 
