@@ -302,7 +302,7 @@ class SplitConfig:
     force: bool = option(False, Option("Replace a bundle that is already there."))
 
 
-ENOUGH_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 100, 1, 6
+ENOUGH_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 200, 1, 4
 """What `TrainConfig` means by neither steps nor epochs: as many epochs as so many steps take, within these bounds."""
 
 
