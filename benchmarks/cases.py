@@ -18,6 +18,7 @@ from benchmarks.experiments import (
     GemmLibrary,
     GemmLimit,
     GradientCosine,
+    Job,
     Precision,
     Preparing,
     PyTorch,
@@ -272,6 +273,16 @@ def _epochs(name: str, contestant: Edgetune) -> tuple[Case, Case]:
     )
 
 
+JOB_RATES = (5e-4, 1e-3, 2e-3)
+"""Of which PyTorch has its best one."""
+JOB_CASE = Case(
+    "job",
+    "real model, 140 rows, edgetune's defaults: time to the lowest held-out loss, against PyTorch at its best rate",
+    ours=tuple(Job(each, REAL) for each in (STOCK, STOCK_INT8, OPENVINO, OPENVINO_INT8)),
+    against=tuple(Job(each, REAL, rate) for each in (TORCH_FP32, TORCH_BF16) for rate in JOB_RATES),
+    goals=(Goal("validation_loss", "≤", 1.0, relative=True), Goal("seconds", "≤", 1 / 3, relative=True)),
+)
+
 EPOCHS_CASES = (*_epochs("stock", STOCK), *_epochs("openvino", OPENVINO), *_epochs("int8", OPENVINO_INT8))
 
 CASES: tuple[Case, ...] = (
@@ -400,6 +411,7 @@ CASES: tuple[Case, ...] = (
     *PRECISION_CASES,
     *DORA_CASES,
     *EPOCHS_CASES,
+    JOB_CASE,
 )
 
 _ROW_LENGTH = 128

@@ -10,9 +10,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from benchmarks.cache import EDGETUNE, Cache
-from benchmarks.experiments import DemoLoss, Edgetune, Preparing, RealLoss, StartUp, Workload
+from benchmarks.experiments import DemoLoss, Edgetune, Job, Preparing, RealLoss, StartUp, Workload
 from benchmarks.process import ProcessError, run_watched
-from benchmarks.rows import real_rows
+from benchmarks.rows import job_rows, real_rows
 from examples import demo
 
 
@@ -72,6 +72,24 @@ def measure_real_loss(experiment: RealLoss, cache: Cache) -> dict[str, float]:
         command += ["--valid", valid, "--learning-rate", "1e-3", "--warmup-steps", "10"]
         command += ["--steps", str(experiment.steps), "--seed", "0", "--quiet", "--json"]
         return _losses(json.loads(run_watched(command).stdout))
+
+
+def measure_job(experiment: Job, contestant: Edgetune, cache: Cache) -> dict[str, float]:
+    """The job with edgetune's defaults: the lowest validation loss, and the time of the steps up to it."""
+    with TemporaryDirectory() as scratch:
+        train, valid = job_rows(Path(scratch))
+        output = Path(scratch) / "adapter"
+        command = _train_command(contestant, cache.bundle_for(contestant, experiment.model), train, output)
+        command += ["--learning-rate", str(experiment.learning_rate)] if experiment.learning_rate else []
+        finished = run_watched([*command, "--valid", valid, "--quiet", "--json"])
+        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    seconds = np.cumsum([step["tokens"] / step["tokens_per_second"] for step in steps]).tolist()
+    measured = ((step.get("validation_loss"), spent) for step, spent in zip(steps, seconds, strict=True))
+    lowest, spent = min((loss, spent) for loss, spent in measured if loss is not None)
+    before = json.loads(finished.stdout)["first_validation_loss"]
+    memory = finished.memory_quantities()
+    return {**memory, "first_validation_loss": before, "validation_loss": lowest, "seconds": spent}
 
 
 def _losses(result: dict[str, float]) -> dict[str, float]:

@@ -215,6 +215,21 @@ class RealLoss:
 
 
 @dataclass(frozen=True)
+class Job:
+    """What a person does: the real model learns a task from a few rows; edgetune with nothing but a runtime said."""
+
+    contestant: Contestant
+    model: Model
+    learning_rate: float | None = None
+    """The highest; edgetune chooses its own without it."""
+
+    def __str__(self) -> str:
+        """As tables call it."""
+        rate = "" if self.learning_rate is None else f", learning rate {self.learning_rate:g}"
+        return f"the job, {self.contestant}{rate}: {self.model.name}"
+
+
+@dataclass(frozen=True)
 class Preparing:
     """`edgetune prepare` of a model."""
 
@@ -263,6 +278,7 @@ Experiment = (
     | Precision
     | Ranges
     | RealLoss
+    | Job
     | Preparing
     | StartUp
     | GemmLimit

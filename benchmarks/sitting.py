@@ -11,13 +11,14 @@ from typing import Protocol
 
 from benchmarks.cache import Cache
 from benchmarks.cases import LIMITS, Case, Series
-from benchmarks.commands import measure_demo_loss, measure_preparing, measure_real_loss, measure_start_up
+from benchmarks.commands import measure_demo_loss, measure_job, measure_preparing, measure_real_loss, measure_start_up
 from benchmarks.experiments import (
     DemoLoss,
     Edgetune,
     Epochs,
     Experiment,
     GradientCosine,
+    Job,
     Precision,
     Preparing,
     PyTorch,
@@ -31,7 +32,7 @@ from benchmarks.experiments import (
 from benchmarks.process import ProcessError, run_watched
 from benchmarks.record import Outcome, write_experiment
 
-ONCE = (RowLosses, GradientCosine, Precision, Ranges, RealLoss, Preparing)
+ONCE = (RowLosses, GradientCosine, Precision, Ranges, RealLoss, Job, Preparing)
 """Experiments that give the same figures again, or take too long for more than one run."""
 
 
@@ -127,6 +128,11 @@ def _provide(experiment: Experiment, cache: Cache, say: Callable[[str], None]) -
             cache.make_bundle_for(Edgetune("onnxruntime"), model, say)
         case RealLoss(contestant, model):
             cache.make_bundle_for(contestant, model, say)
+        case Job(contestant=contestant, model=model):
+            # PyTorch's rows are those of edgetune's tokenizer and template.
+            bundled = contestant if isinstance(contestant, Edgetune) else Edgetune("onnxruntime")
+            cache.make_bundle_for(bundled, model, say)
+            cache.make_checkpoint(model, say)
         case DemoLoss(contestant=contestant):
             cache.make_demo_bundle(contestant, say)
 
@@ -139,6 +145,8 @@ def _measure(experiment: Experiment, cache: Cache, run: int) -> dict[str, float]
             return measure_start_up(experiment, cache)
         case RealLoss():
             return measure_real_loss(experiment, cache)
+        case Job(contestant=Edgetune() as contestant):
+            return measure_job(experiment, contestant, cache)
         case DemoLoss():
             # Seeds differ by more than plans do: every run has its own.
             return measure_demo_loss(experiment, cache, seed=run)

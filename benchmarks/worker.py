@@ -13,6 +13,7 @@ from benchmarks.experiments import (
     Experiment,
     GemmLimit,
     GradientCosine,
+    Job,
     Precision,
     PyTorch,
     RaggedTraining,
@@ -44,6 +45,11 @@ def measure(experiment: Experiment, cache: Cache) -> dict[str, float]:
             from benchmarks.edgetune_worker import measure_edgetune
 
             return measure_edgetune(experiment, contestant, cache.bundle(workload.model, contestant.base))
+        case Job(contestant=PyTorch() as contestant, model=model):
+            from benchmarks.pytorch_worker import measure_pytorch_job
+
+            bundle = load_bundle(cache.bundle_for(Edgetune("onnxruntime"), model))
+            return measure_pytorch_job(experiment, contestant, cache.checkpoint(model), bundle)
         case RaggedTraining(contestant=contestant, model=model):
             from benchmarks.ragged_worker import measure_ragged
 

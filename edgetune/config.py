@@ -9,6 +9,8 @@ import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -25,6 +27,8 @@ NpuKind = Literal["none", "qdq", "blocks"]
 DeviceType = Literal["auto", "CPU", "GPU", "NPU"]
 Method = Literal["backpropagation", "forward-only"]
 Schedule = Literal["constant", "linear", "cosine"]
+Auto = Literal["auto"]
+"""What stands for a number that the run chooses."""
 Start = Literal["random", "gradient"]
 Sharding = Literal["auto", "none", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3-offload"]
 """What `edgetune.runtimes.torch.engines` has one of each of; `auto` is `none` in one process, else `ddp`."""
@@ -102,14 +106,20 @@ def option_of(of: Field[Any]) -> Option:
 
 
 def hints_of(kind: type) -> dict[str, Any]:
-    """The type of each field by its name: bool, int, float, str, Path or a Literal; `X | None` counts as `X`."""
+    """The type of each field by its name: bool, int, float, str, Path, a Literal, or a number or a Literal.
+
+    `X | None` counts as `X`.
+    """
     return {name: _present(hint) for name, hint in get_type_hints(kind).items()}
 
 
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types of which a value may have one, of a union; of another type, itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
 def _present(hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(member for member in get_args(hint) if member is not type(None))
-    return hint
+    return reduce(or_, [member for member in alternatives(hint) if member is not type(None)])
 
 
 def is_a(value: object, hint: type) -> bool:
@@ -149,12 +159,16 @@ def _problems(config: Any) -> Iterator[str]:
 
 def _expected(value: object, hint: Any, said: Option) -> str:
     """What a value should have been; empty where it is that."""
+    if len(kinds := alternatives(hint)) > 1:
+        expected = [_expected(value, kind, said) for kind in kinds]
+        return "" if "" in expected else ", or ".join(expected)
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return ""
         now = said.former_values.get(str(value), {})
         written = "".join(f"; write {name}={meant!r}" for name, meant in now.items())
-        return f"one of {', '.join(get_args(hint))}{written}"
+        among = "one of " if len(get_args(hint)) > 1 else ""
+        return f"{among}{', '.join(get_args(hint))}{written}"
     if get_origin(hint) is dict:
         return _expected_entries(value, get_args(hint)[1], said)
     if get_origin(hint) is tuple:
@@ -297,8 +311,8 @@ class SplitConfig:
     force: bool = option(False, Option("Replace a bundle that is already there."))
 
 
-DEFAULT_EPOCHS = 3.0
-"""What `TrainConfig` means by neither steps nor epochs."""
+ENOUGH_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 200, 1, 4
+"""What `TrainConfig` means by neither steps nor epochs: as many epochs as so many steps take, within these bounds."""
 
 
 @dataclass(frozen=True)
@@ -414,7 +428,8 @@ class TrainConfig:
     epochs: float | None = option(
         None,
         Option(
-            f"Epochs, each once through all rows; {DEFAULT_EPOCHS:g} when neither --steps nor --epochs is given.",
+            f"Epochs, each once through all rows; without it and --steps as many as make {ENOUGH_STEPS} steps, but "
+            f"{FEWEST_EPOCHS} to {MOST_EPOCHS}.",
             least=1e-9,
             most=10**6,
             group="schedule",
@@ -440,9 +455,17 @@ class TrainConfig:
         True,
         Option("Compute once a sequence what packed rows begin with in common, such as a system prompt.", group="data"),
     )
-    learning_rate: float = option(
-        2e-4, Option("Peak learning rate.", least=1e-30, most=1000, only="train", group="schedule")
+    learning_rate: float | Auto = option(
+        "auto",
+        Option(
+            "Peak learning rate; auto suits it to the model, its adapter and the number of steps.",
+            least=1e-30,
+            most=1000,
+            only="train",
+            group="schedule",
+        ),
     )
+    """What `auto` chose is said when the run begins, and recorded as a number (`edgetune.model.learning_rate`)."""
     lora_plus_ratio: float = option(
         1.0,
         Option(

@@ -34,7 +34,7 @@ from edgetune.errors import UsageError
         (TrainConfig(max_grad_norm=float("inf")), "max_grad_norm is inf"),
         (TrainConfig(seed=-1), "seed is -1"),
         (TrainConfig(queries=10**20), "queries is 1"),
-        (TrainConfig(learning_rate=1e300), r"learning_rate is 1e\+300, expected 1e-30 to 1,000"),
+        (TrainConfig(learning_rate=1e300), r"learning_rate is 1e\+300, expected 1e-30 to 1,000, or auto$"),
         (TrainConfig(perturbation_size=1e-300), "perturbation_size is 1e-300"),
     ],
 )
@@ -56,7 +56,7 @@ def test_all_impossible_options_are_named_at_once() -> None:
         (TrainConfig(packing="no"), "packing is 'no', expected True or False"),
         (TrainConfig(steps=True), "steps is True, expected a whole number"),
         (TrainConfig(batch_size=2.5), "batch_size is 2.5, expected a whole number"),
-        (TrainConfig(learning_rate="1e-3"), "learning_rate is '1e-3', expected a number"),
+        (TrainConfig(learning_rate="1e-3"), "learning_rate is '1e-3', expected a number, or auto$"),
         (TrainConfig(memory_budget=10**9), "memory_budget is 1000000000, expected a text"),
         (TrainConfig(init_adapter="adapter"), "init_adapter is 'adapter', expected a Path"),
         (TrainConfig(runtime="cuda"), "runtime is 'cuda', expected one of auto"),

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from edgetune.cli.values import fields_of, type_of
-from edgetune.config import Option, hints_of, is_a, option_of
+from edgetune.config import Option, alternatives, hints_of, is_a, option_of
 from edgetune.errors import UsageError
 from edgetune.text.suggestion import did_you_mean
 from edgetune.text.toml_file import read_toml
@@ -73,6 +73,14 @@ def _value(value: object, hint: Any, said: Option, place: str, key: str) -> Any:
 
 def _typed(value: object, hint: Any, said: Option, place: str) -> Any:
     """A value of TOML as the type of a field. TOML has types: `"3"` is no number there, as it is on a command line."""
+    if len(kinds := alternatives(hint)) > 1:
+        number, words = kinds
+        if value in get_args(words):
+            return value
+        if not is_a(value, number):
+            taken = ", or ".join((KINDS[number], *map(repr, get_args(words))))
+            raise UsageError(f"{place} is {value!r:.60}, expected {taken}")
+        return number(value)
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in (*choices, *said.former_values):

@@ -15,7 +15,7 @@ import click
 from edgetune.cli.command import Command
 from edgetune.cli.config_file import KINDS
 from edgetune.cli.options import options_of
-from edgetune.config import HelpGroup, InitConfig, Option, PrepareConfig, TrainConfig, hints_of, option_of
+from edgetune.config import HelpGroup, InitConfig, Option, PrepareConfig, TrainConfig, alternatives, hints_of, option_of
 from edgetune.formats.storage import atomic_file
 from edgetune.text.printable import printable
 
@@ -67,6 +67,8 @@ def _lines(of: Field[Any], hint: Any) -> Iterator[str]:
 
 def _taken(hint: Any, said: Option) -> str:
     """Which values there are, in a few words; empty where the default says it."""
+    if len(kinds := alternatives(hint)) > 1:
+        return " or ".join(_taken(kind, said) for kind in reversed(kinds))
     if get_origin(hint) is Literal:
         return ", ".join(json.dumps(choice) for choice in get_args(hint))
     if get_origin(hint) is dict:

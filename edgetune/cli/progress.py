@@ -127,7 +127,7 @@ def start_text(info: StartInfo) -> str:
     tokens = f"{info.tokens_per_epoch:,} tokens, {info.trained_tokens_per_epoch:,} of them trained"
     if round(100 * info.shared_prefixes):
         tokens += f", {info.shared_prefixes:.0%} saved by common prefixes"
-    epochs = f"{info.steps} steps ({info.steps_per_epoch} an epoch)"
+    epochs = f"{info.steps} steps ({info.steps_per_epoch} an epoch), learning rate {info.learning_rate:g}"
     on = "" if info.first_step == 1 else f"going on with step {info.first_step}: "
     what = f"{info.rows} rows ({tokens}), {epochs}, {info.trainable_parameters:,} parameters"
     kept = f", {info.kept}" if info.kept else ""

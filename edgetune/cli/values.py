@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from edgetune.cli.inputs import PATH
-from edgetune.config import Option, option_of
+from edgetune.config import Option, alternatives, option_of
 from edgetune.errors import UsageError
 from edgetune.text.byte_size import parse_bytes
 
@@ -53,6 +53,23 @@ class Choice(click.Choice):  # type: ignore[type-arg]
         return str(value) if value in self.former else super().convert(value, param, ctx)
 
 
+class NumberOrWord(click.ParamType):  # type: ignore[type-arg]
+    """A number, or a word that stands for one, such as `auto`."""
+
+    def __init__(self, of_number: click.ParamType[Any], words: tuple[str, ...]) -> None:
+        self._of_number, self._words = of_number, words
+        self.name = "|".join((of_number.name.partition(" ")[0], *words))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The word, or the number within its bounds."""
+        if value in self._words:
+            return value
+        try:
+            return self._of_number.convert(value, param, ctx)
+        except click.BadParameter as error:
+            self.fail(f"{error.message.rstrip('.')}; {' or '.join(self._words)} is taken as well", param, ctx)
+
+
 class Entry(click.ParamType):  # type: ignore[type-arg]
     """One entry of a field that has a value for each of some names, such as `down_proj=32`."""
 
@@ -81,6 +98,9 @@ def type_of(hint: Any, said: Option) -> click.ParamType[Any]:
         hint: The field's type, as `hints_of` says it.
         said: What else is said of the field.
     """
+    if len(kinds := alternatives(hint)) > 1:
+        number, words = kinds
+        return NumberOrWord(type_of(number, said), get_args(words))
     if get_origin(hint) is Literal:
         return Choice(get_args(hint), said.former_values)
     if get_origin(hint) is tuple:

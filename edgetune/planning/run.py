@@ -44,7 +44,7 @@ class RunLength:
 
     steps: int | None
     epochs: float | None
-    """Counts where `steps` is none; `DEFAULT_EPOCHS` where both are."""
+    """Counts where `steps` is none; where both are, the number of rows decides."""
     warmup_steps: int
     eval_steps: int | None = None
     """Steps after which the validation rows are measured; none where they are after every epoch."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from edgetune.config import DEFAULT_EPOCHS, Schedule
+from edgetune.config import ENOUGH_STEPS, FEWEST_EPOCHS, MOST_EPOCHS, Schedule
 from edgetune.errors import UsageError
 from edgetune.planning.run import RunRequest
 
@@ -73,7 +73,7 @@ def schedule_steps(rows: int, request: RunRequest) -> StepSchedule:
     batching, length = request.batching, request.length
     batches = math.ceil(rows / batching.batch_size)
     steps_per_epoch = math.ceil(batches / batching.gradient_accumulation_steps)
-    epochs = DEFAULT_EPOCHS if length.epochs is None else length.epochs
+    epochs = _enough_epochs(steps_per_epoch) if length.epochs is None else length.epochs
     total = _steps_of(epochs, steps_per_epoch) if length.steps is None else length.steps
     if length.warmup_steps >= total:
         raise UsageError(
@@ -81,6 +81,11 @@ def schedule_steps(rows: int, request: RunRequest) -> StepSchedule:
             f"use fewer than {total}, or more steps or epochs"
         )
     return StepSchedule(batches, batching.gradient_accumulation_steps, steps_per_epoch, total, length.eval_steps)
+
+
+def _enough_epochs(steps_per_epoch: int) -> float:
+    """How often to go through the rows where nobody says it: the fewer there are, the more often."""
+    return min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(ENOUGH_STEPS / steps_per_epoch)))
 
 
 def _steps_of(epochs: float, steps_per_epoch: int) -> int:

@@ -99,6 +99,7 @@ class _Tracking(Observer):
             "plan": info.plan,
             "rows": info.rows,
             "trainable_parameters": info.trainable_parameters,
+            "learning_rate": info.learning_rate,
         }
         told = {key: str(value)[:_LONGEST_PARAMETER] for key, value in settings.items() if value is not None}
         self._has_begun = True

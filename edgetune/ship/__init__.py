@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune import __version__
-from edgetune.config import PlatformName, ShipConfig, TrainConfig, check_config
+from edgetune.config import ENOUGH_STEPS, PlatformName, ShipConfig, TrainConfig, check_config
 from edgetune.data.encode import TEMPLATE_FILE, TOKENIZER_FILE
 from edgetune.errors import IncompatibleError, VerificationError
 from edgetune.formats.adapter import PREFIX, WEIGHTS, read_adapter, write_adapter
@@ -27,6 +27,7 @@ from edgetune.formats.manifest import FORMAT_VERSION
 from edgetune.formats.manifest_json import read_manifest, write_manifest
 from edgetune.formats.storage import atomic_folder, write_file
 from edgetune.model import adamw
+from edgetune.model.learning_rate import suitable_rate
 from edgetune.model.lora import initial_parameters
 from edgetune.ship.budget import SizedFile, budgets, refuse_what_is_too_large, sizes
 from edgetune.ship.external_data import Span, external_spans, redirect
@@ -206,7 +207,7 @@ def _describe(
             beta1=adamw.BETA1,
             beta2=adamw.BETA2,
             epsilon=adamw.EPSILON,
-            learning_rate=defaults.learning_rate,
+            learning_rate=suitable_rate(manifest.architecture.hidden_size, manifest.lora, ENOUGH_STEPS),
             weight_decay=defaults.weight_decay,
             max_grad_norm=defaults.max_grad_norm,
         ),

@@ -53,7 +53,7 @@ def identity_of(run: PlannedRun, state: RunState, free_memory_bytes: int | None)
         bundle=run.bundle.manifest.manifest_sha256,
         rows=_digest(run.rows.train.examples),
         validation_rows=_digest(run.rows.valid) if run.rows.valid else "",
-        options={name: value for name, value in asdict(run.config).items() if name not in _FREE},
+        options={name: value for name, value in asdict(run.recorded).items() if name not in _FREE},
         initial_adapter=digest_of(state.first.items()),
         runtime=execution.runtime,
         runtime_version=choice.runtime.version(),

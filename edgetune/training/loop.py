@@ -101,12 +101,13 @@ class _Loop:
     def run(self, end: EarlyEnd, rest: Rest) -> None:
         """All steps that are left, or those before one that is not finite, or before an early end."""
         state, config, total = self._state, self._run.config, self._schedule.total_steps
+        peak = self._run.learning_rate
         first_validation = self._validate() if not state.steps else None
         if not state.steps and end.is_interrupted:
             self._end_early(end)  # a budget, though, is for one step at least
         steps = self._workload.steps(state.steps)
         for step in range(state.steps, total):
-            rate = learning_rate(config.schedule, config.learning_rate, step, total, config.warmup_steps)
+            rate = learning_rate(config.schedule, peak, step, total, config.warmup_steps)
             metrics = self._step(steps, rate)
             if metrics is None:
                 break
@@ -264,6 +265,7 @@ def _start_info(run: PlannedRun, state: RunState, saver: Saver) -> StartInfo:
         tokens_per_epoch=int(token_counts(train.examples).sum(dtype=np.int64)),
         trained_tokens_per_epoch=train.trained_tokens,
         trainable_parameters=sum(state.first[name].size for name in run.trained_names()),
+        learning_rate=run.learning_rate,
         first_step=state.steps + 1,
         saved=saver.rhythm,
         shared_prefixes=run.fit.workload.shared_prefixes(),

@@ -42,6 +42,8 @@ class StartInfo(Execution):
     trained_tokens_per_epoch: int
     """Those of them that count for the loss."""
     trainable_parameters: int
+    learning_rate: float
+    """The highest."""
     first_step: int = 1
     """Not 1 where the run goes on after an interruption."""
     saved: str = "never"

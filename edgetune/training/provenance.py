@@ -38,7 +38,7 @@ def provenance_of(run: PlannedRun, state: RunState) -> dict[str, str]:
         "threads": str(threads_used()),
         "numpy": np.__version__,
         "bundle": run.bundle.manifest.manifest_sha256,
-        "options": json.dumps(told_options(config), sort_keys=True),
+        "options": json.dumps(told_options(run.recorded), sort_keys=True),
         "rows": str(len(run.rows.train.examples)),
         "steps": str(state.steps),
         "final_loss": repr(state.final_loss),

@@ -96,7 +96,7 @@ def train(
     try:
         with computing_with(config.threads), atomic_folder(output, replace=replace_output, marker=MANIFEST) as folder:
             earlier = _earlier(saved, output, config, observer)
-            resolved = _with_memory(resolved, earlier)
+            resolved = _with_rate(_with_memory(resolved, earlier), earlier)
             run = _plan(bundle, data, valid, resolved, observer)
             state = first_state(run, observer.on_notice)
             install(run.fit.choice.runtime, observer.on_notice)
@@ -170,6 +170,14 @@ def _with_memory(resolved: Resolved, earlier: SavedState | None) -> Resolved:
         return resolved
     free = free_memory_bytes() if earlier is None else earlier.identity.free_memory_bytes
     return replace(resolved, request=replace(resolved.request, free_memory_bytes=free))
+
+
+def _with_rate(resolved: Resolved, earlier: SavedState | None) -> Resolved:
+    """With the learning rate that the run began with, where a run that goes on is left to choose."""
+    if earlier is None or resolved.config.learning_rate != "auto":
+        return resolved
+    began = earlier.identity.options["learning_rate"]
+    return replace(resolved, config=replace(resolved.config, learning_rate=began))
 
 
 def _require_rows_to_measure(config: TrainConfig, valid: Path | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from edgetune.errors import IncompatibleError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.row_norms import read_row_norms
 from edgetune.importing import read_foreign
+from edgetune.model.learning_rate import FORWARD_ONLY_RATE, suitable_rate
 from edgetune.model.lora import Lora, Parameters, initial_parameters
 from edgetune.planning.fit import Fit
 from edgetune.planning.rows import RunRows
@@ -32,7 +34,7 @@ class PlannedRun:
 
     bundle: Bundle
     config: TrainConfig
-    """Its options as they hold on this machine, for the loop and the record."""
+    """Its options as they hold on this machine, for the loop."""
     request: RunRequest
     """The same, parsed."""
     rows: RunRows
@@ -42,6 +44,22 @@ class PlannedRun:
     def lora(self) -> Lora:
         """The slots that are trained."""
         return self.fit.choice.plan.trained_slots(self.bundle.manifest.lora)
+
+    @cached_property
+    def learning_rate(self) -> float:
+        """The peak: what was asked for, or what suits the run."""
+        config, steps = self.config, self.fit.workload.schedule.total_steps
+        if config.learning_rate != "auto":
+            return config.learning_rate
+        if self.request.forward_only:
+            return FORWARD_ONLY_RATE
+        hidden = self.bundle.manifest.architecture.hidden_size
+        return suitable_rate(hidden, self.lora, steps, config.lora_plus_ratio)
+
+    @property
+    def recorded(self) -> TrainConfig:
+        """The options with what was chosen for them, for the record and for a run that goes on."""
+        return replace(self.config, learning_rate=self.learning_rate)
 
     @property
     def execution(self) -> Execution:

@@ -21,9 +21,9 @@ from benchmarks.__main__ import NAMES, curves_of, main, write_results
 from benchmarks.cache import Cache
 from benchmarks.cases import CASES, LIMITS, ONNXSIM, SERIES, SGEMM, Case, Goal, Line, Series
 from benchmarks.checkpoints import Size
-from benchmarks.commands import measure_start_up, text_rows
+from benchmarks.commands import measure_job, measure_start_up, text_rows
 from benchmarks.edgetune_worker import _B_SPREAD, batch_of, gradients
-from benchmarks.experiments import Edgetune, Experiment, GemmLimit, Precision, PyTorch, StartUp, Training, Workload
+from benchmarks.experiments import Edgetune, Experiment, GemmLimit, Job, Precision, PyTorch, StartUp, Training, Workload
 from benchmarks.flops import step_flops
 from benchmarks.machine import Machine
 from benchmarks.memory import MemoryWatch, process_tree, read_status
@@ -31,11 +31,13 @@ from benchmarks.models import Model
 from benchmarks.plots import Curve, Mark, line_plot, svg_text
 from benchmarks.precision_worker import measure_precision
 from benchmarks.process import ProcessError, run_watched
+from benchmarks.pytorch_worker import measure_pytorch_job
 from benchmarks.quantities import QUANTITIES
 from benchmarks.record import Outcome, Sitting, read_experiment, read_sitting, write_experiment, write_sitting
 from benchmarks.report import write_report
 from benchmarks.sitting import ONCE, experiments_of, hold_sitting, rounds
 from benchmarks.verdicts import fit_line, judge, points_of
+from edgetune.formats.bundle import load_bundle
 from edgetune.model.lora import initial_parameters
 from edgetune.preview import preview
 from support.prepared_bundles import CONFIG, Prepared
@@ -500,6 +502,23 @@ def test_the_first_step_of_a_command_is_noticed(cache: Cache) -> None:
     found = measure_start_up(StartUp(Edgetune("onnxruntime", base="fp32"), WORKLOAD), cache)
     assert 0.1 < found["first_step_after"] <= found["seconds"]
     assert found["peak_rss"] > 20 * MB
+
+
+def test_the_job_is_the_same_for_both(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [json.dumps({"text": " ".join(f"w{(row + word) % 12}" for word in range(5))}) for row in range(160)]
+    train, valid = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
+    train.write_text("\n".join(rows))
+    valid.write_text("\n".join(rows[:5]))
+    monkeypatch.setattr("benchmarks.rows.real_rows", lambda: (train, valid))
+    contestant = Edgetune("onnxruntime", base="fp32")
+    ours = measure_job(Job(contestant, TINY, 1e-2), contestant, cache)
+    bundle, torch = load_bundle(cache.bundle_for(contestant, TINY)), PyTorch("fp32", checkpointing=False)
+    theirs = measure_pytorch_job(Job(torch, TINY, 1e-2), torch, cache.checkpoint(TINY), bundle)
+    assert ours["first_validation_loss"] == pytest.approx(theirs["first_validation_loss"], rel=1e-4)
+    # First A matrices differ.
+    assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=0.2)
+    assert ours["validation_loss"] < 0.5 * ours["first_validation_loss"]
+    assert min(ours["seconds"], theirs["seconds"]) > 0
 
 
 @pytest.fixture

@@ -290,7 +290,8 @@ def test_every_option_is_suggested_for_a_slip_of_the_pen(name: str) -> None:
         ("prepare x --output y --targets all", "no projection 'all'; give all-linear, attention, or some of qkv_proj"),
         ("train b --data d --output o --steps 0", "'--steps': 0 is not in the range 1<=x<=1000000000"),
         ("train b --data d --output o --steps 1.5", "'1.5' is not a valid integer"),
-        ("train b --data d --output o --learning-rate 0", "0.0 is not in the range 1e-30<=x<=1000"),
+        ("train b --data d --output o --learning-rate 0", "0.0 is not in the range 1e-30<=x<=1000; auto is taken as"),
+        ("train b --data d --output o --learning-rate Auto", "'Auto' is not a valid float range; auto is taken"),
         ("train b --data d --output o --learning-rate inf", "inf is not in the range 1e-30<=x<=1000"),
         ("train b --data d --output o --epochs -1", "-1.0 is not in the range 1e-09<=x<=1000000"),
         ("train b --data d --output o --steps 3 --epochs 2", "--steps and --epochs exclude each other"),
@@ -487,7 +488,7 @@ def test_an_interruption_is_one_even_when_a_library_makes_an_error_of_it() -> No
 def test_an_interruption_that_a_library_lost_ends_training_at_the_next_step(bar: bool) -> None:
     with Progress(console=Console(file=StringIO())) as progress:
         observer = BarObserver(progress, Watched()) if bar else LineObserver(notices(quiet=True))
-        observer.on_start(StartInfo("onnxruntime", PLAN, 4, None, 4, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
+        observer.on_start(StartInfo("onnxruntime", PLAN, 4, None, 4, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096, 2e-4))
         with termination_interrupts():
             observer.on_step(StepMetrics(1, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
             with suppress(KeyboardInterrupt):
@@ -547,7 +548,7 @@ import os
 from edgetune.cli.progress import shown
 from edgetune.training.observer import StartInfo, StepMetrics
 with shown(quiet=False) as observer:
-    observer.on_start(StartInfo("onnxruntime", "a plan", 4, None, 4, 3, 1, 5, 1, 0, 2, 1200, 300, 4096))
+    observer.on_start(StartInfo("onnxruntime", "a plan", 4, None, 4, 3, 1, 5, 1, 0, 2, 1200, 300, 4096, 2e-4))
     os.close(int(os.environ["TERMINAL"]))
     for step in (1, 2, 3):
         observer.on_step(StepMetrics(step, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
@@ -602,7 +603,7 @@ def test_no_traceback_in_a_real_process(arguments: list[str]) -> None:
 
 RESULT = TrainResult("openvino", "whole step", 4, None, Path("adapter"), 3, 0.25, 2.0, 0.5, 61.0, 2_000_000)
 PLAN = "fp32, activations computed again, weights streamed"
-START = StartInfo("onnxruntime", PLAN, 1, 250_000_000, 4, 3, 2, 5, 1, 0, 2, 1200, 300, 4096)
+START = StartInfo("onnxruntime", PLAN, 1, 250_000_000, 4, 3, 2, 5, 1, 0, 2, 1200, 300, 4096, 2e-4)
 METRICS = [StepMetrics(step, 1 / step, 2e-4, 0.5, 64, 1234.5, 1_500_000_000, 60.0 * step) for step in (1, 2, 3)]
 
 
@@ -652,6 +653,7 @@ def test_train_passes_options_on(bundle: Path, data: Path, trained: list[TrainCo
     assert train(bundle, data, *flags.split(), "--init-adapter", adapter).exit_code == 0
     assert train(bundle, data, "--epochs", "1.5").exit_code == 0
     assert train(bundle, data).exit_code == 0
+    assert train(bundle, data, "--learning-rate", "auto").exit_code == 0
     assert trained == [
         TrainConfig(
             runtime="ort-training",
@@ -673,6 +675,7 @@ def test_train_passes_options_on(bundle: Path, data: Path, trained: list[TrainCo
             force=True,
         ),
         TrainConfig(epochs=1.5),
+        TrainConfig(),
         TrainConfig(),
     ]
 
@@ -700,7 +703,7 @@ def test_flags_override_the_config_file(bundle: Path, data: Path, trained: list[
     ("text", "reason"),
     [
         ("seed = 1\nbatch-size = 0\n", ":2: batch_size: 0 is not in the range 1<=x<=1000000."),
-        ("learning-rate = nan\n", ":1: learning_rate: nan is not a finite number"),
+        ("learning-rate = nan\n", ":1: learning_rate: nan is not a finite number; auto is taken as well"),
         ("steps = 3\nepochs = 1\n", ":2: steps and epochs exclude each other; keep one of them"),
         ('memory-budget = "3 apples"\n', f":1: memory_budget: '3 apples' is no size; expected {SIZES}"),
         ("stepz = 3\n", ":1: unknown key 'stepz'; did you mean 'steps'?"),
@@ -730,7 +733,8 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
     assert result.stdout == "adapter: 3 steps in 0:01:01, loss 0.2500\nvalidation loss 2.0000 -> 0.5000\n"
     assert result.stderr.splitlines() == [
         "1 row is too long",
-        "5 rows (1,200 tokens, 300 of them trained), 3 steps (2 an epoch), 4,096 parameters, on onnxruntime "
+        "5 rows (1,200 tokens, 300 of them trained), 3 steps (2 an epoch), learning rate 0.0002, 4,096 "
+            "parameters, on onnxruntime "
         f"({PLAN}, room for 1 row at a time, about 250.0 MB), state saved never",
         "validation loss 2.0000 before training",
         "step 1/3: loss 1.0000, lr 2.00e-04, 1,234 tokens/s, ETA 0:01:00, peak 1.5 GB",
@@ -759,7 +763,7 @@ def test_train_writes_plain_lines_where_there_is_no_terminal(
 def test_long_runs_write_about_a_hundred_lines() -> None:
     lines: list[str] = []
     observer = LineObserver(lines.append)
-    observer.on_start(StartInfo("onnxruntime", PLAN, 4, None, 4, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096))
+    observer.on_start(StartInfo("onnxruntime", PLAN, 4, None, 4, 1050, 100, 5, 1, 0, 2, 1200, 300, 4096, 2e-4))
     for step in range(1, 1051):
         observer.on_step(StepMetrics(step, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
     steps = [int(line.split()[1].split("/")[0]) for line in lines[1:]]

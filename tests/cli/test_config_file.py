@@ -132,6 +132,11 @@ force = true
     assert settings["batch_size"].place == f"{path}:{line}"
 
 
+def test_a_word_may_stand_for_a_number(tmp_path: Path) -> None:
+    setting = read_config(write(tmp_path, 'learning-rate = "auto"\n'), TrainConfig)["learning_rate"]
+    assert setting.value == "auto"
+
+
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
     assert read_config(write(tmp_path, "# nothing yet\n"), TrainConfig) == {}
 
@@ -146,7 +151,9 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
         ("# x\nsteps = 'three'\n", 2, "steps is 'three', expected a whole number"),
         ("steps = 1.5\n", 1, "steps is 1.5, expected a whole number"),
         ("steps = true\n", 1, "steps is True, expected a whole number"),
-        ("learning-rate = '1e-3'\n", 1, "learning-rate is '1e-3', expected a number"),
+        ("learning-rate = '1e-3'\n", 1, "learning-rate is '1e-3', expected a number, or 'auto'"),
+        ("learning-rate = true\n", 1, "learning-rate is True, expected a number, or 'auto'"),
+        ("learning-rate = 0\n", 1, "learning_rate: 0.0 is not in the range 1e-30<=x<=1000; auto is taken as well"),
         ("shuffle = 0\n", 1, "shuffle is 0, expected true or false"),
         ("init-adapter = 4\n", 1, "init-adapter is 4, expected a path in quotes"),
         ("schedule = 'cubic'\n", 1, "schedule is 'cubic', expected 'constant' or 'linear' or 'cosine'"),

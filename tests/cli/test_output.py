@@ -109,7 +109,7 @@ import os, sys
 from edgetune.cli.progress import shown
 from edgetune.training.observer import StartInfo, StepMetrics
 with shown(quiet=False) as observer:
-    observer.on_start(StartInfo("onnxruntime", "a plan", 4, None, 4, 3, 1, 5, 1, 0, 2, 1200, 300, 4096))
+    observer.on_start(StartInfo("onnxruntime", "a plan", 4, None, 4, 3, 1, 5, 1, 0, 2, 1200, 300, 4096, 2e-4))
     observer.on_step(StepMetrics(1, 1.0, 1e-4, 0.5, 64, 100.0, None, 1.0))
     # Whoever watches the terminal now has seen what this long run has said so far.
     os.write(1, b"waiting\\n")

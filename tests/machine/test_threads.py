@@ -209,6 +209,7 @@ def test_what_is_learnt_stays_the_same(wide: Bundle, rows: Path, tmp_path: Path,
     for count in (1, 2):
         output = tmp_path / str(count)
         arguments = ("--data", rows, "--output", output, "--runtime", runtime, "--steps", 3, "--threads", count)
+        arguments += ("--learning-rate", 2e-4)
         assert edgetune("train", wide.path, *arguments).exit_code == 0
         values = load_file(output / "adapter_model.safetensors")
         learnt.append(np.concatenate([value.ravel() for name, value in sorted(values.items()) if "lora_B" in name]))

@@ -365,6 +365,7 @@ def test_a_forward_only_step_is_its_passes(bundle: Bundle, plan: str, monkeypatc
     monkeypatch.setattr(ForwardOnlySession, "_loss", counted)
     monkeypatch.setattr(timing, "_timed", timed)
     arguments = ("plan", bundle.path, "--data", GOLDEN / "train.jsonl", "--runtime", "onnxruntime", "--plan", plan)
+    arguments += ("--epochs", 3)
     for queries in (8, 38):
         found = answer(*arguments, "--method", "forward-only", "--queries", queries)
         assert "forward" in found["plan"]

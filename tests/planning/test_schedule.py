@@ -31,8 +31,8 @@ def test_rates_are_those_of_transformers(schedule: Schedule, warmup: int, total:
 @pytest.mark.parametrize(
     ("rows", "config", "batches", "epoch", "total"),
     [
-        (10, TrainConfig(batch_size=4), 3, 3, 9),
-        (10, TrainConfig(batch_size=4, gradient_accumulation_steps=2), 3, 2, 6),
+        (10, TrainConfig(batch_size=4, epochs=3), 3, 3, 9),
+        (10, TrainConfig(batch_size=4, gradient_accumulation_steps=2, epochs=3), 3, 2, 6),
         (10, TrainConfig(batch_size=4, gradient_accumulation_steps=2, epochs=0.5), 3, 2, 1),
         (10, TrainConfig(batch_size=2, epochs=1.1), 5, 5, 6),
         (1, TrainConfig(batch_size=8, gradient_accumulation_steps=8, steps=5), 1, 1, 5),
@@ -42,6 +42,17 @@ def test_steps_of_a_run(rows: int, config: TrainConfig, batches: int, epoch: int
     schedule = schedule_steps(rows, request_of(config))
     assert (schedule.batches_per_epoch, schedule.steps_per_epoch, schedule.total_steps) == (batches, epoch, total)
     assert sum(schedule.batches(step) for step in range(epoch)) == batches
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs"),
+    [(1, 4), (140, 4), (264, 4), (268, 3), (396, 3), (400, 2), (796, 2), (800, 1), (100_000, 1)],
+)
+def test_few_rows_are_gone_through_more_often_by_themselves(rows: int, epochs: int) -> None:
+    found, asked = (
+        schedule_steps(rows, request_of(config)) for config in (TrainConfig(), TrainConfig(epochs=epochs))
+    )
+    assert found == asked
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from edgetune import config as module
 from edgetune.cli import VERBS
 from edgetune.cli.values import fields_of, type_of
-from edgetune.config import Option, hints_of, option_of
+from edgetune.config import Option, alternatives, hints_of, option_of
 from support.repository import ROOT
 
 COMMAND_LINE = sorted((ROOT / "edgetune" / "cli").rglob("*.py"))
@@ -83,7 +83,7 @@ def test_a_field_says_all_that_its_option_needs(kind: type, name: str) -> None:
     said = option_of(each)
     assert re.fullmatch(r"\S.*\.", said.help), "one sentence"
     # Of a field that has a value for each of some names, the values are bounded.
-    if hint in (int, float) or get_origin(hint) is dict:
+    if {int, float} & set(alternatives(hint)) or get_origin(hint) is dict:
         assert said.least is not None, "a number has a lower bound"
     else:
         assert (said.least, said.most) == (None, None)

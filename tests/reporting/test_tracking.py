@@ -21,7 +21,7 @@ from support.golden import BUNDLE, TRAIN, VALID
 from support.recorder import metrics
 
 KEYS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes", "peak_memory_bytes")
-START = StartInfo("onnxruntime", "a plan", 4, None, 4, 3, 1, 5, 1, 0, 2, 1200, 300, 4096)
+START = StartInfo("onnxruntime", "a plan", 4, None, 4, 3, 1, 5, 1, 0, 2, 1200, 300, 4096, 2e-4)
 TOOLS: tuple[TrackingTool, ...] = ("tensorboard", "mlflow")
 FAILING = {"tensorboard": "tensorboard.summary.Writer", "mlflow": "mlflow.MlflowClient"}
 

@@ -17,7 +17,7 @@ from edgetune.errors import DataError, EdgetuneError, IncompatibleError, PausedR
 from edgetune.preview import preview
 from edgetune.runtimes.layered.cached_states import FILE
 from edgetune.training import train
-from edgetune.training.observer import SilentObserver, StepMetrics
+from edgetune.training.observer import SilentObserver, StartInfo, StepMetrics
 from edgetune.training.saved_run import SavedRun
 from support.bigram_runtime import BigramSession
 from support.golden import BUNDLE, TRAIN, VALID
@@ -39,6 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "several passes": {"plan": "recompute", "batch_size": 8},
     "validation": {"eval_steps": 5, "keep_best": True},
     "forward-only": {"method": "forward-only", "queries": 4, "learning_rate": 1e-3},
+    "chosen rate": {"learning_rate": "auto"},
 }
 
 
@@ -55,6 +56,21 @@ class KillAfter(SilentObserver):
     def on_step(self, metrics: StepMetrics) -> None:
         if metrics.step == self._step:
             raise Killed
+
+
+class Both(SilentObserver):
+    """Tells two observers how a run begins and what its steps are."""
+
+    def __init__(self, first: Recorder, second: SilentObserver) -> None:
+        self._observers = (first, second)
+
+    def on_start(self, info: StartInfo) -> None:
+        for observer in self._observers:
+            observer.on_start(info)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        for observer in self._observers:
+            observer.on_step(metrics)
 
 
 def learn(output: Path, config: TrainConfig, observer: Any = None, data: Path = TRAIN) -> None:
@@ -234,6 +250,32 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path) -> None:
     learn(output, replace(constant, resume=True), seen)
     assert any("goes to step 12 instead of 5" in notice for notice in seen.notices)
     assert (output / WEIGHTS).read_bytes() == (tmp_path / "long" / WEIGHTS).read_bytes()
+
+
+def test_a_run_that_goes_on_keeps_the_learning_rate_that_it_chose(tmp_path: Path) -> None:
+    output, chosen = tmp_path / "adapter", replace(BASE, learning_rate="auto", schedule="constant")
+    learn(output, replace(chosen, steps=5, keep_state=True))
+    (rate,) = {line["learning_rate"] for line in metrics(output)}
+    # So many more steps would have another rate by themselves.
+    more, seen = replace(chosen, steps=1000, resume=True), Recorder()
+    with pytest.raises(Killed):
+        learn(output, more, Both(seen, KillAfter(7)))
+    assert seen.starts[0].learning_rate == rate == seen.steps[-1].learning_rate
+    fresh = Recorder()
+    with pytest.raises(Killed):
+        learn(tmp_path / "fresh", replace(more, resume=False), Both(fresh, KillAfter(1)))
+    assert fresh.starts[0].learning_rate < rate
+
+
+def test_a_run_that_was_given_a_rate_keeps_it_where_nothing_is_said_of_it(tmp_path: Path) -> None:
+    output = tmp_path / "adapter"
+    with pytest.raises(Killed):
+        learn(output, BASE, KillAfter(5))
+    seen = Recorder()
+    learn(output, replace(BASE, learning_rate="auto", resume=True), seen)
+    assert seen.starts[0].learning_rate == BASE.learning_rate
+    options = json.loads(json.loads((output / "edgetune.json").read_text())["provenance"]["options"])
+    assert options["learning_rate"] == BASE.learning_rate
 
 
 def test_a_step_that_is_not_finite_goes_on_with_another_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ KEYS = [
     "step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes", "seconds",
     "memory_bytes",
 ]  # fmt: skip
-FAST = TrainConfig(learning_rate=0.5, schedule="constant", batch_size=4)
+FAST = TrainConfig(learning_rate=0.5, schedule="constant", batch_size=4, epochs=3)
 
 
 @pytest.fixture
@@ -155,6 +155,7 @@ def test_the_start_says_what_is_trained(bundle: Bundle, data: Path, tmp_path: Pa
             tokens_per_epoch=words + len(rows),  # and an end of sequence each
             trained_tokens_per_epoch=words,  # but for the prompt's one word
             trainable_parameters=2 * 4 * 16,
+            learning_rate=0.5,
             first_step=1,
             saved="about every 0.3 s",
         )
@@ -176,8 +177,8 @@ def test_every_row_is_taken_once_an_epoch(bundle: Bundle, data: Path) -> None:
 @pytest.mark.own
 def test_accumulated_batches_are_one_batch(bundle: Bundle, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "train.jsonl", some_rows(8))
-    whole, _ = run(bundle, data, TrainConfig(batch_size=4, shuffle=False, learning_rate=0.5), output="whole")
-    split = TrainConfig(batch_size=1, gradient_accumulation_steps=4, shuffle=False, learning_rate=0.5)
+    whole, _ = run(bundle, data, TrainConfig(batch_size=4, shuffle=False, learning_rate=0.5, epochs=3), output="whole")
+    split = TrainConfig(batch_size=1, gradient_accumulation_steps=4, shuffle=False, learning_rate=0.5, epochs=3)
     pieces, _ = run(bundle, data, split, output="pieces")
     assert whole.steps == pieces.steps == 6
     for name, value in read(bundle, whole.path).items():
@@ -233,7 +234,7 @@ def test_validation_rows_may_go_during_the_run_and_only_their_name_is_told(
 def test_validation_is_what_evaluate_measures(bundle: Bundle, data: Path, tmp_path: Path) -> None:
     valid = write_rows(tmp_path / "valid.jsonl", some_rows(7, seed=3))
     # 7 rows of different lengths in batches of 2: a mean of batch means would be another number.
-    config = TrainConfig(learning_rate=0.5, schedule="constant", batch_size=2)
+    config = TrainConfig(learning_rate=0.5, schedule="constant", batch_size=2, epochs=3)
     result, seen = run(bundle, data, config, valid=valid)
     assert [step for step, _ in seen.validations] == [0, 5, 10, 15]
     losses = [loss for _, loss in seen.validations]
@@ -364,7 +365,7 @@ def test_options_rows_and_output_are_refused_before_loading(unloadable: Bundle, 
     with pytest.raises(UsageError, match="batch_size is 0"):
         run(unloadable, data, TrainConfig(batch_size=0))
     with pytest.raises(UsageError, match="warmup_steps is 9"):
-        run(unloadable, data, TrainConfig(warmup_steps=9))
+        run(unloadable, data, TrainConfig(warmup_steps=9, epochs=3))
     with pytest.raises(UsageError, match=r"runtime is 'cuda', expected one of auto"):
         run(unloadable, data, TrainConfig(runtime="cuda"))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"absent\.jsonl"):
