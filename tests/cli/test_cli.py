@@ -131,7 +131,7 @@ def test_help_is_instant_and_imports_no_command() -> None:
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
     assert list(VERBS) == [
         "init", "prepare", "split", "data", "plan", "train", "import", "preview", "eval", "export", "generate", "chat",
-        "ship", "inspect", "report", "runs", "devices", "conformance", "doctor", "completion",
+        "jobs", "ship", "inspect", "report", "runs", "devices", "conformance", "doctor", "completion",
     ]  # fmt: skip
     stdout = run("--help").stdout
     positions = [stdout.index(f"  {name} ") for name in VERBS]
