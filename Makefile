@@ -3,7 +3,7 @@
 # make test-arm      setup, then training with the aarch64 wheels under an emulator; skipped where there is no apt
 # make test-native   setup, then training with the C++ sample; skipped where there is no apt or no compiler
 # make test-web      setup, then the JavaScript examples in Node and in Chromium; skipped where these cannot be had
-# make demo    setup, then the main job on a small model that is built on the spot
+# make demo    setup, then the main job on a real model that comes from PyPI, beside PyTorch + PEFT (DEMO=offline: on a small one that is built)
 # make tasks   setup, then seven tasks on a real model that comes from PyPI: an adapter each, beside its base
 # make lint    setup, then ruff and mypy alone
 # make bench   setup, then edgetune and PyTorch + PEFT in one sitting (BENCH="--cases small-best --runs 3"; docs/benchmarks.md)
@@ -55,10 +55,10 @@ web-tools:
 	tests/javascript/web_tools.sh
 
 demo: setup
-	$(HOST) examples/demo.py
+	$(HOST) -m examples.demo $(DEMO)
 
 tasks: setup
-	$(HOST) examples/tasks/run.py $(TASKS)
+	$(HOST) -m examples.tasks.run $(TASKS)
 
 bench: setup
 	$(HOST) -m benchmarks $(BENCH)
