@@ -244,7 +244,7 @@ def run(demo: Demo, shell: Shell, timings: Timings) -> list[tuple[bool, str]]:
         columns["PyTorch + PEFT"] = "pytorch.jsonl"
         score, seconds = theirs["scores"][metric], theirs["train_seconds"]
         ours = json.loads((folder / "adapter" / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-        console.print(f"training took edgetune {ours:.0f} s, its validation with it, and PyTorch + PEFT {seconds:.0f} s")
+        console.print(f"training took edgetune {ours:.0f} s, with its validation, and PyTorch + PEFT {seconds:.0f} s")
         goals.append(
             (after >= score - MOST_BELOW_PYTORCH, f"{metric} {after:.1%} beside {score:.1%} of PyTorch + PEFT")
         )

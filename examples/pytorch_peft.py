@@ -3,9 +3,9 @@
     python -m examples.pytorch_peft CHECKPOINT BUNDLE ADAPTER --data train.jsonl --test test.jsonl --metric accuracy
 
 Rank, alpha, learning rate, schedule, steps, the order of rows and the precision are read from ADAPTER. Rows become
-the token ids and labels that `edgetune preview` shows. All else is PyTorch, transformers and PEFT: the base is
-CHECKPOINT in float32, not the bundle's int4; A is drawn by PEFT, so that the two runs are no twins. Prompts are made
-with transformers' tokenizer, answered greedily in float32, and measured by edgetune's metrics.
+the token ids and labels that they are to edgetune, cut where training would cut them. All else is PyTorch, transformers
+and PEFT: the base is CHECKPOINT in float32, not the bundle's int4; A is drawn by PEFT, so that the two runs are no
+twins. Prompts are made with transformers' tokenizer, answered greedily in float32, and measured by edgetune's metrics.
 
 The last line is a JSON object: `scores`, `perplexity`, `train_seconds`, `answer_seconds`, `peak_memory_bytes`.
 """
@@ -28,13 +28,14 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, Phi3ForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
 from edgetune.data.batches import epoch_batches
-from edgetune.data.encode import IGNORED
+from edgetune.data.encode import IGNORED, Example, load_encoder
+from edgetune.data.examples import load_examples
 from edgetune.data.problems import Problems
 from edgetune.data.rows import ChatRow, Message, read_rows
 from edgetune.evaluation.answered_rows import write_answered_rows
 from edgetune.evaluation.measurement import AnsweredRow
 from edgetune.evaluation.metrics import METRICS
-from edgetune.preview import Preview, preview
+from edgetune.formats.bundle import load_bundle
 
 _SCHEDULES = {"constant": "constant_with_warmup"}
 """Where transformers calls a schedule by another name."""
@@ -42,7 +43,7 @@ _ASKED_TOGETHER = 8
 """Prompts of a call of `generate`, padded on the left."""
 
 
-def batch_of(rows: Sequence[Preview]) -> dict[str, torch.Tensor]:
+def batch_of(rows: Sequence[Example]) -> dict[str, torch.Tensor]:
     """Rows padded on the right: `input_ids`, `attention_mask` and `labels`, each (rows, longest)."""
     longest = max(len(row.input_ids) for row in rows)
 
@@ -56,6 +57,19 @@ def batch_of(rows: Sequence[Preview]) -> dict[str, torch.Tensor]:
     }
 
 
+def rows_of(file: Path, bundle: Path, longest: int | None = None) -> list[Example]:
+    """Token ids and labels of the rows of a file, as edgetune trains them.
+
+    Args:
+        file: JSONL rows.
+        bundle: What they are encoded for.
+        longest: Tokens of a row, which is cut there; the bundle's maximum without it.
+    """
+    opened = load_bundle(bundle)
+    encoder = load_encoder(opened.path, opened.manifest.tokenizer)
+    return load_examples(file, encoder, longest or opened.manifest.max_length, truncate=True).examples
+
+
 def model_of(checkpoint: Path, adapter: Path) -> PeftModel:
     """The base in float32 with a new adapter of another one's kind: its rank, alpha and targets."""
     base = Phi3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa")
@@ -65,7 +79,7 @@ def model_of(checkpoint: Path, adapter: Path) -> PeftModel:
     return get_peft_model(base, settings)
 
 
-def train(model: PeftModel, rows: Sequence[Preview], provenance: Mapping[str, str]) -> None:
+def train(model: PeftModel, rows: Sequence[Example], provenance: Mapping[str, str]) -> None:
     """Train a new adapter as another one was.
 
     Args:
@@ -96,7 +110,7 @@ def train(model: PeftModel, rows: Sequence[Preview], provenance: Mapping[str, st
     model.eval()
 
 
-def losses(model: PeftModel, rows: Sequence[Preview]) -> list[tuple[float, int]]:
+def losses(model: PeftModel, rows: Sequence[Example]) -> list[tuple[float, int]]:
     """Mean loss of each row's trained tokens, in nats, and how many these are."""
     found = []
     for row in rows:
@@ -147,11 +161,11 @@ def main() -> None:
 
     provenance = json.loads((asked.adapter / "edgetune.json").read_text(encoding="ascii"))["provenance"]
     torch.manual_seed(json.loads(provenance["options"])["seed"])
-    model, rows = model_of(asked.checkpoint, asked.adapter), list(preview(asked.bundle, asked.data))
+    model, rows = model_of(asked.checkpoint, asked.adapter), rows_of(asked.data, asked.bundle)
     started = time.monotonic()
     train(model, rows, provenance)
     trained = time.monotonic()
-    tested = losses(model, list(preview(asked.bundle, asked.test)))
+    tested = losses(model, rows_of(asked.test, asked.bundle, model.config.max_position_embeddings))
     tokens = sum(count for _, count in tested)
     found: dict[str, Any] = {
         "perplexity": math.exp(sum(loss * count for loss, count in tested) / tokens),

@@ -90,8 +90,8 @@ class Run:
 
     def train(self, name: str) -> None:
         """Leave the task's adapter in a folder of its name."""
-        train = ("train", self.bundle, "--data", self.rows(name, "train"), "--output", name, "--force")
-        self.shell.run("edgetune", *train, *TRAINING, "--epochs", str(ALL[name].epochs))
+        train = ("train", self.bundle, "--data", self.rows(name, "train"), "--output", name)
+        self.shell.run("edgetune", *train, *TRAINING, "--truncate", "--force", "--epochs", str(ALL[name].epochs))
 
     def export(self, names: list[str]) -> None:
         """Put the adapters beside one base."""

@@ -48,7 +48,7 @@ def test_it_learns_what_edgetune_learns_and_answers_rows_that_eval_reads(
 
 def test_without_a_step_it_measures_as_edgetune_measures_the_base(adapter: Path) -> None:
     """The int4 weights of the bundle are all that differs."""
-    rows = list(script.preview(BUNDLE, VALID))
+    rows = script.rows_of(VALID, BUNDLE)
     model = script.model_of(CHECKPOINT, adapter)
     counted = script.losses(model, rows)
     tokens = sum(count for _, count in counted)
