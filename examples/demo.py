@@ -170,7 +170,7 @@ def answered(shell: Shell, model: str, rows: Path, metric: str, output: str) -> 
 
 def spread(rows: Path, count: int) -> str:
     """So many lines of a file, from all of it."""
-    lines = rows.read_text(encoding="ascii").splitlines(keepends=True)
+    lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
     return "".join(lines[:: len(lines) // count][:count])
 
 
@@ -190,7 +190,7 @@ def run(demo: Demo, shell: Shell, timings: Timings) -> list[tuple[bool, str]]:
     folder, metric = shell.folder, demo.metric
     for rows in (demo.train, demo.valid):
         shutil.copy(rows, folder)
-    (folder / "asked.jsonl").write_text(spread(demo.train, ASKED), encoding="ascii")
+    (folder / "asked.jsonl").write_text(spread(demo.train, ASKED), encoding="utf-8")
     train, valid, asked = Path(demo.train.name), Path(demo.valid.name), Path("asked.jsonl")
     training = ["edgetune", "train", "bundle", "--data", train, "--valid", valid, *demo.training]
     measuring = ["edgetune", "eval", "bundle", "--data", valid, "--json"]
