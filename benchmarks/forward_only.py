@@ -2,8 +2,8 @@
 
 Every run is the `edgetune` command in a fresh process, on the same bundle, rows and batch size. Two tables are printed:
 the highest resident memory of backpropagation, of forward-only training and of measuring the same rows' loss, with each
-runtime; and how far the validation loss falls, against steps and passes through the model. `make demo` leaves a bundle
-in `demo/bundle`, and its rows are in `examples/device_assistant/`.
+runtime; and how far the validation loss falls, against steps and passes through the model. `make demo DEMO=offline`
+leaves a bundle in `demo/offline/bundle`, and its rows are in `examples/device_assistant/`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How well forward-only training estimates a gradient: `python -m benchmarks.gradient_cosine BUNDLE --data FILE`.
 
 Printed is the cosine of the first step's estimate with the exact gradient of the same rows, and what theory expects it
-to be. The exact one is read off a step with a backward pass, which takes the memory of that. `make demo` leaves a
-bundle in `demo/bundle`, and its rows are in `examples/device_assistant/`.
+to be. The exact one is read off a step with a backward pass, which takes the memory of that. `make demo DEMO=offline`
+leaves a bundle in `demo/offline/bundle`, and its rows are in `examples/device_assistant/`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.experiments import Workload
-from examples import demo
+from examples.demo import OFFLINE
+from examples.running import ROOT
 
 _FIRST_PLAIN_TOKEN = 3
 """The ids before it are special tokens."""
@@ -39,7 +40,7 @@ def real_rows() -> tuple[Path, Path]:
 
     The former lie beside the checkout and are no part of the project.
     """
-    folder = demo.EXAMPLES.parent.parent / "shared" / "real" / "snips"
+    folder = ROOT.parent / "shared" / "real" / "snips"
     if folder.is_dir():
         return folder / "train.jsonl", folder / "valid.jsonl"
-    return demo.TRAIN, demo.VALID
+    return OFFLINE.train, OFFLINE.valid

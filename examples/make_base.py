@@ -3,7 +3,7 @@
 The text is the documentation strings of the standard library, read with `ast` and never imported. The result is an
 ordinary Hugging Face folder: a model that knows the chat format and some words of English, and nothing else.
 
-    python examples/make_base.py demo/base
+    python examples/make_base.py base
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A native app does the same in its own language; docs/native.md says what each tensor is. Token ids and labels come from
 `edgetune preview`, and what is written is an adapter that `edgetune eval` and `edgetune export` take:
 
-    edgetune preview demo/bundle --data examples/device_assistant/train.jsonl --json > rows.jsonl
-    python examples/portable_loop.py demo/bundle rows.jsonl my_adapter
+    edgetune preview demo/offline/bundle --data examples/device_assistant/train.jsonl --json > rows.jsonl
+    python examples/portable_loop.py demo/offline/bundle rows.jsonl my_adapter
 """
 
 from __future__ import annotations

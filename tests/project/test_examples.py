@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,19 +17,36 @@ from edgetune.data.rows import ChatRow, read_rows
 from edgetune.evaluation import evaluate
 from edgetune.evaluation.metrics import problem_of
 from edgetune.preview import preview
+from examples.tasks.run import ALL
 from support.golden import GOLDEN
 from support.repository import ROOT
 
 EXAMPLES = ROOT / "examples"
 
 
-def test_the_device_assistant_has_enough_rows_and_holds_ten_out() -> None:
-    paths = [EXAMPLES / "device_assistant" / f"{name}.jsonl" for name in ("train", "valid")]
+@pytest.mark.parametrize(("folder", "least", "held_out"), [("device_assistant", 60, 10), ("house_commands", 100, 42)])
+def test_a_demo_has_enough_rows_and_asks_nothing_twice(folder: str, least: int, held_out: int) -> None:
+    paths = [EXAMPLES / folder / f"{name}.jsonl" for name in ("train", "valid")]
     train, valid = (list(read_rows(path, Problems(path))) for path in paths)
-    questions = [row.messages[0].content for row in (*train, *valid) if isinstance(row, ChatRow)]
-    assert len(train) >= 60
-    assert len(valid) == 10
+    questions = [row.messages[-2].content for row in (*train, *valid) if isinstance(row, ChatRow)]
+    assert len(train) >= least
+    assert len(valid) == held_out
     assert len(set(questions)) == len(questions) == len(train) + len(valid)
+
+
+def test_a_command_of_the_house_is_in_the_words_of_its_request_and_none_that_is_held_out_is_trained() -> None:
+    commands: dict[str, set[str]] = {"train": set(), "valid": set()}
+    for name, found in commands.items():
+        path = EXAMPLES / "house_commands" / f"{name}.jsonl"
+        for row in read_rows(path, Problems(path)):
+            assert isinstance(row, ChatRow)
+            request, command = (message.content for message in row.messages[-2:])
+            found.add(command)
+            said = json.loads(command)
+            assert list(said) in (["intent", "device", "place"], ["intent", "device", "place", "value"])
+            assert ("value" in said) == (said.pop("intent") in ("set", "remind")), command
+            assert [word for word in said.values() if word not in request.lower()] == []
+    assert commands["train"] & commands["valid"] == set()
 
 
 TASKS = sorted(path for path in (EXAMPLES / "tasks").iterdir() if path.is_dir())
@@ -38,7 +54,7 @@ TASKS = sorted(path for path in (EXAMPLES / "tasks").iterdir() if path.is_dir())
 
 @pytest.mark.parametrize("folder", TASKS, ids=lambda folder: folder.name)
 def test_a_task_has_rows_that_its_metrics_can_measure_and_none_twice(folder: Path) -> None:
-    task = runpy.run_path(str(EXAMPLES / "tasks" / "run.py"))["ALL"][folder.name]
+    task = ALL[folder.name]
     rows = []
     for name in ("train", "test"):
         problems = Problems(folder / f"{name}.jsonl")
@@ -53,24 +69,31 @@ def test_a_task_has_rows_that_its_metrics_can_measure_and_none_twice(folder: Pat
 
 
 def test_every_task_is_run_and_described() -> None:
-    known = runpy.run_path(str(EXAMPLES / "tasks" / "run.py"))["ALL"]
-    assert sorted(known) == [folder.name for folder in TASKS]
+    assert sorted(ALL) == [folder.name for folder in TASKS]
     page = (EXAMPLES / "tasks" / "README.md").read_text(encoding="utf-8")
-    for name, task in known.items():
+    for name, task in ALL.items():
         assert re.search(
             rf"^\| \[{name}\].*\| {', '.join(f'`{metric}`' for metric in task.metrics)} \|$", page, re.MULTILINE
         )
 
 
-def test_the_runner_trains_exports_and_compares(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "tasks" / "run.py"), "chat", "domain", "--rows", "3"]
+def test_the_runner_trains_exports_and_compares_with_the_base_and_with_peft(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "examples.tasks.run", "chat", "domain", "--rows", "3"]
+    places = ["--bundle", GOLDEN / "bundle", "--checkpoint", GOLDEN / "edgetune-golden-base", "--work"]
     done = subprocess.run(
-        [*command, "--bundle", str(GOLDEN / "bundle"), "--work", str(tmp_path / "work")],
-        cwd=tmp_path, env={**os.environ, "COLUMNS": "120"}, capture_output=True, text=True, encoding="utf-8",
+        [*command, *places, tmp_path / "work"],
+        cwd=ROOT, env={**os.environ, "COLUMNS": "140"}, capture_output=True, text=True, encoding="utf-8",
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    for name, metric in (("chat", "token-f1"), ("chat", "perplexity"), ("domain", "perplexity")):
-        assert re.search(rf"│ {name} +│ {metric} +│ \d+\.\d{{3}} +│ \d+\.\d{{3}}", done.stdout), done.stdout
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    scores = {(name, metric): (base, ours, theirs) for name, metric, base, ours, _, theirs, *_ in lines}
+    assert list(scores) == [("chat", "token-f1"), ("chat", "perplexity"), ("domain", "perplexity")], done.stderr
+    assert all(re.fullmatch(r"\d+\.\d{3}", score) for told in scores.values() for score in told)
+    # A model so small answers at random after four steps.
+    higher = {(name, metric): metric != "perplexity" for name, metric in scores}
+    gains = {key: (float(ours) - float(base)) * (1 if higher[key] else -1) for key, (base, ours, _) in scores.items()}
+    worse = [f"{metric} of {name}" for (name, metric), gain in gains.items() if gain <= 0]
+    assert done.returncode == bool(worse), done.stderr
+    assert not worse or done.stderr.splitlines()[-1] == f"not better than the base: {', '.join(worse)}"
     assert (tmp_path / "work" / "model" / "adapters" / "domain.onnx_adapter").is_file()
 
 

