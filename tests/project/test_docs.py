@@ -35,6 +35,7 @@ PAGES = sorted(
     for pattern in (
         "README.md",
         "CONTRIBUTING.md",
+        "SECURITY.md",
         "docs/**/*.md",
         "artifacts/*.md",
         "examples/**/*.md",

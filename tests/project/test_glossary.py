@@ -28,6 +28,7 @@ TEXTS = sorted(
     for pattern in (
         "README.md",
         "CONTRIBUTING.md",
+        "SECURITY.md",
         "docs/**/*.md",
         "artifacts/*.md",
         "artifacts/*.schema.json",
