@@ -1,4 +1,4 @@
-"""Adapters below a folder, a line each."""
+"""Adapters below a folder, and runs that are not finished, a line each."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from edgetune.reporting.runs import Found, Run, find_runs
 
 @dataclass(frozen=True)
 class Entry:
-    """An adapter, and what is known of its run."""
+    """An adapter, or one that is not finished, and what is known of its run."""
 
     path: Path
     """As seen from the folder that was listed."""
     run: Run | None
     problem: str
     """Why it cannot be read; empty where it can."""
+    unfinished_steps: int | None = None
+    """Of a run that has left no adapter yet: how far it came."""
 
     def record(self) -> dict[str, Any]:
         """For programs; what is not known is null."""
@@ -36,7 +38,8 @@ class Entry:
             "base": run.base or None if run else None,
             "method": run.method or None if run else None,
             "rank": run.rank or None if run else None,
-            "steps": history.steps if history and measured else None,
+            "steps": history.steps if history and measured else self.unfinished_steps,
+            "unfinished": self.unfinished_steps is not None,
             "loss": history.last("loss") if history else None,
             "first_validation_loss": first,
             "last_validation_loss": last,
@@ -57,7 +60,8 @@ class Entry:
         where = ", ".join(told[key] for key in ("runtime", "plan") if told[key])
         return {
             "adapter": told["path"],
-            "date": date_words(self.run.finished if self.run else None) or "–",
+            "date": date_words(self.run.finished if self.run else None)
+            or ("unfinished" if told["unfinished"] else "–"),
             "base": told["base"] or "–",
             "method, rank": how or "–",
             "steps": "–" if told["steps"] is None else f"{told['steps']:,}",
@@ -93,7 +97,7 @@ def list_runs(folder: Path, config: RunsConfig = RunsConfig()) -> list[Entry]:
 
 def _entry(folder: Path, found: Found) -> Entry:
     path = found.path.relative_to(folder)
-    return Entry(found.path if path == Path() else path, found.run, found.problem)
+    return Entry(found.path if path == Path() else path, found.run, found.problem, found.unfinished_steps)
 
 
 def _loss(loss: float | None) -> str:

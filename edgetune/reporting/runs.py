@@ -19,7 +19,7 @@ from edgetune.formats.manifest import AdapterManifest
 from edgetune.formats.storage import locked, recover
 from edgetune.reporting.history import History, lines_of, read_history
 from edgetune.text.pulse import silent
-from edgetune.training.saved_run import SavedRun
+from edgetune.training.saved_run import SavedRun, unfinished_in
 
 UNFINISHED = "not finished"
 """What is said of a run of which only its state is there."""
@@ -75,6 +75,8 @@ class Found:
     """None where it cannot be read."""
     problem: str = ""
     """Why not; empty where it can."""
+    unfinished_steps: int | None = None
+    """Of a run that has left no adapter yet: how far it came."""
 
 
 def read_run(path: Path) -> Run:
@@ -104,9 +106,9 @@ def read_run(path: Path) -> Run:
 
 
 def find_runs(folder: Path) -> Iterator[Found]:
-    """The adapters in a folder and below it, in the order of their paths; hidden folders and links are left out.
+    """The adapters in a folder and below it, and the runs that are to be gone on with; links are left out.
 
-    Only contracts and records are read and verified, not weights.
+    Only contracts and records are read and verified, not weights, and of a run that is not finished nothing.
 
     Raises:
         UsageError: There is no such folder.
@@ -117,6 +119,8 @@ def find_runs(folder: Path) -> Iterator[Found]:
         if CONFIG in files:
             folders.clear()
             yield _found(Path(place))
+        for output, steps in unfinished_in(Path(place)).items():
+            yield Found(output, None, unfinished_steps=steps)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
 
 

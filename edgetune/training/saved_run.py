@@ -181,6 +181,14 @@ class SavedRun:
         return list(self.folder.glob("step-*.safetensors")) if self.folder.is_dir() else []
 
 
+def unfinished_in(folder: Path) -> dict[Path, int]:
+    """Runs whose output was to lie in a folder and is not there: the newest step that each has a state of."""
+    names = (path.name for path in folder.glob(".*.run"))
+    outputs = (folder / name.removeprefix(".").removesuffix(".run") for name in names)
+    steps = {output: SavedRun(output).steps() for output in outputs if not output.exists()}
+    return {output: step for output, step in sorted(steps.items()) if step is not None}
+
+
 def digest_of(arrays: Iterable[tuple[str, NDArray[Any]]]) -> str:
     """SHA-256 of named arrays: names, types, shapes and bytes."""
     digest = hashlib.sha256()

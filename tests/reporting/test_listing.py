@@ -53,6 +53,7 @@ def test_a_line_says_what_the_record_does(folder: Path) -> None:
         "method": "backpropagation",
         "rank": "rank 4, alpha 8",
         "steps": 20,
+        "unfinished": False,
         "loss": lines[-1]["loss"],
         "first_validation_loss": 5.0,
         "last_validation_loss": lines[-1]["validation_loss"],
@@ -88,3 +89,17 @@ def test_what_is_not_known_is_a_dash_and_null(folder: Path) -> None:
 def test_an_order_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="sort is 'size', expected one of date, name"):
         list_runs(tmp_path, RunsConfig("size"))  # type: ignore[arg-type]
+
+
+def test_a_run_that_left_no_adapter_yet_is_listed(folder: Path) -> None:
+    for name in ("later", "a"):
+        states = folder / "deep" / f".{name}.run"
+        states.mkdir()
+        for step in (3, 12):
+            (states / f"step-{step:08d}.safetensors").touch()
+    (folder / ".empty.run").mkdir()
+    found = {entry.path.name: entry for entry in list_runs(folder)}
+    assert found.keys() == {"a", "b", "c", "bare", "broken", "later"}
+    assert (found["later"].record()["steps"], found["later"].record()["unfinished"]) == (12, True)
+    assert found["later"].words()["date"] == "unfinished"
+    assert not found["a"].record()["unfinished"], "which is there, and may be trained further"
