@@ -22,6 +22,7 @@ _OFFERED = {
         "EvaluateConfig",
         "ExportConfig",
         "GenerateConfig",
+        "ImportConfig",
         "PrepareConfig",
         "TrainConfig",
     ),
@@ -44,6 +45,7 @@ _OFFERED = {
     "edgetune.exporting": ("ExportReport", "export"),
     "edgetune.formats.bundle": ("Bundle", "load_bundle"),
     "edgetune.generation": ("generate",),
+    "edgetune.importing": ("ImportReport", "import_adapter"),
     "edgetune.preparation": ("prepare",),
     "edgetune.training": ("Observer", "StartInfo", "StepMetrics", "TrainResult", "train"),
 }
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from edgetune.config import EvaluateConfig as EvaluateConfig
     from edgetune.config import ExportConfig as ExportConfig
     from edgetune.config import GenerateConfig as GenerateConfig
+    from edgetune.config import ImportConfig as ImportConfig
     from edgetune.config import PrepareConfig as PrepareConfig
     from edgetune.config import TrainConfig as TrainConfig
     from edgetune.errors import DataError as DataError
@@ -81,6 +84,8 @@ if TYPE_CHECKING:
     from edgetune.formats.bundle import Bundle as Bundle
     from edgetune.formats.bundle import load_bundle as load_bundle
     from edgetune.generation import generate as generate
+    from edgetune.importing import ImportReport as ImportReport
+    from edgetune.importing import import_adapter as import_adapter
     from edgetune.preparation import prepare as prepare
     from edgetune.training import Observer as Observer
     from edgetune.training import StartInfo as StartInfo

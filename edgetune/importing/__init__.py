@@ -87,6 +87,9 @@ def import_adapter(
         config: Whether an adapter that is there is replaced.
         say: Called with one line of text for each thing that is to be said.
 
+    Returns:
+        What was written, and what it was made of.
+
     Raises:
         UsageError: A path is not there, holds no adapter or several; or `output` is there already.
         IncompatibleError: The bundle's slots cannot hold it; names all that is in the way, and what would.
