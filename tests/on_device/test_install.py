@@ -74,7 +74,11 @@ def test_every_module_that_a_device_uses_can_be_imported() -> None:
         if not (len(parts) > 1 and parts[1] in host) and not path.stem.endswith(scripts):
             modules.add(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     # These need the extra of that name.
-    needing = ("edgetune.runtimes.layered.openvino.", "edgetune.runtimes.whole.openvino_compiler")
+    needing = (
+        "edgetune.runtimes.layered.openvino.",
+        "edgetune.runtimes.whole.openvino_compiler",
+        *(f"edgetune.runtimes.torch.{module}" for module in ("engines", "network", "processes", "worker")),
+    )
     modules = {name for name in modules if not name.startswith(needing)}
     assert len(modules) > 30
     code = f"import importlib; [importlib.import_module(name) for name in {sorted(modules)!r}]"
