@@ -12,7 +12,7 @@ from edgetune.cli.command import Command, Group
 from edgetune.cli.inputs import PATH, bundle_at, row_sources
 from edgetune.cli.options import options_of
 from edgetune.cli.output import print_json
-from edgetune.config import AzureMlConfig, FoundryConfig, KaitoConfig, ResultConfig
+from edgetune.config import AzureMlConfig, FoundryConfig, JobConfig, KaitoConfig, ResultConfig
 from edgetune.data.folder import training_files
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def azure_ml(
 
     train, measured = _rows(data, valid)
     _write(
-        azure_ml_job(opened, config, with_valid=measured is not None), train, measured, output, config.force, printing
+        azure_ml_job(opened, config, with_valid=measured is not None), train, measured, output, config, printing
     )
 
 
@@ -71,7 +71,7 @@ def azure_foundry(data: Path, valid: Path | None, output: Path, config: FoundryC
     from edgetune.jobs.azure_foundry import foundry_job
 
     train, measured = _rows(data, valid)
-    _write(foundry_job(config, with_valid=measured is not None), train, measured, output, config.force, printing)
+    _write(foundry_job(config, with_valid=measured is not None), train, measured, output, config, printing)
 
 
 @command.command("kaito", cls=Command, epilog=KAITO_EXAMPLES)
@@ -84,7 +84,7 @@ def kaito(data: Path, output: Path, config: KaitoConfig, printing: ResultConfig)
     from edgetune.jobs.kaito import kaito_job
 
     train, _ = _rows(data, None)
-    _write(kaito_job(config), train, None, output, config.force, printing)
+    _write(kaito_job(config), train, None, output, config, printing)
 
 
 def _rows(data: Path, valid: Path | None) -> tuple[Path, Path | None]:
@@ -93,10 +93,10 @@ def _rows(data: Path, valid: Path | None) -> tuple[Path, Path | None]:
     return train, measured
 
 
-def _write(job: Job, data: Path, valid: Path | None, output: Path, force: bool, printing: ResultConfig) -> None:
+def _write(job: Job, data: Path, valid: Path | None, output: Path, config: JobConfig, printing: ResultConfig) -> None:
     from edgetune.jobs.folder import README, write_job
 
-    made = write_job(job, data, valid, output, force=force)
+    made = write_job(job, data, valid, output, config)
     if printing.json:
         print_json(asdict(made))
         return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgetune.config import JobConfig
 from edgetune.data.problems import Problems
 from edgetune.data.rows import ChatRow, CompletionRow, Row, read_rows
 from edgetune.data.source import kept
@@ -54,7 +55,7 @@ def refuse(problems: list[str]) -> None:
         raise UsageError("\n".join(problems))
 
 
-def write_job(job: Job, data: Path, valid: Path | None, output: Path, *, force: bool) -> WrittenJob:
+def write_job(job: Job, data: Path, valid: Path | None, output: Path, config: JobConfig) -> WrittenJob:
     """Write a job's folder; it appears when all of it is there.
 
     Args:
@@ -62,13 +63,13 @@ def write_job(job: Job, data: Path, valid: Path | None, output: Path, *, force: 
         data: JSONL rows to train on.
         valid: Rows to measure on, if any.
         output: The folder.
-        force: Replace one that is there.
+        config: Whether one that is there is replaced.
 
     Raises:
         UsageError: There are no such rows, or the output cannot be written.
         DataError: Naming every row that is none, or that is no conversation.
     """
-    with atomic_folder(output, replace=force, marker=README) as folder:
+    with atomic_folder(output, replace=config.force, marker=README) as folder:
         rows = _write_rows(data, folder / TRAIN)
         valid_rows = 0 if valid is None else _write_rows(valid, folder / VALID)
         for name, content in job.files.items():

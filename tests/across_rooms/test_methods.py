@@ -169,7 +169,10 @@ def test_twenty_steps_follow_peft(of: Of, method: str, plan: str) -> None:
 
 
 @each_method
-def test_an_adapter_has_the_same_logits_in_peft_and_comes_back(of: Of, method: str, tmp_path: Path) -> None:
+def test_an_adapter_has_the_same_logits_in_peft_and_comes_back(
+    of: Of, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # otherwise PEFT asks the hub for the base, again and again
     bundle = of(method, "fp32")
     parameters = strong(bundle)
     folder = written(tmp_path / "adapter", bundle, parameters)

@@ -70,7 +70,7 @@ INVALID: dict[str, tuple[str, str, int, str]] = {
     ),
     "no system": ('systems = ["linux"]', "systems = []", 8, "systems is empty"),
     "no runtime": ('names = ["qnn", "onnxruntime"]', "names = []", 13, "names is empty, expected one of openvino"),
-    "no known runtime": ('["qnn", "onnxruntime"]', '["torch"]', 13, "names is 'torch', expected one of"),
+    "no known runtime": ('["qnn", "onnxruntime"]', '["tensorflow"]', 13, "names is 'tensorflow', expected one of"),
     "misspelt runtime": ('"onnxruntime"]', '"onnxruntme"]', 13, "'onnxruntme'; did you mean 'onnxruntime'?"),
     "misspelt option": ("backend_type", "soc_modell", 15, "options has 'soc_modell'; did you mean 'soc_model'?"),
     "no chip": ('backend_type = "htp"', 'soc_model = "banana"', 15, "soc_model is 'banana', expected a number"),

@@ -250,7 +250,7 @@ def test_a_quantised_checkpoint_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.float64, np.bool_])
 def test_weights_of_another_type_are_refused(folder: Path, dtype: Any) -> None:
     change_tensors(folder, lm_head__weight=np.zeros((64, 64), dtype))
-    with pytest.raises(VerificationError, match=r"lm_head\.weight is of type \w+, expected one of F32, BF16, F16"):
+    with pytest.raises(VerificationError, match=r"lm_head\.weight is of type \w+, expected one of F32, F16, BF16"):
         opened(folder)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edgetune.config import AzureMlConfig, FoundryConfig
+from edgetune.config import AzureMlConfig, FoundryConfig, JobConfig
 from edgetune.formats.bundle import load_bundle
 from edgetune.jobs.azure_foundry import foundry_job
 from edgetune.jobs.azure_ml import JOB, azure_ml_job
@@ -36,7 +36,7 @@ def test_azures_library_takes_the_job(tmp_path: Path, kind: str) -> None:
     else:
         config = AzureMlConfig(gpus=2, sharding="zero3", batch_size=4, pipeline=kind == "pipeline")
         job = azure_ml_job(load_bundle(BUNDLE), config, with_valid=True)
-    path = write_job(job, TRAIN, VALID, tmp_path / "job", force=False).path / JOB
+    path = write_job(job, TRAIN, VALID, tmp_path / "job", JobConfig()).path / JOB
     assert "sent" in checked(path)
     broken = json.loads(path.read_text()) | {"nonsense": 1}
     path.write_text(json.dumps(broken))

@@ -178,12 +178,14 @@ def test_training_in_too_little_memory(tmp_path: Path, runtime: str) -> None:
 def test_preparing_in_too_little_memory(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source" / "tiny")
     arguments = ("prepare", source, "--output", tmp_path / "bundle", "--base", "fp32", "--rank", "2")
-    done = [limited(size, *arguments, "--force") for size in (300_000, 1_300_000, 1_400_000, 1_500_000)]
+    done = [limited(300_000, *arguments)]
+    # That does not get as far as Olive's own process; one of these does, wherever its few libraries lie.
+    for size in (1_400_000, 1_300_000, 1_500_000):
+        done.append(limited(size, *arguments, "--force"))
+        if "Olive's ModelBuilder failed" in done[-1].stderr:
+            break
     assert exit_code_of(ResourceError) in outcomes(done)
-    # The first does not get as far as Olive's own process; one of the others does, wherever its few libraries lie.
-    failed_in_olive = ["Olive's ModelBuilder failed" in each.stderr for each in done]
-    assert not failed_in_olive[0]
-    assert any(failed_in_olive)
+    assert ["Olive's ModelBuilder failed" in each.stderr for each in (done[0], done[-1])] == [False, True]
 
 
 @needs_another_user
