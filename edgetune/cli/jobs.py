@@ -55,9 +55,7 @@ def azure_ml(
     from edgetune.jobs.azure_ml import azure_ml_job
 
     train, measured = _rows(data, valid)
-    _write(
-        azure_ml_job(opened, config, with_valid=measured is not None), train, measured, output, config, printing
-    )
+    _write(azure_ml_job(opened, config, with_valid=measured is not None), train, measured, output, config, printing)
 
 
 @command.command("azure-foundry", cls=Command, epilog=FOUNDRY_EXAMPLES)
