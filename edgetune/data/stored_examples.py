@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from tempfile import SpooledTemporaryFile
 from threading import Lock
@@ -24,7 +25,34 @@ _ORDER_BYTES = 8
 """Of an example, in memory: its place in the order of an epoch."""
 
 
-class StoredExamples(Sequence[Example]):
+class CountedExamples(Sequence[Example]):
+    """Examples that are made when they are asked for, and whose lengths are known without it."""
+
+    @property
+    @abstractmethod
+    def token_counts(self) -> NDArray[np.int32]:
+        """(N,): the tokens of each example."""
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """What the examples and the order in which they are drawn take in memory."""
+
+    @abstractmethod
+    def _example(self, index: int) -> Example:
+        """One of them. Raises IndexError where there is none."""
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self._example(at) for at in range(len(self))[index]]
+        return self._example(index)
+
+
+class StoredExamples(CountedExamples):
     """Examples in a private file without a name, which are read one by one when they are asked for.
 
     A record is the line of the row, its token ids, and a bit for each token that says whether it is trained. What was
@@ -45,30 +73,24 @@ class StoredExamples(Sequence[Example]):
         with self._using:
             self._file.seek(self._size)
             self._file.write(record)
-        self._starts.append(self._size)
-        self._counts.append(len(ids))
-        self._size += len(record)
+            self._starts.append(self._size)
+            self._counts.append(len(ids))
+            self._size += len(record)
 
     @property
     def token_counts(self) -> NDArray[np.int32]:
-        """(N,): the tokens of each example."""
+        """See `CountedExamples.token_counts`."""
         return np.array(self._counts, np.int32)
 
     @property
-    def memory_bytes(self) -> int:
-        """What the examples and the order in which they are drawn take in memory."""
+    def held_bytes(self) -> int:
+        """See `CountedExamples.held_bytes`."""
         return len(self) * (_INDEX_BYTES + _ORDER_BYTES) + min(self._size, IN_MEMORY_BYTES)
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(len(self))[index]]
+    def _example(self, index: int) -> Example:
         count = self._counts[index]
         size = _LINE.itemsize + count * _ID.itemsize + -(-count // 8)
         with self._using:
@@ -79,11 +101,8 @@ class StoredExamples(Sequence[Example]):
         labels = np.where(np.unpackbits(bits, count=count), ids, _ID.type(IGNORED))
         return Example(int(np.frombuffer(record, _LINE, 1)[0]), ids.tolist(), labels.tolist())
 
-    def __iter__(self) -> Iterator[Example]:
-        return (self[index] for index in range(len(self)))
 
-
-class ShortenedExamples(Sequence[Example]):
+class ShortenedExamples(CountedExamples):
     """The first tokens of examples, cut when they are asked for.
 
     Args:
@@ -96,33 +115,25 @@ class ShortenedExamples(Sequence[Example]):
 
     @property
     def token_counts(self) -> NDArray[np.int32]:
-        """(N,): the tokens of each example."""
+        """See `CountedExamples.token_counts`."""
         return np.minimum(token_counts(self._whole), np.int32(self._length))
 
     @property
-    def memory_bytes(self) -> int:
-        """What they take in memory."""
-        return memory_bytes(self._whole)
+    def held_bytes(self) -> int:
+        """See `CountedExamples.held_bytes`."""
+        return held_bytes(self._whole)
 
     def __len__(self) -> int:
         return len(self._whole)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self._cut(example) for example in self._whole[index]]
-        return self._cut(self._whole[index])
-
-    def _cut(self, example: Example) -> Example:
+    def _example(self, index: int) -> Example:
+        example = self._whole[index]
         return replace(example, input_ids=example.input_ids[: self._length], labels=example.labels[: self._length])
 
 
 def token_counts(examples: Sequence[Example]) -> NDArray[np.int32]:
     """(N,): the tokens of each example, which those on disk need not be read for."""
-    if isinstance(examples, StoredExamples | ShortenedExamples):
+    if isinstance(examples, CountedExamples):
         return examples.token_counts
     return np.array([len(example.input_ids) for example in examples], np.int32)
 
@@ -132,6 +143,6 @@ def longest(examples: Sequence[Example]) -> int:
     return int(token_counts(examples).max(initial=0))
 
 
-def memory_bytes(examples: Sequence[Example]) -> int:
+def held_bytes(examples: Sequence[Example]) -> int:
     """What examples that were read from a file take in memory; a few that were made up count as nothing."""
-    return examples.memory_bytes if isinstance(examples, StoredExamples | ShortenedExamples) else 0
+    return examples.held_bytes if isinstance(examples, CountedExamples) else 0

@@ -15,7 +15,7 @@ from edgetune.data.batches import Batch, epoch_batches
 from edgetune.data.buckets import Bucket
 from edgetune.data.encode import Example
 from edgetune.data.packing import Capacity
-from edgetune.data.stored_examples import longest, memory_bytes, token_counts
+from edgetune.data.stored_examples import held_bytes, longest, token_counts
 from edgetune.formats.manifest import BundleManifest
 from edgetune.planning.memory import Work
 from edgetune.planning.run import RunRequest
@@ -118,7 +118,7 @@ class Workload:
             shapes += self._batcher.shapes_of_strangers(self._longest_drawn())
         sizes = sorted({(shape.positions, shape.scores) for shape in shapes}, reverse=True)
         positions, scores = sizes[0][0], max(scores for _, scores in sizes)
-        return Work(positions, scores, tuple(sizes[1:]), memory_bytes(self._rows) + memory_bytes(self._valid))
+        return Work(positions, scores, tuple(sizes[1:]), held_bytes(self._rows) + held_bytes(self._valid))
 
     def capacity(self) -> Capacity:
         """The largest pass of training and validation."""

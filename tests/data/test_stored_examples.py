@@ -13,7 +13,7 @@ import pytest
 
 from edgetune.data import stored_examples
 from edgetune.data.encode import IGNORED, Example
-from edgetune.data.stored_examples import ShortenedExamples, StoredExamples, longest, memory_bytes, token_counts
+from edgetune.data.stored_examples import ShortenedExamples, StoredExamples, held_bytes, longest, token_counts
 from support.golden import GOLDEN
 
 
@@ -67,12 +67,12 @@ def test_shortened_examples_are_the_first_tokens() -> None:
 
 
 def test_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert memory_bytes(drawn(9)) == 0
-    few, many = (memory_bytes(stored(drawn(count, 9))) for count in (10, 1000))
+    assert held_bytes(drawn(9)) == 0
+    few, many = (held_bytes(stored(drawn(count, 9))) for count in (10, 1000))
     assert few < many < 100_000
     monkeypatch.setattr(stored_examples, "IN_MEMORY_BYTES", 64)
-    assert memory_bytes(stored(drawn(1000))) == 64 + 1000 * 20
-    assert memory_bytes(ShortenedExamples(stored(drawn(1000)), 3)) == 64 + 1000 * 20
+    assert held_bytes(stored(drawn(1000))) == 64 + 1000 * 20
+    assert held_bytes(ShortenedExamples(stored(drawn(1000)), 3)) == 64 + 1000 * 20
 
 
 LOAD = """
