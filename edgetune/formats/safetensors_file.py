@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgetune.errors import VerificationError
 from edgetune.formats.git_lfs import refuse_pointers
+from edgetune.model.bfloat16 import from_bfloat16, to_bfloat16
 
 _CHUNK = 1 << 20
 """Bytes that are looked at in one go; they stay in the processor's cache."""
@@ -94,8 +95,8 @@ def as_float32(data: bytes | memoryview, dtype: str) -> NDArray[np.float32]:
         data: Whole numbers' bytes.
         dtype: One of `FLOATS`.
     """
-    if dtype == "BF16":  # the upper half of a float32; numpy does not have it
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype == "BF16":
+        return from_bfloat16(np.frombuffer(data, "<u2"))
     return np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
 
 
@@ -107,9 +108,7 @@ def from_float32(values: NDArray[np.float32], dtype: str) -> bytes:
         dtype: One of `FLOATS`.
     """
     if dtype == "BF16":
-        half = np.uint32(16)
-        bits = np.ascontiguousarray(values, "<f4").view("<u4")
-        return ((bits + np.uint32(0x7FFF) + (bits >> half & np.uint32(1))) >> half).astype("<u2").tobytes()
+        return to_bfloat16(values).astype("<u2").tobytes()
     with np.errstate(over="ignore"):
         return values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
 

@@ -18,6 +18,7 @@ from openvino.preprocess import PrePostProcessor
 
 from edgetune.formats.roles import INT8, LAYERS
 from edgetune.machine.memory import give_back_freed
+from edgetune.model.bfloat16 import BFLOAT16, from_bfloat16, to_bfloat16
 from edgetune.model.blocks import Block
 from edgetune.runtimes.execution import LayeredPlan
 from edgetune.runtimes.layered.backend import Allocate, Arrays
@@ -25,7 +26,7 @@ from edgetune.runtimes.layered.bindings import Bindings
 from edgetune.runtimes.layered.channels import Channels
 from edgetune.runtimes.layered.openvino.products import Products, is_linear
 from edgetune.runtimes.layered.openvino.sums import sums_as_products
-from edgetune.runtimes.layered.openvino.tensor import BFLOAT16, from_bfloat16, tensor, to_bfloat16
+from edgetune.runtimes.layered.openvino.tensor import tensor
 from edgetune.runtimes.layered.openvino.weights import OpenVinoWeights
 from edgetune.runtimes.openvino_core import MOST_SHAPES, properties_of
 

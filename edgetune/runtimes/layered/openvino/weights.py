@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from openvino import opset13 as op
 
 from edgetune.formats.roles import SCALES
+from edgetune.model.bfloat16 import BFLOAT16, to_bfloat16
 from edgetune.model.blocks import BLOCK_SIZE, Block
 from edgetune.model.rotation import rotated_weight, signs_of
 from edgetune.runtimes.layered.backend import Allocate
 from edgetune.runtimes.layered.onnxruntime.requantise import LARGEST_INT8, SMALLEST
 from edgetune.runtimes.layered.openvino.products import multiplied_by
-from edgetune.runtimes.layered.openvino.tensor import BFLOAT16, tensor, to_bfloat16
+from edgetune.runtimes.layered.openvino.tensor import tensor
 
 _NIBBLE = 4
 _AT_ONCE = 1 << 19
