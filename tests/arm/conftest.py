@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from support.arm_board import Board, NoBoardError
+from support.printed_table import pytest_terminal_summary, table
 from support.repository import ROOT
 
-_table: list[str] = []
-"""Lines that the tests found worth telling."""
+__all__ = ["board", "pytest_terminal_summary", "table"]
 
 
 @pytest.fixture(scope="session")
@@ -20,15 +20,3 @@ def board() -> Board:
     except NoBoardError as error:
         pytest.skip(f"no emulated Arm board here: {error}")
     return board
-
-
-@pytest.fixture(scope="session")
-def table() -> list[str]:
-    """What is appended is printed at the end."""
-    return _table
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table."""
-    for line in _table:
-        terminalreporter.write_line(line)

@@ -1,20 +1,5 @@
 """These tests run by `make test-hosts` alone: twenty runs of several processes take minutes."""
 
-from __future__ import annotations
+from support.printed_table import pytest_terminal_summary, table
 
-import pytest
-
-_table: list[str] = []
-"""Lines that the tests found worth telling."""
-
-
-@pytest.fixture(scope="session")
-def table() -> list[str]:
-    """What is appended is printed at the end."""
-    return _table
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table."""
-    for line in _table:
-        terminalreporter.write_line(line)
+__all__ = ["pytest_terminal_summary", "table"]
