@@ -15,7 +15,6 @@ from edgetune.config import TrainConfig
 from edgetune.errors import IncompatibleError
 from edgetune.formats.bundle import Bundle
 from edgetune.formats.row_norms import read_row_norms
-from edgetune.importing import read_foreign
 from edgetune.model.learning_rate import FORWARD_ONLY_RATE, suitable_rate
 from edgetune.model.lora import Lora, Parameters, initial_parameters
 from edgetune.planning.fit import Fit
@@ -160,6 +159,9 @@ def first_state(run: PlannedRun, say: Callable[[str], None]) -> RunState:
     if start is None:
         parameters = initial_parameters(manifest.lora, run.config.seed, read_row_norms(run.bundle))
     else:
+        # Here, because most runs begin without one.
+        from edgetune.importing import read_foreign
+
         foreign = read_foreign(start, run.bundle)
         for line in foreign.notices:
             say(line)
