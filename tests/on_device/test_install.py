@@ -77,7 +77,7 @@ def test_every_module_that_a_device_uses_can_be_imported() -> None:
     needing = (
         "edgetune.runtimes.layered.openvino.",
         "edgetune.runtimes.whole.openvino_compiler",
-        *(f"edgetune.runtimes.torch.{module}" for module in ("engines", "network", "processes", "worker")),
+        *(f"edgetune.runtimes.torch.{module}" for module in ("engines", "network", "processes", "session", "worker")),
     )
     modules = {name for name in modules if not name.startswith(needing)}
     assert len(modules) > 30

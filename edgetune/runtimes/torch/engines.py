@@ -60,8 +60,8 @@ class Engine(ABC):
         """The 2-norm of the whole gradient."""
 
     @abstractmethod
-    def update(self, learning_rate: float) -> None:
-        """Clip the gradient, step AdamW, and forget the gradient."""
+    def update(self, learning_rate: float, norm: float) -> None:
+        """Clip the gradient, whose norm was found, step AdamW, and forget the gradient."""
 
     @abstractmethod
     def arrays(self, kind: str) -> Arrays:
@@ -88,16 +88,15 @@ class Replicated(Engine):
         self.adapter = network.adapter()
         if sharding == "fsdp2":
             fully_shard(network, ignored_params=set(self.adapter.values()))
-        self._averages_itself = sharding == "ddp"
         self.network = DistributedDataParallel(network) if sharding == "ddp" else network
         self._optimizer = adamw(self.adapter, optimizer)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Engine.backward`."""
-        together = isinstance(self.network, DistributedDataParallel) and not last
-        with self.network.no_sync() if together else nullcontext():  # type: ignore[operator]
+        averaging = self.network if isinstance(self.network, DistributedDataParallel) else None
+        with nullcontext() if averaging is None or last else averaging.no_sync():
             loss.backward()  # type: ignore[no-untyped-call]
-        if last and not self._averages_itself:
+        if last and averaging is None:
             for parameter in self.adapter.values():
                 assert parameter.grad is not None
                 self._processes.total(parameter.grad).div_(self._processes.count)
@@ -107,10 +106,10 @@ class Replicated(Engine):
         gradients = [value.grad for value in self.adapter.values() if value.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def update(self, learning_rate: float) -> None:
+    def update(self, learning_rate: float, norm: float) -> None:
         """See `Engine.update`."""
         if self._max_norm:
-            torch.nn.utils.clip_grad_norm_(self.adapter.values(), self._max_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.adapter.values(), self._max_norm, torch.tensor(norm))
         (group,) = self._optimizer.param_groups
         group["lr"] = learning_rate
         self._optimizer.step()
@@ -190,8 +189,8 @@ class Zero(Engine):
         gradients = (get(parameter) for parameter in self.adapter.values())
         return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
 
-    def update(self, learning_rate: float) -> None:
-        """See `Engine.update`."""
+    def update(self, learning_rate: float, norm: float) -> None:
+        """See `Engine.update`; DeepSpeed clips by a norm that it finds itself."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self.network.step()  # type: ignore[operator]
@@ -239,7 +238,7 @@ class Zero(Engine):
             "rope_sin": tables,
         }
         self.backward(self.network(batch) * 0.0, last=True)
-        self.update(0.0)
+        self.update(0.0, 0.0)
 
 
 def adamw(adapter: Mapping[str, nn.Parameter], optimizer: OptimizerConfig) -> torch.optim.AdamW:

@@ -7,7 +7,7 @@ sends each of the others its share of every step, so that all of them enter the 
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -92,10 +92,3 @@ def this_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", process_on_machine())
     return torch.device("cpu")
-
-
-def obey(processes: Processes, open_worker: Callable[..., Any]) -> None:
-    """Of the others: make a worker when the leader says so, and do what it wants of it until it says `close`."""
-    worker = open_worker(processes, *processes.receive().arguments)
-    while (message := processes.receive()).call != "close":
-        getattr(worker, message.call)(*message.arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgetune.config import Sharding
-from edgetune.formats.bundle import load_bundle
+from edgetune.formats.bundle import Bundle
 from edgetune.machine.threads import thread_count
 from edgetune.model.lora import Parameters
 from edgetune.runtimes.contract import OptimizerConfig, SessionState, StepResult
@@ -30,7 +29,7 @@ class Worker:
 
     Args:
         processes: Those that train together.
-        bundle: Its folder.
+        bundle: What is trained, verified.
         parameters: The adapter that it begins with.
         optimizer: Weight decay and clipping.
         sharding: What is divided between the processes.
@@ -40,14 +39,19 @@ class Worker:
     """
 
     def __init__(
-        self, processes: Processes, bundle: str, parameters: Parameters, optimizer: OptimizerConfig, sharding: Sharding
+        self,
+        processes: Processes,
+        bundle: Bundle,
+        parameters: Parameters,
+        optimizer: OptimizerConfig,
+        sharding: Sharding,
     ) -> None:
         if count := thread_count():
             torch.set_num_threads(count)
         device = processes.device
         # bfloat16 has float32's range: nothing needs to be scaled.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        source = Source(load_bundle(Path(bundle)), parameters, device, dtype)
+        source = Source(bundle, parameters, device, dtype)
         self._processes, self._device, self._steps = processes, device, 0
         self._engine = open_engine(sharding, source, optimizer, processes)
 
@@ -69,7 +73,7 @@ class Worker:
         norm = self._engine.norm()
         applied = math.isfinite(loss_value) and math.isfinite(norm)
         if applied:
-            self._engine.update(learning_rate)
+            self._engine.update(learning_rate, norm)
             self._steps += 1
         return StepResult(loss_value, norm, applied)
 
